@@ -1,0 +1,1 @@
+"""The diffusion loop on ids alone: canvas, denoise, accept, renoise, stop, commit."""

@@ -1,0 +1,86 @@
+"""What a generation yields: frozen records of plain Python and NumPy values.
+
+A display, a server and a command all consume the same events; nothing here knows about a
+terminal, a socket or MLX.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+FinishReason = Literal["stop", "length", "cancelled", "unconverged"]
+
+
+@dataclass(frozen=True)
+class Draft:
+    """The canvas after one denoising step; it may still change.
+
+    ids: int32 [C], the argmax of every canvas position.
+    draft_text: `ids` up to their first stop id as text, markers removed.
+    accepted: bool [C], the positions that kept their sample for the next step.
+    entropy: float32 [C], nats, of the tempered distribution at every position.
+    step: 1 for the block's first step.
+    block: 0 for the request's first canvas.
+    """
+
+    ids: np.ndarray
+    draft_text: str
+    accepted: np.ndarray
+    entropy: np.ndarray
+    step: int
+    block: int
+
+    @property
+    def text(self) -> str:
+        """Empty: a draft adds nothing to the answer."""
+        return ""
+
+
+@dataclass(frozen=True)
+class Commit:
+    """A finished block: its ids will not change again.
+
+    ids: the committed token ids, without the stop id.
+    text: what they add to the answer; characters cut by the block's edge arrive with the next.
+    block: 0 for the request's first canvas.
+    """
+
+    ids: tuple[int, ...]
+    text: str
+    block: int
+
+
+@dataclass(frozen=True)
+class Finish:
+    """The end of a request, and what it cost.
+
+    reason: "stop" (a stop id or stop string), "length" (max_tokens or the context is full),
+        "cancelled", or "unconverged" (refused by `on_unconverged="refuse"`).
+    seed: repeats this generation on the same build and device.
+    blocks: canvases denoised. steps_per_block, converged: one entry per block.
+    tokens_per_forward: committed tokens per decoder pass.
+    prefill_seconds, denoise_seconds: wall time. peak_memory_bytes: MLX's peak for the request.
+    """
+
+    reason: FinishReason
+    seed: int
+    blocks: int
+    steps_per_block: tuple[int, ...]
+    converged: tuple[bool, ...]
+    tokens_per_forward: float
+    prompt_tokens: int
+    generated_tokens: int
+    prefill_seconds: float
+    denoise_seconds: float
+    peak_memory_bytes: int
+
+    @property
+    def text(self) -> str:
+        """Empty: everything was committed before."""
+        return ""
+
+
+Event = Draft | Commit | Finish

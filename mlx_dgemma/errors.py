@@ -1,0 +1,36 @@
+"""What can go wrong and is the user's to mend.
+
+    DGemmaError
+    ├── InputError         the request: prompt, flag, image, hole, message
+    ├── ModelNotFoundError no such folder, or no such repository
+    ├── CheckpointError    the files: config, weights, tokenizer
+    ├── ResourceError      memory or disk that does not suffice
+    └── NumericsError      the network produced NaN or Inf
+
+Commands print the message of any of these as one sentence, without a traceback, and exit
+with code 2. Everything else is a bug and keeps its traceback.
+"""
+
+
+class DGemmaError(Exception):
+    """Base of every error whose message is written for the user."""
+
+
+class InputError(DGemmaError):
+    """The request cannot be served as it was asked."""
+
+
+class ModelNotFoundError(DGemmaError):
+    """The model is neither a folder here nor a repository that can be reached."""
+
+
+class CheckpointError(DGemmaError):
+    """A checkpoint file is missing, damaged or not a DiffusionGemma."""
+
+
+class ResourceError(DGemmaError):
+    """Memory or disk space does not suffice; the message carries the numbers."""
+
+
+class NumericsError(DGemmaError):
+    """The network produced NaN or Inf; the weights are damaged or the precision too low."""

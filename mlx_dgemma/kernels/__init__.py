@@ -1,0 +1,1 @@
+"""Fused operations: each a Metal kernel beside its twin in plain MLX operations."""

@@ -1,0 +1,1 @@
+"""The network: config, weights, encoder pass, decoder pass, context cache, vision tower."""

@@ -1,0 +1,1 @@
+"""Messages, images and tools become token ids; committed ids become text again."""
