@@ -1,0 +1,161 @@
+"""Messages become prompt ids through the checkpoint's own chat template, safely.
+
+The template joins control tokens and strangers' words in one string, so that a user who writes
+`<turn|>` could end her turn and speak as the system. Before rendering, every character in the
+strangers' words that could begin or end a control token is therefore exchanged for a private
+one; a control token found in the rendering then can only be the template's own. The rest is
+encoded as plain text, in the same stretches as the ordinary path, so that harmless
+conversations get exactly the ids of plain rendering and tokenizing.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.prompt.messages import check_messages, check_tools
+
+if TYPE_CHECKING:
+    import jinja2
+
+    from mlx_dgemma.prompt.tokenizer import Tokenizer
+
+# Supplementary private use, from the end: what a text is least likely to hold.
+_PRIVATE = range(0x10FFFD, 0x100000, -1)
+
+
+def encode_messages(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, Any]],
+    *,
+    system_prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool = False,
+    add_generation_prompt: bool = True,
+) -> list[int]:
+    """Prompt ids of a conversation in OpenAI's message form.
+
+    Each image part becomes one image id, each video part one video id. Thoughts of earlier
+    turns are left out; `reasoning` of the running tool loop is passed on, as the template
+    decides. Raises InputError for messages or tools that cannot be rendered, and
+    CheckpointError when the checkpoint has no usable template.
+    """
+    if tokenizer.chat_template is None:
+        raise CheckpointError(
+            f"The checkpoint of {tokenizer.source} has no chat template; "
+            "pass token ids instead of messages, or add its chat_template.jinja."
+        )
+    conversation = check_messages(messages, system_prompt=system_prompt)
+    declarations = check_tools(tools)
+    veil = _Veil(tokenizer, [conversation, declarations])
+    rendered = _render(
+        tokenizer,
+        messages=veil.cover(conversation),
+        tools=veil.cover(declarations) or None,
+        enable_thinking=enable_thinking,
+        add_generation_prompt=add_generation_prompt,
+    )
+    ids: list[int] = []
+    for trusted, piece in tokenizer.split_control(rendered):
+        if trusted:
+            ids.append(tokenizer.control_id(piece))
+        else:
+            ids += tokenizer.encode(veil.lift(piece))
+    return ids
+
+
+class _Veil:
+    """Exchanges the characters that begin or end control tokens for private ones, and back."""
+
+    def __init__(self, tokenizer: Tokenizer, values: Any):
+        edges = sorted({s[0] for s in tokenizer.spellings} | {s[-1] for s in tokenizer.spellings})
+        taken = set().union(*_strings(values), tokenizer.chat_template or "")
+        free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
+        exchange = dict(zip(edges, free, strict=False))
+        self._tokenizer = tokenizer
+        self._there = str.maketrans(exchange)
+        self._back = str.maketrans({private: edge for edge, private in exchange.items()})
+
+    def cover(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return value.translate(self._there)
+        if isinstance(value, Mapping):
+            return {self._cover_key(key): self.cover(inner) for key, inner in value.items()}
+        if isinstance(value, list):
+            return [self.cover(inner) for inner in value]
+        return value
+
+    def _cover_key(self, key: Any) -> Any:
+        # Templates sort by key, so a key changes only when it spells a whole control token; the
+        # colon after a key keeps it from spelling one together with what follows.
+        if isinstance(key, str) and self._tokenizer.contains_control(key):
+            return key.translate(self._there)
+        return key
+
+    def lift(self, text: str) -> str:
+        return text.translate(self._back)
+
+
+def _strings(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _strings(key)
+            yield from _strings(inner)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def _render(tokenizer: Tokenizer, **variables: Any) -> str:
+    import jinja2
+
+    assert tokenizer.chat_template is not None
+    try:
+        template = _compile(tokenizer.chat_template)
+    except jinja2.TemplateError as error:
+        raise CheckpointError(
+            f"The chat template beside {tokenizer.source} is not valid Jinja: {error}."
+        ) from error
+    try:
+        return template.render(**tokenizer.template_tokens, **variables)
+    except (
+        jinja2.TemplateError,
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        RecursionError,
+        TypeError,
+        ValueError,
+    ) as error:
+        # A template is a program over the caller's data: its complaints are about that data.
+        raise InputError(f"The chat template cannot render these messages: {error}.") from error
+
+
+@functools.lru_cache(maxsize=8)
+def _compile(source: str) -> jinja2.Template:
+    """The sandbox and the settings with which chat templates are written to run."""
+    import json
+
+    from jinja2.exceptions import TemplateError
+    from jinja2.ext import loopcontrols
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    def raise_exception(message: str) -> None:
+        raise TemplateError(message)
+
+    def now(form: str) -> str:
+        return datetime.now().strftime(form)
+
+    dump: Callable[..., str] = functools.partial(json.dumps, ensure_ascii=False)
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
+    )
+    environment.filters["tojson"] = dump
+    environment.globals["raise_exception"] = raise_exception
+    environment.globals["strftime_now"] = now
+    return environment.from_string(source)

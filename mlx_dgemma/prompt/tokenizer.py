@@ -1,0 +1,253 @@
+"""Text and token ids: a checkpoint's tokenizer, loaded without the seconds that transformers takes.
+
+Ordinary text and control tokens never mix here: `encode` treats `<turn|>` in a text as six
+characters unless the caller asks for `special=True`, which only trusted text may.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from mlx_dgemma.errors import CheckpointError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+# The names tokenizer_config.json gives the control tokens, and how Gemma 4 spells them.
+SPELLINGS = {
+    "bos": "<bos>",
+    "eos": "<eos>",
+    "pad": "<pad>",
+    "unk": "<unk>",
+    "sot": "<|turn>",
+    "eot": "<turn|>",
+    "soc": "<|channel>",
+    "eoc": "<channel|>",
+    "std": "<|tool>",
+    "etd": "<tool|>",
+    "stc": "<|tool_call>",
+    "etc": "<tool_call|>",
+    "str": "<|tool_response>",
+    "etr": "<tool_response|>",
+    "escape": '<|"|>',
+    "think": "<|think|>",
+    "boi": "<|image>",
+    "eoi": "<image|>",
+    "image": "<|image|>",
+    "video": "<|video|>",
+}
+_BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_REPLACEMENT = "\ufffd"
+
+
+class Tokenizer:
+    """A checkpoint's tokenizer with its control ids, stop ids and chat template.
+
+    stop_ids: ids that end a reply.
+    ids: control token name ("sot", "eot", ...) -> id, for those this tokenizer has.
+    control_ids: every id that no ordinary text can encode to.
+    chat_template: Jinja source, or None when the checkpoint brings none.
+    template_tokens: the token strings a chat template may name, such as `bos_token`.
+    """
+
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        stop_ids: Iterable[int],
+        *,
+        chat_template: str | None = None,
+        template_tokens: Mapping[str, str] | None = None,
+        source: str = "tokenizer.json",
+    ):
+        added = backend.get_added_tokens_decoder()
+        ordinary = [token.content for token in added.values() if not token.special]
+        if ordinary:
+            # Such a spelling in a user's text would become its id whatever `special` says.
+            raise CheckpointError(
+                f"{source}: the added token {ordinary[0]!r} is not marked special, so user text "
+                "could forge it; mark every added token with special=true."
+            )
+        # Set once and for all: the library then never looks for control tokens in a text.
+        backend.encode_special_tokens = True
+        self._backend = backend
+        self._by_spelling = {token.content: id_ for id_, token in added.items()}
+        self.source = source
+        self.stop_ids = frozenset(stop_ids)
+        self.control_ids = frozenset(added)
+        self.ids = {
+            name: self._by_spelling[spelling]
+            for name, spelling in SPELLINGS.items()
+            if spelling in self._by_spelling
+        }
+        self.chat_template = chat_template
+        self.template_tokens = dict(template_tokens or {})
+        longest_first = sorted(self._by_spelling, key=len, reverse=True)
+        # A pattern that never matches stands in for a tokenizer without control tokens.
+        self._spelling = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self._byte_ids = frozenset(
+            id_ for token, id_ in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
+        )
+
+    def __len__(self) -> int:
+        return self._backend.get_vocab_size()
+
+    @property
+    def spellings(self) -> frozenset[str]:
+        """How the control tokens are written."""
+        return frozenset(self._by_spelling)
+
+    def contains_control(self, text: str) -> bool:
+        """Whether `text` spells a control token somewhere."""
+        return self._spelling.search(text) is not None
+
+    def encode(self, text: str, *, special: bool = False) -> list[int]:
+        """Token ids of `text`, without a leading bos.
+
+        special: read spelled control tokens as such. Only for text that no user wrote.
+        """
+        text = _well_formed(text)
+        if not special:
+            return self._backend.encode(text, add_special_tokens=False).ids
+        ids: list[int] = []
+        for trusted, piece in self.split_control(text):
+            ids += [self._by_spelling[piece]] if trusted else self.encode(piece)
+        return ids
+
+    def split_control(self, text: str) -> list[tuple[bool, str]]:
+        """`text` cut into (is a control token's spelling, piece), empty pieces left out."""
+        pieces, position = [], 0
+        for match in self._spelling.finditer(text):
+            pieces += [(False, text[position : match.start()]), (True, match.group())]
+            position = match.end()
+        pieces.append((False, text[position:]))
+        return [(trusted, piece) for trusted, piece in pieces if piece]
+
+    def control_id(self, spelling: str) -> int:
+        """The id of a control token by its spelling; KeyError when there is none."""
+        return self._by_spelling[spelling]
+
+    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+        """Text of `ids`; control tokens are spelled out unless `skip_special`."""
+        return self._backend.decode([int(i) for i in ids], skip_special_tokens=skip_special)
+
+    def token(self, id_: int) -> str:
+        """The vocabulary's own spelling of one id, or an empty string for an id it lacks."""
+        return self._backend.id_to_token(int(id_)) or ""
+
+    def detokenizer(self, *, skip_special: bool = False) -> Detokenizer:
+        """A fresh streaming decoder."""
+        return Detokenizer(self, skip_special=skip_special)
+
+    def is_byte(self, id_: int) -> bool:
+        """Whether an id stands for one raw byte, which may be part of a character."""
+        return id_ in self._byte_ids
+
+
+class Detokenizer:
+    """Decodes ids as they come and never gives half a character.
+
+    The pieces joined equal `decode` of all ids. What could still change (bytes of an unfinished
+    character, a run of raw byte tokens that one more byte would make invalid) waits for the next
+    ids or for `finish`.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, *, skip_special: bool = False):
+        self._tokenizer = tokenizer
+        self._skip_special = skip_special
+        self._pending: list[int] = []
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """The text that these ids settle."""
+        control = self._tokenizer.control_ids if self._skip_special else ()
+        self._pending += [int(i) for i in ids if i not in control]
+        if not self._pending or self._tokenizer.is_byte(self._pending[-1]):
+            return ""
+        text = self._tokenizer.decode(self._pending)
+        if text.endswith(_REPLACEMENT):
+            return ""
+        self._pending = []
+        return text
+
+    def finish(self) -> str:
+        """Whatever was held back; the detokenizer is fresh again."""
+        text = self._tokenizer.decode(self._pending)
+        self._pending = []
+        return text
+
+
+def load_tokenizer(folder: str | Path, stop_ids: Iterable[int]) -> Tokenizer:
+    """The tokenizer and chat template of a checkpoint folder.
+
+    stop_ids: from the model's config (`ModelConfig.stop_ids`); the tokenizer's own files name
+        only one of them. Raises CheckpointError when a file is missing or damaged.
+    """
+    import tokenizers
+
+    folder = Path(folder)
+    path = folder / "tokenizer.json"
+    if not path.is_file():
+        raise CheckpointError(
+            f"{folder} has no tokenizer.json; download the checkpoint again or copy the file "
+            "from the original repository."
+        )
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the Rust library raises bare Exception for every kind of damage
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}.") from error
+    settings = _read_settings(folder / "tokenizer_config.json")
+    return Tokenizer(
+        backend,
+        stop_ids,
+        chat_template=_chat_template(folder, settings),
+        template_tokens=_template_tokens(settings),
+        source=str(path),
+    )
+
+
+def _read_settings(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{path} must hold a JSON object.")
+    return settings
+
+
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """chat_template.jinja, else the template inside tokenizer_config.json."""
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+    template = settings.get("chat_template")
+    if isinstance(template, Sequence) and not isinstance(template, str):
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _template_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Every `*_token` entry, whether a string or a saved AddedToken."""
+    tokens = {}
+    for name, value in {**settings, **settings.get("model_specific_special_tokens", {})}.items():
+        if isinstance(value, Mapping):
+            value = value.get("content")
+        if name.endswith("_token") and isinstance(value, str):
+            tokens[name] = value
+    return {"bos_token": SPELLINGS["bos"], **tokens}
+
+
+def _well_formed(text: str) -> str:
+    """Joins surrogate pairs and replaces lone surrogates, which JSON can carry and UTF-8 cannot."""
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -1,0 +1,234 @@
+"""Reads the tool calls a model writes, in Gemma's form and in the forms it slips into.
+
+    call:name{key:<|"|>text<|"|>,n:1,list:[true,null],nested:{k:2}}      as taught
+    call:name(key="text", n=1)                                           in long sessions
+    name{...}, name(...)                                                 the prefix forgotten
+
+mlx-lm's parser reads the first form with plain word names and keys; this one also takes dots,
+hyphens and colons in names, any key, Python's spellings of constants, and text that itself
+holds the string delimiter.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+DELIMITER = '<|"|>'
+# Stands for the delimiter's id, so that a string may spell it in ordinary text: a noncharacter.
+MARK = "\ufdd0"
+
+_NAME = re.compile(r"[^\s{}()\[\],\"'=" + MARK + r"]+")
+_KEY = re.compile(r"[^\s:={}()\[\],\"'" + MARK + r"]+")
+_SPACE = re.compile(r"\s*")
+_BETWEEN = re.compile(r"[\s,;]*")
+_SCALAR = re.compile(r"[^,{}()\[\]\"" + MARK + r"]+")
+_INTEGER = re.compile(r"[+-]?\d{1,300}")
+_FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?")
+_QUOTED = {
+    '"': re.compile(r'"((?:[^"\\]|\\.)*)"', re.DOTALL),
+    "'": re.compile(r"'((?:[^'\\]|\\.)*)'", re.DOTALL),
+}
+_PYTHON_ESCAPE = re.compile(r"\\(['\"\\nrt/])")
+_ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
+_CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
+_CLOSING = {"{": "}", "(": ")", "[": "]"}
+_MAX_DEPTH = 64
+
+
+@dataclass(frozen=True)
+class ToolCall:
+    """One function call. arguments: JSON values by parameter name."""
+
+    name: str
+    arguments: dict[str, Any]
+
+    @property
+    def arguments_json(self) -> str:
+        """OpenAI's spelling of the arguments."""
+        return json.dumps(self.arguments, ensure_ascii=False)
+
+
+def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
+    """Every call in the text between two tool-call markers, or () when it is malformed.
+
+    text: strings are delimited by `<|"|>`, or by MARK where the caller knows the token ids.
+    """
+    if MARK not in text:
+        text = text.replace(DELIMITER, MARK)
+    # A delimiter normally closes its string; when that reading fails, only one does that stands
+    # before a comma or a bracket, so that a quotation inside the string survives.
+    for quotes_nest in (False, True):
+        try:
+            return tuple(_Reader(text, quotes_nest).calls())
+        except ValueError:
+            continue
+    return ()
+
+
+def bare_call_end(text: str) -> int | None:
+    """Where the bracket closes that a call outside the markers opens; None when it does not yet.
+
+    text: from the call's first character on, its delimiters given as MARK.
+    """
+    start = re.search(r"[{(]", text)
+    if start is None:
+        return None
+    reader = _Reader(text, quotes_nest=False)
+    reader.position = start.start()
+    stack: list[str] = []
+    while reader.position < len(text):
+        character = text[reader.position]
+        if character in (MARK, '"'):
+            try:
+                reader.string()
+            except ValueError:
+                return None
+            continue
+        reader.position += 1
+        if character in _CLOSING:
+            stack.append(_CLOSING[character])
+        elif stack and character == stack[-1]:
+            stack.pop()
+            if not stack:
+                return reader.position
+    return None
+
+
+def bare_call_pattern(names: Collection[str]) -> re.Pattern[str] | None:
+    """Finds, at the start of a line, a call of a declared tool whose markers were forgotten."""
+    if not names:
+        return None
+    known = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
+    return re.compile(rf"(?:call:)?(?:{known})[{{(]")
+
+
+class _Reader:
+    """Recursive descent over one text; every complaint is a ValueError."""
+
+    def __init__(self, text: str, quotes_nest: bool):
+        self.text = text
+        self.position = 0
+        self._quotes_nest = quotes_nest
+
+    def calls(self) -> list[ToolCall]:
+        calls = []
+        self._skip(_SPACE)
+        while self.position < len(self.text):
+            calls.append(self._call())
+            self._skip(_BETWEEN)
+        if not calls:
+            raise ValueError("no call")
+        return calls
+
+    def string(self) -> str:
+        opening = self.text[self.position]
+        if opening != MARK:
+            match = _QUOTED[opening].match(self.text, self.position)
+            if match is None:
+                raise ValueError("string without an end")
+            self.position = match.end()
+            return _unescape(match.group(1))
+        start = self.position + 1
+        end = self.text.find(MARK, start)
+        while end >= 0 and self._quotes_nest and not re.match(r"\s*[,:\]})]", self.text[end + 1 :]):
+            end = self.text.find(MARK, end + 1)
+        if end < 0:
+            raise ValueError("string without an end")
+        self.position = end + 1
+        return self.text[start:end].replace(MARK, DELIMITER)
+
+    def _call(self) -> ToolCall:
+        word = self._take(_NAME)
+        name = word.removeprefix("call:")
+        self._skip(_SPACE)
+        opening = self._peek()
+        if not name or (opening not in ("{", "(") and name == word != self.text.strip()):
+            raise ValueError("prose, not a call")
+        return ToolCall(name, self._members(opening) if opening in ("{", "(") else {})
+
+    def _members(self, opening: str, depth: int = 0) -> dict[str, Any]:
+        members: dict[str, Any] = {}
+        self._open(depth)
+        while self._peek() != _CLOSING[opening]:
+            quoted = self._peek() in (MARK, '"', "'")
+            key = self.string() if quoted else self._take(_KEY)
+            self._skip(_SPACE)
+            if self._peek() not in (":", "="):
+                raise ValueError("key without a value")
+            self.position += 1
+            members[key] = self._value(depth + 1)
+            self._comma(_CLOSING[opening])
+        self.position += 1
+        return members
+
+    def _value(self, depth: int) -> Any:
+        self._skip(_SPACE)
+        first = self._peek()
+        if first == "{":
+            return self._members("{", depth)
+        if first == "[":
+            items = []
+            self._open(depth)
+            while self._peek() != "]":
+                items.append(self._value(depth + 1))
+                self._comma("]")
+            self.position += 1
+            return items
+        if first in (MARK, '"', "'"):
+            return self.string()
+        return _scalar(self._take(_SCALAR).strip())
+
+    def _open(self, depth: int) -> None:
+        if depth > _MAX_DEPTH:
+            raise ValueError("nested too deeply")
+        self.position += 1
+        self._skip(_SPACE)
+
+    def _comma(self, closing: str) -> None:
+        self._skip(_SPACE)
+        if self._peek() == ",":
+            self.position += 1
+            self._skip(_SPACE)
+        elif self._peek() != closing:
+            raise ValueError("neither a comma nor the end")
+
+    def _peek(self) -> str:
+        return self.text[self.position : self.position + 1]
+
+    def _skip(self, pattern: re.Pattern[str]) -> None:
+        match = pattern.match(self.text, self.position)
+        assert match is not None
+        self.position = match.end()
+
+    def _take(self, pattern: re.Pattern[str]) -> str:
+        match = pattern.match(self.text, self.position)
+        if match is None:
+            raise ValueError("unexpected character")
+        self.position = match.end()
+        return match.group()
+
+
+def _scalar(word: str) -> Any:
+    """A constant, a number, or else the word itself, which was meant as a string."""
+    if word.lower() in _CONSTANTS:
+        return _CONSTANTS[word.lower()]
+    if _INTEGER.fullmatch(word):
+        return int(word)
+    if _FLOAT.fullmatch(word):
+        number = float(word)
+        # JSON has no infinity.
+        return number if abs(number) != float("inf") else word
+    if not word:
+        raise ValueError("value missing")
+    return word
+
+
+def _unescape(body: str) -> str:
+    try:
+        return str(json.loads(f'"{body}"', strict=False))
+    except ValueError:
+        return _PYTHON_ESCAPE.sub(lambda match: _ESCAPED.get(match[1], match[1]), body)
