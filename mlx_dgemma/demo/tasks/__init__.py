@@ -1,0 +1,29 @@
+"""The demo model's tasks: prompts drawn from seeds, each with a judge of the answer."""
+
+from mlx_dgemma.demo.tasks import grids, letters, tools, words
+from mlx_dgemma.demo.tasks.example import Example, Task, is_held_out
+from mlx_dgemma.demo.tasks.infill import InfillExample, Segment, infill_examples
+
+TASKS: dict[str, Task] = {
+    task.name: task
+    for task in (
+        Task("reverse", False, letters.reverse),
+        Task("sort", False, letters.sort),
+        Task("count", False, letters.count),
+        Task("sudoku", False, grids.sudoku),
+        Task("tool", False, tools.tool),
+        Task("think", False, letters.first_letter),
+        Task("grid", True, grids.grid),
+        Task("list", True, words.word_list),
+        Task("sentence", True, words.sentence),
+        Task("json", True, words.json_record),
+    )
+}
+
+
+def held_out(name: str, n: int, seed: int = 0) -> list[Example]:
+    """n examples of a task whose prompts were never trained on."""
+    return TASKS[name].held_out(n, seed)
+
+
+__all__ = ["TASKS", "Example", "InfillExample", "Segment", "Task", "held_out", "infill_examples", "is_held_out"]
