@@ -1,1 +1,46 @@
 """Fused operations: each a Metal kernel beside its twin in plain MLX operations."""
+
+from mlx_dgemma.kernels.accept import Accepted, accept_renoise
+from mlx_dgemma.kernels.attention import attend
+from mlx_dgemma.kernels.matrix import Matrix
+from mlx_dgemma.kernels.moe import moe
+from mlx_dgemma.kernels.qkv import Projected, norm_rope, write_behind
+from mlx_dgemma.kernels.router import Routing, choose_experts, route
+from mlx_dgemma.kernels.row_statistics import (
+    RowStatistics,
+    row_statistics,
+    sliced_row_statistics,
+)
+from mlx_dgemma.kernels.soft_embeddings import (
+    CAPACITY,
+    DROPPED_MASS,
+    Survivors,
+    gather_soft_embeddings,
+    select_survivors,
+    sliced_soft_embeddings,
+    soft_embeddings,
+)
+
+__all__ = [
+    "CAPACITY",
+    "DROPPED_MASS",
+    "Accepted",
+    "Matrix",
+    "Projected",
+    "Routing",
+    "RowStatistics",
+    "Survivors",
+    "accept_renoise",
+    "attend",
+    "choose_experts",
+    "gather_soft_embeddings",
+    "moe",
+    "norm_rope",
+    "route",
+    "row_statistics",
+    "select_survivors",
+    "sliced_row_statistics",
+    "sliced_soft_embeddings",
+    "soft_embeddings",
+    "write_behind",
+]

@@ -1,0 +1,116 @@
+"""A weight matrix as the kernels see it: dense, or quantized in any of MLX's modes."""
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """Rows of weights [..., out, in], in MLX's packing when `scales` is there."""
+
+    weight: mx.array
+    scales: mx.array | None = None
+    biases: mx.array | None = None
+    group_size: int = 64
+    bits: int = 4
+    mode: str = "affine"
+    activation: mx.Dtype = mx.bfloat16  # what block-scaled modes, which store no float, compute in
+
+    @classmethod
+    def of(cls, source: "Matrix | mx.array | nn.Module") -> "Matrix":
+        """From an array or from a module with `weight` and, if quantized, `scales` and `biases`."""
+        if isinstance(source, Matrix):
+            return source
+        if isinstance(source, mx.array):
+            return cls(source)
+        if "scales" not in source:
+            return cls(source["weight"])
+        return cls(
+            source["weight"],
+            source["scales"],
+            source.get("biases"),
+            source.group_size,
+            source.bits,
+            getattr(source, "mode", "affine"),
+        )
+
+    @property
+    def quantized(self) -> bool:
+        return self.scales is not None
+
+    @property
+    def dtype(self) -> mx.Dtype:
+        """The dtype it computes in: of the weights, of the scales, or `activation`."""
+        if self.scales is None:
+            return self.weight.dtype
+        floats = (mx.float32, mx.float16, mx.bfloat16)
+        return self.scales.dtype if self.scales.dtype in floats else self.activation
+
+    @property
+    def columns(self) -> int:
+        """Length of a row after dequantization."""
+        width: int = self.weight.shape[-1]
+        return width * 32 // self.bits if self.quantized else width
+
+    def rows(self, start: int, stop: int) -> "Matrix":
+        """A contiguous run of rows of a two-dimensional matrix."""
+        return Matrix(
+            self.weight[start:stop],
+            None if self.scales is None else self.scales[start:stop],
+            None if self.biases is None else self.biases[start:stop],
+            self.group_size,
+            self.bits,
+            self.mode,
+            self.activation,
+        )
+
+    def take(self, ids: mx.array) -> mx.array:
+        """Dequantized rows [..., in] by their ids."""
+        if self.scales is None:
+            return self.weight[ids]
+        biases = None if self.biases is None else self.biases[ids]
+        values: mx.array = mx.dequantize(
+            self.weight[ids],
+            self.scales[ids],
+            biases,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+        return values
+
+    def apply(self, x: mx.array, *, transpose: bool) -> mx.array:
+        """x @ W^T when `transpose`, else x @ W."""
+        if self.scales is None:
+            return x @ (self.weight.swapaxes(-1, -2) if transpose else self.weight)
+        return mx.quantized_matmul(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            transpose=transpose,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+        )
+
+    def apply_gathered(self, x: mx.array, ids: mx.array) -> mx.array:
+        """x[i] @ W[ids[i]]^T for ascending ids: x [N, 1, in], W [E, out, in] -> [N, 1, out]."""
+        if self.scales is None:
+            return mx.gather_mm(
+                x, self.weight.swapaxes(-1, -2), rhs_indices=ids, sorted_indices=True
+            )
+        return mx.gather_qmm(
+            x,
+            self.weight,
+            self.scales,
+            self.biases,
+            rhs_indices=ids,
+            transpose=True,
+            group_size=self.group_size,
+            bits=self.bits,
+            mode=self.mode,
+            sorted_indices=True,
+        )

@@ -1,0 +1,205 @@
+"""Row statistics over the vocabulary: all that decoding wants to know of a row of raw logits, in
+one pass.
+
+For a row x of raw logits the tempered logits are t = softcap * tanh(x / softcap) / T, all in
+float32. A row gives its entropy (nats), its argmax (lowest index on ties), one sample of
+softmax(t), and (max, log_z), from which exp(t - log_z) recovers any probability later.
+
+The vocabulary is walked in slices of `SLICE` columns. A slice keeps its maximum m, Z = sum e^(t -
+m), S = sum e^(t - m) (t - m) and one candidate sample; the slices merge into entropy = log Z - S /
+Z. The sample is an inverse CDF on two levels: the row's first uniform picks the slice by its share
+of Z, the second picked the candidate inside that slice. So a sample needs two uniforms and no
+[rows, vocabulary] noise, has the distribution of a multinomial draw, and is the same whether the
+logits were held whole or were made slice by slice.
+
+NaN or Inf in a row of logits (the softcap alone would hide an Inf) makes its entropy NaN.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from mlx_dgemma.kernels.fuse import fused
+
+SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
+_LEAF = 512  # columns per partial sum inside a slice of the twin
+
+Head = Callable[[int, int], mx.array]
+
+
+class RowStatistics(NamedTuple):
+    """What one pass learns of each of R rows."""
+
+    entropy: mx.array  # [R] float32, nats; NaN where the row holds NaN or Inf
+    argmax: mx.array  # [R] int32
+    sample: mx.array  # [R] int32
+    max: mx.array  # [R] float32: the largest tempered logit
+    log_z: mx.array  # [R] float32: log of the sum of exp(tempered logits)
+
+
+def row_statistics(
+    raw_logits: mx.array,
+    temperature: float | mx.array,
+    uniforms: mx.array,
+    *,
+    softcap: float = 30.0,
+    temp: float = 1.0,
+) -> RowStatistics:
+    """Statistics and one sample per row of raw logits [R, V], any float dtype.
+
+    `temperature` is the schedule's T, a number or one per row [R]. `uniforms` [R, 2] float32 in
+    [0, 1). `temp` divides the tempered logits for sampling only; 0 takes the argmax.
+    """
+    return twin(raw_logits, temperature, uniforms, softcap=softcap, temp=temp)
+
+
+def twin(
+    raw_logits: mx.array,
+    temperature: float | mx.array,
+    uniforms: mx.array,
+    *,
+    softcap: float = 30.0,
+    temp: float = 1.0,
+) -> RowStatistics:
+    """The same in plain MLX operations; temporaries never exceed one slice."""
+    rows, vocabulary = raw_logits.shape
+    return sliced_row_statistics(
+        lambda start, stop: raw_logits[:, start:stop],
+        rows,
+        vocabulary,
+        temperature,
+        uniforms,
+        softcap=softcap,
+        temp=temp,
+    )
+
+
+def sliced_row_statistics(
+    head: Head,
+    rows: int,
+    vocabulary: int,
+    temperature: float | mx.array,
+    uniforms: mx.array,
+    *,
+    softcap: float = 30.0,
+    temp: float = 1.0,
+) -> RowStatistics:
+    """Row statistics that never hold [rows, vocabulary].
+
+    `head(start, stop)` gives the raw logits [rows, stop - start] of one vocabulary slice; it is
+    called once per slice of `SLICE` columns, in order, and each slice is done before the next is
+    made.
+    """
+    divisor = tempering(temperature, rows)
+    parts: list[_Slice] = []
+    for start in range(0, vocabulary, SLICE):
+        raw = head(start, min(start + SLICE, vocabulary))
+        if parts:  # one slice in memory at a time, without asking the host to wait
+            raw, _ = mx.depends([raw, divisor], list(parts[-1]))
+        parts.append(_one_slice(raw, divisor, uniforms[:, 1], start, softcap, temp))
+    return _merge(parts, uniforms[:, 0], temp)
+
+
+def tempering(temperature: float | mx.array, rows: int) -> mx.array:
+    """The schedule's temperature as a column [rows or 1, 1] float32."""
+    column = mx.array(temperature, dtype=mx.float32).reshape(-1, 1)
+    if column.shape[0] not in (1, rows):
+        raise ValueError(f"temperature has {column.shape[0]} values for {rows} rows")
+    return column
+
+
+@fused
+def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
+    """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
+    x = raw.astype(mx.float32)
+    return softcap * mx.tanh(x / softcap) / divisor + (x - x)
+
+
+class _Slice(NamedTuple):
+    """One slice of every row: [R] each, `weight` in the sampling distribution's own scale."""
+
+    max: mx.array
+    z: mx.array
+    s: mx.array
+    argmax: mx.array
+    weight: mx.array
+    candidate: mx.array
+
+
+def _one_slice(
+    raw: mx.array, divisor: mx.array, uniform: mx.array, start: int, softcap: float, temp: float
+) -> _Slice:
+    values = tempered(raw, mx.array(softcap, dtype=mx.float32), divisor)
+    maximum = values.max(axis=1, keepdims=True)
+    argmax = values.argmax(axis=1).astype(mx.int32) + start
+    shifted = values - maximum
+    exponentials = mx.exp(shifted)
+    leaves = _leaf_sums(exponentials)
+    z = leaves.sum(axis=1)
+    s = _leaf_sums(exponentials * shifted).sum(axis=1)
+    if temp == 0:
+        return _Slice(maximum[:, 0], z, s, argmax, z, argmax)
+    weight = z
+    if temp != 1:
+        exponentials = mx.exp(shifted / temp)
+        leaves = _leaf_sums(exponentials)
+        weight = leaves.sum(axis=1)
+    candidate = _inverse_cdf(exponentials, leaves, uniform) + start
+    return _Slice(maximum[:, 0], z, s, argmax, weight, candidate)
+
+
+def _leaf_sums(values: mx.array) -> mx.array:
+    """Sums over `_LEAF` columns at a time, [R, leaves]; the last leaf may be short."""
+    rows, columns = values.shape
+    whole = columns // _LEAF * _LEAF
+    sums = []
+    if whole:
+        sums.append(values[:, :whole].reshape(rows, -1, _LEAF).sum(axis=2))
+    if whole < columns:
+        sums.append(values[:, whole:].sum(axis=1, keepdims=True))
+    return mx.concatenate(sums, axis=1) if len(sums) > 1 else sums[0]
+
+
+def _inverse_cdf(values: mx.array, leaves: mx.array, uniform: mx.array) -> mx.array:
+    """Column drawn with probability proportional to `values`, first by leaf, then inside it."""
+    leaf, remainder = pick(leaves, uniform * leaves.sum(axis=1))
+    columns = mx.minimum(leaf[:, None] * _LEAF + mx.arange(_LEAF), values.shape[1] - 1)
+    inside = mx.take_along_axis(values, columns, axis=1)
+    inside = mx.where(leaf[:, None] * _LEAF + mx.arange(_LEAF) < values.shape[1], inside, 0.0)
+    column, _ = pick(inside, remainder)
+    return (leaf * _LEAF + column).astype(mx.int32)
+
+
+def pick(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
+    """The first position whose running sum passes `target`, and what of the target is left there.
+
+    Rounding can put the target at or behind the total; then the last position of weight above zero
+    is taken, never one that was impossible.
+    """
+    running = mx.cumsum(weights, axis=1)
+    passed = (running <= target[:, None]).sum(axis=1)
+    last = (running < running[:, -1:]).sum(axis=1)
+    position = mx.minimum(passed, last)
+    before = mx.maximum(position - 1, 0)[:, None]
+    behind = mx.where(position > 0, mx.take_along_axis(running, before, axis=1)[:, 0], 0.0)
+    return position.astype(mx.int32), mx.maximum(target - behind, 0.0)
+
+
+def _merge(parts: list[_Slice], uniform: mx.array, temp: float) -> RowStatistics:
+    stacked = _Slice(*(mx.stack(list(field), axis=1) for field in zip(*parts, strict=True)))
+    maximum = stacked.max.max(axis=1, keepdims=True)
+    behind = stacked.max - maximum
+    scale = mx.exp(behind)
+    z = (scale * stacked.z).sum(axis=1)
+    s = (scale * (stacked.s + stacked.z * behind)).sum(axis=1)
+    log_sum = mx.log(z)
+    best = stacked.max.argmax(axis=1, keepdims=True)
+    argmax = mx.take_along_axis(stacked.argmax, best, axis=1)[:, 0]
+    if temp == 0:
+        sample = argmax
+    else:
+        weights = stacked.weight * (scale if temp == 1 else mx.exp(behind / temp))
+        chosen, _ = pick(weights, uniform * weights.sum(axis=1))
+        sample = mx.take_along_axis(stacked.candidate, chosen[:, None], axis=1)[:, 0]
+    return RowStatistics(log_sum - s / z, argmax, sample, maximum[:, 0], maximum[:, 0] + log_sum)

@@ -1,0 +1,104 @@
+"""Router, experts, q/k/v and attention: the twins against float64."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import references as ref
+
+from mlx_dgemma.kernels import Matrix, attend, choose_experts, moe, norm_rope, route, write_behind
+
+
+def test_router_agrees_with_float64():
+    mx.random.seed(0)
+    x, scale = mx.random.normal((33, 24)), mx.random.normal((24,)) + 1
+    weight, per_expert = mx.random.normal((9, 24)) * 4, mx.random.uniform(0.5, 1.5, (9,))
+    found = route(x, scale, lambda rows: rows @ weight.T, per_expert, 4)
+    normed = ref.rms_norm(ref.numpy(x), None, 1e-6) * ref.numpy(scale) * 24**-0.5
+    experts, weights, order, offsets = ref.route(
+        normed @ ref.numpy(weight).T, ref.numpy(per_expert), 4
+    )
+    np.testing.assert_array_equal(np.array(found.experts), experts)
+    np.testing.assert_allclose(np.array(found.weights), weights, rtol=2e-5)
+    np.testing.assert_array_equal(np.array(found.order), order)
+    np.testing.assert_array_equal(np.array(found.offsets), offsets)
+
+
+def test_router_ties_take_the_lowest_index():
+    scores = mx.array([[1.0, 2.0, 2.0, 1.0], [0.0, -0.0, 0.0, -1.0], [-3.0, -1.0, -1.0, -1.0]])
+    found = choose_experts(scores, mx.ones((4,)), 2)
+    assert found.experts.tolist() == [[1, 2], [0, 1], [1, 2]]
+    assert found.offsets.tolist() == [0, 1, 4, 6, 6]
+    assert found.order.tolist() == [2, 0, 3, 4, 1, 5]
+
+
+def quantized(weight, mode):
+    if mode is None:
+        return Matrix(weight), ref.numpy(weight)
+    bits = 8 if mode == "affine8" else 4
+    name, group = ("affine", 32) if mode.startswith("affine") else (mode, 32)
+    packed = mx.quantize(weight, group_size=group, bits=bits, mode=name)
+    biases = packed[2] if len(packed) == 3 else None
+    back = mx.dequantize(*packed[:2], biases, group_size=group, bits=bits, mode=name)
+    return Matrix(packed[0], packed[1], biases, group, bits, name), ref.numpy(back)
+
+
+@pytest.mark.parametrize("mode", [None, "affine4", "affine8", "mxfp4"])
+def test_experts_agree_with_float64(mode):
+    mx.random.seed(1)
+    tokens, hidden, width, count, top_k = 21, 64, 32, 6, 3
+    x = mx.random.normal((tokens, hidden))
+    up, up_values = quantized(mx.random.normal((count, 2 * width, hidden)) * 0.1, mode)
+    down, down_values = quantized(mx.random.normal((count, hidden, width)) * 0.1, mode)
+    scores = mx.random.normal((tokens, count)).at[:, 2].add(-100.0)  # nobody asks expert 2
+    routing = choose_experts(scores, mx.random.uniform(0.5, 1.5, (count,)), top_k)
+    found = moe(x, routing, up, down)
+    expected = ref.moe(
+        ref.numpy(x),
+        np.array(routing.experts),
+        ref.numpy(routing.weights),
+        up_values,
+        down_values,
+    )
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("shared_keys", [False, True])
+def test_norm_and_rope_agree_with_float64(shared_keys):
+    mx.random.seed(2)
+    batch, length, heads, kv_heads, dim = 2, 5, 4, 2, 16
+    q = mx.random.normal((batch, length, heads, dim))
+    k = mx.random.normal((batch, length, kv_heads, dim))
+    v = None if shared_keys else mx.random.normal((batch, length, kv_heads, dim))
+    q_weight, k_weight = mx.random.normal((dim,)), mx.random.normal((dim,))
+    frequencies = mx.array([1.0, 0.1, 0, 0, 0, 0, 0, 0])  # proportional rope leaves most pairs
+    found = norm_rope(q, k, v, q_weight, k_weight, frequencies, 100)
+    positions = np.arange(length) + 100.0
+    for got, raw, weight in ((found.queries, q, q_weight), (found.keys, k, k_weight)):
+        normed = ref.rms_norm(ref.numpy(raw), ref.numpy(weight), 1e-6).swapaxes(1, 2)
+        expected = ref.rope(normed, positions, ref.numpy(frequencies))
+        np.testing.assert_allclose(np.array(got), expected, atol=2e-5)
+    plain = ref.rms_norm(ref.numpy(k if v is None else v), None, 1e-6).swapaxes(1, 2)
+    np.testing.assert_allclose(np.array(found.values), plain, atol=1e-5)
+
+
+def test_rows_are_written_behind_the_prefix():
+    buffer = mx.ones((1, 2, 6, 4))
+    written = write_behind(buffer, mx.zeros((1, 2, 3, 4)), 2)
+    assert written[0, 1, :, 0].tolist() == [1, 1, 0, 0, 0, 1]
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
+@pytest.mark.parametrize("batch", [1, 3])
+def test_attention_over_a_shared_prefix_agrees_with_float64(batch, chunk):
+    mx.random.seed(3)
+    q = mx.random.normal((batch, 4, 5, 16))
+    prefix = tuple(mx.random.normal((1, 2, 7, 16)) for _ in range(2))
+    own = tuple(mx.random.normal((batch, 2, 5, 16)) for _ in range(2))
+    found = attend(q, [prefix, own], chunk=chunk)
+    keys, values = (
+        np.concatenate([np.repeat(ref.numpy(a), batch, 0), ref.numpy(b)], axis=2)
+        for a, b in zip(prefix, own, strict=True)
+    )
+    np.testing.assert_allclose(
+        np.array(found), ref.attention(ref.numpy(q), keys, values), atol=1e-5
+    )
