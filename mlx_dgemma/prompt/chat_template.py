@@ -133,7 +133,8 @@ def _render(tokenizer: Tokenizer, **variables: Any) -> str:
         ValueError,
     ) as error:
         # A template is a program over the caller's data: its complaints are about that data.
-        raise InputError(f"The chat template cannot render these messages: {error}.") from error
+        complaint = str(error).rstrip(".")
+        raise InputError(f"The chat template cannot render these messages: {complaint}.") from error
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,103 @@
+"""From committed ids to what a reader gets: answer, thoughts, tool calls, cut at stop strings."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.prompt.channels import ChannelParser, Piece
+from mlx_dgemma.prompt.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Increment:
+    """What some ids add to a reply. stopped: a stop string was met; nothing follows."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    malformed_calls: tuple[str, ...] = ()
+    stopped: bool = False
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.thinking or self.tool_calls or self.malformed_calls)
+
+
+class ReplyReader:
+    """Reads committed ids block by block.
+
+    stop: strings that end the answer, also across block edges; they are not part of it, and
+        they are not looked for in thoughts or tool calls. tools: names of declared tools.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, *, stop: Sequence[str] = (), tools: Collection[str] = ()
+    ) -> None:
+        self._parser = ChannelParser(tokenizer, tools=tools)
+        self._stop = StopStrings(stop)
+
+    def feed(self, ids: Iterable[int]) -> Increment:
+        return self._read(self._parser.feed(ids))
+
+    def finish(self) -> Increment:
+        """What was held back: half a character, the start of a stop string, an open thought."""
+        last = self._read(self._parser.finish())
+        if last.stopped:
+            return last
+        return Increment(
+            last.text + self._stop.finish(), last.thinking, last.tool_calls, last.malformed_calls
+        )
+
+    def _read(self, pieces: Iterable[Piece]) -> Increment:
+        text, thinking = "", ""
+        calls: list[dict[str, Any]] = []
+        malformed: list[str] = []
+        for piece in pieces:
+            if piece.kind == "thinking":
+                thinking += piece.text
+            elif piece.calls:
+                calls += [{"name": call.name, "arguments": call.arguments} for call in piece.calls]
+            else:
+                if piece.kind == "tool_call":
+                    malformed.append(piece.text)
+                text += self._stop.feed(piece.text)
+                if self._stop.met:
+                    break
+        return Increment(text, thinking, tuple(calls), tuple(malformed), self._stop.met)
+
+
+class StopStrings:
+    """Passes text through until one of the strings appears; holds back what may begin one."""
+
+    def __init__(self, strings: Sequence[str]) -> None:
+        if isinstance(strings, str):
+            strings = [strings]
+        if any(not isinstance(string, str) or not string for string in strings):
+            raise InputError("A stop string is empty or no text: give at least one character.")
+        self._strings = tuple(strings)
+        self._held = ""
+        self.met = False
+
+    def feed(self, text: str) -> str:
+        """The text that no stop string can still claim."""
+        if self.met:
+            return ""
+        text, self._held = self._held + text, ""
+        found = [at for at in (text.find(string) for string in self._strings) if at >= 0]
+        if found:
+            self.met = True
+            return text[: min(found)]
+        longest = max((len(string) for string in self._strings), default=1) - 1
+        for kept in range(max(len(text) - longest, 0), len(text)):
+            if any(string.startswith(text[kept:]) for string in self._strings):
+                self._held = text[kept:]
+                return text[:kept]
+        return text
+
+    def finish(self) -> str:
+        """What was held back and now cannot become a stop string."""
+        held, self._held = self._held, ""
+        return held
