@@ -1,1 +1,19 @@
 """The network: config, weights, encoder pass, decoder pass, context cache, vision tower."""
+
+from mlx_dgemma.model.config import GenerationConfig, ModelConfig, TextConfig, VisionConfig
+from mlx_dgemma.model.context import ContextCache, Snapshot
+from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.vision import ImagePatches
+from mlx_dgemma.model.weights import load_model
+
+__all__ = [
+    "ContextCache",
+    "GenerationConfig",
+    "ImagePatches",
+    "Model",
+    "ModelConfig",
+    "Snapshot",
+    "TextConfig",
+    "VisionConfig",
+    "load_model",
+]

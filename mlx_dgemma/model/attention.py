@@ -1,0 +1,196 @@
+"""Attention of both passes: grouped queries, no score scaling, keys read where they lie.
+
+Encoder pass: causal, its keys are appended to the context. Decoder pass: the canvas sees the
+context and itself; the context is never changed.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dgemma.model.config import TextConfig
+from mlx_dgemma.model.context import LayerContext
+from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
+from mlx_dgemma.model.masks import encoder_mask
+from mlx_dgemma.model.rope import Table, rotate
+
+# Queries of one encoder chunk that attend at a time: bounds the score tensor, and lets a sliding
+# layer read only the keys near them.
+QUERY_BLOCK = 512
+
+
+class Attention(nn.Module):
+    """One layer's attention. Full layers have no v_proj: there the value is the raw key."""
+
+    def __init__(self, text: TextConfig, layer: int):
+        super().__init__()
+        self.heads = text.num_attention_heads
+        self.kv_heads = text.kv_heads_of(layer)
+        self.head_dim = text.head_dim_of(layer)
+        self.window = text.window_of(layer)
+        self.eps = text.rms_norm_eps
+        self.q_proj = Linear()
+        self.k_proj = Linear()
+        if text.is_sliding(layer):
+            self.v_proj = Linear()
+        self.o_proj = Linear()
+        self.q_norm = RMSNorm(self.eps)
+        self.k_norm = RMSNorm(self.eps)
+
+    def encode(
+        self, x: mx.array, rope: Table, context: LayerContext, blocks: np.ndarray | None
+    ) -> mx.array:
+        """Causal pass over x [1, L, H]; appends L keys to the context."""
+        queries, keys, values = self.project(x)
+        queries = self.queries(queries, rope)
+        first_query = context.offset
+        keys, values = context.append(*self.keys_and_values(keys, values, rope))
+        first_key = context.offset - keys.shape[2]
+        mixed = attend_causal(queries, keys, values, first_query, first_key, self.window, blocks)
+        return self.o_proj(mixed)
+
+    def extend(self, x: mx.array, rope: Table, context: LayerContext) -> None:
+        """Append the keys of x without attending: all the encoder's last layer is needed for."""
+        if "qkv_proj" in self:
+            _, keys, values = self.project(x)
+        else:
+            keys = self._split(self.k_proj(x), self.kv_heads)
+            values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
+        context.append(*self.keys_and_values(keys, values, rope))
+
+    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
+        """Bidirectional pass over canvases x [B, C, H] behind one shared context."""
+        queries, keys, values = self.project(x)
+        queries = self.queries(queries, rope)
+        keys, values = self.keys_and_values(keys, values, rope)
+        if x.shape[0] == 1:
+            mixed = attend(queries, *context.with_canvas(keys, values))
+        else:
+            mixed = attend_shared(queries, context.visible(), keys, values)
+        return self.o_proj(mixed)
+
+    def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+        """Raw queries, keys, values [B, L, heads, D]."""
+        if "qkv_proj" in self:
+            query_width, key_width = self.heads * self.head_dim, self.kv_heads * self.head_dim
+            joined = self.qkv_proj(x)
+            parts = mx.split(joined, [query_width, query_width + key_width], axis=-1)
+            queries, keys = parts[0], parts[1]
+            values = parts[2] if parts[2].shape[-1] else keys
+        else:
+            queries, keys = self.q_proj(x), self.k_proj(x)
+            values = self.v_proj(x) if "v_proj" in self else keys
+        return (
+            self._split(queries, self.heads),
+            self._split(keys, self.kv_heads),
+            self._split(values, self.kv_heads),
+        )
+
+    def queries(self, queries: mx.array, rope: Table) -> mx.array:
+        return rotate(self.q_norm(queries).transpose(0, 2, 1, 3), *rope)
+
+    def keys_and_values(
+        self, keys: mx.array, values: mx.array, rope: Table
+    ) -> tuple[mx.array, mx.array]:
+        """Normed and rotated keys, normed values, both [B, heads, L, D]."""
+        keys = rotate(self.k_norm(keys).transpose(0, 2, 1, 3), *rope)
+        values = mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
+        return keys, values
+
+    def prepare(self) -> None:
+        names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]
+        fused = fuse([self[name] for name in names])
+        if fused is not None:
+            for name in names:
+                delattr(self, name)
+            self.qkv_proj = fused
+
+    def _split(self, x: mx.array, heads: int) -> mx.array:
+        return x.reshape(*x.shape[:-1], heads, self.head_dim)
+
+
+def attend(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None
+) -> mx.array:
+    """softmax(q k^T) v: queries [B, heads, L, D], keys [B, kv_heads, K, D] -> [B, L, heads * D].
+
+    The queries that share a key head are folded into one matrix, so keys are never repeated.
+    mask: bool [L, K].
+    """
+    grouped = _fold(queries, keys.shape[1])
+    scores = grouped @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        scores = _hide(scores, mask)
+    return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
+
+
+def attend_shared(
+    queries: mx.array,
+    context: tuple[mx.array, mx.array] | None,
+    keys: mx.array,
+    values: mx.array,
+) -> mx.array:
+    """`attend` for a batch of canvases [B, ...] over one context [1, ...] and their own keys.
+
+    The context is multiplied by broadcasting; no row gets a copy of it.
+    """
+    if context is None:
+        return attend(queries, keys, values)
+    grouped = _fold(queries, keys.shape[1])
+    context_keys, context_values = context
+    scores = mx.concatenate(
+        [grouped @ context_keys.swapaxes(-1, -2), grouped @ keys.swapaxes(-1, -2)], axis=-1
+    )
+    weights = mx.softmax(scores, axis=-1, precise=True)
+    over_context, over_canvas = mx.split(weights, [context_keys.shape[2]], axis=-1)
+    return _unfold(over_context @ context_values + over_canvas @ values, queries.shape)
+
+
+def attend_causal(
+    queries: mx.array,
+    keys: mx.array,
+    values: mx.array,
+    first_query: int,
+    first_key: int,
+    window: int | None,
+    blocks: np.ndarray | None,
+) -> mx.array:
+    """Encoder attention, a block of queries at a time over just the keys it can see."""
+    length, last = queries.shape[2], keys.shape[2]
+    if blocks is not None:  # an image block looks ahead and past the window: keep it in one piece
+        mask = encoder_mask(first_query, length, first_key, last, window, blocks)
+        return attend(queries, keys, values, mask)
+    outputs = []
+    for start in range(0, length, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, length)
+        end = first_query + stop - first_key
+        begin = 0 if window is None else max(0, first_query + start - window + 1 - first_key)
+        mask = encoder_mask(
+            first_query + start, stop - start, first_key + begin, end - begin, window
+        )
+        outputs.append(
+            attend(queries[:, :, start:stop], keys[:, :, begin:end], values[:, :, begin:end], mask)
+        )
+    return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+
+def _fold(queries: mx.array, kv_heads: int) -> mx.array:
+    batch, heads, length, dim = queries.shape
+    return queries.reshape(batch, kv_heads, heads // kv_heads * length, dim)
+
+
+def _unfold(mixed: mx.array, shape: tuple[int, ...]) -> mx.array:
+    batch, heads, length, dim = shape
+    mixed = mixed.reshape(batch, heads, length, dim)
+    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, heads * dim)
+
+
+def _hide(scores: mx.array, mask: mx.array) -> mx.array:
+    """Lower hidden scores to the dtype's smallest finite number (minus infinity breeds NaN)."""
+    batch, kv_heads, rows, keys = scores.shape
+    queries = mask.shape[0]
+    split = scores.reshape(batch, kv_heads, rows // queries, queries, keys)
+    lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
+    return mx.where(mask, split, lowest).reshape(scores.shape)

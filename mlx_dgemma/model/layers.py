@@ -1,0 +1,147 @@
+"""The small parts: linear maps and embeddings, dense or quantized, norms and the gated MLP.
+
+A module holds its tensors under the checkpoint's names (`weight`, `scales`, `biases`) and is
+empty until the loader fills it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dgemma.model.names import Quantization
+
+
+class Matrix(nn.Module):
+    """A matrix [..., out, in], dense or packed; `packing` says how."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.packing: Quantization | None = None
+
+    @property
+    def quantized(self) -> bool:
+        return "scales" in self
+
+    def _packed(self) -> dict:
+        packing = self.packing
+        assert packing is not None
+        return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+
+    def dequantize(self, dtype: mx.Dtype) -> None:
+        """Replace the packed tensors by one dense weight."""
+        if self.quantized:
+            dense = mx.dequantize(self.weight, self.scales, self.get("biases"), **self._packed())
+            for key in ("scales", "biases"):
+                self.pop(key, None)
+            self.packing = None
+            self["weight"] = dense
+        self["weight"] = self["weight"].astype(dtype)
+
+
+class Linear(Matrix):
+    """x @ weight.T"""
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if self.quantized:
+            return mx.quantized_matmul(
+                x, self.weight, self.scales, self.get("biases"), transpose=True, **self._packed()
+            )
+        return x @ self.weight.T
+
+
+class Embedding(Matrix):
+    """The table [vocabulary, hidden]: input rows, output head and soft rows."""
+
+    def rows(self, ids: mx.array) -> mx.array:
+        """[..., hidden]: the rows of `ids`, dequantized."""
+        if not self.quantized:
+            return self.weight[ids]
+        biases = self.get("biases")
+        return mx.dequantize(
+            self.weight[ids],
+            self.scales[ids],
+            None if biases is None else biases[ids],
+            **self._packed(),
+        )
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """hidden @ table.T"""
+        if self.quantized:
+            return mx.quantized_matmul(
+                hidden,
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                transpose=True,
+                **self._packed(),
+            )
+        return hidden @ self.weight.T
+
+    def mix(self, probabilities: mx.array) -> mx.array:
+        """probabilities @ table"""
+        if self.quantized:
+            return mx.quantized_matmul(
+                probabilities,
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                transpose=False,
+                **self._packed(),
+            )
+        return probabilities @ self.weight
+
+
+class RMSNorm(nn.Module):
+    """weight * x / rms(x)"""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return mx.fast.rms_norm(x, self.weight, self.eps)
+
+
+class GatedMLP(nn.Module):
+    """down(gelu(gate(x)) * up(x)); gate and up are one matrix once the model is prepared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate_proj = Linear()
+        self.up_proj = Linear()
+        self.down_proj = Linear()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if "gate_up_proj" in self:
+            return self.down_proj(gated_gelu(self.gate_up_proj(x)))
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+    def prepare(self) -> None:
+        fused = fuse([self.gate_proj, self.up_proj])
+        if fused is not None:
+            del self.gate_proj, self.up_proj
+            self.gate_up_proj = fused
+
+
+def gated_gelu(gate_up: mx.array) -> mx.array:
+    """gelu(gate) * up of a tensor [..., 2 * width] that holds gate first."""
+    gate, up = mx.split(gate_up, 2, axis=-1)
+    return nn.gelu_approx(gate) * up
+
+
+def fuse(parts: Sequence[Linear]) -> Linear | None:
+    """One matrix whose output is the parts' outputs side by side; None when they are packed
+    differently. The caller drops the parts, so that only one copy stays in memory."""
+    if any(part.packing != parts[0].packing for part in parts):
+        return None
+    if any(set(part) != set(parts[0]) for part in parts):
+        return None
+    fused = Linear()
+    fused.packing = parts[0].packing
+    for key in parts[0]:
+        fused[key] = mx.concatenate([part[key] for part in parts], axis=0)
+    mx.eval(fused.parameters())
+    return fused

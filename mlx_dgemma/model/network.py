@@ -1,0 +1,343 @@
+"""The network: an encoder pass that extends the context, a decoder pass that denoises canvases.
+
+Both passes share every weight except the layers' scalars. Attribute names equal the checkpoint's
+tensor names. Nothing here knows about sampling, schedules or text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.kernels.matrix import Matrix as EmbeddingMatrix
+from mlx_dgemma.model.attention import Attention
+from mlx_dgemma.model.config import ModelConfig, TextConfig
+from mlx_dgemma.model.context import ContextCache, LayerContext
+from mlx_dgemma.model.experts import Experts, Router
+from mlx_dgemma.model.layers import Embedding, GatedMLP, RMSNorm
+from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.rope import RopeTables, Table
+from mlx_dgemma.model.vision import ImagePatches, VisionProjection, VisionTower
+
+CHUNK = 2048  # prompt tokens per encoder pass
+
+
+class Layer(nn.Module):
+    """Attention, then a dense and an expert branch side by side."""
+
+    def __init__(self, text: TextConfig, index: int):
+        super().__init__()
+        eps = text.rms_norm_eps
+        self.kind = text.layer_types[index]
+        self.self_attn = Attention(text, index)
+        self.mlp = GatedMLP()
+        self.input_layernorm = RMSNorm(eps)
+        self.post_attention_layernorm = RMSNorm(eps)
+        self.pre_feedforward_layernorm = RMSNorm(eps)
+        self.post_feedforward_layernorm = RMSNorm(eps)
+        self.router = Router(text)
+        self.experts = Experts()
+        self.post_feedforward_layernorm_1 = RMSNorm(eps)
+        self.post_feedforward_layernorm_2 = RMSNorm(eps)
+        self.pre_feedforward_layernorm_2 = RMSNorm(eps)
+
+    def encode(
+        self,
+        x: mx.array,
+        rope: Table,
+        context: LayerContext,
+        blocks: np.ndarray | None,
+        scalar: mx.array,
+    ) -> mx.array:
+        mixed = self.self_attn.encode(self.input_layernorm(x), rope, context, blocks)
+        return self._feed_forward(x + self.post_attention_layernorm(mixed)) * scalar
+
+    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
+        mixed = self.self_attn.decode(self.input_layernorm(x), rope, context)
+        return self._feed_forward(x + self.post_attention_layernorm(mixed)) * self.layer_scalar
+
+    def _feed_forward(self, residual: mx.array) -> mx.array:
+        """The two branches; the router reads the raw residual."""
+        dense = self.post_feedforward_layernorm_1(
+            self.mlp(self.pre_feedforward_layernorm(residual))
+        )
+        flat = residual.reshape(-1, residual.shape[-1])
+        mixed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape))
+        return residual + self.post_feedforward_layernorm(dense + sparse)
+
+
+class SelfConditioning(GatedMLP):
+    """What the last step believed, added to the canvas embeddings."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.pre_norm = RMSNorm(eps)
+
+    def condition(self, embedded: mx.array, soft: mx.array | None) -> mx.array:
+        """Norm of embedded plus signal; without a signal (a first step) of embedded alone."""
+        if soft is not None:
+            embedded = embedded + self(self.pre_norm(soft))
+        return mx.fast.rms_norm(embedded, None, self.eps)
+
+
+class Decoder(nn.Module):
+    """Every text weight; the encoder pass borrows them."""
+
+    def __init__(self, text: TextConfig):
+        super().__init__()
+        self.embed_tokens = Embedding()
+        self.layers = [Layer(text, index) for index in range(text.num_hidden_layers)]
+        self.norm = RMSNorm(text.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(text.rms_norm_eps)
+
+
+class LayerScalar(nn.Module):
+    """The one number per layer that the encoder does not share."""
+
+
+class EncoderText(nn.Module):
+    def __init__(self, text: TextConfig):
+        super().__init__()
+        self.layers = [LayerScalar() for _ in range(text.num_hidden_layers)]
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.language_model = EncoderText(config.text)
+        if config.vision is not None:
+            self.vision_tower = VisionTower(config.vision)
+            self.embed_vision = VisionProjection(config.vision)
+
+
+class Backbone(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.decoder = Decoder(config.text)
+        self.encoder = Encoder(config)
+
+
+class Model(nn.Module):
+    """DiffusionGemma. `load_model` fills it; `dtype` is what activations are computed in.
+
+    embedding_dtype: the checkpoint's, to which sqrt(hidden) is rounded, also when activations
+        are float32: it is the number the model was trained with.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        dtype: mx.Dtype = mx.float32,
+        embedding_dtype: mx.Dtype | None = None,
+    ):
+        super().__init__()
+        self.config = config
+        self.dtype = dtype
+        self.model = Backbone(config)
+        root = mx.array(config.text.hidden_size**0.5, embedding_dtype or dtype)
+        self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
+        self.rope = RopeTables(config.text, dtype)
+
+    # The obvious path, and the contract
+
+    def make_cache(self) -> ContextCache:
+        """An empty context of this model."""
+        text = self.config.text
+        windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
+        return ContextCache(windows, self.config.canvas_length, self.fingerprint())
+
+    def prefill(
+        self,
+        ids: mx.array | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        cache: ContextCache,
+        images: Sequence[ImagePatches] | None = None,
+        chunk_size: int = CHUNK,
+    ) -> None:
+        """Extend the context by ids int [1, S], causally, in chunks that end on multiples of
+        `chunk_size`, so that a reused prefix was computed exactly as a fresh one would be.
+
+        images: one per run of image tokens, in order; a chunk never cuts a run.
+        """
+        tokens = np.array(ids, dtype=np.int32).reshape(-1)
+        vocabulary = self.config.text.vocab_size
+        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+            raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
+        blocks = self._image_blocks(tokens, images)
+        soft = self._soft_tokens(blocks, images)
+        for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
+            part = None if blocks is None else blocks[start:stop]
+            self._encode(self._embed(tokens[start:stop], part, soft), cache, part)
+            mx.eval(cache.arrays) if stop < tokens.size else mx.async_eval(cache.arrays)
+            mx.clear_cache()
+
+    def denoise(
+        self,
+        canvas: mx.array,
+        cache: ContextCache,
+        self_conditioning_logits: mx.array | None = None,
+    ) -> mx.array:
+        """float32 logits [B, C, V] after the softcap, for canvases int [B, C].
+
+        self_conditioning_logits: the previous step's tempered logits [B, C, V]; None on a
+            block's first step.
+        """
+        soft = None
+        if self_conditioning_logits is not None:
+            soft = self.soft_embeddings(self_conditioning_logits)
+        return self.softcap(self.raw_logits(self.hidden(canvas, cache, soft)))
+
+    # Its pieces
+
+    def hidden(
+        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+    ) -> mx.array:
+        """[B, C, H] after the final norm. Reads the context, commits nothing to it."""
+        decoder = self.model.decoder
+        embedded = self.embedding_rows(canvas) * self.embed_scale
+        x = decoder.self_conditioning.condition(embedded, soft_embeddings)
+        rope = self.rope.span(cache.offset, canvas.shape[1])
+        for layer, context in zip(decoder.layers, cache.layers, strict=True):
+            x = layer.decode(x, rope[layer.kind], context)
+        return decoder.norm(x)
+
+    def raw_logits(self, hidden: mx.array) -> mx.array:
+        """[B, C, V] of the tied head, in the activation dtype, before float32 and softcap."""
+        return self.model.decoder.embed_tokens.logits(hidden)
+
+    def softcap(self, raw_logits: mx.array) -> mx.array:
+        cap = self.config.text.final_logit_softcapping
+        return mx.tanh(raw_logits.astype(mx.float32) / cap) * cap
+
+    def soft_embeddings(self, tempered_logits: mx.array) -> mx.array:
+        """[B, C, H]: the mean embedding under softmax(tempered logits), times sqrt(hidden)."""
+        logits = tempered_logits.astype(self.dtype).astype(mx.float32)
+        probabilities = mx.softmax(logits, axis=-1).astype(self.dtype)
+        mixed = self.model.decoder.embed_tokens.mix(probabilities)
+        return mixed.astype(self.dtype) * self.embed_scale
+
+    def embedding_rows(self, ids: mx.array) -> mx.array:
+        """[..., H]: rows of the embedding table, unscaled."""
+        return self.model.decoder.embed_tokens.rows(ids).astype(self.dtype)
+
+    @property
+    def embedding_matrix(self) -> EmbeddingMatrix:
+        """The embedding table as the fused operations take it."""
+        table = self.model.decoder.embed_tokens
+        if not table.quantized:
+            return EmbeddingMatrix(table.weight)
+        packing = table.packing
+        assert packing is not None
+        return EmbeddingMatrix(
+            table.weight,
+            table.scales,
+            table.get("biases"),
+            packing.group_size,
+            packing.bits,
+            packing.mode,
+            self.dtype,
+        )
+
+    def image_features(self, image: ImagePatches) -> mx.array:
+        """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
+        encoder = self.model.encoder
+        return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
+
+    def prepare(self) -> None:
+        """Join q/k/v and gate/up into one matrix each and free the originals.
+
+        The encoder's last layer needs keys and values alone, so that layer stays as it is.
+        """
+        decoder = self.model.decoder
+        for layer in decoder.layers:
+            layer.mlp.prepare()
+            if layer is not decoder.layers[-1]:
+                layer.self_attn.prepare()
+        decoder.self_conditioning.prepare()
+
+    def fingerprint(self) -> str:
+        """Identifies config and weights, cheaply: a few rows of every layer, hashed."""
+        known = getattr(self, "_fingerprint", None)
+        if known is None:
+            digest = hashlib.sha256(json.dumps(asdict(self.config.text)).encode())
+            for layer in self.model.decoder.layers:
+                for matrix in (layer.self_attn.o_proj.weight, layer.experts.down_proj.weight[0]):
+                    digest.update(np.array(matrix[0].view(mx.uint8)).tobytes())
+            known = self._fingerprint = digest.hexdigest()
+        return known
+
+    # The encoder pass
+
+    def _encode(self, x: mx.array, cache: ContextCache, blocks: np.ndarray | None) -> None:
+        if not self.config.text.bidirectional_images:
+            blocks = None
+        layers = self.model.decoder.layers
+        scalars = self.model.encoder.language_model.layers
+        rope = self.rope.span(cache.offset, x.shape[1])
+        for layer, scalar, context in zip(
+            layers[:-1], scalars[:-1], cache.layers[:-1], strict=True
+        ):
+            x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
+        last = layers[-1]  # its output is never used, only its keys and values
+        last.self_attn.extend(last.input_layernorm(x), rope[last.kind], cache.layers[-1])
+
+    def _embed(
+        self, tokens: np.ndarray, blocks: np.ndarray | None, soft: list[mx.array]
+    ) -> mx.array:
+        embedded = self.embedding_rows(mx.array(tokens)) * self.embed_scale
+        if blocks is not None:
+            for block in np.unique(blocks[blocks >= 0]):
+                first, count = int(np.argmax(blocks == block)), int((blocks == block).sum())
+                embedded[first : first + count] = soft[block]
+        return embedded[None]
+
+    def _image_blocks(
+        self, tokens: np.ndarray, images: Sequence[ImagePatches] | None
+    ) -> np.ndarray | None:
+        if not images:
+            return None
+        if self.config.vision is None:
+            raise CheckpointError("This checkpoint has no vision tower, so it cannot read images.")
+        blocks = image_blocks(tokens == self.config.image_token_id)
+        if blocks.max(initial=-1) + 1 != len(images):
+            raise InputError(
+                f"The prompt has {blocks.max(initial=-1) + 1} image placeholders "
+                f"for {len(images)} images; they must match."
+            )
+        return blocks
+
+    def _soft_tokens(
+        self, blocks: np.ndarray | None, images: Sequence[ImagePatches] | None
+    ) -> list[mx.array]:
+        if blocks is None:
+            return []
+        soft = [self.image_features(image) for image in images or ()]
+        for index, tokens in enumerate(soft):
+            expected = int((blocks == index).sum())
+            if tokens.shape[0] != expected:
+                raise InputError(
+                    f"Image {index + 1} gives {tokens.shape[0]} soft tokens, but the prompt has "
+                    f"{expected} placeholders for it."
+                )
+        return soft
+
+
+def _chunks(offset: int, count: int, size: int, blocks: np.ndarray | None) -> list[tuple[int, int]]:
+    """Spans of at most `size` new tokens that end on absolute multiples of `size`; a span that
+    would cut an image block is stretched to the block's end."""
+    spans, start = [], 0
+    while start < count:
+        stop = min(count, start + size - (offset + start) % size)
+        while blocks is not None and stop < count and 0 <= blocks[stop] == blocks[stop - 1]:
+            stop += 1
+        spans.append((start, stop))
+        start = stop
+    return spans

@@ -1,0 +1,65 @@
+"""Rotary position tables: built in float32 on the host, the same on every backend.
+
+Two kinds. Sliding layers rotate every pair (i, i + D/2). Full layers are "proportional": the
+first `partial_rotary_factor` of the pairs rotate, with exponents over the whole head dimension,
+and the rest have angle zero.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.model.config import FULL, SLIDING, TextConfig
+
+Table = tuple[mx.array, mx.array]
+
+
+def inverse_frequencies(theta: float, head_dim: int, rotated_pairs: int) -> np.ndarray:
+    """float32 [head_dim / 2]: radians per position of every pair; zero for those that rest."""
+    exponents = np.arange(0, 2 * rotated_pairs, 2, dtype=np.float32) / np.float32(head_dim)
+    rotated = np.float32(1.0) / np.power(np.float32(theta), exponents, dtype=np.float32)
+    return np.concatenate([rotated, np.zeros(head_dim // 2 - rotated_pairs, np.float32)])
+
+
+def table(frequencies: np.ndarray, positions: np.ndarray, dtype: mx.Dtype) -> Table:
+    """cos and sin [positions, head_dim / 2] in `dtype`.
+
+    The angle is rounded to float32 before the cosine, as the reference does: at position 200,000
+    that rounding is larger than the rest of the network's.
+    """
+    angles = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)
+    return (
+        mx.array(np.cos(angles).astype(np.float32)).astype(dtype),
+        mx.array(np.sin(angles).astype(np.float32)).astype(dtype),
+    )
+
+
+def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    """Rotate the pairs (i, i + D/2) of x [..., L, D]; cos and sin are [L, D/2]."""
+    low, high = mx.split(x, 2, axis=-1)
+    return mx.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
+
+
+class RopeTables:
+    """The tables of both layer types for a span of positions; the last spans are remembered."""
+
+    def __init__(self, text: TextConfig, dtype: mx.Dtype):
+        pairs = int(text.full_partial_rotary_factor * text.global_head_dim // 2)
+        self.frequencies = {
+            SLIDING: inverse_frequencies(
+                text.sliding_rope_theta, text.head_dim, text.head_dim // 2
+            ),
+            FULL: inverse_frequencies(text.full_rope_theta, text.global_head_dim, pairs),
+        }
+        self.dtype = dtype
+        self.span = lru_cache(maxsize=2)(self._span)
+
+    def _span(self, start: int, length: int) -> dict[str, Table]:
+        positions = np.arange(start, start + length)
+        return {
+            kind: table(frequencies, positions, self.dtype)
+            for kind, frequencies in self.frequencies.items()
+        }

@@ -1,0 +1,182 @@
+"""The Gemma 4 vision tower: image patches in, soft tokens in the text model's space out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.model.attention import attend
+from mlx_dgemma.model.config import VisionConfig
+from mlx_dgemma.model.layers import Linear, RMSNorm
+from mlx_dgemma.model.rope import inverse_frequencies, rotate, table
+
+
+@dataclass(frozen=True)
+class ImagePatches:
+    """One image, cut into patches.
+
+    pixels: float [patches, 3 * patch_size**2] in 0..1, a patch's rows of RGB pixels.
+    positions: int [patches, 2], the patch's column and row; (-1, -1) marks padding.
+    """
+
+    pixels: np.ndarray
+    positions: np.ndarray
+
+    def without_padding(self) -> ImagePatches:
+        real = (self.positions >= 0).all(axis=-1)
+        return ImagePatches(self.pixels[real], self.positions[real])
+
+
+class ClippableLinear(nn.Module):
+    """A linear map whose input and output are clamped, where the checkpoint has bounds."""
+
+    def __init__(self, clipped: bool):
+        super().__init__()
+        self.linear = Linear()
+        self.clipped = clipped
+
+    def __call__(self, x: mx.array) -> mx.array:
+        if not self.clipped:
+            return self.linear(x)
+        x = mx.clip(x, self.input_min, self.input_max)
+        return mx.clip(self.linear(x), self.output_min, self.output_max)
+
+
+class VisionAttention(nn.Module):
+    """Bidirectional attention over one image's patches, with a rotary half per axis."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        clipped = config.use_clipped_linears
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
+        self.q_proj = ClippableLinear(clipped)
+        self.k_proj = ClippableLinear(clipped)
+        self.v_proj = ClippableLinear(clipped)
+        self.o_proj = ClippableLinear(clipped)
+        self.q_norm = RMSNorm(config.rms_norm_eps)
+        self.k_norm = RMSNorm(config.rms_norm_eps)
+
+    def __call__(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
+        queries = self._rotated(self.q_norm(self._split(self.q_proj(x), self.heads)), rope)
+        keys = self._rotated(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), rope)
+        values = mx.fast.rms_norm(self._split(self.v_proj(x), self.kv_heads), None, self.eps)
+        return self.o_proj(attend(queries, keys, values.transpose(0, 2, 1, 3)))
+
+    def _split(self, x: mx.array, heads: int) -> mx.array:
+        return x.reshape(*x.shape[:-1], heads, self.head_dim)
+
+    def _rotated(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
+        halves = mx.split(x.transpose(0, 2, 1, 3), 2, axis=-1)
+        return mx.concatenate(
+            [rotate(half, *axis) for half, axis in zip(halves, rope, strict=True)], axis=-1
+        )
+
+
+class VisionMLP(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.gate_proj = ClippableLinear(config.use_clipped_linears)
+        self.up_proj = ClippableLinear(config.use_clipped_linears)
+        self.down_proj = ClippableLinear(config.use_clipped_linears)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+
+
+class VisionLayer(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        eps = config.rms_norm_eps
+        self.self_attn = VisionAttention(config)
+        self.mlp = VisionMLP(config)
+        self.input_layernorm = RMSNorm(eps)
+        self.post_attention_layernorm = RMSNorm(eps)
+        self.pre_feedforward_layernorm = RMSNorm(eps)
+        self.post_feedforward_layernorm = RMSNorm(eps)
+
+    def __call__(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
+        mixed = self.self_attn(self.input_layernorm(x), rope)
+        x = x + self.post_attention_layernorm(mixed)
+        mixed = self.mlp(self.pre_feedforward_layernorm(x))
+        return x + self.post_feedforward_layernorm(mixed)
+
+
+class PatchEmbedder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.input_proj = Linear()
+
+    def __call__(self, pixels: mx.array, positions: np.ndarray) -> mx.array:
+        columns, rows = mx.array(positions[:, 0]), mx.array(positions[:, 1])
+        places = self.position_embedding_table[0][columns] + self.position_embedding_table[1][rows]
+        return self.input_proj(2 * (pixels - 0.5)) + places
+
+
+class VisionEncoder(nn.Module):
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.layers = [VisionLayer(config) for _ in range(config.num_hidden_layers)]
+
+
+class VisionTower(nn.Module):
+    """Patches of one image -> soft tokens [tokens, width], standardised where the model asks."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedder = PatchEmbedder()
+        self.encoder = VisionEncoder(config)
+
+    def __call__(self, image: ImagePatches, dtype: mx.Dtype) -> mx.array:
+        image = image.without_padding()
+        x = self.patch_embedder(mx.array(image.pixels).astype(dtype), image.positions)[None]
+        rope = self._rope(image.positions, dtype)
+        for layer in self.encoder.layers:
+            x = layer(x, rope)
+        pooled = self._pool(x[0], image.positions) * self.config.hidden_size**0.5
+        if self.config.standardize:
+            bias, scale = self.std_bias.astype(mx.float32), self.std_scale.astype(mx.float32)
+            pooled = (pooled - bias) * scale
+        return pooled.astype(dtype)
+
+    def _rope(
+        self, positions: np.ndarray, dtype: mx.Dtype
+    ) -> tuple[tuple[mx.array, mx.array], ...]:
+        half = self.config.head_dim // 2
+        frequencies = inverse_frequencies(self.config.rope_theta, half, half // 2)
+        return tuple(table(frequencies, positions[:, axis], dtype) for axis in (0, 1))
+
+    def _pool(self, x: mx.array, positions: np.ndarray) -> mx.array:
+        """Average each k x k square of patches, in float32; squares in reading order."""
+        k = self.config.pooling_kernel_size
+        columns = int(positions[:, 0].max()) + 1
+        square = positions[:, 0] // k + (columns // k) * (positions[:, 1] // k)
+        tokens = len(positions) // (k * k)
+        if (
+            tokens * k * k != len(positions)
+            or (np.bincount(square, minlength=tokens) != k * k).any()
+        ):
+            raise InputError(
+                f"An image must have a whole number of {k} by {k} patch squares, "
+                f"not {len(positions)} patches in {columns} columns."
+            )
+        order = mx.array(np.argsort(square, kind="stable"))
+        squares = x.astype(mx.float32)[order].reshape(tokens, k * k, -1)
+        return squares.mean(axis=1).astype(x.dtype).astype(mx.float32)
+
+
+class VisionProjection(nn.Module):
+    """Soft tokens -> text width."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.embedding_projection = Linear()
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.embedding_projection(mx.fast.rms_norm(x, None, self.eps))
