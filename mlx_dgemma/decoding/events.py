@@ -7,7 +7,7 @@ terminal, a socket or MLX.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -46,11 +46,23 @@ class Commit:
     ids: the committed token ids, without the stop id.
     text: what they add to the answer; characters cut by the block's edge arrive with the next.
     block: 0 for the request's first canvas.
+    thinking: what they add to the thought channel, which is no part of the answer.
+    tool_calls: calls completed by this block, {"name": str, "arguments": dict} each.
+    malformed_calls: calls that could not be parsed; their text is part of `text` as well.
+    logprobs: per id, the log-probability (nats) under the last step's untempered logits.
+    entropies: per id, the entropy (nats) of the last step's tempered distribution.
+    settled: per id, the denoising step (1 is the block's first) that last changed it.
     """
 
     ids: tuple[int, ...]
     text: str
     block: int
+    thinking: str = ""
+    tool_calls: tuple[dict[str, Any], ...] = ()
+    malformed_calls: tuple[str, ...] = ()
+    logprobs: tuple[float, ...] = ()
+    entropies: tuple[float, ...] = ()
+    settled: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)

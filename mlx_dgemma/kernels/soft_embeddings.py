@@ -45,12 +45,13 @@ def soft_embeddings(
     table: Matrix | mx.array | nn.Module,
     *,
     softcap: float = 30.0,
+    scale: float | None = None,
 ) -> mx.array:
     """Dense soft embeddings [R, H] of raw logits [R, V] in the table's dtype.
 
     `maximum` and `log_z` [R] are the row statistics of the same logits at the same temperature.
     """
-    return twin(raw_logits, maximum, log_z, temperature, table, softcap=softcap)
+    return twin(raw_logits, maximum, log_z, temperature, table, softcap=softcap, scale=scale)
 
 
 def twin(
@@ -61,10 +62,16 @@ def twin(
     table: Matrix | mx.array | nn.Module,
     *,
     softcap: float = 30.0,
+    scale: float | None = None,
 ) -> mx.array:
     """The dense path in plain MLX operations; temporaries never exceed one slice."""
     return sliced_soft_embeddings(
-        lambda start, stop: raw_logits[:, start:stop], log_z, temperature, table, softcap=softcap
+        lambda start, stop: raw_logits[:, start:stop],
+        log_z,
+        temperature,
+        table,
+        softcap=softcap,
+        scale=scale,
     )
 
 
@@ -75,6 +82,7 @@ def sliced_soft_embeddings(
     table: Matrix | mx.array | nn.Module,
     *,
     softcap: float = 30.0,
+    scale: float | None = None,
 ) -> mx.array:
     """Dense soft embeddings from slices of raw logits, `head(start, stop)` -> [R, stop - start]."""
     matrix = Matrix.of(table)
@@ -91,7 +99,7 @@ def sliced_soft_embeddings(
             mx.float32
         )
         total = total + weights.astype(mx.float32).sum(axis=1, keepdims=True)
-    return scale_embeddings((summed / total).astype(matrix.dtype))
+    return scale_embeddings((summed / total).astype(matrix.dtype), scale)
 
 
 def probabilities(
@@ -104,9 +112,10 @@ def probabilities(
     return mx.exp(values - log_z[:, None])
 
 
-def scale_embeddings(rows: mx.array) -> mx.array:
-    """Times sqrt(hidden), the factor rounded to the rows' dtype first."""
-    return rows * mx.array(math.sqrt(rows.shape[-1]), dtype=rows.dtype)
+def scale_embeddings(rows: mx.array, scale: float | None = None) -> mx.array:
+    """Times `scale`, by default sqrt(hidden), rounded to the rows' dtype first."""
+    factor = math.sqrt(rows.shape[-1]) if scale is None else scale
+    return rows * mx.array(factor, dtype=rows.dtype)
 
 
 def select_survivors(
@@ -163,17 +172,25 @@ def survivors_twin(
 
 
 def gather_soft_embeddings(
-    survivors: Survivors, table: Matrix | mx.array | nn.Module, *, width: int | None = None
+    survivors: Survivors,
+    table: Matrix | mx.array | nn.Module,
+    *,
+    width: int | None = None,
+    scale: float | None = None,
 ) -> mx.array:
     """Soft embeddings [R, H] of the survivors alone, their weights renormalised.
 
     `width`, if the host knows it, is an upper bound on `counts`; columns behind it are not visited.
     """
-    return gather_twin(survivors, table, width=width)
+    return gather_twin(survivors, table, width=width, scale=scale)
 
 
 def gather_twin(
-    survivors: Survivors, table: Matrix | mx.array | nn.Module, *, width: int | None = None
+    survivors: Survivors,
+    table: Matrix | mx.array | nn.Module,
+    *,
+    width: int | None = None,
+    scale: float | None = None,
 ) -> mx.array:
     """The same in plain MLX operations, over blocks of rows so that the gather stays small."""
     matrix = Matrix.of(table)
@@ -188,4 +205,4 @@ def gather_twin(
         rows = matrix.take(ids)
         total = weights.astype(mx.float32).sum(axis=1, keepdims=True)
         blocks.append((weights[:, None, :] @ rows)[:, 0].astype(mx.float32) / total)
-    return scale_embeddings(mx.concatenate(blocks).astype(matrix.dtype))
+    return scale_embeddings(mx.concatenate(blocks).astype(matrix.dtype), scale)

@@ -1,0 +1,328 @@
+"""Load a model and generate with it: the rooms joined.
+
+model, tokenizer = load()                        # the bundled demo checkpoint
+print(generate(model, tokenizer, "Count from 3 to 9."))
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, TypedDict, Unpack
+
+import numpy as np
+
+from mlx_dgemma.decoding.blocks import Request, generate_blocks
+from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
+from mlx_dgemma.decoding.events import Commit, Draft, Event
+from mlx_dgemma.decoding.settings import (
+    DecodingSettings,
+    EmptyReplyPolicy,
+    SamplerName,
+    UnconvergedPolicy,
+)
+from mlx_dgemma.decoding.stopping import cut_at_stop
+from mlx_dgemma.decoding.trace import (
+    Comparison,
+    RecordedDraws,
+    RecordingDraws,
+    Trace,
+    config_digest,
+)
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.model import Model, load_model
+from mlx_dgemma.prompt import ReplyReader, Tokenizer, encode_messages, load_tokenizer
+from mlx_dgemma.prompt.reply import Increment
+from mlx_dgemma.prompt_cache import PromptCache
+
+Message = Mapping[str, Any]
+Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
+
+
+def load(
+    path_or_hf_repo: str | Path | None = None,
+    *,
+    lazy: bool = False,
+    revision: str | None = None,
+    adapter_path: str | Path | None = None,
+) -> tuple[Model, Tokenizer]:
+    """A model and its tokenizer from a folder or a Hugging Face repository.
+
+    path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
+    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
+    format, merged on loading.
+
+    Raises ModelNotFoundError, CheckpointError or ResourceError (too little memory or disk).
+    """
+    from mlx_dgemma.hub import resolve_model  # brings huggingface-hub, which takes a moment
+
+    folder = resolve_model(path_or_hf_repo, revision=revision)
+    model = load_model(folder, lazy=lazy)
+    return model, load_tokenizer(folder, model.config.stop_ids)
+
+
+def encode_prompt(
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    system_prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool = False,
+) -> list[int]:
+    """Prompt ids: a str is one user message, messages go through the chat template, ids stay."""
+    if isinstance(prompt, str):
+        if not prompt.strip():
+            raise InputError("The prompt is empty: write something to answer.")
+        prompt = [{"role": "user", "content": prompt}]
+    if len(prompt) == 0:
+        raise InputError("The prompt is empty: write something to answer.")
+    if isinstance(prompt[0], Mapping):
+        return encode_messages(
+            tokenizer,
+            prompt,  # type: ignore[arg-type]
+            system_prompt=system_prompt,
+            tools=tools,
+            enable_thinking=enable_thinking,
+        )
+    if system_prompt or tools or enable_thinking:
+        raise InputError(
+            "A prompt of token ids is taken as it is: put the system prompt, tools and thinking "
+            "into it, or pass messages."
+        )
+    ids = np.asarray(prompt)
+    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
+        raise InputError("A prompt is a str, a list of messages or a flat list of token ids.")
+    if ids.min() < 0 or ids.max() >= len(tokenizer):
+        raise InputError(f"A prompt id is outside the vocabulary of {len(tokenizer)} tokens.")
+    return [int(token) for token in ids]
+
+
+def stream_generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    drafts: bool = False,
+    max_tokens: int = 256,
+    seed: int | None = None,
+    temp: float = 1.0,
+    sampler: SamplerName = "entropy-bound",
+    max_denoising_steps: int | None = None,
+    entropy_bound: float | None = None,
+    t_min: float | None = None,
+    t_max: float | None = None,
+    stability_threshold: int | None = None,
+    confidence_threshold: float | None = None,
+    reveal_threshold: float | None = None,
+    canvas_length: int | None = None,
+    stop: str | Sequence[str] = (),
+    system_prompt: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    enable_thinking: bool = False,
+    cache: PromptCache | None = None,
+    cancel: threading.Event | None = None,
+    on_unconverged: UnconvergedPolicy = "commit",
+    empty_reply: EmptyReplyPolicy = "reroll",
+    logprobs: bool = False,
+    trace: str | Path | None = None,
+) -> Generator[Event, None, None]:
+    """Generates a reply; yields a Commit per block and a Finish, with `drafts` each Draft too.
+
+    prompt: a str is one user message, messages go through the chat template, a list or array
+        of ids is taken as it is. seed: drawn and reported in Finish when None; the same seed
+        on the same build and device gives the same ids.
+    temp: divides the logits for sampling only; 0.0 takes the argmax. mlx-lm's default is 0.0;
+        this model's reference always samples, so ours is 1.0.
+    sampler, max_denoising_steps, ..., canvas_length: see DecodingSettings; None takes the
+        checkpoint's generation config.
+    stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
+        Commit.tool_calls. cache: a PromptCache that keeps the context for the next turn.
+    cancel: set it from any thread; the generation ends between two denoising steps.
+    logprobs: score committed ids in Commit.logprobs. trace: a file to record every draw in.
+
+    Closing the generator frees everything it holds. Raises InputError for a request that
+    cannot be served, NumericsError when the network produces NaN or Inf.
+    """
+    settings = DecodingSettings.from_defaults(
+        model.config.generation,
+        {
+            "max_tokens": max_tokens,
+            "temp": temp,
+            "sampler": sampler,
+            "max_denoising_steps": max_denoising_steps,
+            "entropy_bound": entropy_bound,
+            "t_min": t_min,
+            "t_max": t_max,
+            "stability_threshold": stability_threshold,
+            "confidence_threshold": confidence_threshold,
+            "reveal_threshold": reveal_threshold,
+            "canvas_length": canvas_length,
+            "on_unconverged": on_unconverged,
+            "empty_reply": empty_reply,
+        },
+    )
+    seed = fresh_seed() if seed is None else check_seed(seed)
+    ids = encode_prompt(
+        tokenizer, prompt, system_prompt=system_prompt, tools=tools, enable_thinking=enable_thinking
+    )
+    reader = ReplyReader(tokenizer, stop=stop, tools=_tool_names(tools))
+    draws: Draws = SeededDraws(seed)
+    record = None
+    if trace is not None:
+        record = Trace(seed, ids, asdict(settings), config_digest(model.config))
+        draws = RecordingDraws(draws, record)
+    request = Request(
+        prompt=ids,
+        settings=settings,
+        draws=draws,
+        seed=seed,
+        stop_ids=tokenizer.stop_ids,
+        drafts=drafts,
+        logprobs=logprobs,
+        cancel=cancel,
+        observe=None if record is None else record.observe,
+    )
+    return _stream(model, tokenizer, request, reader, cache or PromptCache(model), record, trace)
+
+
+class Options(TypedDict, total=False):
+    """The keywords of `stream_generate`, for functions that pass them on."""
+
+    max_tokens: int
+    seed: int | None
+    temp: float
+    sampler: SamplerName
+    max_denoising_steps: int | None
+    entropy_bound: float | None
+    t_min: float | None
+    t_max: float | None
+    stability_threshold: int | None
+    confidence_threshold: float | None
+    reveal_threshold: float | None
+    canvas_length: int | None
+    stop: str | Sequence[str]
+    system_prompt: str | None
+    tools: Sequence[Mapping[str, Any]] | None
+    enable_thinking: bool
+    cache: PromptCache | None
+    on_unconverged: UnconvergedPolicy
+    empty_reply: EmptyReplyPolicy
+    logprobs: bool
+    trace: str | Path | None
+
+
+def generate(
+    model: Model,
+    tokenizer: Tokenizer,
+    prompt: Prompt,
+    *,
+    cancel: threading.Event | None = None,
+    **options: Unpack[Options],
+) -> str:
+    """The answer as one string; thoughts and tool calls are only in `stream_generate`'s events."""
+    stream = stream_generate(model, tokenizer, prompt, cancel=cancel, **options)
+    return "".join(event.text for event in stream)
+
+
+@dataclass(frozen=True)
+class Replay:
+    """A trace run again. divergence: (block, attempt, step) of the first other draft, or None."""
+
+    ids: tuple[int, ...]
+    text: str
+    divergence: tuple[int, int, int] | None
+
+
+def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
+    """Runs a recorded generation again, taking every random number from the file.
+
+    Raises InputError when the file is no trace or belongs to another network.
+    """
+    record = Trace.load(trace)
+    if record.config_digest != config_digest(model.config):
+        raise InputError(f"{trace} was recorded with another model: load that one to replay it.")
+    comparison = Comparison(record)
+    request = Request(
+        prompt=record.prompt,
+        settings=record.decoding_settings(),
+        draws=RecordedDraws(record),
+        seed=record.seed,
+        stop_ids=tokenizer.stop_ids,
+        observe=comparison.observe,
+    )
+    commits = [
+        event
+        for event in _stream(
+            model, tokenizer, request, ReplyReader(tokenizer), PromptCache(model), None, None
+        )
+        if isinstance(event, Commit)
+    ]
+    return Replay(
+        ids=tuple(token for commit in commits for token in commit.ids),
+        text="".join(commit.text for commit in commits),
+        divergence=comparison.divergence,
+    )
+
+
+def _stream(
+    model: Model,
+    tokenizer: Tokenizer,
+    request: Request,
+    reader: ReplyReader,
+    cache: PromptCache,
+    record: Trace | None,
+    trace: str | Path | None,
+) -> Generator[Event, None, None]:
+    prompt = request.prompt
+    request = replace(request, prompt=cache.align(prompt), prefilled=lambda: cache.mark(prompt))
+    blocks = generate_blocks(model, cache.cache, request)
+    answer: bool | None = None
+    last_block = 0
+    try:
+        while True:
+            try:
+                event = blocks.send(answer)
+            except StopIteration:
+                return
+            answer = None
+            if isinstance(event, Draft):
+                yield replace(event, draft_text=draft_text(tokenizer, event.ids))
+            elif isinstance(event, Commit):
+                if record is not None:
+                    record.committed.append(list(event.ids))
+                increment = reader.feed(event.ids)
+                answer, last_block = increment.stopped or None, event.block
+                yield _commit(event, increment)
+            else:
+                held = reader.finish()
+                if not held.empty and event.reason != "unconverged":
+                    yield _commit(Commit(ids=(), text="", block=last_block), held)
+                if record is not None and trace is not None:
+                    record.save(trace)
+                yield replace(event, prompt_tokens=len(prompt))
+    finally:
+        blocks.close()
+
+
+def draft_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
+    """A draft as a reader would see it if it were committed now: markers and tail removed."""
+    kept, _ = cut_at_stop(ids, tokenizer.stop_ids)
+    reader = ReplyReader(tokenizer)
+    parts = (reader.feed(kept), reader.finish())
+    return "".join(part.thinking for part in parts) + "".join(part.text for part in parts)
+
+
+def _commit(event: Commit, increment: Increment) -> Commit:
+    return replace(
+        event,
+        text=increment.text,
+        thinking=increment.thinking,
+        tool_calls=increment.tool_calls,
+        malformed_calls=increment.malformed_calls,
+    )
+
+
+def _tool_names(tools: Sequence[Mapping[str, Any]] | None) -> list[str]:
+    return [tool.get("function", tool).get("name", "") for tool in tools or ()]

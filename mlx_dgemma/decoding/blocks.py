@@ -1,0 +1,252 @@
+"""The outer loop: one canvas after another, each committed to the context.
+
+    prefill the prompt -> [ denoise a canvas -> commit its draft -> prefill the commit ] ...
+
+Speaks token ids alone; `api` turns them into text.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import warnings
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
+from mlx_dgemma.decoding.draws import Draws
+from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.step import Step
+from mlx_dgemma.decoding.stopping import cut_at_stop
+from mlx_dgemma.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import ContextCache, Model
+
+# A first canvas that holds nothing but a stop id is denoised again at these parts of its
+# length, then accepted as it is.
+REROLL_DIVISORS = (1, 2, 4)
+
+
+@dataclass(frozen=True)
+class Request:
+    """One generation on ids.
+
+    prompt: ids that continue what the cache holds; may be empty then.
+    seed: reported in Finish; `draws`, made from it, give every random number.
+    stop_ids: end the reply, anywhere on a canvas.
+    drafts: yield a Draft per denoising step. logprobs: score committed ids.
+    cancel: checked between steps. prefilled: called once the prompt is in the cache.
+    observe: called with every step while it is on the device.
+    """
+
+    prompt: Sequence[int]
+    settings: DecodingSettings
+    draws: Draws
+    seed: int
+    stop_ids: frozenset[int]
+    images: Any = None
+    drafts: bool = False
+    logprobs: bool = False
+    cancel: threading.Event | None = None
+    prefilled: Callable[[], None] | None = None
+    observe: Callable[[Step], None] | None = None
+
+    @property
+    def cancelled(self) -> bool:
+        return self.cancel is not None and self.cancel.is_set()
+
+
+@dataclass
+class _Tally:
+    """What a request has cost so far; becomes its Finish."""
+
+    prompt_tokens: int
+    generated: int = 0
+    forwards: int = 0
+    steps: list[int] = field(default_factory=list)
+    converged: list[bool] = field(default_factory=list)
+    prefill_seconds: float = 0.0
+    denoise_seconds: float = 0.0
+
+    def finish(self, reason: FinishReason, seed: int) -> Finish:
+        return Finish(
+            reason=reason,
+            seed=seed,
+            blocks=len(self.steps),
+            steps_per_block=tuple(self.steps),
+            converged=tuple(self.converged),
+            tokens_per_forward=self.generated / self.forwards if self.forwards else 0.0,
+            prompt_tokens=self.prompt_tokens,
+            generated_tokens=self.generated,
+            prefill_seconds=self.prefill_seconds,
+            denoise_seconds=self.denoise_seconds,
+            peak_memory_bytes=mx.get_peak_memory(),
+        )
+
+
+def generate_blocks(
+    model: Model, cache: ContextCache, request: Request
+) -> Generator[Event, bool | None, None]:
+    """Yields a Commit per block, then a Finish; with `request.drafts` a Draft per step as well.
+
+    Texts in the events are empty. The caller may send(True) in answer to a Commit: the
+    request then ends with reason "stop". On return the cache holds what it held before, the
+    prompt and every committed block but the last, which nobody needed to read.
+
+    Raises InputError when the prompt is empty or leaves no room for a canvas, NumericsError
+    when the network produces NaN or Inf.
+    """
+    settings = request.settings
+    length = settings.canvas_length or model.config.canvas_length
+    limit = model.config.text.max_position_embeddings
+    _check_room(len(request.prompt), length, cache.offset, limit)
+    mx.reset_peak_memory()
+    tally = _Tally(prompt_tokens=len(request.prompt))
+
+    started = time.perf_counter()
+    model.prefill(
+        mx.array(list(request.prompt), dtype=mx.int32)[None], cache, images=request.images
+    )
+    mx.clear_cache()
+    tally.prefill_seconds = time.perf_counter() - started
+
+    reason: FinishReason | None = None
+    block = 0
+    while reason is None:
+        if cache.offset + length > limit:
+            reason = "length"
+            break
+        started = time.perf_counter()
+        result = yield from _reply_block(model, cache, request, length, block, tally)
+        tally.denoise_seconds += time.perf_counter() - started
+        if result is None:
+            reason = "cancelled"
+            break
+        tally.steps.append(result.steps)
+        tally.converged.append(result.converged)
+        if not result.converged and settings.on_unconverged == "refuse":
+            reason = "unconverged"
+            break
+        if not result.converged and settings.on_unconverged == "warn":
+            warnings.warn(
+                f"Block {block} used all its {result.steps} denoising steps without converging; "
+                "its text may be wrong and mislead the blocks after it.",
+                stacklevel=2,
+            )
+
+        ids, stop_id = cut_at_stop(result.ids, request.stop_ids)
+        kept = ids[: settings.max_tokens - tally.generated]
+        tally.generated += len(kept)
+        asked_to_stop = yield _commit(result, kept, block)
+        if asked_to_stop or (stop_id is not None and len(kept) == len(ids)):
+            reason = "stop"
+        elif tally.generated >= settings.max_tokens:
+            reason = "length"
+        else:
+            started = time.perf_counter()
+            model.prefill(mx.array(result.ids)[None], cache)
+            tally.denoise_seconds += time.perf_counter() - started
+            block += 1
+    yield tally.finish(reason, request.seed)
+
+
+def _check_room(prompt: int, length: int, offset: int, limit: int) -> None:
+    if prompt + offset == 0:
+        raise InputError("The prompt is empty: write something to answer.")
+    room = limit - offset - length
+    if prompt > room:
+        raise InputError(
+            f"The prompt has {prompt} tokens, but only {max(room, 0)} fit into the context "
+            f"beside a canvas of {length}: shorten it."
+        )
+
+
+def _commit(result: BlockResult, ids: list[int], block: int) -> Commit:
+    count = len(ids)
+    return Commit(
+        ids=tuple(ids),
+        text="",
+        block=block,
+        logprobs=() if result.logprobs is None else tuple(result.logprobs[:count].tolist()),
+        entropies=tuple(result.entropy[:count].tolist()),
+        settled=tuple(result.settled[:count].tolist()),
+    )
+
+
+def _reply_block(
+    model: Model, cache: ContextCache, request: Request, length: int, block: int, tally: _Tally
+) -> Generator[Event, None, BlockResult | None]:
+    """One block; guards the first against an empty reply. None when cancelled.
+
+    Terse prompts can make the whole first draft stop ids. "reroll" denoises it again with
+    other draws on shorter canvases; "suppress" keeps stop ids from the first position, in the
+    draft and the sample alone.
+    """
+    guard = request.settings.empty_reply
+    first = block == 0
+    banned = sorted(request.stop_ids) if first and guard == "suppress" else ()
+    divisors = REROLL_DIVISORS if first and guard == "reroll" else (1,)
+    result = None
+    for attempt, divisor in enumerate(divisors):
+        result = yield from _denoise(
+            model, cache, request, max(length // divisor, 1), block, attempt, banned, tally
+        )
+        if result is None or int(result.ids[0]) not in request.stop_ids:
+            break
+    return result
+
+
+def _denoise(
+    model: Model,
+    cache: ContextCache,
+    request: Request,
+    length: int,
+    block: int,
+    attempt: int,
+    banned: Sequence[int],
+    tally: _Tally,
+) -> Generator[Event, None, BlockResult | None]:
+    steps = denoise_block(
+        model,
+        cache,
+        request.settings,
+        [CanvasRequest(request.draws)],
+        block=block,
+        attempt=attempt,
+        length=length,
+        logprobs=request.logprobs,
+        banned_first=banned,
+    )
+    while True:
+        if request.cancelled:
+            steps.close()
+            return None
+        try:
+            step = next(steps)
+        except StopIteration as finished:
+            return finished.value[0]
+        tally.forwards += 1
+        if request.observe is not None:
+            request.observe(step)
+        if request.drafts:
+            yield draft_event(step)
+
+
+def draft_event(step: Step, row: int = 0) -> Draft:
+    """The row's draft, read from the device."""
+    line = step.rows.index(row)
+    return Draft(
+        ids=np.array(step.draft[line]),
+        draft_text="",
+        accepted=np.array(step.accepted[line]),
+        entropy=np.array(step.entropy[line]),
+        step=step.place.step,
+        block=step.place.block,
+    )

@@ -1,0 +1,92 @@
+"""What a canvas starts from: noise, a draft to revise, and positions whose ids are known."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.draws import Draws, Place
+from mlx_dgemma.errors import InputError
+
+
+@dataclass(frozen=True)
+class Pins:
+    """Canvas positions whose ids are known and never change.
+
+    ids: int32 [C]; only the pinned positions are read.
+    mask: bool [C]; True where the id is pinned.
+    """
+
+    ids: np.ndarray
+    mask: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.ids.shape != self.mask.shape or self.ids.ndim != 1:
+            raise ValueError(
+                f"pins need two vectors of one length: {self.ids.shape=} {self.mask.shape=}"
+            )
+
+    @classmethod
+    def from_template(cls, template: Sequence[int | None]) -> Pins:
+        """Pins the integers of `template`; None marks a free position."""
+        mask = np.array([token is not None for token in template], dtype=bool)
+        ids = np.array([token or 0 for token in template], dtype=np.int32)
+        return cls(ids, mask)
+
+
+@dataclass(frozen=True)
+class Start:
+    """A draft to revise instead of noise.
+
+    ids: int32 [C].
+    strength: 0 keeps the draft, 1 ignores it. In between, each free position keeps its id
+        with probability 1 - strength, and denoising enters the temperature schedule at
+        step ceil(strength * N).
+    """
+
+    ids: np.ndarray
+    strength: float
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.strength <= 1:
+            raise InputError(
+                f"strength={self.strength!r} is not possible: use 0 (keep) to 1 (noise)."
+            )
+
+    def first_step(self, steps: int) -> int:
+        return math.ceil(self.strength * steps)
+
+
+@dataclass(frozen=True)
+class CanvasRequest:
+    """One row of a batch: where its random numbers come from and what is known beforehand."""
+
+    draws: Draws
+    pins: Pins | None = None
+    start: Start | None = None
+
+    def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
+        """int32 [length]: noise, or the draft with some positions noised; pins laid on top."""
+        canvas = self.draws.canvas(place, length, vocab_size)
+        if self.start is not None:
+            kept = self.draws.keep(place, length) >= self.start.strength
+            canvas = mx.where(kept, mx.array(self.start.ids), canvas)
+        if self.pins is not None:
+            canvas = mx.where(mx.array(self.pins.mask), mx.array(self.pins.ids), canvas)
+        return canvas
+
+
+def stack_pins(rows: Sequence[CanvasRequest], length: int) -> tuple[mx.array, mx.array] | None:
+    """(ids int32 [B, C], mask bool [B, C]) of a batch, or None when no row pins anything."""
+    if all(row.pins is None for row in rows):
+        return None
+    free = Pins(np.zeros(length, np.int32), np.zeros(length, bool))
+    pins = [row.pins or free for row in rows]
+    return (
+        mx.array(np.stack([pin.ids for pin in pins])),
+        mx.array(np.stack([pin.mask for pin in pins])),
+    )

@@ -1,0 +1,285 @@
+"""One block: a canvas of noise becomes a draft worth committing.
+
+    canvas -> hidden states -> raw logits -> row statistics (entropy, argmax, sample)
+           -> accept and renoise -> next canvas;  soft embeddings -> next step's signal
+
+Everything stays on the device but for one small vector per row and step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.canvas import CanvasRequest, stack_pins
+from mlx_dgemma.decoding.draws import Draws, Place
+from mlx_dgemma.decoding.sampler import StepInput, make_sampler
+from mlx_dgemma.decoding.schedule import temperature
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.step import Step
+from mlx_dgemma.decoding.stopping import StableAndConfident
+from mlx_dgemma.errors import NumericsError
+from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
+from mlx_dgemma.kernels.soft_embeddings import scale_embeddings, soft_embeddings
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import ContextCache, Model
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A row's finished block.
+
+    ids: int32 [C], the last draft (not the noisy canvas).
+    entropy: float32 [C], nats, of the last step's tempered distributions; 0 where pinned.
+    settled: int32 [C], the step that last changed the draft there.
+    logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
+    steps: denoising steps taken. converged: whether the stop test fired.
+    """
+
+    ids: np.ndarray
+    entropy: np.ndarray
+    settled: np.ndarray
+    logprobs: np.ndarray | None
+    steps: int
+    converged: bool
+
+
+class _Prediction(NamedTuple):
+    """One decoder pass over a batch: raw logits [b, C, V], the rest [b, C]."""
+
+    raw: mx.array
+    stats: RowStatistics
+    draft: mx.array
+    sample: mx.array
+    entropy: mx.array
+
+
+@dataclass
+class _Batch:
+    """The rows still being denoised; every array has one line for each."""
+
+    rows: list[int]
+    canvas: mx.array
+    settled: mx.array
+    pins: tuple[mx.array, mx.array] | None
+    signal: mx.array | None = None
+    draft: mx.array | None = None
+
+    def keep(self, lines: np.ndarray) -> None:
+        self.rows = [self.rows[line] for line in lines]
+        index = mx.array(lines)
+        self.canvas, self.settled = self.canvas[index], self.settled[index]
+        self.signal = None if self.signal is None else self.signal[index]
+        self.draft = None if self.draft is None else self.draft[index]
+        self.pins = None if self.pins is None else (self.pins[0][index], self.pins[1][index])
+
+
+def denoise_block(
+    model: Model,
+    cache: ContextCache,
+    settings: DecodingSettings,
+    requests: Sequence[CanvasRequest],
+    *,
+    block: int = 0,
+    attempt: int = 0,
+    length: int | None = None,
+    logprobs: bool = False,
+    banned_first: Sequence[int] = (),
+) -> Generator[Step, None, list[BlockResult]]:
+    """Denoises a batch of canvases over one shared context; yields each step, returns each row.
+
+    Every row has its own draws, pins and stop: it draws what it draws alone, and a row that
+    has stopped is no longer computed. The context is read, never written.
+
+    length: canvas positions; None is the settings' or the checkpoint's.
+    banned_first: ids that position 0 takes neither in draft nor sample; the self-conditioning
+        signal still sees them.
+
+    Raises NumericsError at the first step whose logits are not finite.
+    """
+    length = length or settings.canvas_length or model.config.canvas_length
+    vocab_size = model.config.text.vocab_size
+    total = settings.max_denoising_steps
+    fresh = Place(block, attempt, 0)
+    batch = _Batch(
+        rows=list(range(len(requests))),
+        canvas=mx.stack([request.initial(fresh, length, vocab_size) for request in requests]),
+        settled=mx.zeros((len(requests), length), dtype=mx.int32),
+        pins=stack_pins(requests, length),
+    )
+    first = _first_step(requests, total)
+    if first == 0:
+        return [_untouched(ids, logprobs) for ids in np.array(batch.canvas)]
+
+    results: dict[int, BlockResult] = {}
+    sampler = make_sampler(settings)
+    stop = StableAndConfident(
+        settings.stability_threshold, settings.confidence_threshold, len(requests)
+    )
+    for taken, step in enumerate(range(first, 0, -1), start=1):
+        place = Place(block, attempt, taken)
+        now = temperature(step, total, settings.t_min, settings.t_max)
+        draws = [requests[row].draws for row in batch.rows]
+
+        seen = _predict(model, cache, settings, batch, draws, place, now, banned_first)
+        decision = sampler.decide(
+            StepInput(
+                canvas=batch.canvas,
+                entropy=seen.entropy,
+                draft=seen.draft,
+                sample=seen.sample,
+                sample_probability=_sample_probability(model, seen, now),
+                fresh=mx.stack([source.renoise(place, length, vocab_size) for source in draws]),
+                previous_draft=batch.draft,
+                pinned=None if batch.pins is None else batch.pins[1],
+            ),
+            last=step == 1,
+        )
+        changed = True if batch.draft is None else seen.draft != batch.draft
+        batch.settled = mx.where(changed, taken, batch.settled)
+        mx.eval(decision.status, decision.complete, seen.draft, seen.entropy, batch.settled)
+        yield Step(
+            place=place,
+            rows=tuple(batch.rows),
+            canvas=batch.canvas,
+            draft=seen.draft,
+            sample=seen.sample,
+            accepted=decision.accepted,
+            entropy=seen.entropy,
+        )
+
+        # The one host read of a step.
+        repeated, mean_entropy, finite = np.array(decision.status).T
+        if not finite.all():
+            raise NumericsError(
+                f"The network's logits are not finite at block {block}, denoising step {taken}: "
+                "the weights are damaged or the precision is too low; verify the checkpoint."
+            )
+        done = stop(np.array(batch.rows), repeated > 0, mean_entropy)
+        if decision.complete is not None:
+            done |= np.array(decision.complete)
+        ended = np.ones_like(done) if step == 1 else done
+        for line in np.flatnonzero(ended):
+            results[batch.rows[line]] = BlockResult(
+                ids=np.array(seen.draft[line]),
+                entropy=np.array(seen.entropy[line]),
+                settled=np.array(batch.settled[line]),
+                logprobs=_logprobs(model, seen, int(line)) if logprobs else None,
+                steps=taken,
+                converged=bool(done[line]),
+            )
+        if ended.all():
+            break
+        batch.signal = _signal(model, seen, now, batch.pins)
+        batch.canvas, batch.draft = decision.canvas, seen.draft
+        if ended.any():
+            going = np.flatnonzero(~ended)
+            batch.keep(going)
+            sampler.keep(mx.array(going))
+    return [results[row] for row in range(len(requests))]
+
+
+def _first_step(requests: Sequence[CanvasRequest], total: int) -> int:
+    firsts = {total if row.start is None else row.start.first_step(total) for row in requests}
+    if len(firsts) != 1:
+        raise ValueError("the rows of one batch must start with one strength")
+    return firsts.pop()
+
+
+def _untouched(ids: np.ndarray, logprobs: bool) -> BlockResult:
+    """A draft kept at strength 0: nothing was predicted, so nothing is known of it."""
+    unknown = np.full(ids.shape, np.nan, dtype=np.float32)
+    return BlockResult(
+        ids=ids,
+        entropy=unknown,
+        settled=np.zeros_like(ids),
+        logprobs=unknown if logprobs else None,
+        steps=0,
+        converged=True,
+    )
+
+
+def _predict(
+    model: Model,
+    cache: ContextCache,
+    settings: DecodingSettings,
+    batch: _Batch,
+    draws: Sequence[Draws],
+    place: Place,
+    now: float,
+    banned_first: Sequence[int],
+) -> _Prediction:
+    shape = batch.canvas.shape
+    raw = model.raw_logits(model.hidden(batch.canvas, cache, batch.signal))
+    if settings.temp == 0:
+        uniforms = mx.zeros((*shape, 2))
+    else:
+        uniforms = mx.stack([source.sample(place, shape[1]) for source in draws])
+    stats = row_statistics(
+        _ban(raw, banned_first).reshape(-1, raw.shape[-1]),
+        now,
+        uniforms.reshape(-1, 2),
+        softcap=model.config.text.final_logit_softcapping,
+        temp=settings.temp,
+    )
+    entropy = stats.entropy.reshape(shape)
+    draft, sample = stats.argmax.reshape(shape), stats.sample.reshape(shape)
+    if batch.pins is not None:
+        ids, pinned = batch.pins
+        draft, sample = mx.where(pinned, ids, draft), mx.where(pinned, ids, sample)
+        entropy = mx.where(pinned, 0.0, entropy)
+    return _Prediction(raw, stats, draft, sample, entropy)
+
+
+def _ban(raw: mx.array, banned_first: Sequence[int]) -> mx.array:
+    """Puts the banned ids of position 0 out of reach, with a finite number."""
+    if not banned_first:
+        return raw
+    vocabulary = mx.arange(raw.shape[-1])[None, None]
+    banned = (vocabulary == mx.array(list(banned_first))[:, None, None]).any(axis=0)[None]
+    at_first = mx.arange(raw.shape[1])[None, :, None] == 0
+    return mx.where(mx.logical_and(banned, at_first), mx.array(-1e4, raw.dtype), raw)
+
+
+def _sample_probability(model: Model, seen: _Prediction, now: float) -> mx.array:
+    """float32 [b, C]: the tempered probability of each position's sample."""
+    softcap = model.config.text.final_logit_softcapping
+    picked = mx.take_along_axis(seen.raw, seen.sample[..., None], axis=-1)[..., 0]
+    tempered = softcap * mx.tanh(picked.astype(mx.float32) / softcap) / now
+    return mx.exp(tempered - seen.stats.log_z.reshape(tempered.shape))
+
+
+def _signal(
+    model: Model, seen: _Prediction, now: float, pins: tuple[mx.array, mx.array] | None
+) -> mx.array:
+    """The next step's self-conditioning [b, C, H]; a pinned position's is its own embedding."""
+    flat = seen.raw.reshape(-1, seen.raw.shape[-1])
+    soft = soft_embeddings(
+        flat,
+        seen.stats.max,
+        seen.stats.log_z,
+        now,
+        model.embedding_matrix,
+        softcap=model.config.text.final_logit_softcapping,
+        scale=model.embed_scale,
+    ).reshape(*seen.draft.shape, -1)
+    if pins is None:
+        return soft
+    ids, pinned = pins
+    certain = scale_embeddings(model.embedding_rows(ids).astype(soft.dtype), model.embed_scale)
+    return mx.where(pinned[..., None], certain, soft)
+
+
+def _logprobs(model: Model, seen: _Prediction, line: int) -> np.ndarray:
+    """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
+    softcap = model.config.text.final_logit_softcapping
+    raw = seen.raw[line]
+    stats = row_statistics(raw, 1.0, mx.zeros((raw.shape[0], 2)), softcap=softcap, temp=0.0)
+    picked = mx.take_along_axis(raw, seen.draft[line][:, None], axis=-1)[:, 0]
+    capped = softcap * mx.tanh(picked.astype(mx.float32) / softcap)
+    return np.array(capped - stats.log_z)

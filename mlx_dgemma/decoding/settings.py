@@ -1,0 +1,116 @@
+"""The knobs of one request's decoding, checked when they are made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, replace
+from typing import Literal, Protocol, get_args
+
+from mlx_dgemma.errors import InputError
+
+SamplerName = Literal["entropy-bound", "confidence-threshold"]
+UnconvergedPolicy = Literal["commit", "warn", "refuse"]
+EmptyReplyPolicy = Literal["reroll", "suppress", "allow"]
+
+
+class GenerationDefaults(Protocol):
+    """The part of a checkpoint's generation config that decoding reads."""
+
+    @property
+    def max_denoising_steps(self) -> int: ...
+    @property
+    def entropy_bound(self) -> float: ...
+    @property
+    def t_min(self) -> float: ...
+    @property
+    def t_max(self) -> float: ...
+    @property
+    def stability_threshold(self) -> int: ...
+    @property
+    def confidence_threshold(self) -> float: ...
+
+
+@dataclass(frozen=True)
+class DecodingSettings:
+    """How canvases are denoised, accepted, stopped and committed.
+
+    max_tokens: tokens to emit at most; the canvas stays whole and the text is cut.
+    temp: divides the tempered logits for sampling only; 0.0 takes the argmax, 1.0 is the
+        reference.
+    sampler: "entropy-bound" (the reference: arXiv 2505.24857, re-decided every step) or
+        "confidence-threshold" (positions freeze once revealed).
+    max_denoising_steps: N of the temperature schedule T(step) = t_min + (t_max - t_min) step/N.
+    entropy_bound: nats; the joint entropy accepted per step.
+    reveal_threshold: probability at which "confidence-threshold" reveals a position.
+    stability_threshold: the draft must equal this many previous drafts before a block may stop.
+    confidence_threshold: nats; the mean entropy must be below it before a block may stop.
+    canvas_length: positions denoised together; None is the checkpoint's own.
+    on_unconverged: what happens to a block that used every step without stopping.
+    empty_reply: what happens when the first draft of a request holds nothing but a stop id.
+    """
+
+    max_tokens: int = 256
+    temp: float = 1.0
+    sampler: SamplerName = "entropy-bound"
+    max_denoising_steps: int = 48
+    entropy_bound: float = 0.1
+    t_min: float = 0.4
+    t_max: float = 0.8
+    reveal_threshold: float = 0.9
+    stability_threshold: int = 1
+    confidence_threshold: float = 0.005
+    canvas_length: int | None = None
+    on_unconverged: UnconvergedPolicy = "commit"
+    empty_reply: EmptyReplyPolicy = "reroll"
+
+    def __post_init__(self) -> None:
+        self._require("max_tokens", self.max_tokens >= 1, "at least 1")
+        self._require("temp", self.temp >= 0 and math.isfinite(self.temp), "0 or more")
+        self._require("max_denoising_steps", self.max_denoising_steps >= 1, "at least 1")
+        self._require("entropy_bound", self.entropy_bound >= 0, "0 or more (nats)")
+        self._require("t_min", 0 < self.t_min <= self.t_max, "above 0 and at most t_max")
+        self._require("t_max", math.isfinite(self.t_max), "finite")
+        self._require("reveal_threshold", 0 < self.reveal_threshold <= 1, "between 0 and 1")
+        self._require("stability_threshold", self.stability_threshold >= 0, "0 or more")
+        self._require("confidence_threshold", self.confidence_threshold >= 0, "0 or more (nats)")
+        if self.canvas_length is not None:
+            self._require("canvas_length", self.canvas_length >= 1, "at least 1")
+        for name, options in (
+            ("sampler", get_args(SamplerName)),
+            ("on_unconverged", get_args(UnconvergedPolicy)),
+            ("empty_reply", get_args(EmptyReplyPolicy)),
+        ):
+            self._require(name, getattr(self, name) in options, " or ".join(map(repr, options)))
+
+    def _require(self, name: str, ok: bool, expected: str) -> None:
+        if not ok:
+            raise InputError(f"{name}={getattr(self, name)!r} is not possible: use {expected}.")
+
+    @classmethod
+    def from_defaults(
+        cls, defaults: GenerationDefaults, overrides: dict[str, object]
+    ) -> DecodingSettings:
+        """Takes the checkpoint's generation config, then whatever the caller set (not None).
+
+        Raises InputError for a keyword that is no setting or a value out of range.
+        """
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(overrides) - known)
+        if unknown:
+            raise InputError(
+                f"Unknown generation option {unknown[0]!r}; the options are: "
+                f"{', '.join(sorted(known))}."
+            )
+        base = cls(
+            max_denoising_steps=defaults.max_denoising_steps,
+            entropy_bound=defaults.entropy_bound,
+            t_min=defaults.t_min,
+            t_max=defaults.t_max,
+            stability_threshold=defaults.stability_threshold,
+            confidence_threshold=defaults.confidence_threshold,
+        )
+        given = {name: value for name, value in overrides.items() if value is not None}
+        try:
+            return replace(base, **given)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise InputError(f"A generation option has the wrong type: {error}.") from error

@@ -1,0 +1,27 @@
+"""What one denoising step did, while it is still on the device."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from mlx_dgemma.decoding.draws import Place
+
+
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of a batch; reading an array costs a host read.
+
+    place.step counts up from 1. rows: which rows of the batch are still being denoised, one
+    line of every array each. canvas int32 [b, C] is what the step was given; draft int32
+    [b, C] the argmax; sample int32 [b, C]; accepted bool [b, C]; entropy float32 [b, C], nats.
+    """
+
+    place: Place
+    rows: tuple[int, ...]
+    canvas: mx.array
+    draft: mx.array
+    sample: mx.array
+    accepted: mx.array
+    entropy: mx.array

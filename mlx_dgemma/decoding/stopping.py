@@ -1,0 +1,36 @@
+"""When a block is done."""
+
+from __future__ import annotations
+
+import numpy as np
+
+
+class StableAndConfident:
+    """The reference's rule: the draft has stopped moving and the network is sure of it.
+
+    stability_threshold: k asks for k + 1 equal drafts in a row; 0 leaves confidence alone.
+    confidence_threshold: nats; the mean entropy must be strictly below it.
+
+    Source: StableAndConfidentStoppingCriteria in transformers' diffusion_gemma.
+    """
+
+    def __init__(self, stability_threshold: int, confidence_threshold: float, rows: int) -> None:
+        self.stability_threshold = stability_threshold
+        self.confidence_threshold = np.float32(confidence_threshold)
+        self.repeats = np.zeros(rows, dtype=np.int64)
+
+    def __call__(
+        self, rows: np.ndarray, repeated: np.ndarray, mean_entropy: np.ndarray
+    ) -> np.ndarray:
+        """bool [b]: which of `rows` (indices) stop, given bool [b] and float32 [b] of the step."""
+        self.repeats[rows] = np.where(repeated, self.repeats[rows] + 1, 0)
+        stable = self.repeats[rows] >= self.stability_threshold
+        return stable & (mean_entropy < self.confidence_threshold)
+
+
+def cut_at_stop(ids: np.ndarray, stop_ids: frozenset[int]) -> tuple[list[int], int | None]:
+    """The ids before the first stop id anywhere on the canvas, and that stop id (or None)."""
+    for position, token in enumerate(ids.tolist()):
+        if token in stop_ids:
+            return ids[:position].tolist(), token
+    return ids.tolist(), None

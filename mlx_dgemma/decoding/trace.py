@@ -1,0 +1,180 @@
+"""A generation on record: every draw and every draft in one JSON file, and its replay.
+
+A trace shows what a seed did on one machine, step by step, and repeats it on another: the
+replay takes every random number from the file and says where the drafts part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.draws import Draws, Place
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.step import Step
+from mlx_dgemma.errors import InputError
+
+FORMAT = 1
+
+
+def config_digest(config: Any) -> str:
+    """SHA-256 of a config dataclass, so that a trace names the network it came from."""
+    text = json.dumps(asdict(config), sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """What a generation's bits depend on beside seed and weights."""
+    return {
+        "mlx_dgemma": version("mlx-dgemma"),
+        "mlx": version("mlx"),
+        "python": platform.python_version(),
+        "platform": f"{sys.platform}-{platform.machine()}",
+    }
+
+
+@dataclass
+class Trace:
+    """What was asked, every draw by place, and every step's draft.
+
+    draws: "block.attempt.step.purpose" -> the numbers drawn there.
+    steps: one record per denoising step with its draft, accepted positions and mean entropy.
+    committed: the ids of every block, in order.
+    """
+
+    seed: int
+    prompt: list[int]
+    settings: dict[str, Any]
+    config_digest: str
+    versions: dict[str, str] = field(default_factory=versions)
+    draws: dict[str, list[Any]] = field(default_factory=dict)
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    committed: list[list[int]] = field(default_factory=list)
+    format: int = FORMAT
+
+    def observe(self, step: Step) -> None:
+        """Records a step; pass it as the loop's observer."""
+        self.steps.append(_record(step))
+
+    def save(self, path: str | Path) -> None:
+        """Writes the trace under a temporary name, then renames it."""
+        path = Path(path)
+        partial = path.with_name(path.name + f".{os.getpid()}.part")
+        try:
+            partial.write_text(json.dumps(asdict(self), separators=(",", ":")))
+            partial.replace(path)
+        except OSError as error:
+            partial.unlink(missing_ok=True)
+            raise InputError(f"Cannot write the trace {path}: {error.strerror}.") from error
+
+    @classmethod
+    def load(cls, path: str | Path) -> Trace:
+        """Reads a trace; raises InputError when the file is no trace of this format."""
+        try:
+            record = json.loads(Path(path).read_text())
+            trace = cls(**record)
+        except OSError as error:
+            raise InputError(f"Cannot read the trace {path}: {error.strerror}.") from error
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{path} is not a trace written by --trace.") from error
+        if trace.format != FORMAT:
+            raise InputError(f"{path} is a trace of format {trace.format}; this reads {FORMAT}.")
+        return trace
+
+    def decoding_settings(self) -> DecodingSettings:
+        return DecodingSettings(**self.settings)
+
+
+class RecordingDraws:
+    """Passes draws through and writes them into a trace."""
+
+    def __init__(self, source: Draws, trace: Trace) -> None:
+        self.source = source
+        self.trace = trace
+
+    def canvas(self, place: Place, length: int, vocab_size: int) -> mx.array:
+        return self._keep(place, "canvas", self.source.canvas(place, length, vocab_size))
+
+    def sample(self, place: Place, length: int) -> mx.array:
+        return self._keep(place, "sample", self.source.sample(place, length))
+
+    def renoise(self, place: Place, length: int, vocab_size: int) -> mx.array:
+        return self._keep(place, "renoise", self.source.renoise(place, length, vocab_size))
+
+    def keep(self, place: Place, length: int) -> mx.array:
+        return self._keep(place, "keep", self.source.keep(place, length))
+
+    def _keep(self, place: Place, purpose: str, drawn: mx.array) -> mx.array:
+        self.trace.draws[_name(place, purpose)] = drawn.tolist()  # type: ignore[assignment]
+        return drawn
+
+
+class RecordedDraws:
+    """Draws read back from a trace; raises InputError where the replay leaves the record."""
+
+    def __init__(self, trace: Trace) -> None:
+        self.trace = trace
+
+    def canvas(self, place: Place, length: int, vocab_size: int) -> mx.array:
+        return mx.array(self._find(place, "canvas", length), dtype=mx.int32)
+
+    def sample(self, place: Place, length: int) -> mx.array:
+        return mx.array(self._find(place, "sample", length), dtype=mx.float32)
+
+    def renoise(self, place: Place, length: int, vocab_size: int) -> mx.array:
+        return mx.array(self._find(place, "renoise", length), dtype=mx.int32)
+
+    def keep(self, place: Place, length: int) -> mx.array:
+        return mx.array(self._find(place, "keep", length), dtype=mx.float32)
+
+    def _find(self, place: Place, purpose: str, length: int) -> list[Any]:
+        drawn = self.trace.draws.get(_name(place, purpose))
+        if drawn is None or len(drawn) != length:
+            raise InputError(
+                f"The replay left the record at block {place.block}, step {place.step}: the trace "
+                "holds no such draw, so the network or its numerics differ."
+            )
+        return drawn
+
+
+@dataclass
+class Comparison:
+    """Watches a replay; `divergence` is the first place whose draft differs, or None."""
+
+    trace: Trace
+    seen: int = 0
+    divergence: Place | None = None
+
+    def observe(self, step: Step) -> None:
+        record = _record(step)
+        expected = self.trace.steps[self.seen] if self.seen < len(self.trace.steps) else None
+        self.seen += 1
+        same = expected is not None and all(
+            expected[name] == record[name] for name in ("block", "attempt", "step", "draft")
+        )
+        if not same and self.divergence is None:
+            self.divergence = step.place
+
+
+def _record(step: Step) -> dict[str, Any]:
+    entropy = np.array(step.entropy[0])
+    return {
+        **step.place._asdict(),
+        "draft": step.draft[0].tolist(),
+        "accepted": np.flatnonzero(np.array(step.accepted[0])).tolist(),
+        "mean_entropy": float(entropy.mean()),
+    }
+
+
+def _name(place: Place, purpose: str) -> str:
+    return ".".join(map(str, place)) + "." + purpose

@@ -1,0 +1,70 @@
+"""A conversation's context, kept from turn to turn and on disk."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mlx_dgemma.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import ContextCache, Model
+    from mlx_dgemma.model.context import Snapshot
+
+_IDS = "prompt_ids"
+
+
+class PromptCache:
+    """The context of the last prompt, so that the next turn reads only what is new.
+
+    A prompt that begins with the last one's ids continues from its end; any other starts
+    afresh. Contexts are reused at that boundary alone: keys recomputed in another division
+    drift by rounding, enough to flip what a canvas accepts.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.cache: ContextCache = model.make_cache()
+        self.ids: list[int] = []
+        self._snapshot: Snapshot | None = None
+
+    def align(self, prompt: Sequence[int]) -> list[int]:
+        """Takes the cache back to where `prompt` continues it; returns the ids still to read."""
+        prompt = list(prompt)
+        if self._snapshot is None or prompt[: len(self.ids)] != self.ids:
+            self.reset()
+            return prompt
+        self.cache.restore(self._snapshot)
+        return prompt[len(self.ids) :]
+
+    def mark(self, prompt: Sequence[int]) -> None:
+        """Notes that the cache now holds exactly `prompt`, and remembers this moment."""
+        self.ids = list(prompt)
+        self._snapshot = self.cache.snapshot()
+
+    def reset(self) -> None:
+        """Forgets everything."""
+        self.cache = self._model.make_cache()
+        self.ids = []
+        self._snapshot = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes the prompt's context to a safetensors file, whole or not at all."""
+        self.align(self.ids)
+        self.cache.metadata[_IDS] = json.dumps(self.ids)
+        self.cache.save(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model) -> PromptCache:
+        """Reads what `save` wrote for this model; raises CheckpointError for anything else."""
+        from mlx_dgemma.model import ContextCache
+
+        loaded = cls(model)
+        loaded.cache = ContextCache.load(path, model)
+        ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
+        if not isinstance(ids, list) or len(ids) != loaded.cache.offset:
+            raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")
+        loaded.mark(ids)
+        return loaded
