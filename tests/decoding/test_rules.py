@@ -1,0 +1,264 @@
+"""Truth tables: temperature, acceptance, renoising, stopping, cutting, settings, draws."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dgemma.decoding.canvas import CanvasRequest, Pins, Start
+from mlx_dgemma.decoding.draws import Place, Purpose, SeededDraws, check_seed
+from mlx_dgemma.decoding.sampler import (
+    ConfidenceThresholdSampler,
+    EntropyBoundSampler,
+    StepInput,
+    make_sampler,
+)
+from mlx_dgemma.decoding.schedule import temperature
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.stopping import StableAndConfident, cut_at_stop
+from mlx_dgemma.errors import InputError
+
+TRACES = Path(__file__).parents[2].parent / "shared/assets/traces/real_traces.json"
+SAMPLE, FRESH, DRAFT, CANVAS = 7, 9, 5, 3
+
+
+def step(
+    entropy: list[float],
+    *,
+    previous: list[int] | None = None,
+    pinned: list[bool] | None = None,
+    probability: list[float] | None = None,
+) -> StepInput:
+    length = len(entropy)
+
+    def full(value: int) -> mx.array:
+        return mx.full((1, length), value, dtype=mx.int32)
+
+    return StepInput(
+        canvas=full(CANVAS),
+        entropy=mx.array([entropy], dtype=mx.float32),
+        draft=full(DRAFT),
+        sample=full(SAMPLE),
+        sample_probability=mx.array([probability or [0.0] * length]),
+        fresh=full(FRESH),
+        previous_draft=None if previous is None else mx.array([previous], dtype=mx.int32),
+        pinned=None if pinned is None else mx.array([pinned]),
+    )
+
+
+def bounded(bound: float) -> EntropyBoundSampler:
+    return EntropyBoundSampler(DecodingSettings(entropy_bound=bound))
+
+
+@pytest.mark.parametrize(
+    ("count_down", "steps", "expected"),
+    [(48, 48, 0.8), (24, 48, 0.6), (1, 48, 0.4 + 0.4 / 48), (1, 1, 0.8), (4, 8, 0.6)],
+)
+def test_temperature_falls_from_t_max_towards_t_min(count_down, steps, expected):
+    assert temperature(count_down, steps, 0.4, 0.8) == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("entropy", "bound", "accepted"),
+    [
+        ([0.5, 0.2, 0.3], 0.0, [False, True, False]),  # the lowest is always kept
+        ([0.5, 0.2, 0.3], 0.2, [False, True, True]),  # what lies below the third sums to 0.5
+        ([0.5, 0.2, 0.3], 0.49, [False, True, True]),
+        ([0.5, 0.2, 0.3], 0.51, [True, True, True]),
+        ([0.2, 0.2, 0.2], 0.1, [True, False, False]),  # ties: the lowest index
+        ([0.0, 0.0, 9.0], 0.0, [True, True, True]),  # nothing below the last one
+        ([9.0, 0.0, 0.0], 0.0, [True, True, True]),
+        ([0.0, 0.1, 9.0], 0.0, [True, True, False]),
+        ([0.25, 0.25, 0.5], 0.25, [True, True, False]),  # exactly the bound is within it
+        ([0.25, 0.25, 0.5], 0.5, [True, True, True]),
+    ],
+)
+def test_accept_while_the_joint_entropy_is_within_the_bound(entropy, bound, accepted):
+    decision = bounded(bound).decide(step(entropy), last=False)
+    assert decision.accepted.tolist() == [accepted]
+    assert decision.canvas.tolist() == [[SAMPLE if kept else FRESH for kept in accepted]]
+
+
+def test_acceptance_is_decided_anew_every_step():
+    sampler = bounded(0.0)
+    assert sampler.decide(step([0.1, 0.2]), last=False).accepted.tolist() == [[True, False]]
+    assert sampler.decide(step([0.2, 0.1]), last=False).accepted.tolist() == [[False, True]]
+
+
+def test_pinned_positions_take_no_part_in_anything():
+    decision = bounded(0.0).decide(
+        step([0.0, 0.4, 0.2], previous=[0, DRAFT, DRAFT], pinned=[True, False, False]), last=False
+    )
+    assert decision.canvas.tolist() == [[CANVAS, FRESH, SAMPLE]]
+    assert decision.accepted.tolist() == [[False, False, True]]
+    repeated, mean, finite = decision.status[0].tolist()
+    assert (repeated, finite) == (1.0, 1.0)
+    assert mean == pytest.approx(0.3)
+
+
+def test_status_reports_repetition_mean_and_finiteness():
+    assert bounded(0.1).decide(step([0.1, 0.3]), last=False).status[0, 0].item() == 0
+    same = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, DRAFT]), last=False)
+    other = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, 0]), last=False)
+    assert [same.status[0, 0].item(), other.status[0, 0].item()] == [1, 0]
+    assert same.status[0, 1].item() == pytest.approx(0.2)
+    broken = bounded(0.1).decide(step([0.1, float("nan")]), last=False)
+    assert broken.status[0, 2].item() == 0
+
+
+def test_confidence_threshold_reveals_for_good():
+    sampler = make_sampler(DecodingSettings(sampler="confidence-threshold"))
+    assert isinstance(sampler, ConfidenceThresholdSampler)
+    first = sampler.decide(step([1, 1, 1], probability=[0.95, 0.2, 0.9]), last=False)
+    assert first.accepted.tolist() == [[True, False, True]]
+    assert first.canvas.tolist() == [[SAMPLE, FRESH, SAMPLE]]
+    second = sampler.decide(step([1, 1, 1], probability=[0.0, 0.1, 0.0]), last=False)
+    # None is sure enough, so the best hidden one is forced; revealed ones keep their token.
+    assert second.accepted.tolist() == [[False, True, False]]
+    assert second.canvas.tolist() == [[CANVAS, SAMPLE, CANVAS]]
+    assert second.complete.tolist() == [True]
+
+
+def test_confidence_threshold_reveals_everything_at_the_last_step():
+    sampler = ConfidenceThresholdSampler(DecodingSettings(sampler="confidence-threshold"))
+    decision = sampler.decide(step([1, 1], probability=[0.1, 0.2]), last=True)
+    assert decision.accepted.tolist() == [[True, True]]
+
+
+@pytest.mark.parametrize("threshold", [0, 1, 2, 3])
+def test_stability_needs_one_more_equal_draft_than_its_threshold(threshold):
+    stop = StableAndConfident(threshold, 0.005, rows=1)
+    row, calm = np.array([0]), np.array([0.001], dtype=np.float32)
+    # The first draft has nothing to repeat; from then on every draft repeats.
+    answers = [bool(stop(row, np.array([taken > 1]), calm)[0]) for taken in range(1, 6)]
+    assert answers.index(True) == threshold
+
+
+def test_a_changed_draft_starts_the_count_again():
+    stop = StableAndConfident(2, 0.005, rows=1)
+    row, calm = np.array([0]), np.array([0.0], dtype=np.float32)
+    repeated = [False, True, False, True, True]
+    assert [bool(stop(row, np.array([r]), calm)[0]) for r in repeated] == [False] * 4 + [True]
+
+
+def test_confidence_is_strict():
+    stop = StableAndConfident(0, 0.005, rows=3)
+    mean = np.array([0.005, np.nextafter(np.float32(0.005), 0), 0.1], dtype=np.float32)
+    assert stop(np.arange(3), np.zeros(3, bool), mean).tolist() == [False, True, False]
+
+
+def test_rows_are_counted_apart():
+    stop = StableAndConfident(1, 0.005, rows=3)
+    calm = np.zeros(2, dtype=np.float32)
+    assert stop(np.array([0, 2]), np.array([False, True]), calm).tolist() == [False, True]
+    assert stop(np.array([0, 1]), np.array([True, False]), calm).tolist() == [True, False]
+
+
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([4, 5, 6], ([4, 5, 6], None)),
+        ([4, 1, 6], ([4], 1)),
+        ([1, 1, 6], ([], 1)),
+        ([4, 5, 2], ([4, 5], 2)),
+        ([4, 2, 1], ([4], 2)),
+    ],
+)
+def test_the_first_stop_id_anywhere_cuts(ids, expected):
+    assert cut_at_stop(np.array(ids), frozenset({1, 2})) == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_tokens", 0),
+        ("max_tokens", -3),
+        ("temp", -0.1),
+        ("temp", float("inf")),
+        ("max_denoising_steps", 0),
+        ("entropy_bound", -1.0),
+        ("t_min", 0.0),
+        ("t_min", 0.9),
+        ("reveal_threshold", 0.0),
+        ("stability_threshold", -1),
+        ("confidence_threshold", -0.1),
+        ("canvas_length", 0),
+        ("sampler", "ddim"),
+        ("on_unconverged", "ignore"),
+        ("empty_reply", "retry"),
+    ],
+)
+def test_impossible_settings_are_named(name, value):
+    with pytest.raises(InputError, match=name):
+        DecodingSettings(**{name: value})
+
+
+def test_unknown_settings_are_named():
+    with pytest.raises(InputError, match="top_k"):
+        DecodingSettings.from_defaults(DecodingSettings(), {"top_k": 4})
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "7", True])
+def test_impossible_seeds_are_named(seed):
+    with pytest.raises(InputError, match="seed"):
+        check_seed(seed)
+
+
+def test_every_draw_has_its_own_key():
+    draws = SeededDraws(3)
+    places = [Place(b, a, s) for b in range(3) for a in range(3) for s in range(3)]
+    keys = {tuple(draws.key(place, purpose).tolist()) for place in places for purpose in Purpose}
+    keys |= {tuple(SeededDraws(4).key(place, Purpose.CANVAS).tolist()) for place in places}
+    assert len(keys) == len(places) * (len(Purpose) + 1)
+
+
+def test_a_seed_alone_decides_the_draws():
+    place = Place(0, 0, 1)
+    first, second = SeededDraws(11), SeededDraws(11)
+    second.canvas(Place(4, 0, 0), 8, 100)  # an earlier draw changes nothing
+    assert first.renoise(place, 8, 100).tolist() == second.renoise(place, 8, 100).tolist()
+    assert first.sample(place, 8).shape == (8, 2)
+
+
+def test_noise_is_uniform_over_the_vocabulary():
+    ids = np.array(SeededDraws(0).canvas(Place(0, 0, 0), 200_000, 8))
+    counts = np.bincount(ids, minlength=8)
+    expected = ids.size / 8
+    assert ((counts - expected) ** 2 / expected).sum() < 24.3  # chi-square, 7 df, p = 0.001
+
+
+@pytest.mark.skipif(not TRACES.exists(), reason="the traces of real runs are not in this clone")
+def test_mlx_draws_the_canvases_of_the_real_runs():
+    for run in json.loads(TRACES.read_text())["initialize_canvas"]:
+        mx.random.seed(run["seed"])
+        assert mx.random.randint(0, 262144, (1, 64))[0, :4].tolist() == run["first_64"]
+
+
+def test_pins_lie_on_top_of_noise_and_drafts():
+    pins = Pins.from_template([None, 5, None, 6])
+    noisy = CanvasRequest(SeededDraws(0), pins).initial(Place(0, 0, 0), 4, 50)
+    start = Start(np.array([1, 2, 3, 4], dtype=np.int32), strength=0.0)
+    kept = CanvasRequest(SeededDraws(0), pins, start).initial(Place(0, 0, 0), 4, 50)
+    assert noisy[mx.array([1, 3])].tolist() == [5, 6]
+    assert kept.tolist() == [1, 5, 3, 6]
+
+
+@pytest.mark.parametrize(("strength", "first"), [(0, 0), (0.01, 1), (0.5, 24), (1, 48)])
+def test_strength_enters_the_schedule_part_way(strength, first):
+    assert Start(np.zeros(1, np.int32), strength).first_step(48) == first
+
+
+def test_strength_noises_its_share_of_the_draft():
+    start = Start(np.full(20_000, 7, dtype=np.int32), strength=0.3)
+    canvas = CanvasRequest(SeededDraws(1), None, start).initial(Place(0, 0, 0), 20_000, 1000)
+    assert (np.array(canvas) == 7).mean() == pytest.approx(0.7, abs=0.02)
+
+
+@pytest.mark.parametrize("strength", [-0.1, 1.1, float("nan")])
+def test_impossible_strengths_are_named(strength):
+    with pytest.raises(InputError, match="strength"):
+        Start(np.zeros(1, np.int32), strength)
