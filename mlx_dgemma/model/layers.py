@@ -40,6 +40,13 @@ class Matrix(nn.Module):
             self["weight"] = dense
         self["weight"] = self["weight"].astype(dtype)
 
+    def store_transposed(self) -> None:
+        """Keep the dense weight [out, in] as a view of [in, out].
+
+        MLX's CPU matrix product runs twice as fast on a right-hand side that lies this way.
+        """
+        self["weight"] = mx.contiguous(self["weight"].swapaxes(-1, -2)).swapaxes(-1, -2)
+
 
 class Linear(Matrix):
     """x @ weight.T"""
@@ -55,6 +62,10 @@ class Linear(Matrix):
 class Embedding(Matrix):
     """The table [vocabulary, hidden]: input rows, output head and soft rows."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self._head: mx.array | None = None
+
     def rows(self, ids: mx.array) -> mx.array:
         """[..., hidden]: the rows of `ids`, dequantized."""
         if not self.quantized:
@@ -67,8 +78,14 @@ class Embedding(Matrix):
             **self._packed(),
         )
 
+    def store_transposed(self) -> None:
+        """The table is also read row by row and from the left: the head gets its own copy."""
+        self._head = mx.contiguous(self.weight.T)
+
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden @ table.T"""
+        if self._head is not None:
+            return hidden @ self._head
         if self.quantized:
             return mx.quantized_matmul(
                 hidden,

@@ -118,16 +118,21 @@ def load_model(folder: str | Path, lazy: bool = False, dtype: mx.Dtype | None = 
     sources = match(config, headers, str(folder))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
-    model = Model(config, dtype or (mx.float32 if on_cpu else stored), stored)
+    model = Model(config, dtype or (mx.float32 if on_cpu else stored))
 
     tensors: dict[str, mx.array] = {}
     for path in sorted({header.path for header in headers.values()}):
         tensors.update(_load_shard(path))
     fill(model, {name: source.read(tensors) for name, source in sources.items()})
     if not lazy:
-        if on_cpu and model.dtype == mx.float32 and _dense_bytes(config) <= EXPAND_BYTES:
+        small = on_cpu and model.dtype == mx.float32 and _dense_bytes(config) <= EXPAND_BYTES
+        if small:
             expand(model)
         model.prepare()
+        if small:
+            for module in model.model.decoder.modules():
+                if isinstance(module, Matrix):
+                    module.store_transposed()
         mx.eval(model.model.decoder.parameters())
         mx.eval(model.model.encoder.language_model.parameters())
     return model
