@@ -31,6 +31,7 @@ from mlx_dgemma.decoding.trace import (
     Trace,
     config_digest,
 )
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.model import Model, load_model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, encode_messages, load_tokenizer
@@ -56,10 +57,12 @@ def load(
 
     Raises ModelNotFoundError, CheckpointError or ResourceError (too little memory or disk).
     """
-    from mlx_dgemma.hub import resolve_model  # brings huggingface-hub, which takes a moment
+    folder = CHECKPOINT
+    if path_or_hf_repo is not None:
+        from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
 
-    folder = resolve_model(path_or_hf_repo, revision=revision)
-    model = load_model(folder, lazy=lazy)
+        folder = resolve_model(path_or_hf_repo, revision=revision)
+    model = load_model(folder, lazy=lazy, adapter_path=adapter_path)
     return model, load_tokenizer(folder, model.config.stop_ids)
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.adapters import merge_parameters, read_adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.layers import Matrix
 from mlx_dgemma.model.names import (
@@ -103,13 +104,19 @@ class Source:
         return mx.stack(parts) if self.kind == "stack" else mx.concatenate(parts, axis=1)
 
 
-def load_model(folder: str | Path, lazy: bool = False, dtype: mx.Dtype | None = None) -> Model:
+def load_model(
+    folder: str | Path,
+    lazy: bool = False,
+    dtype: mx.Dtype | None = None,
+    adapter_path: str | Path | None = None,
+) -> Model:
     """Read a DiffusionGemma checkpoint folder, in either layout.
 
     lazy: read no weights and keep the published parameter tree. Otherwise the text weights are
         read now, and q/k/v and gate/up are joined.
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
+    adapter_path: a LoRA adapter in PEFT's format, merged into the weights.
     Raises ModelNotFoundError or CheckpointError.
     """
     folder = Path(folder)
@@ -123,7 +130,10 @@ def load_model(folder: str | Path, lazy: bool = False, dtype: mx.Dtype | None = 
     tensors: dict[str, mx.array] = {}
     for path in sorted({header.path for header in headers.values()}):
         tensors.update(_load_shard(path))
-    fill(model, {name: source.read(tensors) for name, source in sources.items()})
+    parameters = {name: source.read(tensors) for name, source in sources.items()}
+    if adapter_path is not None:
+        parameters = merge_parameters(parameters, read_adapter(adapter_path, config), config)
+    fill(model, parameters)
     if not lazy:
         small = on_cpu and model.dtype == mx.float32 and _dense_bytes(config) <= EXPAND_BYTES
         if small:

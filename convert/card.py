@@ -1,0 +1,82 @@
+"""The model card of a converted checkpoint, and its upload."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_dgemma.convert.plan import Plan
+from mlx_dgemma.convert.recipes import MIXES, RECIPES
+from mlx_dgemma.errors import ResourceError
+
+
+def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
+    """README.md: metadata for the Hub, how to run the model, and where it came from."""
+    source = provenance["source"]
+    from_hub = not Path(source["path"]).exists() and source["path"].count("/") == 1
+    library = "mlx" if plan.layout == "mlx" else "transformers"
+    header = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
+    if from_hub:
+        header += [f"base_model: {source['path']}"]
+    header += ["tags:", f"- {library}", "- diffusion_gemma", "---"]
+
+    rows = {
+        "source": f"`{source['path']}`" if from_hub else "a local folder",
+        "source revision": f"`{source['revision']}`" if source["revision"] else "unknown",
+        "recipe": f"`{plan.recipe}`: {_summary(plan.recipe)}",
+        "unquantized tensors": plan.dtype,
+        "size": f"{plan.total_size / 1e9:.2f} GB in {len(plan.shards)} files, "
+        f"{plan.bits_per_weight:.2f} bits per weight",
+        "made with": ", ".join(
+            f"{name} {number}" for name, number in provenance["versions"].items()
+        ),
+    }
+    if provenance["adapter"] is not None:
+        digests = provenance["adapter"]["sha256"]
+        rows["merged LoRA adapter"] = ", ".join(
+            f"`{name}` sha256 `{digest[:16]}…`" for name, digest in digests.items()
+        )
+    lines = [
+        *header,
+        "",
+        "# DiffusionGemma, converted",
+        "",
+        "| | |",
+        "| --- | --- |",
+        *(f"| {key} | {value} |" for key, value in rows.items()),
+        "",
+        "`conversion.json` holds the digest of every file;"
+        " `mlx_dgemma.convert verify FOLDER` checks them.",
+        "",
+    ]
+    if plan.alternatives:
+        lines += ["Not as the recipe asked, because a width did not allow it:", ""]
+        lines += [f"- {line}" for line in plan.alternatives] + [""]
+    if plan.layout == "mlx":
+        lines += ["```sh", 'mlx_dgemma.generate --model FOLDER --prompt "Hello"', "```", ""]
+    return "\n".join(lines)
+
+
+def _summary(name: str) -> str:
+    if name in RECIPES:
+        return RECIPES[name].summary
+    return "one of mlx-lm's mixes" if name in MIXES else "chosen on the command line"
+
+
+def upload(folder: Path, repository: str) -> None:
+    """Upload a finished folder to the Hub with the user's token.
+
+    Raises ResourceError with the Hub's reason; the local folder stays as it is.
+    """
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ResourceError(
+            f"{folder} is finished but was not uploaded to {repository}: {reason}"
+        ) from error

@@ -1,0 +1,343 @@
+"""Convert a checkpoint: choose the recipe, plan, stream, and put the result in its place."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from mlx_dgemma._version import __version__
+from mlx_dgemma.convert import card
+from mlx_dgemma.convert.plan import Plan, make_plan
+from mlx_dgemma.convert.recipes import RECIPES, Recipe, Rule, custom, mix, recipe_named
+from mlx_dgemma.convert.shards import SHARD_BYTES, file_digest, write_json
+from mlx_dgemma.convert.source import Source, compare_duplicates, dense_shapes, open_source
+from mlx_dgemma.convert.stream import DTYPES, write_shards
+from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
+from mlx_dgemma.errors import InputError, ResourceError
+from mlx_dgemma.model.adapters import Adapter, read_adapter
+from mlx_dgemma.model.weights import INDEX
+
+# Files that belong to a model and are copied as they are.
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
+_NOT_COPIED = {"config.json", INDEX, JOURNAL, "adapter_config.json"}
+
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did, or with `written` False would do."""
+
+    source: str
+    revision: str | None
+    target: str
+    recipe: str
+    layout: str
+    dtype: str
+    parameters: int
+    total_size: int
+    source_bytes: int
+    bits_per_weight: float
+    shards: tuple[str, ...]
+    resumed: tuple[str, ...]
+    alternatives: tuple[str, ...]
+    seconds: float
+    written: bool
+    uploaded_to: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def choose_recipe(
+    *,
+    quantize: bool = False,
+    recipe: str | Recipe | None = None,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
+    quant_predicate: str | None = None,
+    rules: Sequence[Rule] = (),
+    dequantize: bool = False,
+    to_hf: bool = False,
+) -> Recipe:
+    """One recipe from the flags.
+
+    Raises InputError when two of them ask for different things.
+    """
+    numbers = q_bits is not None or q_group_size is not None or q_mode is not None
+    asked = [
+        flag
+        for flag, given in (
+            ("--recipe", recipe is not None),
+            ("--quant-predicate", quant_predicate is not None),
+            ("--q-bits, --q-group-size or --q-mode", numbers and quant_predicate is None),
+            ("-d", dequantize),
+        )
+        if given
+    ]
+    if len(asked) > 1:
+        raise InputError(f"{asked[0]} and {asked[1]} each choose a precision; give one of them.")
+    if dequantize and (quantize or rules):
+        raise InputError("-d removes quantization; it cannot be combined with -q or rules.")
+    if quant_predicate is not None:
+        if q_bits is not None or q_mode not in (None, "affine"):
+            raise InputError("a mix has its own bits and is affine; drop --q-bits and --q-mode.")
+        chosen = mix(quant_predicate, q_group_size or 64)
+    elif isinstance(recipe, Recipe):
+        chosen = recipe
+    elif recipe is not None:
+        chosen = recipe_named(recipe)
+    elif quantize or numbers:
+        chosen = custom(q_bits, q_group_size, q_mode or "affine")
+    else:
+        chosen = RECIPES["bf16"]
+    chosen = chosen.with_rules(rules)
+    if to_hf and (chosen.default is not None or any(rule.precision for rule in chosen.rules)):
+        raise InputError("the Hugging Face layout is not quantized; --to-hf goes without -q.")
+    return chosen
+
+
+def convert(
+    hf_path: str | Path,
+    mlx_path: str | Path = "mlx_model",
+    *,
+    quantize: bool = False,
+    recipe: str | Recipe | None = None,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str | None = None,
+    quant_predicate: str | None = None,
+    rules: Sequence[Rule] = (),
+    dtype: str | None = None,
+    dequantize: bool = False,
+    to_hf: bool = False,
+    adapter_path: str | Path | None = None,
+    revision: str | None = None,
+    upload_repo: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    shard_bytes: int = SHARD_BYTES,
+    progress: Progress | None = None,
+) -> Report:
+    """Convert a checkpoint folder or Hub repository to `mlx_path`.
+
+    Holds at most a few slices of 64 MB at a time. An interrupted conversion goes on where it
+    was when called again with the same arguments; the output appears under its name only when
+    it is whole. `recipe` is a name (see `recipes.RECIPES`) or a Recipe; `quantize` alone means
+    "4bit". `progress(what, done, total)` is called with bytes.
+
+    Raises InputError, ModelNotFoundError, CheckpointError or ResourceError; the source is never
+    touched.
+    """
+    began = time.perf_counter()
+    chosen = choose_recipe(
+        quantize=quantize,
+        recipe=recipe,
+        q_bits=q_bits,
+        q_group_size=q_group_size,
+        q_mode=q_mode,
+        quant_predicate=quant_predicate,
+        rules=rules,
+        dequantize=dequantize,
+        to_hf=to_hf,
+    )
+    if dtype is not None and dtype not in DTYPES:
+        raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
+    target = Path(mlx_path)
+    folder = resolve_source(str(hf_path), revision)
+    if not dry_run:
+        check_target(target, folder, overwrite=overwrite)
+
+    with open_source(folder) as source:
+        explicit = quantize or recipe is not None or to_hf or dequantize
+        explicit = explicit or quant_predicate is not None or q_bits is not None
+        _check_quantization(source, dequantize=dequantize, explicit=explicit)
+        adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
+        keep = to_hf or dequantize or not explicit
+        plan = make_plan(
+            source.config,
+            source.raw_config,
+            dense_shapes(source.config),
+            chosen,
+            dtype=dtype or _default_dtype(source, keep=keep),
+            layout="hf" if to_hf else "mlx",
+            shard_bytes=shard_bytes,
+        )
+        resumed: list[str] = []
+        if not dry_run:
+            provenance = _provenance(str(hf_path), source, plan, adapter)
+            resumed = _write(target, source, plan, adapter, provenance, progress)
+        report = Report(
+            source=str(hf_path),
+            revision=source_revision(folder),
+            target=str(target),
+            recipe=chosen.name,
+            layout=plan.layout,
+            dtype=plan.dtype,
+            parameters=plan.parameters,
+            total_size=plan.total_size,
+            source_bytes=sum(tensor.nbytes for tensor in source.tensors.values()),
+            bits_per_weight=plan.bits_per_weight,
+            shards=tuple(shard.filename for shard in plan.shards),
+            resumed=tuple(resumed),
+            alternatives=plan.alternatives,
+            seconds=time.perf_counter() - began,
+            written=not dry_run,
+            uploaded_to=upload_repo if not dry_run else None,
+        )
+    if upload_repo is not None and not dry_run:
+        card.upload(target, upload_repo)
+    return report
+
+
+def resolve_source(path: str, revision: str | None) -> Path:
+    """The folder of a local checkpoint, or of a Hub repository after downloading it."""
+    if Path(path).is_dir():
+        return Path(path)
+    from mlx_dgemma.hub import resolve_model
+
+    return resolve_model(path, revision=revision)
+
+
+def source_revision(folder: Path) -> str | None:
+    """The commit of a folder inside the Hub cache."""
+    resolved = folder.absolute()
+    return resolved.name if resolved.parent.name == "snapshots" else None
+
+
+def _check_quantization(source: Source, *, dequantize: bool, explicit: bool) -> None:
+    if dequantize and not source.quantized:
+        raise InputError(f"{source.folder} is not quantized, so there is nothing for -d to undo.")
+    if source.quantized and not explicit:
+        raise InputError(
+            f"{source.folder} is quantized already; add -d to dequantize it, "
+            "or -q or --recipe to quantize it anew."
+        )
+
+
+def _default_dtype(source: Source, *, keep: bool) -> str:
+    """The checkpoint's own dtype where nothing changes, else a 16-bit one."""
+    own = source.config.text.dtype
+    return own if keep or own == "float16" else "bfloat16"
+
+
+def _provenance(name: str, source: Source, plan: Plan, adapter: Adapter | None) -> dict[str, Any]:
+    """What the output was made of; also what a resumed conversion compares."""
+    files = {
+        filename: {
+            "bytes": file.size,
+            "header_sha256": hashlib.sha256(file.header).hexdigest(),
+            "modified_ns": file.path.stat().st_mtime_ns,
+        }
+        for filename, file in source.files.items()
+    }
+    merged = None
+    if adapter is not None:
+        merged = {
+            "path": str(adapter.folder),
+            "sha256": {
+                path.name: file_digest(path)
+                for path in sorted(adapter.folder.glob("adapter_*"))
+                if path.is_file()
+            },
+        }
+    return {
+        "made_by": "mlx_dgemma.convert",
+        "source": {
+            "path": name,
+            "revision": source_revision(source.folder),
+            "files": files,
+            "config_sha256": hashlib.sha256(
+                json.dumps(source.raw_config, sort_keys=True).encode()
+            ).hexdigest(),
+        },
+        "adapter": merged,
+        "recipe": plan.recipe,
+        "layout": plan.layout,
+        "dtype": plan.dtype,
+        "versions": {
+            "mlx_dgemma": __version__,
+            "mlx": version("mlx"),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _write(
+    target: Path,
+    source: Source,
+    plan: Plan,
+    adapter: Adapter | None,
+    provenance: dict[str, Any],
+    progress: Progress | None,
+) -> list[str]:
+    """Stream the plan into the workspace and publish it; returns the shards kept from before."""
+    workspace = Workspace(target, plan.fingerprint(provenance), provenance)
+    with workspace.hold():
+        count = _Counter(progress, "checking", sum(s.data_bytes for s in plan.shards))
+        resumed = workspace.recover(plan, count)
+        workspace.check_space(plan)
+        try:
+            workspace.write_journal()
+            compare_duplicates(source)
+            parameters = source.with_adapter(adapter)
+            total = sum(tensor.nbytes for tensor in parameters.values())
+            write_shards(
+                plan,
+                source,
+                parameters,
+                workspace.folder,
+                workspace.finished,
+                lambda shard, entry: workspace.record(shard.filename, entry),
+                _Counter(progress, "converting", total),
+            )
+            _write_companions(source.folder, workspace, plan, provenance)
+            workspace.publish()
+        except OSError as error:
+            raise ResourceError(
+                f"{workspace.folder}: writing failed ({error.strerror}); what is finished stays, "
+                "run the same command again to go on."
+            ) from error
+    return resumed
+
+
+class _Counter:
+    """Adds up bytes for a progress display."""
+
+    def __init__(self, progress: Progress | None, what: str, total: int) -> None:
+        self._progress, self._what, self._total, self._done = progress, what, total, 0
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress(self._what, self._done, self._total)
+
+
+def _write_companions(
+    folder: Path, workspace: Workspace, plan: Plan, provenance: dict[str, Any]
+) -> None:
+    """Everything beside the weights: config, index, tokenizer files, card, digests."""
+    out = workspace.folder
+    for pattern in _COMPANIONS:
+        for path in folder.glob(pattern):
+            if path.name not in _NOT_COPIED and path.is_file():
+                shutil.copyfile(path, out / path.name)
+    write_json(out / "config.json", dict(sorted(plan.config.items())))
+    write_json(out / INDEX, plan.index)
+    (out / "README.md").write_text(card.model_card(plan, provenance), encoding="utf-8")
+    shards = {shard.filename for shard in plan.shards}
+    files = {
+        path.name: {"bytes": path.stat().st_size, "sha256": file_digest(path)}
+        for path in sorted(out.iterdir())
+        if path.name not in shards and path.name not in (JOURNAL, ".lock")
+    }
+    workspace.write_journal(files=files, alternatives=list(plan.alternatives), complete=True)
