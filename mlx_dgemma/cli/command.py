@@ -1,0 +1,81 @@
+"""What every command shares: one-sentence errors, exit codes, and a calm start.
+
+Exit codes: 0 it worked, 2 the user can mend it (one sentence on standard error), 130 Ctrl-C.
+A bug keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from threading import Event, current_thread, main_thread
+from types import FrameType
+from typing import NoReturn
+
+from mlx_dgemma.errors import DGemmaError
+
+USER_ERROR = 2
+INTERRUPTED = 130
+PIPE_CLOSED = 141
+
+Body = Callable[[Sequence[str] | None], int]
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaint is one sentence, without the usage text above it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+
+
+def command(body: Body) -> Body:
+    """Makes a function a console script: errors meant for the user become one sentence."""
+
+    @functools.wraps(body)
+    def main(argv: Sequence[str] | None = None) -> int:
+        # transformers greets every user who has no PyTorch; nobody here needs it.
+        os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+        os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        try:
+            return body(argv)
+        except DGemmaError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return USER_ERROR
+        except KeyboardInterrupt:
+            return INTERRUPTED
+        except BrokenPipeError:
+            # The reader left (`| head`); keep the interpreter from complaining at exit.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return PIPE_CLOSED
+
+    return main
+
+
+@contextmanager
+def stop_on_interrupt() -> Iterator[Event]:
+    """Yields the event that the first Ctrl-C sets; a second one interrupts at once.
+
+    Generation looks at it between denoising steps, so that a run ends with its last committed
+    block on the screen instead of a traceback.
+    """
+    cancel = Event()
+    if current_thread() is not main_thread():
+        yield cancel
+        return
+
+    def request(_number: int, _frame: FrameType | None) -> None:
+        if cancel.is_set():
+            raise KeyboardInterrupt
+        cancel.set()
+
+    previous = signal.signal(signal.SIGINT, request)
+    try:
+        yield cancel
+    finally:
+        signal.signal(signal.SIGINT, previous)

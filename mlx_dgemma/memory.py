@@ -1,0 +1,181 @@
+"""What a model needs, reckoned from its config before a byte of it is read.
+
+weights        every tensor of the layout and precision at hand
+context        keys and values of the committed tokens: full layers grow, sliding layers do not
+working set    what one denoising step or one prefill chunk holds at its height
+
+The working set is an upper estimate from the arrays the loop keeps alive at once; the other two
+are exact. Peaks that were really reached are reported with every generation.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from mlx_dgemma.errors import CheckpointError, ResourceError
+from mlx_dgemma.hardware import Machine
+from mlx_dgemma.model.config import ModelConfig, TextConfig
+from mlx_dgemma.model.names import Layout, parameter_shapes
+
+GB = 1e9
+ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
+# Left to macOS and other programs; below this a Mac pages and everything crawls.
+SYSTEM_RESERVE = 3_000_000_000
+CONTEXT_STEP = 256  # contexts grow in multiples of this
+PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Bytes by purpose for one model at one context length."""
+
+    weights: int
+    context: int
+    working: int
+    context_tokens: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.context + self.working
+
+    def record(self) -> dict[str, int]:
+        return {
+            "weights_bytes": self.weights,
+            "context_bytes": self.context,
+            "working_bytes": self.working,
+            "total_bytes": self.total,
+            "context_tokens": self.context_tokens,
+        }
+
+    def __str__(self) -> str:
+        return (
+            f"{gigabytes(self.total)} ({gigabytes(self.weights)} weights, "
+            f"{gigabytes(self.context)} context of {self.context_tokens:,} tokens, "
+            f"{gigabytes(self.working)} working memory)"
+        )
+
+
+def plan(
+    config: ModelConfig, *, context_tokens: int, weights: int | None = None, canvases: int = 1
+) -> Plan:
+    """The plan for a context of `context_tokens`, prompt and replies together.
+
+    weights: bytes when they are known from the files; otherwise reckoned from the config.
+    canvases: how many are denoised together.
+    """
+    return Plan(
+        weights=weight_bytes(config) if weights is None else weights,
+        context=context_bytes(config, context_tokens),
+        working=working_bytes(config, context_tokens, canvases),
+        context_tokens=context_tokens,
+    )
+
+
+def weight_bytes(
+    config: ModelConfig, *, quantization: dict[str, Any] | None = None, layout: Layout = "mlx"
+) -> int:
+    """Bytes of all tensors; `quantization` (config.json's block) replaces the config's own."""
+    if quantization is not None:
+        config = replace(config, quantization=quantization)
+    shapes = parameter_shapes(config, layout).values()
+    return sum(prod(shape) * ITEM_SIZE[dtype] for shape, dtype in shapes)
+
+
+def context_bytes(config: ModelConfig, tokens: int) -> int:
+    """Bytes of the context cache once it holds `tokens`, a canvas behind them included."""
+    text, slack = config.text, config.canvas_length
+    total = 0
+    for layer in range(text.num_hidden_layers):
+        window = text.window_of(layer)
+        kept = tokens if window is None else min(tokens, window - 1 + slack)
+        slots = -(-(kept + 2 * slack) // CONTEXT_STEP) * CONTEXT_STEP
+        total += 2 * slots * text.kv_heads_of(layer) * text.head_dim_of(layer)
+    return total * ITEM_SIZE[text.dtype]
+
+
+def working_bytes(config: ModelConfig, tokens: int, canvases: int = 1) -> int:
+    """An upper estimate of what a denoising step or a prefill chunk adds to weights and context.
+
+    A step holds the raw logits and, while statistics are taken, one float32 array of their
+    size; the widest layer needs its experts' rows and the attention scores over the context.
+    """
+    text = config.text
+    rows = canvases * config.canvas_length
+    logits = rows * text.vocab_size * (ITEM_SIZE[text.dtype] + 4)
+    step = logits + _layer_bytes(text, rows, tokens)
+    return max(step, _layer_bytes(text, PREFILL_CHUNK, tokens))
+
+
+def _layer_bytes(text: TextConfig, rows: int, tokens: int) -> int:
+    """Activations of the widest layer for `rows` tokens that attend to `tokens` others."""
+    routed = rows * text.top_k_experts
+    experts = routed * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
+    scores = text.num_attention_heads * rows * min(tokens + rows, 2 * text.sliding_window)
+    residual = rows * text.hidden_size * 8
+    return (experts + residual) * ITEM_SIZE[text.dtype] + scores * 4
+
+
+def stored_bytes(folder: str | Path) -> int:
+    """Bytes of the tensors in a checkpoint folder, from the headers of its safetensors files.
+
+    Raises CheckpointError when there are none or a header cannot be read.
+    """
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder} has no safetensors files; download the checkpoint again.")
+    return sum(_tensor_bytes(file) for file in files)
+
+
+def _tensor_bytes(file: Path) -> int:
+    try:
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length)) if length < 1 << 30 else None
+        return max(
+            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
+        )
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{file} is no safetensors file or is damaged; download it again."
+        ) from error
+
+
+def check_fits(wanted: Plan, machine: Machine, *, name: str = "This model") -> str | None:
+    """Refuses a plan that this machine's memory cannot hold.
+
+    Returns a sentence of advice where the plan fits the memory but not what the GPU keeps
+    resident by default, else None. Raises ResourceError with the numbers and a way out.
+    """
+    if machine.memory is None:
+        return None
+    room = machine.memory - min(SYSTEM_RESERVE, machine.memory // 4)
+    if wanted.total > room:
+        raise ResourceError(
+            f"{name} needs {wanted}, and this machine has {gigabytes(machine.memory)}, of which "
+            f"{gigabytes(room)} can be used; {_way_out(wanted, room)}."
+        )
+    if machine.metal and machine.limit is not None and wanted.total > machine.limit:
+        megabytes = -(-wanted.total // (1 << 20)) + 512
+        return (
+            f"{name} needs {gigabytes(wanted.total)}, but macOS keeps only "
+            f"{gigabytes(machine.limit)} resident for the GPU by default; raise that until the "
+            f"next restart with: sudo sysctl iogpu.wired_limit_mb={megabytes}"
+        )
+    return None
+
+
+def _way_out(wanted: Plan, room: int) -> str:
+    fixed = wanted.weights + wanted.working
+    if wanted.context and fixed < room:
+        tokens = int(wanted.context_tokens * (room - fixed) / wanted.context)
+        return f"a context of {tokens // 1024 * 1024:,} tokens fits"
+    return "use a checkpoint with fewer bits, or a machine with more memory"
+
+
+def gigabytes(count: float) -> str:
+    return f"{count / GB:.1f} GB" if count >= GB / 10 else f"{count / 1e6:.0f} MB"
