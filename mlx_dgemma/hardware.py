@@ -10,6 +10,7 @@ import platform
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +89,7 @@ def _mlx() -> tuple[dict[str, Any], bool, str | None]:
     described = dict(mx.device_info())
     kind = mx.default_device().type
     metal = mx.metal.is_available() and kind == mx.gpu
-    return {"type": "gpu" if kind == mx.gpu else "cpu", **described}, metal, mx.__version__
+    return {"type": "gpu" if kind == mx.gpu else "cpu", **described}, metal, version("mlx")
 
 
 def _sysctl(name: str) -> str | None:

@@ -28,6 +28,7 @@ ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1,
 SYSTEM_RESERVE = 3_000_000_000
 CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 512
+MAX_HEADER = 100_000_000  # the safetensors format's own limit
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,7 @@ def _tensor_bytes(file: Path) -> int:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length)) if length < 1 << 30 else None
+            header = json.loads(stream.read(min(length, MAX_HEADER)))
         return max(
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         )

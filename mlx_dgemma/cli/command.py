@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, Protocol
 
 from mlx_dgemma.errors import DGemmaError
 
@@ -26,6 +26,12 @@ PIPE_CLOSED = 141
 Body = Callable[[Sequence[str] | None], int]
 
 
+class Main(Protocol):
+    """A console script: its argument defaults to the command line, it returns the exit code."""
+
+    def __call__(self, argv: Sequence[str] | None = None) -> int: ...
+
+
 class Parser(argparse.ArgumentParser):
     """argparse whose complaint is one sentence, without the usage text above it."""
 
@@ -33,7 +39,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
 
 
-def command(body: Body) -> Body:
+def command(body: Body) -> Main:
     """Makes a function a console script: errors meant for the user become one sentence."""
 
     @functools.wraps(body)

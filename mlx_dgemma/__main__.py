@@ -1,0 +1,38 @@
+"""`mlx_dgemma VERB`: hands the rest of the line to the verb's own command."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from mlx_dgemma._version import __version__
+
+VERBS = {
+    "generate": "one prompt, one reply, and the canvas while it resolves",
+    "chat": "a conversation in the terminal",
+    "convert": "a checkpoint to another layout or precision",
+}
+
+
+def usage() -> str:
+    lines = "\n".join(f"  {verb:<11}{about}" for verb, about in VERBS.items())
+    return f"usage: mlx_dgemma VERB [options]\n\n{lines}\n\nmlx_dgemma VERB --help tells more.\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    if verb in ("--help", "-h"):
+        sys.stdout.write(usage())
+        return 0
+    if verb == "--version":
+        print(f"mlx_dgemma {__version__}")
+        return 0
+    if verb not in VERBS:
+        print(f"mlx_dgemma: no verb {verb!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
+        return 2
+    return int(import_module(f"mlx_dgemma.cli.{verb}").main(rest))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

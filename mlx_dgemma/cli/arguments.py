@@ -1,0 +1,154 @@
+"""The flags that commands share, named as mlx-lm names them where it has them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from mlx_dgemma._version import __version__
+from mlx_dgemma.decoding.settings import SamplerName, UnconvergedPolicy
+from mlx_dgemma.hub import COMMUNITY
+
+# Flags that `stream_generate` takes by the same name; None leaves the checkpoint's own value.
+SETTINGS = (
+    "max_tokens",
+    "temp",
+    "sampler",
+    "max_denoising_steps",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "stability_threshold",
+    "confidence_threshold",
+    "canvas_length",
+    "on_unconverged",
+)
+
+
+def add_version(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--version", action="version", version=f"mlx_dgemma {__version__}")
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("model")
+    group.add_argument(
+        "--model",
+        metavar="PATH_OR_REPO",
+        help="a checkpoint's folder or Hugging Face repository, such as "
+        f"{COMMUNITY}-4bit (default: the bundled demo checkpoint)",
+    )
+    group.add_argument("--revision", help="branch, tag or commit of the repository")
+    group.add_argument(
+        "--adapter-path",
+        metavar="FOLDER",
+        help="a LoRA adapter in PEFT's format, merged on loading",
+    )
+
+
+def add_decoding(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
+    group.add_argument(
+        "--max-tokens",
+        "-m",
+        type=int,
+        metavar="N",
+        help="tokens to generate at most (default: 256)",
+    )
+    group.add_argument(
+        "--temp",
+        type=float,
+        metavar="T",
+        help="divides the logits for sampling; 0 is greedy (default: 1, as the reference samples)",
+    )
+    group.add_argument(
+        "--seed", type=int, metavar="N", help="repeats a generation (default: drawn and shown)"
+    )
+    group.add_argument(
+        "--sampler",
+        choices=get_args(SamplerName),
+        help="which positions a step accepts (default: entropy-bound)",
+    )
+    group.add_argument(
+        "--max-denoising-steps", type=int, metavar="N", help="steps a block may take at most"
+    )
+    group.add_argument(
+        "--entropy-bound", type=float, metavar="NATS", help="joint entropy accepted per step"
+    )
+    group.add_argument("--t-min", type=float, metavar="T", help="temperature of the last step")
+    group.add_argument("--t-max", type=float, metavar="T", help="temperature before the first step")
+    group.add_argument(
+        "--stability-threshold",
+        type=int,
+        metavar="N",
+        help="a block may stop once its draft equals this many drafts before it",
+    )
+    group.add_argument(
+        "--confidence-threshold",
+        type=float,
+        metavar="NATS",
+        help="... and once its mean entropy is below this",
+    )
+    group.add_argument("--canvas-length", type=int, metavar="N", help="positions denoised together")
+    group.add_argument(
+        "--on-unconverged",
+        choices=get_args(UnconvergedPolicy),
+        help="what to do with a block that ran out of steps (default: commit)",
+    )
+    group.add_argument(
+        "--stop",
+        action="append",
+        default=[],
+        metavar="TEXT",
+        help="end the answer before this text (repeatable)",
+    )
+
+
+def add_prompting(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
+    parser.add_argument(
+        "--enable-thinking", action="store_true", help="let the model think before it answers"
+    )
+    parser.add_argument(
+        "--prompt-cache-file",
+        metavar="FILE",
+        help="continue from the context in FILE if it is there, and write it back",
+    )
+
+
+def add_display(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("display")
+    group.add_argument(
+        "--drafts",
+        action=argparse.BooleanOptionalAction,
+        help="show the canvas while it resolves (default: on a terminal)",
+    )
+    group.add_argument(
+        "--pace",
+        type=pace,
+        metavar="SECONDS",
+        help="show every step at least this long (default: 0.1 for the demo checkpoint, else 0)",
+    )
+
+
+def pace(text: str) -> float:
+    """A pause between steps: 0 to 10 seconds."""
+    value = float(text)
+    if not 0 <= value <= 10:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 10 seconds")
+    return value
+
+
+def truth(text: str) -> bool:
+    """mlx-lm's spelling of a truth value: True, T, False, F and their like."""
+    lowered = text.lower()
+    if lowered in ("true", "t", "yes", "y", "1"):
+        return True
+    if lowered in ("false", "f", "no", "n", "0"):
+        return False
+    raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+
+
+def settings(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The decoding settings that were given."""
+    given = {name: getattr(arguments, name) for name in SETTINGS}
+    return {name: value for name, value in given.items() if value is not None}

@@ -1,0 +1,232 @@
+"""`mlx_dgemma.generate`: one prompt, one reply, and the canvas while it resolves."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli import summary
+from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
+from mlx_dgemma.cli.session import Session, open_session
+from mlx_dgemma.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_dgemma.api import Prompt
+    from mlx_dgemma.demo.tasks import Example
+
+DEFAULT_TASK = "list"
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_dgemma.generate",
+        description="Generate a reply with DiffusionGemma. Without --model and --prompt, the "
+        "bundled demo checkpoint answers one of its own puzzles.",
+    )
+    prompt = parser.add_mutually_exclusive_group()
+    prompt.add_argument("--prompt", "-p", metavar="TEXT", help="the message ('-' reads stdin)")
+    prompt.add_argument("--prompt-file", metavar="FILE", help="read the message from a file")
+    prompt.add_argument(
+        "--demo",
+        metavar="TASK",
+        help="ask the demo checkpoint a held-out question: reverse, sort, count, sudoku, tool, "
+        "think, grid, list, sentence or json; the answer is checked",
+    )
+    prompt.add_argument(
+        "--replay", metavar="FILE", help="run a recorded generation again from its trace"
+    )
+    flags.add_prompting(parser)
+    parser.add_argument(
+        "--ignore-chat-template", action="store_true", help="take the prompt as raw text"
+    )
+    flags.add_model(parser)
+    flags.add_decoding(parser)
+    flags.add_display(parser)
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    output.add_argument("--trace", metavar="FILE", help="record seed, draws and drafts as JSON")
+    output.add_argument(
+        "--verbose",
+        type=flags.truth,
+        nargs="?",
+        const=True,
+        metavar="TRUE_OR_FALSE",
+        help="print what it cost after the reply (default: on a terminal)",
+    )
+    flags.add_version(parser)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    if arguments.replay is not None:
+        return _replay(arguments, messages)
+
+    # 1. What is asked, before anything slow
+    example = _example(arguments)
+    prompt: Prompt = example.messages if example else _read_prompt(arguments)
+    text_size = len(prompt) if isinstance(prompt, str) else 0
+    session = open_session(arguments, messages, context=text_size + (arguments.max_tokens or 256))
+    options = _options(arguments, session, example)
+    if arguments.ignore_chat_template and isinstance(prompt, str):
+        bos = session.model.config.text.bos_token_id
+        prompt = [bos, *session.tokenizer.encode(prompt)]
+
+    # 2. The reply, shown as it comes
+    on_terminal = console.is_terminal and not arguments.json
+    live = on_terminal if arguments.drafts is None else arguments.drafts and on_terminal
+    live = live and not console.is_dumb_terminal and arguments.verbose is not False
+    if example and not arguments.json:
+        _print_question(example, console if console.is_terminal else messages)
+    with stop_on_interrupt() as cancel:
+        from mlx_dgemma.api import stream_generate
+
+        events = stream_generate(
+            session.model, session.tokenizer, prompt, drafts=live, cancel=cancel, **options
+        )
+        show = not arguments.json
+        reply = receive(events, session, console, live=live) if show else collect(events)
+
+    # 3. What came of it
+    if arguments.prompt_cache_file is not None:
+        options["cache"].save(arguments.prompt_cache_file)
+    right = None if example is None else _is_right(example, reply, session)
+    if arguments.json:
+        print(json.dumps(_record(session, reply, right), ensure_ascii=False))
+    else:
+        if right is not None:
+            _print_verdict(right, console if console.is_terminal else messages)
+        if on_terminal if arguments.verbose is None else arguments.verbose:
+            print_summary(reply, console if on_terminal else messages)
+    cancelled = reply.finish is not None and reply.finish.reason == "cancelled"
+    return INTERRUPTED if cancelled else 0
+
+
+def _read_prompt(arguments: argparse.Namespace) -> str:
+    prompt: str
+    if arguments.prompt_file is not None:
+        try:
+            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(
+                f"Cannot read the prompt file {arguments.prompt_file}: {error.strerror}."
+            ) from error
+        except UnicodeDecodeError as error:
+            raise InputError(
+                f"The prompt file {arguments.prompt_file} is not UTF-8 text."
+            ) from error
+    elif arguments.prompt is None:
+        raise InputError("There is no prompt: give one with --prompt, or --prompt - for stdin.")
+    else:
+        prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
+    if not prompt.strip():
+        raise InputError("The prompt is empty: write something to answer.")
+    return prompt
+
+
+def _read_stdin() -> str:
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("Standard input is not UTF-8 text.") from error
+
+
+def _example(arguments: argparse.Namespace) -> Example | None:
+    """A held-out question of the demo, when one is asked for or nothing else is given."""
+    asked = arguments.prompt is not None or arguments.prompt_file is not None
+    if arguments.demo is None and (asked or arguments.model is not None):
+        return None
+    from mlx_dgemma.demo.tasks import TASKS, held_out
+
+    task = arguments.demo or DEFAULT_TASK
+    if task not in TASKS:
+        raise InputError(f"--demo knows no task {task!r}; the tasks are {', '.join(TASKS)}.")
+    if arguments.seed is None:
+        from mlx_dgemma.decoding.draws import fresh_seed
+
+        arguments.seed = fresh_seed()
+    return held_out(task, 1, arguments.seed)[0]
+
+
+def _options(
+    arguments: argparse.Namespace, session: Session, example: Example | None
+) -> dict[str, Any]:
+    options = dict(session.options)
+    options["seed"] = arguments.seed
+    options["stop"] = arguments.stop
+    options["system_prompt"] = arguments.system_prompt
+    options["enable_thinking"] = arguments.enable_thinking
+    if example is not None:
+        options["enable_thinking"] = example.enable_thinking or arguments.enable_thinking
+        options["tools"] = example.tools
+    if arguments.trace is not None:
+        options["trace"] = arguments.trace
+    if arguments.prompt_cache_file is not None:
+        options["cache"] = session.prompt_cache(arguments.prompt_cache_file)
+    return options
+
+
+def _print_question(example: Example, console: Console) -> None:
+    question = next(m["content"] for m in reversed(example.messages) if m["role"] == "user")
+    console.print(Text(question, "bold"), soft_wrap=True)
+    console.print()
+
+
+def _is_right(example: Example, reply: Reply, session: Session) -> bool:
+    """The task's own judge; a call is judged by its raw text."""
+    if reply.tool_calls:
+        return bool(example.verify(session.tokenizer.decode(reply.ids)))
+    return bool(example.verify(reply.text))
+
+
+def _print_verdict(right: bool, console: Console) -> None:
+    verdict = "✓ checked: a right answer" if right else "✗ checked: not a right answer"
+    console.print()
+    console.print(Text(verdict, "green" if right else "red"))
+
+
+def _record(session: Session, reply: Reply, right: bool | None) -> dict[str, Any]:
+    assert reply.finish is not None
+    more: dict[str, Any] = {"model": session.name, "text": reply.text}
+    if reply.thinking:
+        more["thinking"] = reply.thinking
+    if reply.tool_calls:
+        more["tool_calls"] = reply.tool_calls
+    if right is not None:
+        more["right"] = right
+    return summary.record(reply.finish, **more)
+
+
+def _replay(arguments: argparse.Namespace, messages: Console) -> int:
+    from mlx_dgemma.api import replay
+
+    session = open_session(arguments, messages)
+    again = replay(session.model, session.tokenizer, arguments.replay)
+    if arguments.json:
+        print(
+            json.dumps(
+                {"text": again.text, "ids": again.ids, "divergence": again.divergence},
+                ensure_ascii=False,
+            )
+        )
+    else:
+        print(again.text)
+    if again.divergence is None:
+        return 0
+    block, attempt, step = again.divergence
+    messages.print(
+        f"The drafts differ from the record from block {block}, attempt {attempt}, step {step} on.",
+        soft_wrap=True,
+    )
+    return 1

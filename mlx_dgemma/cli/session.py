@@ -1,0 +1,98 @@
+"""A command's model: found, checked against this machine, loaded, and the demo announced."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from mlx_dgemma.cli.arguments import settings
+from mlx_dgemma.cli.canvas import Pieces
+from mlx_dgemma.decoding.draws import check_seed
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.hub import COMMUNITY, demo_path, resolve_model
+from mlx_dgemma.memory import check_fits, plan, stored_bytes
+from mlx_dgemma.model import Model
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.prompt import Tokenizer
+from mlx_dgemma.prompt_cache import PromptCache
+
+DEMO_NOTICE = (
+    "Using the bundled demo checkpoint, a miniature that knows its own puzzles and nothing else. "
+    f"The real model: --model {COMMUNITY}-4bit"
+)
+DEMO_NAME = "demo"
+DEMO_PACE = 0.1
+PLANNED_CONTEXT = 8192
+
+
+@dataclass(frozen=True)
+class Session:
+    """A loaded model with the settings that the flags ask for.
+
+    name: what the user called it. options: the given settings, as keywords of `stream_generate`.
+    pace: seconds a step stays on the screen.
+    """
+
+    name: str
+    model: Model
+    tokenizer: Tokenizer
+    options: dict[str, Any]
+    max_denoising_steps: int
+    pace: float
+
+    @property
+    def pieces(self) -> Pieces:
+        return Pieces(self.tokenizer.decode, self.tokenizer.control_ids)
+
+    def prompt_cache(self, path: str | Path) -> PromptCache:
+        """The context saved at `path`, or an empty one when there is no such file."""
+        if Path(path).exists():
+            return PromptCache.load(path, self.model)
+        if not Path(path).absolute().parent.is_dir():
+            raise InputError(f"The folder of the prompt cache file {path} does not exist.")
+        return PromptCache(self.model)
+
+
+def open_session(arguments: argparse.Namespace, messages: Console, context: int = 0) -> Session:
+    """Finds, checks and loads the model; notices go to `messages` (standard error).
+
+    context: tokens that prompt and reply may take, for the memory plan.
+    """
+    demo = arguments.model is None
+    folder = resolve_model(
+        arguments.model, revision=arguments.revision, progress=messages.is_terminal
+    )
+    config = ModelConfig.from_folder(folder)
+    options = settings(arguments)
+    # Before the weights: a flag out of range or too little memory should not take a minute.
+    if arguments.seed is not None:
+        check_seed(arguments.seed)
+    decoding = DecodingSettings.from_defaults(config.generation, options)
+    name = DEMO_NAME if demo else str(arguments.model)
+    tokens = min(max(context, PLANNED_CONTEXT), config.text.max_position_embeddings)
+    wanted = plan(config, context_tokens=tokens, weights=stored_bytes(folder))
+    advice = check_fits(wanted, machine(), name=name)
+    if demo:
+        messages.print(DEMO_NOTICE, style="dim", highlight=False, soft_wrap=True)
+    if advice:
+        messages.print(advice, style="dim", highlight=False, soft_wrap=True)
+    model, tokenizer = _load(folder, arguments.adapter_path, messages)
+    pace = arguments.pace
+    if pace is None:
+        pace = DEMO_PACE if folder == demo_path() else 0.0
+    return Session(name, model, tokenizer, options, decoding.max_denoising_steps, pace)
+
+
+def _load(folder: Path, adapter: str | None, messages: Console) -> tuple[Model, Tokenizer]:
+    from mlx_dgemma.api import load
+
+    if not messages.is_terminal:
+        return load(folder, adapter_path=adapter)
+    with messages.status(f"Loading {folder.name}", spinner="dots"):
+        return load(folder, adapter_path=adapter)
