@@ -199,13 +199,11 @@ def convert(
     return report
 
 
-def resolve_source(path: str, revision: str | None) -> Path:
+def resolve_source(path: str, revision: str | None, *, download_progress: bool = False) -> Path:
     """The folder of a local checkpoint, or of a Hub repository after downloading it."""
-    if Path(path).is_dir():
-        return Path(path)
     from mlx_dgemma.hub import resolve_model
 
-    return resolve_model(path, revision=revision)
+    return resolve_model(path, revision=revision, to_load=False, progress=download_progress)
 
 
 def source_revision(folder: Path) -> str | None:

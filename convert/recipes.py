@@ -320,3 +320,11 @@ def fit(wanted: Precision, width: int) -> tuple[Precision | None, str | None]:
             taken = Precision(bits, group)
             return taken, f"{width} is no multiple of {wanted.group_size}: {taken} instead"
     return None, f"{width} is no multiple of {wanted.group_size}: left at 16 bits"
+
+
+def describe() -> str:
+    """The table of recipes and mixes as text."""
+    lines = [f"{recipe.name:<10} {recipe.summary}" for recipe in RECIPES.values()]
+    for name, (low, high) in MIXES.items():
+        lines.append(f"{name:<10} mlx-lm's mix of {low} and {high} bits (also --quant-predicate)")
+    return "\n".join(lines)

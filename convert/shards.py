@@ -89,8 +89,7 @@ def array_bytes(array: mx.array) -> memoryview:
     """The bytes of an evaluated array, without a copy where NumPy knows the dtype."""
     if array.dtype == mx.bfloat16:
         array = array.view(mx.uint16)
-    flat = np.ascontiguousarray(np.array(array, copy=False)).reshape(-1)
-    return memoryview(flat.view(np.uint8))
+    return np.ascontiguousarray(np.array(array, copy=False)).reshape(-1).view(np.uint8).data
 
 
 class ShardWriter:

@@ -232,7 +232,11 @@ def merge_parameters(
         if packing is None:
             merged[name] = adapter.merged(name, stored, 0).astype(stored.dtype)
             continue
-        how = {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
+        how: dict[str, Any] = {
+            "group_size": packing.group_size,
+            "bits": packing.bits,
+            "mode": packing.mode,
+        }
         scales, biases = parameters[f"{module}.scales"], parameters.get(f"{module}.biases")
         dense = mx.dequantize(stored, scales, biases, **how)
         again = mx.quantize(adapter.merged(name, dense, 0).astype(dense.dtype), **how)
