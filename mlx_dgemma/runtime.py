@@ -1,7 +1,7 @@
 """One thread owns the model; any thread may ask it.
 
 MLX's streams belong to threads, and one canvas fills the machine: so an app or a server hands
-its requests to a Runtime, which serves them in order on a thread of its own.
+its requests to a Runtime, which serves them on a thread of its own, a block each in turn.
 
     with Runtime() as runtime:                       # the bundled demo checkpoint
         for event in runtime.stream("Count from 3 to 9."):
@@ -10,20 +10,21 @@ its requests to a Runtime, which serves them in order on a thread of its own.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import queue
 import threading
-from collections.abc import Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
 from typing import Any, TypeVar, Unpack
 
 from mlx_dgemma.api import Options, Prompt, load, stream_generate
-from mlx_dgemma.decoding.events import Event
+from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
 T = TypeVar("T")
-_END = object()
 
 
 class Runtime:
@@ -65,6 +66,45 @@ class Runtime:
         """Requests accepted and not finished, the running one included."""
         return self._waiting
 
+    def submit(
+        self,
+        prompt: Prompt,
+        deliver: Callable[[Event | BaseException | None], None],
+        *,
+        drafts: bool = False,
+        cancel: threading.Event | None = None,
+        **options: Unpack[Options],
+    ) -> threading.Event:
+        """Queues `stream_generate`; options are its keywords. Returns the event that cancels it.
+
+        deliver: called on the model's thread with every event, with the exception if one ends
+            the request, and with None at the end. Requests take turns block by block, so a
+            short one does not wait for a long one to finish.
+        """
+        cancel = cancel or threading.Event()
+
+        def events() -> Generator[Event, None, None]:
+            yield from stream_generate(
+                self.model, self.tokenizer, prompt, drafts=drafts, cancel=cancel, **options
+            )
+
+        stream = events()
+
+        def advance() -> None:
+            try:
+                for event in stream:
+                    deliver(event)
+                    if isinstance(event, Commit) and self._requeue(advance):
+                        return
+            except BaseException as error:
+                deliver(error)
+            self._running.discard(cancel)
+            deliver(None)
+
+        self._running.add(cancel)
+        self._submit(advance)
+        return cancel
+
     def stream(
         self,
         prompt: Prompt,
@@ -78,25 +118,34 @@ class Runtime:
         The request is queued at once. Setting `cancel` or closing the generator ends it
         between two denoising steps. Errors are raised here, in the caller's thread.
         """
-        cancel = cancel or threading.Event()
-        events: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        cancel = self.submit(prompt, arrived.put, drafts=drafts, cancel=cancel, **options)
+        return _receive(arrived, cancel)
 
-        def run() -> None:
-            try:
-                stream = stream_generate(
-                    self.model, self.tokenizer, prompt, drafts=drafts, cancel=cancel, **options
-                )
-                for event in stream:
-                    events.put(event)
-            except BaseException as error:
-                events.put(error)
-            finally:
-                self._running.discard(cancel)
-                events.put(_END)
+    async def astream(
+        self,
+        prompt: Prompt,
+        *,
+        drafts: bool = False,
+        cancel: threading.Event | None = None,
+        **options: Unpack[Options],
+    ) -> AsyncGenerator[Event, None]:
+        """`stream` for asyncio: waiting for the next event leaves the loop free."""
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
 
-        self._running.add(cancel)
-        self._submit(run)
-        return _receive(events, cancel)
+        def deliver(item: Event | BaseException | None) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop ended before the request did
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        cancel = self.submit(prompt, deliver, drafts=drafts, cancel=cancel, **options)
+        try:
+            while (event := await arrived.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                yield event
+        finally:
+            cancel.set()
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
         """The whole answer; options are `stream_generate`'s keywords."""
@@ -142,6 +191,15 @@ class Runtime:
             self._waiting += 1
             self._jobs.put(job)
 
+    def _requeue(self, job: Callable[[], None]) -> bool:
+        """Puts a job behind those that wait; False when none does, or at the end."""
+        with self._lock:
+            if self._closed or self._jobs.empty():
+                return False
+            self._waiting += 1
+            self._jobs.put(job)
+            return True
+
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
             job()
@@ -150,10 +208,10 @@ class Runtime:
 
 
 def _receive(
-    events: queue.SimpleQueue[Any], cancel: threading.Event
+    arrived: queue.SimpleQueue[Any], cancel: threading.Event
 ) -> Generator[Event, None, None]:
     try:
-        while (event := events.get()) is not _END:
+        while (event := arrived.get()) is not None:
             if isinstance(event, BaseException):
                 raise event
             yield event
