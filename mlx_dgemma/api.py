@@ -304,7 +304,7 @@ def _stream(
                     yield _commit(Commit(ids=(), text="", block=last_block), held)
                 if record is not None and trace is not None:
                     record.save(trace)
-                yield replace(event, prompt_tokens=len(prompt))
+                yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
     finally:
         blocks.close()
 

@@ -75,6 +75,7 @@ class Finish:
     blocks: canvases denoised. steps_per_block, converged: one entry per block.
     tokens_per_forward: committed tokens per decoder pass.
     prefill_seconds, denoise_seconds: wall time. peak_memory_bytes: MLX's peak for the request.
+    stop_string: the stop string that ended the answer, if one did.
     """
 
     reason: FinishReason
@@ -88,6 +89,7 @@ class Finish:
     prefill_seconds: float
     denoise_seconds: float
     peak_memory_bytes: int
+    stop_string: str | None = None
 
     @property
     def text(self) -> str:

@@ -39,6 +39,11 @@ class ReplyReader:
         self._parser = ChannelParser(tokenizer, tools=tools)
         self._stop = StopStrings(stop)
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that ended the answer."""
+        return self._stop.met
+
     def feed(self, ids: Iterable[int]) -> Increment:
         return self._read(self._parser.feed(ids))
 
@@ -64,9 +69,9 @@ class ReplyReader:
                 if piece.kind == "tool_call":
                     malformed.append(piece.text)
                 text += self._stop.feed(piece.text)
-                if self._stop.met:
+                if self._stop.met is not None:
                     break
-        return Increment(text, thinking, tuple(calls), tuple(malformed), self._stop.met)
+        return Increment(text, thinking, tuple(calls), tuple(malformed), self._stop.met is not None)
 
 
 class StopStrings:
@@ -79,17 +84,18 @@ class StopStrings:
             raise InputError("A stop string is empty or no text: give at least one character.")
         self._strings = tuple(strings)
         self._held = ""
-        self.met = False
+        self.met: str | None = None
 
     def feed(self, text: str) -> str:
         """The text that no stop string can still claim."""
-        if self.met:
+        if self.met is not None:
             return ""
         text, self._held = self._held + text, ""
-        found = [at for at in (text.find(string) for string in self._strings) if at >= 0]
+        found = [(text.find(string), string) for string in self._strings if string in text]
         if found:
-            self.met = True
-            return text[: min(found)]
+            # The one complete first, so that it does not matter how the text was cut.
+            at, self.met = min(found, key=lambda match: (match[0] + len(match[1]), match[0]))
+            return text[:at]
         longest = max((len(string) for string in self._strings), default=1) - 1
         for kept in range(max(len(text) - longest, 0), len(text)):
             if any(string.startswith(text[kept:]) for string in self._strings):
