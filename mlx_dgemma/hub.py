@@ -157,8 +157,7 @@ class _Repository:
             check_memory(self.name, files, machine())
         if missing:
             self._check_disk(missing)
-            self._download(api, info, list(files), progress)
-        return self._snapshot(info.sha)
+        return self._download(api, list(files), progress)
 
     def _needed(self, api: HfApi, info: ModelInfo) -> dict[str, int]:
         """Name -> size of the files a model needs: configs, tokenizer, and the index's shards."""
@@ -169,7 +168,7 @@ class _Repository:
             )
         weights = [name for name in sizes if name.endswith(".safetensors") and "/" not in name]
         if INDEX in sizes:
-            weights = self._indexed(api, info, weights)
+            weights = self._indexed(api, weights)
         if not weights:
             raise ModelNotFoundError(
                 f"{self.name} on the Hub has no safetensors files; use {COMMUNITY}-4bit, say."
@@ -177,10 +176,10 @@ class _Repository:
         wanted = [*SMALL_FILES, INDEX, *weights]
         return {name: sizes[name] for name in wanted if name in sizes}
 
-    def _indexed(self, api: HfApi, info: ModelInfo, weights: list[str]) -> list[str]:
+    def _indexed(self, api: HfApi, weights: list[str]) -> list[str]:
         """The shards that the index names; files beside them may be another layout's copy."""
         path = api.hf_hub_download(
-            self.name, INDEX, revision=info.sha, cache_dir=str(self.cache_dir)
+            self.name, INDEX, revision=self.revision, cache_dir=str(self.cache_dir)
         )
         named = set(json.loads(Path(path).read_text())["weight_map"].values())
         lost = sorted(named - set(weights))
@@ -199,17 +198,13 @@ class _Repository:
         )
         return isinstance(found, str)
 
-    def _snapshot(self, commit: str | None) -> Path:
-        folder = "models--" + self.name.replace("/", "--")
-        return self.cache_dir / folder / "snapshots" / str(commit)
-
     def _check_disk(self, missing: dict[str, int]) -> None:
         existing = self.cache_dir
         while not existing.exists():
             existing = existing.parent
         free = shutil.disk_usage(existing).free
         # A file that was begun takes up disk already.
-        blobs = self._snapshot("").parent.parent / "blobs"
+        blobs = self.cache_dir / ("models--" + self.name.replace("/", "--")) / "blobs"
         begun = sum(file.stat().st_blocks * 512 for file in blobs.glob("*.incomplete"))
         wanted = max(sum(missing.values()) - begun, 0)
         if wanted + DISK_RESERVE > free:
@@ -219,7 +214,7 @@ class _Repository:
                 "another disk."
             )
 
-    def _download(self, api: HfApi, info: ModelInfo, files: list[str], progress: bool) -> None:
+    def _download(self, api: HfApi, files: list[str], progress: bool) -> Path:
         from huggingface_hub.utils import (
             are_progress_bars_disabled,
             disable_progress_bars,
@@ -230,14 +225,19 @@ class _Repository:
         if silenced:
             disable_progress_bars()
         try:
-            api.snapshot_download(
-                self.name, revision=info.sha, cache_dir=str(self.cache_dir), allow_patterns=files
+            # By the revision's name: the cache then knows it by that name offline, too.
+            folder = api.snapshot_download(
+                self.name,
+                revision=self.revision,
+                cache_dir=str(self.cache_dir),
+                allow_patterns=files,
             )
         except Exception as error:
             raise self._explained(error) from error
         finally:
             if silenced:
                 enable_progress_bars()
+        return Path(str(folder))
 
     def _refused(self, error: Exception) -> Path:
         """After the Hub said no or nothing: a complete copy here serves as well."""
