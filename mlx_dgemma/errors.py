@@ -4,6 +4,7 @@
     ├── InputError         the request: prompt, flag, image, hole, message
     ├── ModelNotFoundError no such folder, or no such repository
     ├── CheckpointError    the files: config, weights, tokenizer
+    ├── CancelledError     the request's own cancel event ended it
     ├── ResourceError      memory or disk that does not suffice
     └── NumericsError      the network produced NaN or Inf
 
@@ -26,6 +27,10 @@ class ModelNotFoundError(DGemmaError):
 
 class CheckpointError(DGemmaError):
     """A checkpoint file is missing, damaged or not a DiffusionGemma."""
+
+
+class CancelledError(DGemmaError):
+    """The request was cancelled before it had a result."""
 
 
 class ResourceError(DGemmaError):

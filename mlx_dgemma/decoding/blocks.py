@@ -11,7 +11,7 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -111,9 +111,12 @@ def generate_blocks(
     tally = _Tally(prompt_tokens=len(request.prompt))
 
     started = time.perf_counter()
-    model.prefill(
-        mx.array(list(request.prompt), dtype=mx.int32)[None], cache, images=request.images
-    )
+    if request.prompt:
+        model.prefill(
+            mx.array(list(request.prompt), dtype=mx.int32)[None], cache, images=request.images
+        )
+    if request.prefilled is not None:
+        request.prefilled()
     mx.clear_cache()
     tally.prefill_seconds = time.perf_counter() - started
 
@@ -191,12 +194,15 @@ def _reply_block(
     """
     guard = request.settings.empty_reply
     first = block == 0
-    banned = sorted(request.stop_ids) if first and guard == "suppress" else ()
+    canvas = CanvasRequest(request.draws)
+    if first and guard == "suppress":
+        vocabulary = np.arange(model.config.text.vocab_size, dtype=np.int32)
+        canvas = replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(request.stop_ids))})
     divisors = REROLL_DIVISORS if first and guard == "reroll" else (1,)
     result = None
     for attempt, divisor in enumerate(divisors):
         result = yield from _denoise(
-            model, cache, request, max(length // divisor, 1), block, attempt, banned, tally
+            model, cache, request, canvas, max(length // divisor, 1), block, attempt, tally
         )
         if result is None or int(result.ids[0]) not in request.stop_ids:
             break
@@ -207,22 +213,21 @@ def _denoise(
     model: Model,
     cache: ContextCache,
     request: Request,
+    canvas: CanvasRequest,
     length: int,
     block: int,
     attempt: int,
-    banned: Sequence[int],
     tally: _Tally,
 ) -> Generator[Event, None, BlockResult | None]:
     steps = denoise_block(
         model,
         cache,
         request.settings,
-        [CanvasRequest(request.draws)],
+        [canvas],
         block=block,
         attempt=attempt,
         length=length,
         logprobs=request.logprobs,
-        banned_first=banned,
     )
     while True:
         if request.cancelled:

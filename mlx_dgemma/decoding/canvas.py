@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import mlx.core as mx
 import numpy as np
@@ -63,11 +63,16 @@ class Start:
 
 @dataclass(frozen=True)
 class CanvasRequest:
-    """One row of a batch: where its random numbers come from and what is known beforehand."""
+    """One row of a batch: where its random numbers come from and what is known beforehand.
+
+    allowed: canvas position -> ids int32 [n], the only ones that position may take in draft
+        and sample. The self-conditioning signal is not told.
+    """
 
     draws: Draws
     pins: Pins | None = None
     start: Start | None = None
+    allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
         """int32 [length]: noise, or the draft with some positions noised; pins laid on top."""

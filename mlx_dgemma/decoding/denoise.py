@@ -10,13 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas import CanvasRequest, stack_pins
-from mlx_dgemma.decoding.draws import Draws, Place
+from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.sampler import StepInput, make_sampler
 from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -28,6 +29,9 @@ from mlx_dgemma.kernels.soft_embeddings import scale_embeddings, soft_embeddings
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
+
+# A raw logit that leaves no probability behind, yet no NaN in 0 * log 0 either.
+_OUT_OF_REACH = -1e4
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,7 @@ def denoise_block(
     attempt: int = 0,
     length: int | None = None,
     logprobs: bool = False,
-    banned_first: Sequence[int] = (),
+    banned: Sequence[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
 
@@ -97,8 +101,7 @@ def denoise_block(
     has stopped is no longer computed. The context is read, never written.
 
     length: canvas positions; None is the settings' or the checkpoint's.
-    banned_first: ids that position 0 takes neither in draft nor sample; the self-conditioning
-        signal still sees them.
+    banned: ids that no free position can take; the network's logits for them are discarded.
 
     Raises NumericsError at the first step whose logits are not finite.
     """
@@ -126,7 +129,7 @@ def denoise_block(
         now = temperature(step, total, settings.t_min, settings.t_max)
         draws = [requests[row].draws for row in batch.rows]
 
-        seen = _predict(model, cache, settings, batch, draws, place, now, banned_first)
+        seen = _predict(model, cache, settings, batch, requests, place, now, banned)
         decision = sampler.decide(
             StepInput(
                 canvas=batch.canvas,
@@ -209,41 +212,40 @@ def _predict(
     cache: ContextCache,
     settings: DecodingSettings,
     batch: _Batch,
-    draws: Sequence[Draws],
+    requests: Sequence[CanvasRequest],
     place: Place,
     now: float,
-    banned_first: Sequence[int],
+    banned: Sequence[int],
 ) -> _Prediction:
     shape = batch.canvas.shape
     raw = model.raw_logits(model.hidden(batch.canvas, cache, batch.signal))
+    if banned:
+        raw[..., mx.array(list(banned))] = _OUT_OF_REACH
     if settings.temp == 0:
         uniforms = mx.zeros((*shape, 2))
     else:
-        uniforms = mx.stack([source.sample(place, shape[1]) for source in draws])
-    stats = row_statistics(
-        _ban(raw, banned_first).reshape(-1, raw.shape[-1]),
-        now,
-        uniforms.reshape(-1, 2),
+        uniforms = mx.stack([requests[row].draws.sample(place, shape[1]) for row in batch.rows])
+    judge = partial(
+        row_statistics,
+        temperature=now,
         softcap=model.config.text.final_logit_softcapping,
         temp=settings.temp,
     )
+    stats = judge(raw.reshape(-1, raw.shape[-1]), uniforms=uniforms.reshape(-1, 2))
     entropy = stats.entropy.reshape(shape)
     draft, sample = stats.argmax.reshape(shape), stats.sample.reshape(shape)
+    for line, row in enumerate(batch.rows):
+        for position, options in requests[row].allowed.items():
+            choice = mx.array(options)
+            best = judge(raw[line, position][choice][None], uniforms=uniforms[line, position][None])
+            draft[line, position] = choice[best.argmax[0]]
+            sample[line, position] = choice[best.sample[0]]
+            entropy[line, position] = best.entropy[0]
     if batch.pins is not None:
         ids, pinned = batch.pins
         draft, sample = mx.where(pinned, ids, draft), mx.where(pinned, ids, sample)
         entropy = mx.where(pinned, 0.0, entropy)
     return _Prediction(raw, stats, draft, sample, entropy)
-
-
-def _ban(raw: mx.array, banned_first: Sequence[int]) -> mx.array:
-    """Puts the banned ids of position 0 out of reach, with a finite number."""
-    if not banned_first:
-        return raw
-    vocabulary = mx.arange(raw.shape[-1])[None, None]
-    banned = (vocabulary == mx.array(list(banned_first))[:, None, None]).any(axis=0)[None]
-    at_first = mx.arange(raw.shape[1])[None, :, None] == 0
-    return mx.where(mx.logical_and(banned, at_first), mx.array(-1e4, raw.dtype), raw)
 
 
 def _sample_probability(model: Model, seen: _Prediction, now: float) -> mx.array:

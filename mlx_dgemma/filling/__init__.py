@@ -1,0 +1,15 @@
+"""Filling holes and editing spans: what a canvas can do and a left-to-right model cannot."""
+
+from mlx_dgemma.filling.infill import edit, infill, refine, regenerate
+from mlx_dgemma.filling.results import Filling, Infill, TokenInfo, uncertain_spans
+
+__all__ = [
+    "Filling",
+    "Infill",
+    "TokenInfo",
+    "edit",
+    "infill",
+    "refine",
+    "regenerate",
+    "uncertain_spans",
+]

@@ -1,0 +1,154 @@
+"""Fill holes in a text with both sides in view, edit spans, and redo what the network doubts.
+
+result = infill(model, tokenizer, "the old <hole> sings in the garden.")
+print(result.text)
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TypedDict, Unpack
+
+from mlx_dgemma.api import Prompt, encode_prompt
+from mlx_dgemma.decoding.draws import check_seed, fresh_seed
+from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.filling.results import Infill, Span, uncertain_spans
+from mlx_dgemma.filling.windows import Filler, Job
+from mlx_dgemma.model import Model
+from mlx_dgemma.prompt import Tokenizer
+from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
+
+DEFAULT_PROMPT = "Fill in the blanks."
+
+
+class InfillOptions(TypedDict, total=False):
+    """Keywords that `infill`, `edit`, `regenerate` and `refine` share.
+
+    prompt: what the user asked for, as in `generate`; system_prompt with it.
+    n: alternatives, from seed, seed + 1, ...; seed: drawn when None.
+    temp, sampler, max_denoising_steps, entropy_bound: as in `stream_generate`.
+    final: whether the text ends the reply; then the stop id and filler behind it are pinned.
+    cancel: ends the request between two denoising steps; raises CancelledError.
+    """
+
+    prompt: Prompt
+    system_prompt: str | None
+    n: int
+    seed: int | None
+    temp: float
+    sampler: SamplerName
+    max_denoising_steps: int | None
+    entropy_bound: float | None
+    final: bool
+    cancel: threading.Event | None
+
+
+def infill(
+    model: Model, tokenizer: Tokenizer, text: str, **options: Unpack[InfillOptions]
+) -> Infill:
+    """Fills every <hole> of `text`, seeing what stands before and behind it.
+
+    A hole may say its length in tokens, `<hole:3>` or `<hole:1-4>`; else the model chooses.
+    Characters outside the holes stay exactly as they are. Text that reaches past one canvas
+    is filled hole by hole, with as much right context as fits; `Infill.unseen` counts the rest.
+
+    Raises InputError for a text without a hole, a hole or pinned text longer than the canvas.
+    """
+    return _fill(model, tokenizer, parse_holes(text), options)
+
+
+def edit(
+    model: Model,
+    tokenizer: Tokenizer,
+    text: str,
+    spans: Sequence[Span],
+    *,
+    length: int | tuple[int, int] | None = None,
+    strength: float = 1.0,
+    **options: Unpack[InfillOptions],
+) -> Infill:
+    """Rewrites the characters of each span (start, end) and keeps everything else.
+
+    length: tokens of each new span, a range, or None for as many as now, give or take two.
+    strength: 1 starts from noise, 0 keeps the text; in between a share of the old tokens and
+        of the schedule is kept, and so is the length.
+    """
+    if not 0 <= strength <= 1:
+        raise InputError(f"strength={strength!r} is not possible: use 0 (keep) to 1 (noise).")
+    if strength < 1 and length is not None:
+        raise InputError("A strength below 1 keeps the length: leave length out.")
+    parts = cut_spans(text, spans, length)
+    old = [text[start:end] for start, end in spans]
+    return _fill(model, tokenizer, parts, options, old=old, strength=strength)
+
+
+def regenerate(
+    model: Model,
+    tokenizer: Tokenizer,
+    result: Infill | str,
+    span: Span,
+    **options: Unpack[InfillOptions],
+) -> Infill:
+    """Redoes one span of a result; with n=, several alternatives from one prefill."""
+    text = result if isinstance(result, str) else result.text
+    return edit(model, tokenizer, text, [span], **options)
+
+
+def refine(
+    model: Model,
+    tokenizer: Tokenizer,
+    result: Infill,
+    *,
+    min_probability: float = 0.5,
+    **options: Unpack[InfillOptions],
+) -> Infill:
+    """Redoes just the filled tokens the network gave less than `min_probability`."""
+    spans = uncertain_spans(result.tokens, min_probability=min_probability)
+    return edit(model, tokenizer, result.text, spans, **options) if spans else result
+
+
+def _fill(
+    model: Model,
+    tokenizer: Tokenizer,
+    parts: list[str | Hole],
+    options: InfillOptions,
+    *,
+    old: Sequence[str] = (),
+    strength: float = 1.0,
+) -> Infill:
+    n = options.get("n", 1)
+    if n < 1:
+        raise InputError(f"n={n!r} is not possible: ask for at least one alternative.")
+    seed = options.get("seed")
+    seed = fresh_seed() if seed is None else check_seed(seed)
+    prompt = encode_prompt(
+        tokenizer,
+        options.get("prompt", DEFAULT_PROMPT),
+        system_prompt=options.get("system_prompt"),
+    )
+    job = Job(
+        model=model,
+        tokenizer=tokenizer,
+        settings=DecodingSettings.from_defaults(
+            model.config.generation,
+            {
+                "temp": options.get("temp"),
+                "sampler": options.get("sampler"),
+                "max_denoising_steps": options.get("max_denoising_steps"),
+                "entropy_bound": options.get("entropy_bound"),
+            },
+        ),
+        prompt=prompt,
+        literals=tuple(part for part in parts if isinstance(part, str)),
+        holes=tuple(part for part in parts if isinstance(part, Hole)),
+        final=options.get("final", True),
+        cancel=options.get("cancel"),
+        old=tuple(old),
+        strength=strength,
+    )
+    results = Filler(job).fill([check_seed(seed + index) for index in range(n)])
+    best, *others = sorted(results, key=lambda result: -result.score)
+    return replace(best, alternatives=tuple(others))

@@ -1,0 +1,153 @@
+"""The loop against the obvious path: full logits of `model.denoise`, the rules in NumPy."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dgemma.api import encode_prompt, load, replay, stream_generate
+from mlx_dgemma.decoding.canvas import CanvasRequest, Pins
+from mlx_dgemma.decoding.denoise import denoise_block
+from mlx_dgemma.decoding.draws import Place, SeededDraws
+from mlx_dgemma.decoding.events import Commit, Finish
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.errors import InputError
+
+PROMPT = "Count from 3 to 9."
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load()
+
+
+@pytest.fixture(scope="module")
+def context(demo):
+    model, tokenizer = demo
+    cache = model.make_cache()
+    model.prefill(mx.array(encode_prompt(tokenizer, PROMPT))[None], cache)
+    return cache
+
+
+def obvious(model, cache, settings, canvas, conditioning, place):
+    """(logits, draft, entropy) of one step, with nothing fused or sliced."""
+    total = settings.max_denoising_steps
+    now = settings.t_min + (settings.t_max - settings.t_min) * (total + 1 - place.step) / total
+    logits = model.denoise(canvas, cache, conditioning) / now
+    tempered = np.array(logits[0], dtype=np.float64)
+    shifted = tempered - tempered.max(-1, keepdims=True)
+    log_p = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return logits, tempered.argmax(-1), -(np.exp(log_p) * log_p).sum(-1)
+
+
+def accepted_by(entropy, bound):
+    order = np.argsort(entropy, kind="stable")
+    ascending = entropy[order]
+    accepted = np.zeros(entropy.shape, dtype=bool)
+    accepted[order] = np.cumsum(ascending, dtype=np.float32) - ascending <= np.float32(bound)
+    return accepted
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_every_step_agrees_with_the_obvious_path(demo, context, seed):
+    model, _ = demo
+    settings = DecodingSettings(temp=0.0, max_denoising_steps=12)
+    draws = SeededDraws(seed)
+    length, vocabulary = model.config.canvas_length, model.config.text.vocab_size
+    expected = draws.canvas(Place(0, 0, 0), length, vocabulary)
+    conditioning = None
+    for step in denoise_block(model, context, settings, [CanvasRequest(SeededDraws(seed))]):
+        assert np.array_equal(step.canvas[0], expected)
+        conditioning, draft, entropy = obvious(
+            model, context, settings, step.canvas, conditioning, step.place
+        )
+        assert np.array_equal(step.draft[0], draft)
+        assert np.abs(np.array(step.entropy[0]) - entropy).max() < 1e-3
+        accepted = accepted_by(np.array(step.entropy[0]), settings.entropy_bound)
+        assert np.array_equal(step.accepted[0], accepted)
+        fresh = draws.renoise(step.place, length, vocabulary)
+        expected = np.where(accepted, draft, fresh)  # at temp 0 the sample is the argmax
+
+
+def finish(steps):
+    while True:
+        try:
+            next(steps)
+        except StopIteration as done:
+            return done.value
+
+
+def test_rows_of_a_batch_give_what_they_give_alone(demo, context):
+    model, _ = demo
+    settings = DecodingSettings(max_denoising_steps=6)
+    rows = [CanvasRequest(SeededDraws(seed)) for seed in (3, 4, 5)]
+    together = finish(denoise_block(model, context, settings, rows))
+    for row, both in zip(rows, together, strict=True):
+        (alone,) = finish(denoise_block(model, context, settings, [row]))
+        assert np.array_equal(alone.ids, both.ids)
+        assert alone.steps == both.steps
+        assert np.abs(alone.entropy - both.entropy).max() < 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["entropy-bound", "confidence-threshold"])
+@pytest.mark.parametrize("seed", range(4))
+def test_pinned_ids_never_change(demo, context, sampler, seed):
+    model, _ = demo
+    rng = np.random.default_rng(seed)
+    length, vocabulary = model.config.canvas_length, model.config.text.vocab_size
+    pins = Pins(rng.integers(0, vocabulary, length).astype(np.int32), rng.random(length) < 0.5)
+    settings = DecodingSettings(max_denoising_steps=5, sampler=sampler)
+    request = CanvasRequest(SeededDraws(seed), pins)
+    steps = denoise_block(model, context, settings, [request])
+    while True:
+        try:
+            step = next(steps)
+        except StopIteration as done:
+            (result,) = done.value
+            break
+        for ids in (step.canvas[0], step.draft[0], step.sample[0]):
+            assert np.array_equal(np.array(ids)[pins.mask], pins.ids[pins.mask])
+    assert np.array_equal(result.ids[pins.mask], pins.ids[pins.mask])
+
+
+def ids_of(model, tokenizer, **options):
+    options = {"max_tokens": 40, "max_denoising_steps": 6, **options}
+    events = list(stream_generate(model, tokenizer, PROMPT, **options))
+    ids = [token for event in events if isinstance(event, Commit) for token in event.ids]
+    return ids, events[-1]
+
+
+def test_a_seed_repeats_itself_and_is_reported(demo):
+    first, finish = ids_of(*demo, seed=None)
+    again, _ = ids_of(*demo, seed=finish.seed)
+    other, _ = ids_of(*demo, seed=finish.seed + 1, max_denoising_steps=1)
+    assert isinstance(finish, Finish)
+    assert first == again
+    assert other != first  # one step of an unsure network leaves the draws in the draft
+
+
+def test_a_trace_replays_to_the_same_ids(demo, tmp_path):
+    path = tmp_path / "trace.json"
+    ids, _ = ids_of(*demo, seed=8, trace=path)
+    again = replay(*demo, path)
+    assert list(again.ids) == ids
+    assert again.divergence is None
+
+
+def test_a_replay_says_where_it_leaves_the_record(demo, tmp_path):
+    path = tmp_path / "trace.json"
+    ids_of(*demo, seed=8, trace=path)
+    text = path.read_text()
+    start = text.index('"step":2,"draft":[') + len('"step":2,"draft":[')
+    path.write_text(text[:start] + "1" + text[start:])  # the id 12 becomes 112
+    assert replay(*demo, path).divergence == (0, 0, 2)
+
+
+def test_foreign_files_are_no_traces(demo, tmp_path):
+    path = tmp_path / "notes.json"
+    path.write_text('{"hello": 1}')
+    with pytest.raises(InputError, match="not a trace"):
+        replay(*demo, path)
+    with pytest.raises(InputError, match="Cannot read"):
+        replay(*demo, tmp_path / "absent.json")
