@@ -10,9 +10,13 @@ The only thing the host needs is one row of three numbers per canvas: does the d
 previous one, the mean entropy, is everything finite.
 """
 
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from mlx_dgemma.kernels import registry
 
 _LAST = 3e38  # sorts behind every real entropy and, unlike Inf, survives arithmetic
 
@@ -99,3 +103,76 @@ def _ranks(values: mx.array) -> mx.array:
         right < left, mx.logical_and(right == left, index[None, :] < index[:, None])
     )
     return before.sum(axis=2).astype(mx.int32)
+
+
+_KERNEL = registry.Kernel(
+    "accept",
+    inputs=("canvas", "entropy", "draft", "sample", "fresh", "previous", "pinned", "bound"),
+    outputs=("next_canvas", "accepted", "status"),
+)
+
+
+def supported(entropy: mx.array) -> bool:
+    """Whether the kernel takes canvases of this length."""
+    return entropy.dtype == mx.float32 and 0 < entropy.shape[1] <= 512
+
+
+def metal(
+    canvas: mx.array,
+    entropy: mx.array,
+    draft: mx.array,
+    sample: mx.array,
+    fresh: mx.array,
+    previous_draft: mx.array | None,
+    entropy_bound: float,
+    *,
+    pinned: mx.array | None = None,
+) -> Accepted:
+    """The same as one Metal kernel, a threadgroup per canvas."""
+    batch, length = entropy.shape
+    threads = -(-length // 32) * 32
+    ids = [array.astype(mx.int32) for array in (canvas, draft, sample, fresh)]
+    previous = ids[1] if previous_draft is None else previous_draft.astype(mx.int32)
+    outputs = registry.launch(
+        _KERNEL,
+        [
+            ids[0],
+            entropy,
+            *ids[1:],
+            previous,
+            mx.zeros((1,), dtype=mx.bool_) if pinned is None else pinned,
+            mx.array([entropy_bound], dtype=mx.float32),
+        ],
+        template=[
+            ("TG", threads),
+            ("HAS_PREVIOUS", previous_draft is not None),
+            ("HAS_PINNED", pinned is not None),
+        ],
+        grid=(threads, batch, 1),
+        threadgroup=(threads, 1, 1),
+        outputs=[
+            ((batch, length), mx.int32),
+            ((batch, length), mx.bool_),
+            ((batch, 3), mx.float32),
+        ],
+    )
+    return Accepted(*outputs)
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    for batch, length in ((2, 33), (4, int(shape["length"]))):
+        entropy, ids = mx.random.uniform(shape=(batch, length), key=mx.random.key(length)), []
+        for key in range(5):
+            ids.append(mx.random.randint(0, 99, (batch, length), key=mx.random.key(key)))
+        # a quarter is certain; sums of halves are exact, so no order of addition moves the cut
+        entropy = mx.where(entropy < 0.25, 0.0, mx.round(entropy * 8) / 2)
+        for previous, pinned in ((None, None), (ids[4], ids[4] < 20)):
+            canvas, draft, sample, fresh = ids[:4]
+            yield registry.Probe(
+                partial(metal, canvas, entropy, draft, sample, fresh, previous, 2.0, pinned=pinned),
+                partial(twin, canvas, entropy, draft, sample, fresh, previous, 2.0, pinned=pinned),
+                tolerance=1e-6,
+            )
+
+
+OPERATION = registry.Operation("accept", (_KERNEL,), _probes)

@@ -6,12 +6,16 @@
 Pairs come sorted by expert (see router), so an expert's weights are read once. Sums run in float32.
 """
 
+from collections.abc import Iterator
+from functools import partial
+
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.fuse import fused
 from mlx_dgemma.kernels.matrix import Matrix
-from mlx_dgemma.kernels.router import Routing
+from mlx_dgemma.kernels.router import Routing, choose_experts
 
 
 def moe(
@@ -21,7 +25,9 @@ def moe(
     down: Matrix | mx.array | nn.Module,
 ) -> mx.array:
     """Output [T, H] for tokens x [T, H]; gate_up [E, 2F, H], gate first; down [E, H, F]."""
-    return twin(x, routing, gate_up, down)
+    up, back = Matrix.of(gate_up), Matrix.of(down)
+    run = metal if registry.use(OPERATION, _shape(x, routing, up), supported(x, up, back)) else twin
+    return run(x, routing, up, back)
 
 
 def twin(
@@ -71,3 +77,129 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
     g = gate.astype(mx.float32)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     return (0.5 * g * (1.0 + mx.tanh(inner)) * up.astype(mx.float32)).astype(gate.dtype)
+
+
+_EXPERTS = registry.Kernel(
+    "experts", inputs=("x", "order", "offsets", "w", "scales", "biases"), outputs=("y",)
+)
+_COMBINE = registry.Kernel("combine", inputs=("rows", "weights"), outputs=("y",))
+ROW_TILES = (8, 16, 32)
+
+
+def supported(x: mx.array, gate_up: Matrix, down: Matrix) -> bool:
+    """Whether the kernels take these experts: dense, or affine with 4 or 8 bits."""
+    return x.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(
+        matrix.columns % 32 == 0
+        and matrix.dtype == x.dtype
+        and (not matrix.quantized or (matrix.mode == "affine" and matrix.bits in (4, 8)))
+        for matrix in (gate_up, down)
+    )
+
+
+def row_tile(pairs: int, experts: int) -> int:
+    """Rows per tile: the smallest of `ROW_TILES` that holds an expert's average share."""
+    return next((tile for tile in ROW_TILES if pairs <= tile * experts), ROW_TILES[-1])
+
+
+def metal(
+    x: mx.array,
+    routing: Routing,
+    gate_up: Matrix | mx.array | nn.Module,
+    down: Matrix | mx.array | nn.Module,
+    *,
+    tile: int | None = None,
+) -> mx.array:
+    """The same as three Metal kernels: gate_up with GeGLU, down, and the weighted sum."""
+    tokens, top_k = routing.experts.shape
+    experts = routing.offsets.shape[0] - 1
+    tile = row_tile(tokens * top_k, experts) if tile is None else tile
+    hidden = _multiply(x, routing, Matrix.of(gate_up), tile, glu=True)
+    rows = _multiply(hidden, routing, Matrix.of(down), tile, glu=False)
+    width = rows.shape[1]
+    return registry.launch(
+        _COMBINE,
+        [rows.reshape(tokens, top_k, width), routing.weights],
+        template=[("T", x.dtype), ("TOP_K", top_k)],
+        grid=(width, tokens, 1),
+        threadgroup=(min(width, 256), 1, 1),
+        outputs=[((tokens, width), x.dtype)],
+    )[0]
+
+
+def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: bool) -> mx.array:
+    """Rows [pairs, out] of every pair's expert; the grid covers the worst case of tiles."""
+    pairs, experts = routing.order.shape[0], routing.offsets.shape[0] - 1
+    out = matrix.weight.shape[1] // (2 if glu else 1)
+    columns = 32 if glu else 64
+    tiles = min(pairs, pairs // tile + experts)
+    empty = mx.zeros((8,), dtype=x.dtype)
+    return registry.launch(
+        _EXPERTS,
+        [
+            x,
+            routing.order,
+            routing.offsets,
+            matrix.weight,
+            empty if matrix.scales is None else matrix.scales,
+            empty if matrix.biases is None else matrix.biases,
+        ],
+        template=[
+            ("T", x.dtype),
+            ("TM", tile),
+            ("BITS", matrix.bits if matrix.quantized else 0),
+            ("GROUP", matrix.group_size),
+            ("GLU", glu),
+            ("EXPERTS", experts),
+            ("TOP_K", routing.experts.shape[1]),
+        ],
+        grid=(-(-out // columns) * 128, tiles, 1),
+        threadgroup=(128, 1, 1),
+        outputs=[((pairs, out), x.dtype)],
+    )[0]
+
+
+def _shape(x: mx.array, routing: Routing, gate_up: Matrix) -> registry.Shape:
+    return {
+        "dtype": str(x.dtype),
+        "tokens": x.shape[0],
+        "hidden": x.shape[1],
+        "width": gate_up.weight.shape[1] // 2,
+        "experts": gate_up.weight.shape[0],
+        "top_k": routing.experts.shape[1],
+        "bits": gate_up.bits if gate_up.quantized else 0,
+        "group_size": gate_up.group_size,
+    }
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    size = {name: int(value) for name, value in shape.items() if name != "dtype"}
+    for tokens in (1, 5, size["tokens"]):
+        keys = mx.random.split(mx.random.key(tokens), 4)
+        x = mx.random.normal((tokens, size["hidden"]), key=keys[0]).astype(dtype)
+        count, width, hidden = size["experts"], size["width"], size["hidden"]
+        up, down = (
+            _random_experts(count, rows, columns, key, dtype, size)
+            for rows, columns, key in ((2 * width, hidden, keys[1]), (hidden, width, keys[2]))
+        )
+        scores = mx.random.normal((tokens, count), key=keys[3])
+        routing = choose_experts(scores, mx.ones((count,)), size["top_k"])
+        yield registry.Probe(
+            metal=partial(metal, x, routing, up, down),
+            twin=partial(twin, x, routing, up, down),
+            tolerance={mx.float32: 1e-4, mx.float16: 5e-3}.get(dtype, 3e-2),
+        )
+
+
+def _random_experts(
+    count: int, rows: int, columns: int, key: mx.array, dtype: mx.Dtype, size: dict[str, int]
+) -> Matrix:
+    weight = (mx.random.normal((count, rows, columns), key=key) * columns**-0.5).astype(dtype)
+    if not size["bits"]:
+        return Matrix(weight)
+    group_size, bits = size["group_size"], size["bits"]
+    packed = mx.quantize(weight, group_size=group_size, bits=bits)
+    return Matrix(packed[0], packed[1], packed[2], group_size, bits)
+
+
+OPERATION = registry.Operation("moe", (_EXPERTS, _COMBINE), _probes)

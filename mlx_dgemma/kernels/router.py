@@ -6,10 +6,13 @@ softmax over all, renormalised. A counting sort then lines up the (token, choice
 in token order inside an expert, so that an expert's rows are one contiguous run.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+
+from mlx_dgemma.kernels import registry
 
 
 class Routing(NamedTuple):
@@ -41,7 +44,14 @@ def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
 
 def choose_experts(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
     """Top k, softmax and counting sort from scores [T, E], any float dtype."""
-    return twin(scores, per_expert_scale, top_k)
+    shape: registry.Shape = {
+        "dtype": str(scores.dtype),
+        "tokens": scores.shape[0],
+        "experts": scores.shape[1],
+        "top_k": top_k,
+    }
+    run = metal if registry.use(OPERATION, shape, supported(scores, top_k)) else twin
+    return run(scores, per_expert_scale, top_k)
 
 
 def twin(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
@@ -65,3 +75,62 @@ def _ascending_bits(values: mx.array) -> mx.array:
     """int32 keys in the order of float32 values, zero and minus zero alike."""
     bits = (values + 0.0).view(mx.int32)
     return mx.where(bits < 0, mx.array(-(2**31), dtype=mx.int32) - bits, bits)
+
+
+_MOST_PAIRS = 8192  # staged in threadgroup memory, two bytes each
+_TOP = registry.Kernel(
+    "top_experts", inputs=("scores", "per_expert"), outputs=("experts", "weights")
+)
+_SORT = registry.Kernel(
+    "sort_by_expert", inputs=("pairs", "per_expert"), outputs=("order", "offsets")
+)
+
+
+def supported(scores: mx.array, top_k: int) -> bool:
+    """Whether the kernels take these scores."""
+    tokens, count = scores.shape
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    fits = 0 < top_k <= count <= 512 and 0 < tokens * top_k <= _MOST_PAIRS
+    return scores.dtype in floats and fits
+
+
+def metal(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
+    """The same as two Metal kernels: top k with softmax, and a counting sort."""
+    tokens, count = scores.shape
+    experts, weights = registry.launch(
+        _TOP,
+        [scores, per_expert_scale],
+        template=[("T", scores.dtype), ("EXPERTS", count), ("TOP_K", top_k)],
+        grid=(32, tokens, 1),
+        threadgroup=(32, 1, 1),
+        outputs=[((tokens, top_k), mx.int32), ((tokens, top_k), mx.float32)],
+    )
+    pairs = tokens * top_k
+    threads = -(-count // 32) * 32
+    staged = next(size for size in (2048, 4096, _MOST_PAIRS) if pairs <= size)
+    order, offsets = registry.launch(
+        _SORT,
+        [experts.reshape(-1), per_expert_scale],
+        template=[("PAIRS", staged), ("TG", threads)],
+        grid=(threads, 1, 1),
+        threadgroup=(threads, 1, 1),
+        outputs=[((pairs,), mx.int32), ((count + 1,), mx.int32)],
+    )
+    return Routing(experts, weights, order, offsets)
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    count, top_k = int(shape["experts"]), int(shape["top_k"])
+    per_expert = mx.random.uniform(0.5, 1.5, (count,), key=mx.random.key(0))
+    for tokens in (1, 19, int(shape["tokens"])):
+        scores = mx.random.normal((tokens, count), key=mx.random.key(tokens))
+        scores = (mx.round(scores * 4) / 4).astype(dtype)  # many ties
+        yield registry.Probe(
+            metal=partial(metal, scores, per_expert, top_k),
+            twin=partial(twin, scores, per_expert, top_k),
+            tolerance=1e-5,
+        )
+
+
+OPERATION = registry.Operation("router", (_TOP, _SORT), _probes)

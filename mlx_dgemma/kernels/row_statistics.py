@@ -15,11 +15,13 @@ logits were held whole or were made slice by slice.
 NaN or Inf in a row of logits (the softcap alone would hide an Inf) makes its entropy NaN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.fuse import fused
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
@@ -51,7 +53,10 @@ def row_statistics(
     `temperature` is the schedule's T, a number or one per row [R]. `uniforms` [R, 2] float32 in
     [0, 1). `temp` divides the tempered logits for sampling only; 0 takes the argmax.
     """
-    return twin(raw_logits, temperature, uniforms, softcap=softcap, temp=temp)
+    vocabulary = raw_logits.shape[1]
+    shape: registry.Shape = {"dtype": str(raw_logits.dtype), "vocabulary": vocabulary}
+    run = metal if registry.use(OPERATION, shape, supported(raw_logits)) else twin
+    return run(raw_logits, temperature, uniforms, softcap=softcap, temp=temp)
 
 
 def twin(
@@ -203,3 +208,79 @@ def _merge(parts: list[_Slice], uniform: mx.array, temp: float) -> RowStatistics
         chosen, _ = pick(weights, uniform * weights.sum(axis=1))
         sample = mx.take_along_axis(stacked.candidate, chosen[:, None], axis=1)[:, 0]
     return RowStatistics(log_sum - s / z, argmax, sample, maximum[:, 0], maximum[:, 0] + log_sum)
+
+
+_THREADS = 256
+_KERNEL = registry.Kernel(
+    "row_statistics",
+    inputs=("logits", "temperature", "uniforms", "settings"),
+    outputs=("entropy", "argmax", "sample", "maximum", "log_z"),
+)
+
+
+def supported(raw_logits: mx.array) -> bool:
+    """Whether the kernel takes these logits."""
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    return raw_logits.dtype in floats and 0 < raw_logits.shape[1] <= 32 * SLICE
+
+
+def metal(
+    raw_logits: mx.array,
+    temperature: float | mx.array,
+    uniforms: mx.array,
+    *,
+    softcap: float = 30.0,
+    temp: float = 1.0,
+) -> RowStatistics:
+    """The same as one Metal kernel, a threadgroup per row."""
+    rows, vocabulary = raw_logits.shape
+    divisors = mx.broadcast_to(tempering(temperature, rows)[:, 0], (rows,))
+    outputs = registry.launch(
+        _KERNEL,
+        [raw_logits, divisors, uniforms, mx.array([softcap, temp], dtype=mx.float32)],
+        template=[
+            ("T", raw_logits.dtype),
+            ("TG", _THREADS),
+            ("NS", -(-vocabulary // SLICE)),
+            ("SLICE", SLICE),
+            ("SAMPLING", 0 if temp == 0 else 1 if temp == 1 else 2),
+        ],
+        grid=(_THREADS, rows, 1),
+        threadgroup=(_THREADS, 1, 1),
+        outputs=[
+            ((rows,), mx.float32),
+            ((rows,), mx.int32),
+            ((rows,), mx.int32),
+            ((rows,), mx.float32),
+            ((rows,), mx.float32),
+        ],
+    )
+    return RowStatistics(*outputs)
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype, vocabulary = getattr(mx, str(shape["dtype"]).split(".")[-1]), int(shape["vocabulary"])
+    for rows, columns in ((3, 77), (2, SLICE + 5), (256, vocabulary)):
+        key = mx.random.key(columns)
+        raw = (8 * mx.random.normal((rows, columns), key=key)).astype(dtype)
+        yield registry.Probe(
+            metal=partial(_compared, metal, raw),
+            twin=partial(_compared, twin, raw),
+            tolerance=1e-4,
+        )
+
+
+def _compared(run: Callable[..., RowStatistics], raw: mx.array) -> list[mx.array]:
+    """All but the sample, and whether that lies where a uniform a little off would put it."""
+    rows = raw.shape[0]
+    low, mid, high = (
+        mx.broadcast_to(mx.array([0.37, u]), (rows, 2)) for u in (0.52, 0.5201, 0.5202)
+    )
+    stats = run(raw, 0.7, mid)
+    after = stats.sample >= twin(raw, 0.7, low).sample
+    before = stats.sample <= twin(raw, 0.7, high).sample
+    inside = mx.logical_and(after, before).astype(mx.int32)
+    return [stats.entropy, stats.argmax, stats.max, stats.log_z, inside]
+
+
+OPERATION = registry.Operation("row_statistics", (_KERNEL,), _probes)

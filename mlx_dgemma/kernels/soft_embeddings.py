@@ -15,11 +15,14 @@ bfloat16 logits.
 """
 
 import math
+from collections.abc import Iterator
+from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.row_statistics import SLICE, Head, tempered, tempering
 
@@ -132,7 +135,16 @@ def select_survivors(
     Read `counts.max()` and `dropped.max()` with the step's status; `gather_soft_embeddings` is
     right for these rows if dropped.max() < DROPPED_MASS.
     """
-    return survivors_twin(raw_logits, log_z, temperature, dtype, softcap=softcap, capacity=capacity)
+    shape: registry.Shape = {
+        "dtype": str(raw_logits.dtype),
+        "table": str(dtype),
+        "vocabulary": raw_logits.shape[1],
+        "capacity": capacity,
+    }
+    run = survivors_twin
+    if registry.use(SELECT, shape, supported_logits(raw_logits, dtype)):
+        run = survivors_metal
+    return run(raw_logits, log_z, temperature, dtype, softcap=softcap, capacity=capacity)
 
 
 def survivors_twin(
@@ -182,7 +194,17 @@ def gather_soft_embeddings(
 
     `width`, if the host knows it, is an upper bound on `counts`; columns behind it are not visited.
     """
-    return gather_twin(survivors, table, width=width, scale=scale)
+    matrix = Matrix.of(table)
+    shape: registry.Shape = {
+        "dtype": str(matrix.dtype),
+        "bits": matrix.bits if matrix.quantized else 0,
+        "group_size": matrix.group_size,
+        "hidden": matrix.columns,
+        "capacity": survivors.ids.shape[1],
+    }
+    if registry.use(GATHER, shape, supported_table(matrix)):
+        return gather_metal(survivors, matrix, scale=scale)
+    return gather_twin(survivors, matrix, width=width, scale=scale)
 
 
 def gather_twin(
@@ -206,3 +228,144 @@ def gather_twin(
         total = weights.astype(mx.float32).sum(axis=1, keepdims=True)
         blocks.append((weights[:, None, :] @ rows)[:, 0].astype(mx.float32) / total)
     return scale_embeddings(mx.concatenate(blocks).astype(matrix.dtype), scale)
+
+
+_THREADS = 256
+_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
+_SURVIVORS = registry.Kernel(
+    "survivors",
+    inputs=("logits", "temperature", "log_z", "settings"),
+    outputs=("ids", "weights", "counts", "dropped"),
+)
+_GATHER = registry.Kernel(
+    "gather_embeddings",
+    inputs=("ids", "weights", "counts", "w", "scales", "biases", "factor"),
+    outputs=("y",),
+)
+
+
+def supported_logits(raw_logits: mx.array, dtype: mx.Dtype) -> bool:
+    """Whether the selecting kernel takes these logits and a table of this dtype."""
+    return raw_logits.dtype in _FLOATS and dtype in _FLOATS and raw_logits.shape[1] > 0
+
+
+def supported_table(table: Matrix) -> bool:
+    """Whether the gathering kernel takes this table: dense, or affine with 4 or 8 bits."""
+    if table.quantized and (table.mode != "affine" or table.bits not in (4, 8)):
+        return False
+    return table.dtype in _FLOATS
+
+
+def survivors_metal(
+    raw_logits: mx.array,
+    log_z: mx.array,
+    temperature: float | mx.array,
+    dtype: mx.Dtype,
+    *,
+    softcap: float = 30.0,
+    capacity: int = CAPACITY,
+) -> Survivors:
+    """The same selection as one Metal kernel, a threadgroup per row."""
+    rows = raw_logits.shape[0]
+    outputs = registry.launch(
+        _SURVIVORS,
+        [
+            raw_logits,
+            mx.broadcast_to(tempering(temperature, rows)[:, 0], (rows,)),
+            log_z,
+            mx.array([softcap, 1.0 / capacity], dtype=mx.float32),
+        ],
+        template=[
+            ("T", raw_logits.dtype),
+            ("E", dtype),
+            ("TG", _THREADS),
+            ("CAPACITY", capacity),
+        ],
+        grid=(_THREADS, rows, 1),
+        threadgroup=(_THREADS, 1, 1),
+        outputs=[
+            ((rows, capacity), mx.int32),
+            ((rows, capacity), mx.float32),
+            ((rows,), mx.int32),
+            ((rows,), mx.float32),
+        ],
+    )
+    return Survivors(*outputs)
+
+
+def gather_metal(
+    survivors: Survivors, table: Matrix | mx.array | nn.Module, *, scale: float | None = None
+) -> mx.array:
+    """The same gather as one Metal kernel; a row costs what it has survivors."""
+    matrix = Matrix.of(table)
+    rows, hidden = survivors.ids.shape[0], matrix.columns
+    bits = matrix.bits if matrix.quantized else 0
+    threads = -(-hidden // (8 if bits == 4 else 4))
+    empty = mx.zeros((8,), dtype=matrix.dtype)
+    return registry.launch(
+        _GATHER,
+        [
+            survivors.ids,
+            survivors.weights,
+            survivors.counts,
+            matrix.weight,
+            empty if matrix.scales is None else matrix.scales,
+            empty if matrix.biases is None else matrix.biases,
+            mx.array([math.sqrt(hidden) if scale is None else scale], dtype=matrix.dtype),
+        ],
+        template=[("T", matrix.dtype), ("BITS", bits), ("GROUP", matrix.group_size)],
+        grid=(threads, rows, 1),
+        threadgroup=(min(threads, 128), 1, 1),
+        outputs=[((rows, hidden), matrix.dtype)],
+    )[0]
+
+
+def _dtype(name: int | str) -> mx.Dtype:
+    found: mx.Dtype = getattr(mx, str(name).split(".")[-1])
+    return found
+
+
+def _survivor_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype, table = _dtype(shape["dtype"]), _dtype(shape["table"])
+    capacity = int(shape["capacity"])
+    for rows, columns in ((2, 33), (3, 2 * _THREADS * 8 + 1), (256, int(shape["vocabulary"]))):
+        # well apart from the threshold: a few certain tokens, the rest out of reach
+        raw = mx.where(mx.arange(rows * columns).reshape(rows, columns) % 1009 < 2, 20.0, -40.0)
+        raw = raw.astype(dtype)
+        log_z = mx.logsumexp(tempered(raw, mx.array(30.0), mx.array([[0.8]])), axis=1)
+        arguments = (raw, log_z, 0.8, table)
+        yield registry.Probe(
+            metal=partial(survivors_metal, *arguments, capacity=capacity),
+            twin=partial(survivors_twin, *arguments, capacity=capacity),
+            tolerance=1e-4 if table == mx.float32 else 2e-2,
+        )
+
+
+def _gather_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype, bits = _dtype(shape["dtype"]), int(shape["bits"])
+    hidden, capacity = int(shape["hidden"]), int(shape["capacity"])
+    weight = mx.random.normal((1024, hidden), key=mx.random.key(0)).astype(dtype)
+    matrix = Matrix(weight)
+    if bits:
+        group = int(shape["group_size"])
+        matrix = Matrix(*mx.quantize(weight, group_size=group, bits=bits), group, bits)
+    for rows, most in ((2, 1), (3, min(40, capacity)), (256, min(64, capacity))):
+        counts = (mx.arange(rows) * 7) % most + 1
+        filled = mx.arange(capacity)[None, :] < counts[:, None]
+        ids = mx.random.randint(0, 1024, (rows, capacity), key=mx.random.key(rows))
+        weights = mx.random.uniform(0.01, 1.0, (rows, capacity), key=mx.random.key(most))
+        survivors = Survivors(
+            mx.where(filled, ids, 0).astype(mx.int32),
+            mx.where(filled, weights, 0.0),
+            counts.astype(mx.int32),
+            mx.zeros((rows,)),
+        )
+        yield registry.Probe(
+            metal=partial(gather_metal, survivors, matrix),
+            twin=partial(gather_twin, survivors, matrix, width=most),
+            tolerance={mx.float32: 1e-4, mx.float16: 5e-3}.get(dtype, 2e-2),
+        )
+
+
+SELECT = registry.Operation("survivors", (_SURVIVORS,), _survivor_probes)
+GATHER = registry.Operation("gather_embeddings", (_GATHER,), _gather_probes)

@@ -1,4 +1,4 @@
-"""What each operation means, in NumPy float64: the judge of both the twins and the Metal kernels."""
+"""What each operation means, in NumPy float64: the judge of twins and Metal kernels alike."""
 
 import mlx.core as mx
 import numpy as np

@@ -1,0 +1,73 @@
+"""The experts' Metal kernels in the emulator, against float64 on the dequantized weights."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import references as ref
+from harness import DTYPES, TOLERANCE, emulated, every_setting, skip
+
+from mlx_dgemma.kernels import Matrix, choose_experts
+from mlx_dgemma.kernels.moe import ROW_TILES, metal
+
+pytestmark = skip
+
+
+def experts(count, rows, columns, bits, group, dtype, key):
+    weight = mx.random.normal((count, rows, columns), key=mx.random.key(key)) * columns**-0.5
+    weight = weight.astype(dtype)
+    if bits == 0:
+        return Matrix(weight), ref.numpy(weight)
+    packed = mx.quantize(weight, group_size=group, bits=bits)
+    wide = [part.astype(mx.float32) for part in packed[1:]]
+    back = mx.dequantize(packed[0], *wide, group_size=group, bits=bits)
+    return Matrix(packed[0], packed[1], packed[2], group, bits), ref.numpy(back)
+
+
+def check(dtype, bits, setting, *, tokens, hidden, width, count, top_k, tile=None, scores=None):
+    group = 64 if hidden % 64 == 0 and width % 64 == 0 else 32
+    x = mx.random.normal((tokens, hidden), key=mx.random.key(tokens)).astype(dtype)
+    up, up_values = experts(count, 2 * width, hidden, bits, group, dtype, 1)
+    down, down_values = experts(count, hidden, width, bits, group, dtype, 2)
+    if scores is None:
+        scores = mx.random.normal((tokens, count), key=mx.random.key(3))
+    per_expert = mx.random.uniform(0.5, 1.5, (count,), key=mx.random.key(4))
+    routing = choose_experts(scores, per_expert, top_k)
+    with emulated(setting):
+        found = metal(x, routing, up, down, tile=tile)
+    expected = ref.moe(
+        ref.numpy(x), np.array(routing.experts), ref.numpy(routing.weights), up_values, down_values
+    )
+    error = np.abs(ref.numpy(found) - expected).max() / np.abs(expected).max()
+    assert error < TOLERANCE[dtype], error
+
+
+@every_setting
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_four_bits(dtype, setting):
+    check(dtype, 4, setting, tokens=9, hidden=64, width=64, count=5, top_k=2)
+
+
+@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_dense_and_eight_bits(dtype, bits):
+    check(dtype, bits, "checked", tokens=6, hidden=96, width=32, count=4, top_k=3)
+
+
+@pytest.mark.parametrize("setting", ["checked", "greedy"])
+@pytest.mark.parametrize("tile", ROW_TILES)
+def test_tiles_empty_and_overfull_experts(tile, setting):
+    for tokens in (1, tile - 1, tile, tile + 1, 2 * tile + 3):
+        scores = mx.zeros((tokens, 40))
+        scores[:, 37] = 9.0  # every token asks for the last but two
+        scores[:, 3] = mx.arange(tokens) % 2 * 5.0  # every other one for expert 3
+        check(
+            mx.float32, 4, setting, tokens=tokens, hidden=32, width=32, count=40, top_k=2,
+            tile=tile, scores=scores,
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_the_real_inner_widths(bits):
+    check(
+        mx.bfloat16, bits, "in order", tokens=2, hidden=2816, width=704, count=3, top_k=2
+    )  # fmt: skip
