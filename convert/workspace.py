@@ -90,8 +90,9 @@ class Workspace:
             if file_digest(path) == record["sha256"]:
                 self.finished[name] = record
                 on_bytes(record["bytes"])
+        # The journal stays until it is rewritten: it marks the folder as ours.
         for path in self.folder.iterdir():
-            if path.name not in self.finished and path.name != _LOCK:
+            if path.name not in self.finished and path.name not in (_LOCK, JOURNAL):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         return sorted(self.finished)
 

@@ -150,3 +150,9 @@ def read_tensors():
         return found
 
     return read
+
+
+@pytest.fixture(autouse=True)
+def _no_fsync(monkeypatch):
+    """Waiting for the disk is most of a small conversion's time and proves nothing here."""
+    monkeypatch.setattr("os.fsync", lambda _: None)
