@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from rich.text import Text
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, print_summary, receive
-from mlx_dgemma.cli.session import Session, open_session
+from mlx_dgemma.cli.session import Session, check_writable, open_session
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
 from mlx_dgemma.prompt_cache import PromptCache
@@ -113,6 +114,9 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    file = arguments.prompt_cache_file
+    if file is not None:
+        check_writable(file, "prompt cache")
     session = open_session(arguments, messages)
     talk = Conversation(
         session,
@@ -122,12 +126,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop=arguments.stop,
     )
     talk.reset(arguments.system_prompt)
-    file = arguments.prompt_cache_file
     if file is not None and Path(file).exists():
         talk.load(file)
         messages.print(Text(f"Continuing {file}: {_turns(talk)}.", "dim"))
-    elif file is not None:
-        session.prompt_cache(file)  # says now, not at the end, that the folder is missing
 
     live = console.is_terminal and not console.is_dumb_terminal and arguments.drafts is not False
     reader = _reader()
@@ -222,10 +223,8 @@ def _reader() -> Callable[[], str | None]:
     """Reads one message, or None at the end; with line editing and a prompt on a terminal."""
     asks = sys.stdin.isatty()
     if asks:
-        try:
+        with suppress(ImportError):
             import readline  # noqa: F401  importing it gives input() history and editing
-        except ImportError:
-            pass
 
     def read() -> str | None:
         lines: list[str] = []

@@ -16,7 +16,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import summary
 from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
-from mlx_dgemma.cli.session import Session, open_session
+from mlx_dgemma.cli.session import Session, check_writable, open_session
 from mlx_dgemma.errors import InputError
 
 if TYPE_CHECKING:
@@ -74,6 +74,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _replay(arguments, messages)
 
     # 1. What is asked, before anything slow
+    if arguments.trace is not None:
+        check_writable(arguments.trace, "trace")
+    if arguments.prompt_cache_file is not None:
+        check_writable(arguments.prompt_cache_file, "prompt cache")
     example = _example(arguments)
     prompt: Prompt = example.messages if example else _read_prompt(arguments)
     text_size = len(prompt) if isinstance(prompt, str) else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,17 @@ class Session:
 
     def prompt_cache(self, path: str | Path) -> PromptCache:
         """The context saved at `path`, or an empty one when there is no such file."""
-        if Path(path).exists():
-            return PromptCache.load(path, self.model)
-        if not Path(path).absolute().parent.is_dir():
-            raise InputError(f"The folder of the prompt cache file {path} does not exist.")
-        return PromptCache(self.model)
+        saved = Path(path).exists()
+        return PromptCache.load(path, self.model) if saved else PromptCache(self.model)
+
+
+def check_writable(path: str | Path, what: str) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+    folder = Path(path).absolute().parent
+    if not folder.is_dir():
+        raise InputError(f"The {what} file {path} cannot be written: there is no folder {folder}.")
+    if Path(path).is_dir() or not os.access(folder, os.W_OK):
+        raise InputError(f"The {what} file {path} cannot be written.")
 
 
 def open_session(arguments: argparse.Namespace, messages: Console, context: int = 0) -> Session:

@@ -1,0 +1,117 @@
+"""The commands on a real pseudo-terminal: drawing, Ctrl-C, and what the terminal is left with."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+
+import pytest
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
+
+ENDLESS = ["--max-denoising-steps", "10000", "--confidence-threshold", "0", "--pace", "0.01"]
+CODES = re.compile(r"\x1b\[\??[\d;]*[A-Za-z]")
+
+
+class Terminal:
+    """A command on a pseudo-terminal of 80 x 24."""
+
+    def __init__(self, *arguments: str, **environment: str) -> None:
+        self.master, slave = pty.openpty()
+        termios.tcsetwinsize(slave, (24, 80))
+        self.before = termios.tcgetattr(slave)
+        self.slave = slave
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "mlx_dgemma", *arguments],
+            stdin=slave,
+            stdout=slave,
+            stderr=slave,
+            start_new_session=True,
+            env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **environment},
+        )
+        self.output = ""
+
+    def wait_for(self, text: str, seconds: float = 90) -> None:
+        end = time.monotonic() + seconds
+        while text not in CODES.sub("", self.output):
+            assert time.monotonic() < end, f"no {text!r} in {self.output!r}"
+            assert self.read() or self.process.poll() is None, f"it ended: {self.output!r}"
+
+    def read(self) -> bool:
+        ready, _, _ = select.select([self.master], [], [], 0.1)
+        if ready:
+            self.output += os.read(self.master, 65536).decode(errors="replace")
+        return bool(ready)
+
+    def type(self, text: str) -> None:
+        os.write(self.master, text.encode())
+
+    def finish(self, seconds: float = 60) -> int:
+        end = time.monotonic() + seconds
+        while self.process.poll() is None:
+            assert time.monotonic() < end, f"still running: {self.output!r}"
+            self.read()
+        while self.read():
+            pass
+        after = termios.tcgetattr(self.slave)
+        os.close(self.slave)
+        os.close(self.master)
+        assert after == self.before, "the terminal's settings changed"
+        return self.process.returncode
+
+    @property
+    def text(self) -> str:
+        return CODES.sub("", self.output)
+
+
+def test_the_canvas_is_drawn_and_the_figures_follow() -> None:
+    terminal = Terminal("generate", "--seed", "5", "--max-denoising-steps", "4", "--pace", "0")
+    assert terminal.finish() == 0
+    assert "step 1 of 4" in terminal.text
+    assert "tokens per forward" in terminal.text
+    assert "checked: " in terminal.text
+    assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
+
+
+def test_without_colour_nothing_is_coloured() -> None:
+    terminal = Terminal("generate", "-p", "abc", "--max-denoising-steps", "2", NO_COLOR="1")
+    assert terminal.finish() == 0
+    colours = [code for code in CODES.findall(terminal.output) if re.search(r"[34]\d", code)]
+    assert colours == []
+
+
+def test_a_dumb_terminal_gets_plain_text() -> None:
+    terminal = Terminal("generate", "-p", "abc", "--max-denoising-steps", "2", TERM="dumb")
+    assert terminal.finish() == 0
+    assert "\x1b" not in terminal.output
+
+
+def test_ctrl_c_ends_a_reply_cleanly() -> None:
+    terminal = Terminal("generate", "-p", "abc", *ENDLESS)
+    terminal.wait_for("step 3 of")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    assert terminal.finish() == 130
+    assert "cancelled" in terminal.text
+    assert "Traceback" not in terminal.text
+    assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
+
+
+def test_ctrl_c_in_a_chat_ends_the_reply_and_not_the_chat() -> None:
+    terminal = Terminal("chat", *ENDLESS)
+    terminal.wait_for("› ")
+    terminal.type("hello\n")
+    terminal.wait_for("step 3 of")
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.wait_for("cancelled")
+    terminal.type("/seed 4\n")
+    terminal.wait_for("Every reply uses seed 4.")
+    terminal.type("\x04")
+    assert terminal.finish() == 0
+    assert "Traceback" not in terminal.text

@@ -1,0 +1,82 @@
+"""The verbs, the console scripts and the modules behind them are one list."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mlx_dgemma.__main__ import VERBS, main
+from mlx_dgemma._version import __version__
+from mlx_dgemma.cli.command import command
+from mlx_dgemma.errors import InputError
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_scripts_verbs_and_modules_agree() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts.pop("mlx_dgemma") == "mlx_dgemma.__main__:main"
+    assert scripts == {f"mlx_dgemma.{verb}": f"mlx_dgemma.cli.{verb}:main" for verb in VERBS}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_helps(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as left:
+        import_module(f"mlx_dgemma.cli.{verb}").main(["--help"])
+    assert left.value.code == 0
+    assert f"mlx_dgemma.{verb}" in capsys.readouterr().out
+
+
+def test_the_dispatcher(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(shown.count(f"  {verb} ") == 2 for verb in VERBS)
+    assert main(["--version"]) == 0
+    assert __version__ in capsys.readouterr().out
+    assert main(["dance"]) == 2
+    assert "no verb 'dance'" in capsys.readouterr().err
+
+
+def test_a_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def mistaken(argv: object = None) -> int:
+        raise InputError("Say what to do.")
+
+    def broken(argv: object = None) -> int:
+        raise ZeroDivisionError
+
+    def interrupted(argv: object = None) -> int:
+        raise KeyboardInterrupt
+
+    assert command(mistaken)() == 2
+    assert capsys.readouterr().err == "error: Say what to do.\n"
+    assert command(interrupted)() == 130
+    with pytest.raises(ZeroDivisionError):
+        command(broken)()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "mlx_dgemma", "generate"],
+        ["-m", "mlx_dgemma.generate"],
+    ],
+)
+def test_python_m_works(arguments: list[str]) -> None:
+    done = subprocess.run(
+        [sys.executable, *arguments, "--version"], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"mlx_dgemma {__version__}\n"
+    assert done.stderr == ""
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    line = f'"{sys.executable}" -m mlx_dgemma generate --help | head -1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    assert "Traceback" not in done.stderr

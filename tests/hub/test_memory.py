@@ -1,0 +1,153 @@
+"""The plan made before loading: exact weights, enough context, and a refusal that helps."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_dgemma import memory
+from mlx_dgemma.errors import CheckpointError, ResourceError
+from mlx_dgemma.hardware import Machine, machine
+from mlx_dgemma.hub import BESIDE_WEIGHTS, KNOWN_REPOSITORIES, demo_path
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.weights import load_model
+
+ASSETS = Path(__file__).parents[2].parent / "shared" / "assets" / "checkpoint-4bit"
+needs_assets = pytest.mark.skipif(
+    not ASSETS.is_dir(), reason="the real checkpoint's config is not beside this repository"
+)
+GIB = 1 << 30
+
+
+def mac(gibibytes: int, working_set: int | None = None) -> Machine:
+    return replace(machine(), memory=gibibytes * GIB, working_set=working_set, metal=True)
+
+
+@pytest.fixture
+def real() -> ModelConfig:
+    return ModelConfig.from_folder(ASSETS)
+
+
+@needs_assets
+def test_the_real_4bit_checkpoint_with_8k_context_stays_under_18_gb(real: ModelConfig) -> None:
+    plan = memory.plan(real, context_tokens=8192)
+    assert plan.weights == 16_542_844_632
+    assert plan.total < 18e9
+    assert str(plan).startswith("17.6 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens")
+
+
+@needs_assets
+@pytest.mark.parametrize("known", KNOWN_REPOSITORIES, ids=lambda known: known.id.split("-it")[-1])
+def test_the_repository_table_follows_from_the_shapes(known, real: ModelConfig) -> None:  # type: ignore[no-untyped-def]
+    own = real.quantization
+    assert own is not None
+    floats = {"mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
+    name = known.id.rsplit("-", 1)[-1]
+    if name in floats:
+        size, bits = floats[name]
+        block = {**own, "group_size": size, "bits": bits, "mode": name}
+    elif name.endswith("bit"):
+        block = {**own, "bits": int(name[0])}
+    else:
+        real, block = replace(real, quantization=None), None
+    assert memory.weight_bytes(real, quantization=block) == known.weight_bytes
+    beside = memory.plan(real, context_tokens=8192, weights=0).total
+    assert beside <= BESIDE_WEIGHTS * 1.05
+
+
+@needs_assets
+def test_context_grows_only_in_full_layers(real: ModelConfig) -> None:
+    # 5 layers x keys and values x 2 heads x 512 wide x 2 bytes
+    assert memory.context_bytes(real, 1 << 18) - memory.context_bytes(real, 1 << 17) == (
+        (1 << 17) * 5 * 2 * 2 * 512 * 2
+    )
+
+
+def test_the_plan_covers_what_a_context_really_takes() -> None:
+    model = load_model(demo_path())
+    config = model.config
+    cache = model.make_cache()
+    for count in (30, 100, 700):
+        model.prefill(mx.zeros((1, count), dtype=mx.int32), cache)
+        mx.eval(cache.arrays)
+        item = memory.ITEM_SIZE[config.text.dtype] / cache.arrays[0].itemsize
+        assert cache.nbytes * item <= memory.context_bytes(config, cache.offset)
+
+
+def test_stored_bytes_come_from_the_headers() -> None:
+    folder = demo_path()
+    config = ModelConfig.from_folder(folder)
+    assert memory.stored_bytes(folder) == memory.weight_bytes(config, layout="hf")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"\x02",
+        b"\xff" * 8 + b"{}",
+        b"\x02" + bytes(7) + b"[]",
+        b"\x07" + bytes(7) + b'{"a":1}',
+    ],
+)
+def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file"):
+        memory.stored_bytes(tmp_path)
+
+
+def test_a_folder_without_weights(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="has no safetensors files"):
+        memory.stored_bytes(tmp_path)
+
+
+def test_too_little_memory_is_refused_with_the_numbers() -> None:
+    plan = memory.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
+    with pytest.raises(ResourceError) as refused:
+        memory.check_fits(plan, mac(16), name="The 4-bit model")
+    assert str(refused.value) == (
+        "The 4-bit model needs 17.5 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens, 0.5 GB "
+        "working memory), and this machine has 17.2 GB, of which 14.2 GB can be used; use a "
+        "checkpoint with fewer bits, or a machine with more memory."
+    )
+
+
+def test_a_shorter_context_is_offered_where_that_helps() -> None:
+    plan = memory.Plan(16_500_000_000, 8_000_000_000, 500_000_000, 262_144)
+    with pytest.raises(ResourceError, match=r"a context of 188,416 tokens fits"):
+        memory.check_fits(plan, mac(24))
+
+
+def test_what_fits_is_silent_and_a_tight_fit_is_advised() -> None:
+    plan = memory.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
+    assert memory.check_fits(plan, mac(64, 48 * GIB)) is None
+    advice = memory.check_fits(plan, mac(24, 16 * GIB))
+    assert advice is not None
+    assert "sudo sysctl iogpu.wired_limit_mb=17202" in advice
+    assert memory.check_fits(plan, replace(mac(8), memory=None)) is None
+
+
+def test_the_machine_describes_itself() -> None:
+    this = machine()
+    assert this.memory is not None
+    assert this.memory > 1 << 30
+    assert this.cores >= 1
+    assert json.loads(json.dumps(this.record()))["python"] == this.python
+
+
+def test_unreadable_facts_are_none_and_not_fatal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_dgemma.hardware._lines", lambda _: [])
+    monkeypatch.setattr("mlx_dgemma.hardware._mlx", lambda: ({}, False, None))
+    this = machine()
+    assert this.limit is None or this.memory is not None
+    assert this.metal is False
+    assert this.mlx is None
+
+
+def test_the_users_wired_limit_counts() -> None:
+    this = replace(mac(24, 16 * GIB), wired_limit=20 * GIB)
+    assert this.limit == 20 * GIB
