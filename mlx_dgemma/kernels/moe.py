@@ -171,35 +171,41 @@ def _shape(x: mx.array, routing: Routing, gate_up: Matrix) -> registry.Shape:
     }
 
 
+_TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2}
+_PROBED_EXPERTS = 32  # enough to spill every cache, and a quarter of the published layer's memory
+
+
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
     size = {name: int(value) for name, value in shape.items() if name != "dtype"}
-    for tokens in (1, 5, size["tokens"]):
-        keys = mx.random.split(mx.random.key(tokens), 4)
-        x = mx.random.normal((tokens, size["hidden"]), key=keys[0]).astype(dtype)
-        count, width, hidden = size["experts"], size["width"], size["hidden"]
-        up, down = (
-            _random_experts(count, rows, columns, key, dtype, size)
-            for rows, columns, key in ((2 * width, hidden, keys[1]), (hidden, width, keys[2]))
-        )
-        scores = mx.random.normal((tokens, count), key=keys[3])
-        routing = choose_experts(scores, mx.ones((count,)), size["top_k"])
+    count = min(size["experts"], _PROBED_EXPERTS)
+    top_k, width, hidden = min(size["top_k"], count), size["width"], size["hidden"]
+    keys = mx.random.split(mx.random.key(0), 2)
+    up = _random_experts((count, 2 * width, hidden), keys[0], dtype, size)
+    down = _random_experts((count, hidden, width), keys[1], dtype, size)
+    for tokens in (1, 5, max(1, size["tokens"] * count // size["experts"])):
+        x = mx.random.normal((tokens, hidden), key=mx.random.key(tokens)).astype(dtype)
+        scores = mx.random.normal((tokens, count), key=mx.random.key(tokens + 1))
+        routing = choose_experts(scores, mx.ones((count,)), top_k)
         yield registry.Probe(
-            metal=partial(metal, x, routing, up, down),
-            twin=partial(twin, x, routing, up, down),
-            tolerance={mx.float32: 1e-4, mx.float16: 5e-3}.get(dtype, 3e-2),
+            partial(metal, x, routing, up, down),
+            partial(twin, x, routing, up, down),
+            tolerance=_TOLERANCE[dtype],
         )
 
 
 def _random_experts(
-    count: int, rows: int, columns: int, key: mx.array, dtype: mx.Dtype, size: dict[str, int]
+    shape: tuple[int, int, int], key: mx.array, dtype: mx.Dtype, size: dict[str, int]
 ) -> Matrix:
-    weight = (mx.random.normal((count, rows, columns), key=key) * columns**-0.5).astype(dtype)
-    if not size["bits"]:
-        return Matrix(weight)
-    group_size, bits = size["group_size"], size["bits"]
-    packed = mx.quantize(weight, group_size=group_size, bits=bits)
-    return Matrix(packed[0], packed[1], packed[2], group_size, bits)
+    count, rows, columns = shape
+    bits, group_size = size["bits"], size["group_size"]
+    if not bits:
+        return Matrix((mx.random.normal(shape, key=key) * columns**-0.5).astype(dtype))
+    words = (count, rows, columns * bits // 32)
+    packed: mx.array = mx.random.bits(words, key=key)  # type: ignore[operator]
+    spread = columns**-0.5 / 2 ** (bits - 2)  # codes are uniform: unit variance in, about that out
+    scales = mx.full((count, rows, columns // group_size), spread, dtype=dtype)
+    return Matrix(packed, scales, scales * -(2 ** (bits - 1)), group_size, bits)
 
 
 OPERATION = registry.Operation("moe", (_EXPERTS, _COMBINE), _probes)

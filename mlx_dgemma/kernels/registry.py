@@ -11,7 +11,6 @@ line `//: body`, the body for which MLX generates the signature.
 
 import functools
 import hashlib
-import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +28,6 @@ Template = list[tuple[str, mx.Dtype | int | bool]]
 
 _SOURCES = Path(__file__).parent / "metal"
 _BODY = "//: body\n"
-_log = logging.getLogger("mlx_dgemma.kernels")
 
 
 @dataclass(frozen=True)
@@ -101,12 +99,9 @@ def use(operation: Operation, shape: Shape, supported: bool) -> bool:
 
 @functools.cache
 def _verdict(name: str, shape: tuple[tuple[str, int | str], ...]) -> bool:
-    from mlx_dgemma.kernels import verdicts
+    from mlx_dgemma.kernels.verdicts import verdict
 
-    verdict = verdicts.verdict(operations()[name], dict(shape))
-    if not verdict.enabled:
-        _log.info("kernel %s stays off: %s", name, verdict.reason)
-    return verdict.enabled
+    return verdict(operations()[name], dict(shape)).enabled
 
 
 def operations() -> dict[str, Operation]:
