@@ -12,6 +12,7 @@ VERBS = {
     "generate": "one prompt, one reply, and the canvas while it resolves",
     "chat": "a conversation in the terminal",
     "convert": "a checkpoint to another layout or precision",
+    "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
 }
 
 

@@ -1,0 +1,124 @@
+"""`mlx_dgemma.server`: an OpenAI- and Anthropic-compatible endpoint on this machine."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Sequence
+
+from rich.console import Console
+
+from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.cli.session import DEMO_NAME, DEMO_NOTICE
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.server.settings import ServerSettings
+
+KEY_VARIABLE = "MLX_DGEMMA_API_KEY"
+_DEFAULTS = ServerSettings()
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_dgemma.server",
+        description="Serve DiffusionGemma to OpenAI and Anthropic clients on this machine.",
+    )
+    flags.add_model(parser)
+    network = parser.add_argument_group("network")
+    network.add_argument(
+        "--host",
+        default=_DEFAULTS.host,
+        help="address to listen on (default: 127.0.0.1; any other than loopback needs a key)",
+    )
+    network.add_argument("--port", type=int, default=_DEFAULTS.port, help="default: 8080")
+    network.add_argument(
+        "--api-key",
+        metavar="KEY",
+        help=f"clients must send this key (or set {KEY_VARIABLE}, which no process list shows)",
+    )
+    network.add_argument(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a web page's origin that may use the server (repeatable; default: none)",
+    )
+    limits = parser.add_argument_group("limits")
+    limits.add_argument("--max-tokens", type=int, metavar="N", help="of a reply (default: 8192)")
+    limits.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default: the context")
+    limits.add_argument("--max-body-mb", type=int, metavar="MB", help="of a request (default: 32)")
+    limits.add_argument("--max-concurrent", type=int, metavar="N", help="take turns (default: 4)")
+    limits.add_argument("--max-waiting", type=int, metavar="N", help="may queue (default: 64)")
+    limits.add_argument("--max-seconds", type=float, metavar="S", help="per reply (default: 600)")
+    limits.add_argument(
+        "--prefix-cache-mb",
+        type=int,
+        metavar="MB",
+        help="memory for contexts kept between requests (default: 2048; 0 keeps none)",
+    )
+    parser.add_argument(
+        "--log-prompts", action="store_true", help="let the log hold prompts (default: it does not)"
+    )
+    flags.add_version(parser)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    settings = _settings(arguments)
+    try:
+        import uvicorn
+
+        from mlx_dgemma.server.app import create_app
+    except ImportError as error:
+        raise InputError(
+            f"The server needs {error.name}: pip install 'mlx-dgemma[server]'."
+        ) from error
+    from mlx_dgemma.runtime import Runtime
+
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    messages = Console(stderr=True, highlight=False)
+    if arguments.model is None:
+        messages.print(DEMO_NOTICE, style="dim", soft_wrap=True)
+    runtime = Runtime(
+        arguments.model, revision=arguments.revision, adapter_path=arguments.adapter_path
+    )
+    messages.print(f"Serving {settings.model_name} at http://{settings.host}:{settings.port}/v1")
+    try:
+        uvicorn.run(
+            create_app(runtime, settings),
+            host=settings.host,
+            port=settings.port,
+            log_level="warning",
+            access_log=False,
+            timeout_graceful_shutdown=10,
+        )
+    finally:
+        runtime.close()
+    return 0
+
+
+def _settings(arguments: argparse.Namespace) -> ServerSettings:
+    given = {
+        "max_output_tokens": arguments.max_tokens,
+        "max_prompt_tokens": arguments.max_prompt_tokens,
+        "max_body_bytes": arguments.max_body_mb and arguments.max_body_mb << 20,
+        "max_concurrent": arguments.max_concurrent,
+        "max_waiting": arguments.max_waiting,
+        "max_seconds": arguments.max_seconds,
+        "prefix_cache_bytes": None
+        if arguments.prefix_cache_mb is None
+        else arguments.prefix_cache_mb << 20,
+    }
+    return ServerSettings(
+        host=arguments.host,
+        port=arguments.port,
+        api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
+        model_name=arguments.model or DEMO_NAME,
+        cors_origins=tuple(arguments.cors_origin),
+        log_prompts=arguments.log_prompts,
+        **{name: value for name, value in given.items() if value is not None},
+    )

@@ -1,0 +1,212 @@
+"""The ASGI application: routes, keys, limits, and one shape for every error."""
+
+from __future__ import annotations
+
+import contextlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from mlx_dgemma._version import __version__
+from mlx_dgemma.server.chat import chat_completions
+from mlx_dgemma.server.completions import completions
+from mlx_dgemma.server.engine import Engine, Model
+from mlx_dgemma.server.errors import ApiError, as_api_error
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.messages import count_tokens, messages
+from mlx_dgemma.server.metrics import Metrics
+from mlx_dgemma.server.replies import new_id
+from mlx_dgemma.server.responses import responses
+from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
+from mlx_dgemma.server.streams import EventStream
+
+log = logging.getLogger("mlx_dgemma.server")
+Handler = Callable[[Engine, Fields, Request], Awaitable[Any]]
+
+
+def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starlette:
+    """An application that owns `runtime` and closes it when it shuts down."""
+    settings = settings or ServerSettings()
+    metrics = Metrics()
+    engine = Engine(runtime, settings, metrics)
+    created = int(time.time())
+
+    async def health(_: Request) -> Response:
+        return JSONResponse({"status": "ok", "model": settings.model_name, "version": __version__})
+
+    async def models(_: Request) -> Response:
+        return JSONResponse({"object": "list", "data": [_model_card(settings, created)]})
+
+    async def model(request: Request) -> Response:
+        name = request.path_params["name"]
+        if name != settings.model_name:
+            raise ApiError(404, f"This server has no model {name!r}.", code="model_not_found")
+        return JSONResponse(_model_card(settings, created))
+
+    async def render_metrics(_: Request) -> Response:
+        return PlainTextResponse(metrics.render(engine.admitted), media_type="text/plain")
+
+    guard = _Guard(engine)
+    routes = [
+        Route("/health", guard(health, open_to_all=True)),
+        Route("/metrics", guard(render_metrics)),
+        Route("/v1/models", guard(models)),
+        Route("/v1/models/{name:path}", guard(model)),
+        Route("/v1/chat/completions", guard.json(chat_completions), methods=["POST"]),
+        Route("/v1/completions", guard.json(completions), methods=["POST"]),
+        Route("/v1/responses", guard.json(responses), methods=["POST"]),
+        Route("/v1/messages", guard.json(messages), methods=["POST"]),
+        Route("/v1/messages/count_tokens", guard.json(count_tokens), methods=["POST"]),
+    ]
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        yield
+        engine.cancel_all()
+        runtime.close()
+
+    return Starlette(
+        routes=routes,
+        middleware=_middleware(settings),
+        exception_handlers={404: _no_such_route, 405: _no_such_route},
+        lifespan=lifespan,
+    )
+
+
+def _middleware(settings: ServerSettings) -> list[Middleware]:
+    middleware = []
+    if settings.loopback:
+        # A page on another site may point its own name at 127.0.0.1; its Host gives it away.
+        hosts = [*LOOPBACK_NAMES, "[::1]", settings.host]
+        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
+    if settings.cors_origins:
+        cors = Middleware(
+            CORSMiddleware,
+            allow_origins=list(settings.cors_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+        middleware.append(cors)
+    return middleware
+
+
+def _model_card(settings: ServerSettings, created: int) -> dict[str, Any]:
+    return {
+        "id": settings.model_name,
+        "object": "model",
+        "created": created,
+        "owned_by": "mlx_dgemma",
+    }
+
+
+async def _no_such_route(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 404)
+    what = "allow this method" if status == 405 else "exist"
+    return _error(request, ApiError(status, f"{request.url.path} does not {what}."))
+
+
+class _Guard:
+    """Wraps endpoints: key, content type, body size, errors, metrics and the log."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    def __call__(
+        self, endpoint: Callable[[Request], Awaitable[Any]], *, open_to_all: bool = False
+    ) -> Callable[[Request], Awaitable[Any]]:
+        async def guarded(request: Request) -> Any:
+            started = time.perf_counter()
+            identity = new_id("req")
+            try:
+                if not open_to_all:
+                    self._check_key(request)
+                response = await endpoint(request)
+            except ClientDisconnect:
+                response = Response(status_code=499)
+            except Exception as error:
+                self._engine.report(error)
+                response = _error(request, as_api_error(error))
+            response.headers["x-request-id"] = identity
+
+            def note() -> None:
+                self._note(request, identity, getattr(response, "status_code", 200), started)
+
+            if isinstance(response, EventStream):
+                response.when_over(note)
+            else:
+                note()
+            return response
+
+        return guarded
+
+    def json(self, handler: Handler) -> Callable[[Request], Awaitable[Any]]:
+        """An endpoint that takes a JSON object."""
+
+        async def endpoint(request: Request) -> Any:
+            body = await self._read_json(request)
+            if self._engine.settings.log_prompts:
+                log.info(json.dumps({"event": "body", "path": request.url.path, "body": body}))
+            return await handler(self._engine, Fields(body), request)
+
+        return self(endpoint)
+
+    def _check_key(self, request: Request) -> None:
+        key = self._engine.settings.api_key
+        if key is None:
+            return
+        scheme, _, token = request.headers.get("authorization", "").partition(" ")
+        given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+        if not hmac.compare_digest(given.encode(), key.encode()):
+            raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
+
+    async def _read_json(self, request: Request) -> Any:
+        # A browser sends this type to another origin only after asking, and CORS says no.
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        if kind != "application/json":
+            raise ApiError(415, "The content type must be application/json.")
+        limit = self._engine.settings.max_body_bytes
+        received = bytearray()
+        async for piece in request.stream():
+            received += piece
+            if len(received) > limit:
+                raise ApiError(413, f"The body is larger than {limit} bytes.")
+        try:
+            return json.loads(received, parse_constant=_no_constant)
+        except (ValueError, RecursionError) as error:
+            raise ApiError(400, f"The body is not valid JSON: {error}.") from error
+
+    def _note(self, request: Request, identity: str, status: int, started: float) -> None:
+        seconds = time.perf_counter() - started
+        path = getattr(request.scope.get("route"), "path", "?")
+        self._engine.metrics.add("requests_total", route=path, status=str(status))
+        self._engine.metrics.add("request_seconds_total", seconds, route=path)
+        entry = {
+            "event": "request",
+            "id": identity,
+            "method": request.method,
+            "route": path,
+            "status": status,
+            "seconds": round(seconds, 3),
+        }
+        log.info(json.dumps(entry))
+
+
+def _error(request: Request, error: ApiError) -> JSONResponse:
+    anthropic = request.url.path.startswith("/v1/messages")
+    body = error.anthropic() if anthropic else error.openai()
+    return JSONResponse(body, status_code=error.status, headers=error.headers)
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")

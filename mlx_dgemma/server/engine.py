@@ -1,0 +1,176 @@
+"""Admits requests, hands them to the model's thread, and frees what they held.
+
+The engine knows nothing of HTTP. A request waits for one of `max_concurrent` places; those in
+a place take turns on the model block by block.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
+from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.errors import ApiError, as_api_error
+from mlx_dgemma.server.metrics import Metrics
+from mlx_dgemma.server.prefix_cache import PrefixCache
+from mlx_dgemma.server.settings import ServerSettings
+
+log = logging.getLogger("mlx_dgemma.server")
+
+
+class Model(Protocol):
+    """What the engine needs of a Runtime; tests bring a scripted one."""
+
+    model: Any
+    tokenizer: Tokenizer
+
+    def submit(
+        self, prompt: Any, deliver: Callable[[Any], None], **options: Any
+    ) -> threading.Event: ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Call:
+    """One reply to generate.
+
+    prompt: messages or ids, as `stream_generate` takes them. prompt_ids: what they encode to.
+    options: its keywords. drafts: whether Draft events are wanted. warnings: what the request
+    asked for and does not get.
+    """
+
+    prompt: Any
+    prompt_ids: list[int]
+    options: dict[str, Any]
+    drafts: bool = False
+    warnings: tuple[str, ...] = ()
+
+    def with_seed(self, seed: int) -> Call:
+        return replace(self, options={**self.options, "seed": seed})
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last event of a call. timed_out: the server's time limit ended it."""
+
+    finish: Finish
+    cached_tokens: int
+    timed_out: bool
+
+
+class Engine:
+    """The Runtime with a door in front of it."""
+
+    def __init__(self, runtime: Model, settings: ServerSettings, metrics: Metrics) -> None:
+        self.runtime = runtime
+        self.settings = settings
+        self.metrics = metrics
+        self.tokenizer = runtime.tokenizer
+        self._places = asyncio.Semaphore(settings.max_concurrent)
+        self._admitted = 0
+        self._cancels: set[threading.Event] = set()
+        self._prefixes = PrefixCache(runtime, settings.prefix_cache_bytes)
+
+    @property
+    def room(self) -> int:
+        """Prompt tokens that fit beside one canvas, within the operator's limit."""
+        config = self.runtime.model.config
+        room: int = config.text.max_position_embeddings - config.canvas_length
+        return min(room, self.settings.max_prompt_tokens or room)
+
+    @property
+    def admitted(self) -> int:
+        """Requests in a place or waiting for one."""
+        return self._admitted
+
+    def admit(self, count: int) -> Callable[[], None]:
+        """Reserves room for `count` replies; 429 when there is none. Returns what frees it."""
+        limit = self.settings.max_concurrent + self.settings.max_waiting
+        if self._admitted + count > limit:
+            raise ApiError(
+                429,
+                f"{self._admitted} requests are waiting already; try again in a moment.",
+                code="queue_full",
+                retry_after=min(60, 1 + self._admitted // self.settings.max_concurrent),
+            )
+        self._admitted += count
+
+        def release() -> None:
+            self._admitted -= count
+
+        return release
+
+    async def run(self, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        """The events of one call. Leaving the generator cancels it within a denoising step."""
+        deadline = time.monotonic() + self.settings.max_seconds
+        try:
+            async with asyncio.timeout(self.settings.max_seconds):
+                await self._places.acquire()
+        except TimeoutError:
+            raise ApiError(
+                503, "The request waited too long for its turn; try again later.", retry_after=30
+            ) from None
+        try:
+            async with contextlib.aclosing(self._stream(call, deadline)) as events:
+                async for event in events:
+                    yield event
+        finally:
+            self._places.release()
+
+    def report(self, error: BaseException) -> None:
+        """Logs a bug with its traceback; a client's own mistakes stay out of the log."""
+        if as_api_error(error).status >= 500:
+            log.error("a request failed", exc_info=error)
+
+    def cancel_all(self) -> None:
+        """Ends every running request after its current denoising step."""
+        for cancel in list(self._cancels):
+            cancel.set()
+
+    async def _stream(
+        self, call: Call, deadline: float
+    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+        lease = self._prefixes.lease(call.prompt_ids)
+
+        def deliver(item: Event | BaseException | None) -> None:
+            if item is None or isinstance(item, BaseException):
+                # The model's thread is done with the context: the next request may have it.
+                lease.give_back(item is None)
+            with contextlib.suppress(RuntimeError):  # the loop ended before the request did
+                loop.call_soon_threadsafe(arrived.put_nowait, item)
+
+        cancel = threading.Event()
+        self._cancels.add(cancel)
+        out_of_time = loop.call_later(max(deadline - time.monotonic(), 0), cancel.set)
+        try:
+            self.runtime.submit(
+                call.prompt,
+                deliver,
+                drafts=call.drafts,
+                cancel=cancel,
+                cache=lease.cache,
+                **call.options,
+            )
+            while (event := await arrived.get()) is not None:
+                if isinstance(event, BaseException):
+                    raise event
+                if isinstance(event, Finish):
+                    self.metrics.finished(event, lease.cached_tokens)
+                    timed_out = event.reason == "cancelled" and time.monotonic() >= deadline
+                    yield Ended(event, lease.cached_tokens, timed_out)
+                else:
+                    yield event
+        finally:
+            out_of_time.cancel()
+            cancel.set()
+            self._cancels.discard(cancel)

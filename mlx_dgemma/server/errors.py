@@ -1,0 +1,69 @@
+"""Errors as clients of either dialect expect them: a status, a sentence, the parameter's name."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
+
+_PARAMETER = re.compile(r"[a-z][a-z_]*(?:\[\d+\]|\.[a-z_]+)*(?=$|[ :=.])")
+_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
+
+
+class ApiError(Exception):
+    """A request that gets an error object. param: the offending field; code: a stable word."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status = status
+        self.message = message
+        self.param = param
+        self.code = code
+        self.retry_after = retry_after
+
+    @property
+    def headers(self) -> dict[str, str]:
+        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+
+    def openai(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else _TYPES[400])
+        error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
+        return {"error": error}
+
+    def anthropic(self) -> dict[str, Any]:
+        kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
+
+
+def as_api_error(error: BaseException) -> ApiError:
+    """What a client is told of any exception; a bug's details stay in the log."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, InputError):
+        message = str(error)
+        named = _PARAMETER.match(message)
+        return ApiError(400, message, param=named.group() if named else None)
+    if isinstance(error, ResourceError):
+        return ApiError(503, str(error), retry_after=30)
+    if isinstance(error, CheckpointError):
+        return ApiError(500, str(error))
+    if isinstance(error, DGemmaError):
+        return ApiError(500, str(error))
+    return ApiError(500, "The server failed to answer this request; its log tells why.")

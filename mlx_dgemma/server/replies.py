@@ -1,0 +1,142 @@
+"""Gathers a call's events into a reply, and tells how it ended in the dialects' words."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import secrets
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from mlx_dgemma.decoding.events import Commit, Draft
+from mlx_dgemma.server.engine import Call, Ended, Engine
+from mlx_dgemma.server.errors import ApiError
+
+
+@dataclass
+class Reply:
+    """Everything one call has produced so far."""
+
+    text: str = ""
+    thinking: str = ""
+    tool_calls: list[dict[str, Any]] = field(default_factory=list)
+    malformed_calls: list[str] = field(default_factory=list)
+    logprobs: list[tuple[int, float]] = field(default_factory=list)
+    ended: Ended | None = None
+
+    def add(self, event: Draft | Commit | Ended) -> list[dict[str, Any]]:
+        """Takes an event in; returns the tool calls it completed, each with an id of its own."""
+        if isinstance(event, Ended):
+            self.ended = event
+            return []
+        if isinstance(event, Draft):
+            return []
+        self.text += event.text
+        self.thinking += event.thinking
+        self.malformed_calls += event.malformed_calls
+        self.logprobs += zip(event.ids, event.logprobs, strict=False)
+        calls = [{"id": new_id("call"), **call} for call in event.tool_calls]
+        self.tool_calls += calls
+        return calls
+
+    @property
+    def end(self) -> Ended:
+        if self.ended is None:
+            raise ApiError(503, "The server is shutting down; try again in a moment.")
+        return self.ended
+
+    @property
+    def openai_reason(self) -> str:
+        if self.end.finish.reason == "stop":
+            return "tool_calls" if self.tool_calls else "stop"
+        return "length"
+
+    def warnings(self) -> list[str]:
+        """What a client should know of how this reply came about."""
+        found = []
+        finish = self.end.finish
+        unconverged = [i for i, converged in enumerate(finish.converged) if not converged]
+        if unconverged:
+            found.append(
+                f"{len(unconverged)} of {finish.blocks} blocks used every denoising step without "
+                "converging; raise max_denoising_steps if the text is poor"
+            )
+        if self.malformed_calls:
+            found.append("a malformed tool call was returned as content")
+        if self.end.timed_out:
+            found.append("the server's time limit ended this reply")
+        elif finish.reason == "cancelled":
+            found.append("the server is shutting down; the reply is not complete")
+        return found
+
+    def facts(self) -> dict[str, Any]:
+        """How the canvas resolved, for the `x_diffusion` field."""
+        finish = self.end.finish
+        return {
+            "seed": finish.seed,
+            "blocks": finish.blocks,
+            "steps_per_block": list(finish.steps_per_block),
+            "converged": list(finish.converged),
+            "tokens_per_forward": round(finish.tokens_per_forward, 4),
+            "prefill_seconds": round(finish.prefill_seconds, 4),
+            "denoise_seconds": round(finish.denoise_seconds, 4),
+        }
+
+
+async def collect(engine: Engine, calls: Sequence[Call]) -> list[Reply]:
+    """All replies, whole."""
+
+    async def one(call: Call) -> Reply:
+        reply = Reply()
+        async with contextlib.aclosing(engine.run(call)) as events:
+            async for event in events:
+                reply.add(event)
+        return reply
+
+    release = engine.admit(len(calls))
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(one(call)) for call in calls]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    finally:
+        release()
+    return [task.result() for task in tasks]
+
+
+async def interleave(
+    engine: Engine, calls: Sequence[Call]
+) -> AsyncGenerator[tuple[int, Draft | Commit | Ended], None]:
+    """(index of the call, event) of several calls as they come."""
+    arrived: asyncio.Queue[tuple[int, Any]] = asyncio.Queue()
+
+    async def forward(index: int, call: Call) -> None:
+        try:
+            async with contextlib.aclosing(engine.run(call)) as events:
+                async for event in events:
+                    arrived.put_nowait((index, event))
+        except Exception as error:
+            arrived.put_nowait((index, error))
+        else:
+            arrived.put_nowait((index, None))
+
+    tasks = [asyncio.create_task(forward(i, call)) for i, call in enumerate(calls)]
+    try:
+        open_calls = len(calls)
+        while open_calls:
+            index, event = await arrived.get()
+            if event is None:
+                open_calls -= 1
+            elif isinstance(event, BaseException):
+                raise event
+            else:
+                yield index, event
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def new_id(prefix: str, separator: str = "_") -> str:
+    return f"{prefix}{separator}{secrets.token_hex(12)}"

@@ -1,0 +1,170 @@
+"""What the endpoints share of a request: the model, the sampling fields, tools, thinking."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.prompt import encode_messages
+from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS
+from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.fields import Fields
+
+MAX_STOP_STRINGS = 16
+# Fields that steer autoregressive sampling, and the value that asks for nothing.
+WITHOUT_EFFECT: dict[str, Any] = {
+    "top_p": 1,
+    "top_k": None,
+    "min_p": 0,
+    "presence_penalty": 0,
+    "frequency_penalty": 0,
+    "repetition_penalty": 1,
+    "logit_bias": {},
+    "top_logprobs": 0,
+    "best_of": 1,
+}
+# Fields about accounts, storage and billing, which change no reply.
+SILENT = (
+    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
+    "prompt_cache_retention", "verbosity", "include", "truncation",
+)  # fmt: skip
+
+
+def check_model(engine: Engine, fields: Fields) -> str:
+    """The served model's name; 404 when another one is asked for."""
+    served = engine.settings.model_name
+    asked = fields.text("model")
+    if asked not in (None, "", "default", served, served.rsplit("/", 1)[-1]):
+        raise ApiError(
+            404,
+            f"This server has no model {asked!r}; it serves {served!r} (or 'default').",
+            param="model",
+            code="model_not_found",
+        )
+    return served
+
+
+def decoding_options(engine: Engine, fields: Fields, max_tokens: int | None) -> dict[str, Any]:
+    """Keywords of `stream_generate` from the request; ApiError 400 for impossible values."""
+    limit = engine.settings.max_output_tokens
+    config = engine.runtime.model.config
+    options: dict[str, Any] = {
+        "max_tokens": min(max_tokens or limit, limit),
+        "temp": fields.number("temperature", 0, 2),
+        "max_denoising_steps": fields.integer("max_denoising_steps", 1, 1024),
+        "entropy_bound": fields.number("entropy_bound", 0, 1e6),
+        "t_min": fields.number("t_min", 0, 100),
+        "t_max": fields.number("t_max", 0, 100),
+        "stability_threshold": fields.integer("stability_threshold", 0, 1024),
+        "confidence_threshold": fields.number("confidence_threshold", 0, 1e6),
+        "reveal_threshold": fields.number("reveal_threshold", 0, 1),
+        "canvas_length": fields.integer("canvas_length", 1, config.canvas_length),
+        "sampler": fields.text("sampler"),
+        "on_unconverged": fields.text("on_unconverged", ("commit", "refuse")),
+        "empty_reply": fields.text("empty_reply"),
+    }
+    options = {name: value for name, value in options.items() if value is not None}
+    DecodingSettings.from_defaults(config.generation, options)
+    return options
+
+
+def read_seed(fields: Fields, choices: int = 1) -> int:
+    """The request's seed, or one drawn for it; choice i uses seed + i."""
+    seed = fields.integer("seed", 0, MAX_SEED - choices)
+    return fresh_seed() if seed is None else seed
+
+
+def read_warnings(engine: Engine, fields: Fields, max_tokens: int | None) -> tuple[str, ...]:
+    """What was asked and is not done. Call it last: it lists every field nobody has read."""
+    limit = engine.settings.max_output_tokens
+    found = [] if (max_tokens or 0) <= limit else [f"max_tokens was cut to this server's {limit}"]
+    for name, neutral in WITHOUT_EFFECT.items():
+        if fields.raw(name) not in (None, neutral, False):
+            found.append(f"{name} has no effect on a diffusion model and was ignored")
+    for name in SILENT:
+        fields.raw(name)
+    found += [f"{name} is not known and was ignored" for name in fields.unread()]
+    return tuple(found)
+
+
+def read_thinking(fields: Fields) -> bool:
+    """Thinking is off unless asked for, in any of the ways clients ask."""
+    effort = fields.text("reasoning_effort")
+    reasoning = fields.object("reasoning")
+    if reasoning is not None:
+        effort = reasoning.text("effort") or effort
+        if reasoning.flag("enabled") is not None:
+            return bool(reasoning.flag("enabled"))
+    template = fields.object("chat_template_kwargs")
+    asked = fields.flag("enable_thinking")
+    if template is not None and asked is None:
+        asked = template.flag("enable_thinking")
+    return asked if asked is not None else effort not in (None, "none")
+
+
+def read_tools(fields: Fields) -> tuple[list[Any], tuple[str, ...]]:
+    """The declared tools the model may use, and warnings."""
+    tools = fields.items("tools") or []
+    choice = fields.raw("tool_choice")
+    if choice == "none":
+        return [], ()
+    if choice not in (None, "auto"):
+        raise ApiError(
+            400,
+            "tool_choice can be 'auto' or 'none': this server cannot force a call.",
+            param="tool_choice",
+        )
+    return tools, ()
+
+
+def refuse_formats(fields: Fields, name: str = "response_format") -> None:
+    """Only plain text is generated; anything else gets a clear 400."""
+    wanted = fields.object(name)
+    if wanted is not None and wanted.text("type") not in (None, "text"):
+        raise fields.fail(name, "of type 'text': this server cannot force a format")
+
+
+async def make_call(
+    engine: Engine,
+    messages: list[Any],
+    tools: list[Any],
+    options: Mapping[str, Any],
+    *,
+    thinking: bool,
+    drafts: bool,
+    seed: int,
+    warnings: tuple[str, ...],
+) -> Call:
+    """A chat call, encoded once here so that a bad request fails before it waits."""
+    refuse_media(messages)
+    keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
+    ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
+    check_room(engine, ids, "messages")
+    return Call(messages, ids, {**options, **keywords, "seed": seed}, drafts, warnings)
+
+
+def check_room(engine: Engine, ids: list[int], param: str) -> None:
+    if len(ids) > engine.room:
+        raise ApiError(
+            400,
+            f"The prompt has {len(ids)} tokens; this server takes at most {engine.room}.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def refuse_media(messages: list[Any]) -> None:
+    for i, message in enumerate(messages):
+        content = message.get("content") if isinstance(message, Mapping) else None
+        for j, part in enumerate(content if isinstance(content, list) else []):
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind in IMAGE_PARTS + VIDEO_PARTS:
+                raise ApiError(
+                    400,
+                    f"messages[{i}].content[{j}] is an image or a video; this server reads text.",
+                    param=f"messages[{i}].content[{j}]",
+                )

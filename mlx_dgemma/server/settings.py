@@ -1,0 +1,65 @@
+"""What the operator decides: addresses, keys and limits."""
+
+from __future__ import annotations
+
+import ipaddress
+from dataclasses import dataclass, field
+
+from mlx_dgemma.errors import InputError
+
+LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
+
+
+@dataclass(frozen=True)
+class ServerSettings:
+    """Limits have defaults that suit one person's machine.
+
+    host: loopback unless the operator says otherwise, and then an api_key is a must.
+    model_name: what /v1/models calls the model. cors_origins: pages of other origins that may
+        use the server; none by default. max_body_bytes: of a request.
+    max_prompt_tokens: None is the context less one canvas. max_output_tokens: larger requests
+        are cut to it, with a warning. max_choices: the largest `n`.
+    max_concurrent: requests that take turns on the model. max_waiting: requests that may wait
+        beside them; more get 429. max_seconds: of a request; it then ends with what it has.
+    prefix_cache_bytes: contexts kept for later requests; 0 keeps none.
+    log_prompts: whether the log may hold prompts and replies.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    api_key: str | None = field(default=None, repr=False)
+    model_name: str = "diffusiongemma"
+    cors_origins: tuple[str, ...] = ()
+    max_body_bytes: int = 32 << 20
+    max_prompt_tokens: int | None = None
+    max_output_tokens: int = 8192
+    max_choices: int = 8
+    max_concurrent: int = 4
+    max_waiting: int = 64
+    max_seconds: float = 600.0
+    prefix_cache_bytes: int = 2 << 30
+    log_prompts: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.loopback and not self.api_key:
+            raise InputError(
+                f"host {self.host} can be reached from other machines: set an API key as well."
+            )
+        for name in ("max_body_bytes", "max_output_tokens", "max_choices", "max_concurrent"):
+            if getattr(self, name) < 1:
+                raise InputError(f"{name}={getattr(self, name)} is not possible: use at least 1.")
+        for name in ("max_waiting", "prefix_cache_bytes"):
+            if getattr(self, name) < 0:
+                raise InputError(f"{name}={getattr(self, name)} is not possible: use 0 or more.")
+        if not self.max_seconds > 0:
+            raise InputError(f"max_seconds={self.max_seconds} is not possible: use more than 0.")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
