@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from math import exp
 
 Span = tuple[int, int]
 
@@ -26,12 +27,17 @@ class TokenInfo:
 
 @dataclass(frozen=True)
 class Filling:
-    """What stands in one hole. span: its characters in the text. length: tokens on the canvas."""
+    """What stands in one hole.
+
+    span: its characters in the text. length: tokens on the canvas. replaced: what stood there
+    before an edit.
+    """
 
     text: str
     span: Span
     length: int
     tokens: tuple[TokenInfo, ...]
+    replaced: str = ""
 
 
 @dataclass(frozen=True)
@@ -66,16 +72,10 @@ def uncertain_spans(tokens: Iterable[TokenInfo], *, min_probability: float = 0.5
     """Spans of neighbouring tokens whose probability is below the threshold, in order."""
     spans: list[Span] = []
     for token in tokens:
-        if token.logprob >= _log(min_probability) or token.span[0] == token.span[1]:
+        if exp(token.logprob) >= min_probability or token.span[0] == token.span[1]:
             continue
         if spans and spans[-1][1] >= token.span[0]:
             spans[-1] = (spans[-1][0], token.span[1])
         else:
             spans.append(token.span)
     return spans
-
-
-def _log(probability: float) -> float:
-    from math import inf, log
-
-    return log(probability) if probability > 0 else -inf

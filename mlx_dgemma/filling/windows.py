@@ -297,7 +297,8 @@ class Filler:
                 )
             )
         text = whole[low:high]
-        return Filling(text, (at, at + len(text)), slot.end - slot.start, tuple(tokens))
+        replaced = self.job.old[hole] if self.job.old else ""
+        return Filling(text, (at, at + len(text)), slot.end - slot.start, tuple(tokens), replaced)
 
 
 def _spread(low: int, high: int) -> list[int]:
