@@ -1,0 +1,253 @@
+"""The official clients, unmodified, over a real socket: scripted replies, then the demo model."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import anthropic
+import httpx2
+import openai
+import pytest
+import uvicorn
+
+from mlx_dgemma.runtime import Runtime
+from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.settings import ServerSettings
+
+from .conftest import Script, user
+
+CALL = '<|tool_call>call:look{q:<|"|>x<|"|>}<tool_call|>'
+REPLY = f"<|channel>thought\nhm\n<channel|>Yes, of course.{CALL}"
+FLAT: Any = {"type": "function", "name": "look", "description": "d", "parameters": {}}
+TOOL: Any = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+ANTHROPIC: Any = {"name": "look", "input_schema": {"type": "object"}}
+
+
+@contextmanager
+def running(runtime: Any, **settings: Any) -> Iterator[str]:
+    """The address of a server on a free loopback port."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    app = create_app(runtime, ServerSettings(**settings))
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error"))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.02)
+    try:
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.should_exit = True
+        thread.join()
+
+
+@pytest.fixture
+def scripted() -> Iterator[Callable[..., tuple[openai.OpenAI, anthropic.Anthropic]]]:
+    opened = []
+
+    def start(script: Script, **settings: Any) -> tuple[openai.OpenAI, anthropic.Anthropic]:
+        context = running(script, prefix_cache_bytes=0, **settings)
+        url = context.__enter__()
+        opened.append(context)
+        return (
+            openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0),
+            anthropic.Anthropic(base_url=url, api_key="none", max_retries=0),
+        )
+
+    yield start
+    for context in opened:
+        context.__exit__(None, None, None)
+
+
+def test_openai_chat(scripted: Any) -> None:
+    client, _ = scripted(Script(REPLY))
+    assert client.models.list().data[0].id == "diffusiongemma"
+    whole = client.chat.completions.create(model="default", messages=user(), tools=[TOOL])
+    message = whole.choices[0].message
+    assert (message.content, message.reasoning) == ("Yes, of course.", "hm")
+    assert message.tool_calls[0].function.arguments == '{"q": "x"}'
+    text, names, usage = "", [], None
+    for chunk in client.chat.completions.create(
+        model="default", messages=user(), tools=[TOOL], stream=True,
+        stream_options={"include_usage": True},
+    ):  # fmt: skip
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            text += choice.delta.content or ""
+            names += [call.function.name for call in choice.delta.tool_calls or []]
+    assert (text, names) == ("Yes, of course.", ["look"])
+    assert usage == whole.usage
+
+
+def test_openai_stream_helper_rebuilds_the_reply(scripted: Any) -> None:
+    client, _ = scripted(Script(REPLY, block=2))
+    with client.chat.completions.stream(model="default", messages=user(), tools=[TOOL]) as stream:
+        final = stream.get_final_completion()
+    assert final.choices[0].message.content == "Yes, of course."
+    assert final.choices[0].message.tool_calls[0].function.name == "look"
+
+
+def test_openai_responses(scripted: Any) -> None:
+    client, _ = scripted(Script(REPLY, block=3))
+    whole = client.responses.create(model="default", input="hi", tools=[FLAT])
+    assert whole.output_text == "Yes, of course."
+    assert [item.type for item in whole.output] == ["reasoning", "message", "function_call"]
+    with client.responses.stream(model="default", input="hi", tools=[FLAT]) as stream:
+        kinds = {event.type for event in stream}
+        final = stream.get_final_response()
+    assert final.output_text == "Yes, of course."
+    assert {"response.created", "response.output_text.delta", "response.completed"} <= kinds
+
+
+def test_openai_completions(scripted: Any) -> None:
+    client, _ = scripted(Script("and so on"))
+    whole = client.completions.create(model="default", prompt="Once", logprobs=1)
+    assert whole.choices[0].text == "and so on"
+    stream = client.completions.create(model="default", prompt="Once", stream=True)
+    assert "".join(chunk.choices[0].text for chunk in stream) == "and so on"
+
+
+def test_openai_errors(scripted: Any) -> None:
+    client, _ = scripted(Script("ok", RuntimeError("x")), api_key="none")
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model="default", messages=[{"role": "elf", "content": "a"}])
+    assert caught.value.param == "messages[0].role"
+    with pytest.raises(openai.NotFoundError):
+        client.chat.completions.create(model="gpt-9", messages=user())
+    with pytest.raises(openai.AuthenticationError):
+        client.with_options(api_key="wrong").models.list()
+    client.chat.completions.create(model="default", messages=user())
+    with pytest.raises(openai.APIError):
+        list(client.chat.completions.create(model="default", messages=user(), stream=True))
+
+
+def test_anthropic_messages(scripted: Any) -> None:
+    _, client = scripted(Script(REPLY, block=3))
+    asked: Any = {"model": "default", "max_tokens": 99, "messages": user(), "tools": [ANTHROPIC]}
+    whole = client.messages.create(**asked)
+    assert [block.type for block in whole.content] == ["thinking", "text", "tool_use"]
+    assert (whole.content[2].input, whole.stop_reason) == ({"q": "x"}, "tool_use")
+    with client.messages.stream(**asked) as stream:
+        assert "".join(stream.text_stream) == "Yes, of course."
+        final = stream.get_final_message()
+    assert [block.type for block in final.content] == ["thinking", "text", "tool_use"]
+    assert final.content[2].input == {"q": "x"}
+    assert final.usage.output_tokens == whole.usage.output_tokens
+    assert client.messages.count_tokens(model="default", messages=user()).input_tokens > 0
+    with pytest.raises(anthropic.BadRequestError):
+        client.messages.create(model="default", max_tokens=9, messages=[])
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_client_that_leaves_is_cancelled_within_a_step(stream: bool) -> None:
+    script = Script("word " * 400, pause=0.05)
+    with running(script, prefix_cache_bytes=0) as url:
+        asked = {"messages": user(), "stream": stream}
+        started = time.monotonic()
+        post = httpx2.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=0.4)
+        # The timeout may come before the headers or behind them.
+        with pytest.raises(httpx2.ReadTimeout), post as response:  # noqa: PT012
+            for _ in response.iter_bytes():
+                assert stream
+                if time.monotonic() - started > 0.4:
+                    raise httpx2.ReadTimeout("seen enough")
+        assert script.cancelled.acquire(timeout=5)
+        assert "mlx_dgemma_requests_admitted 0" in httpx2.get(f"{url}/metrics").text
+
+
+@pytest.fixture(scope="module")
+def demo() -> Iterator[str]:
+    """The demo model behind the server."""
+    with running(Runtime(), max_concurrent=3) as url:
+        yield url
+
+
+QUICK: dict[str, Any] = {"max_denoising_steps": 2, "canvas_length": 8}
+
+
+def test_the_demo_model_answers(demo: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+
+    def ask(**more: Any) -> Any:
+        return client.chat.completions.create(
+            model="default", messages=user("Reverse: abc"), seed=3, max_tokens=20,
+            extra_body=QUICK, **more,
+        )  # fmt: skip
+
+    whole = ask()
+    again = ask()
+    assert whole.choices[0].message.content == again.choices[0].message.content
+    streamed = "".join(c.delta.content or "" for k in ask(stream=True) for c in k.choices)
+    assert streamed == whole.choices[0].message.content
+    scored = ask(logprobs=True).choices[0].logprobs.content
+    assert len(scored) == whole.usage.completion_tokens
+    assert all(entry.logprob <= 0 for entry in scored)
+
+
+def test_ids_do_not_depend_on_who_else_asks(demo: str) -> None:
+    """Eight clients at once, contexts shared and switched between blocks: each seed's own text."""
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+
+    def ask(seed: int) -> str:
+        reply = client.chat.completions.create(
+            model="default", messages=user("Sort: d a c"), seed=seed, max_tokens=24,
+            temperature=1, extra_body=QUICK,
+        )  # fmt: skip
+        return f"{reply.choices[0].message}"
+
+    alone = [ask(seed) for seed in range(4)]
+    together: dict[int, str] = {}
+    threads = [
+        threading.Thread(target=lambda i=i: together.update({i: ask(i % 4)})) for i in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [together[i] for i in range(8)] == alone * 2
+
+
+def test_a_conversation_reuses_its_context(demo: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+    system: Any = {"role": "system", "content": "You know a secret: " + "x" * 40}
+    first: Any = [system, *user("Reverse: abcd")]
+    second = [*first, {"role": "assistant", "content": "dcba"}, *user("Reverse: efgh")]
+
+    def ask(messages: Any) -> Any:
+        return client.chat.completions.create(
+            model="default", messages=messages, seed=1, max_tokens=8, extra_body=QUICK
+        )
+
+    opening = ask(first).usage
+    assert opening.prompt_tokens_details.cached_tokens == 0
+    follow = ask(second)
+    assert follow.usage.prompt_tokens_details.cached_tokens == opening.prompt_tokens
+    with running(Runtime(), prefix_cache_bytes=0) as url:
+        fresh = openai.OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
+            model="default", messages=second, seed=1, max_tokens=8, extra_body=QUICK
+        )
+    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
+    assert fresh.choices[0].message.content == follow.choices[0].message.content
+
+
+def test_a_short_request_does_not_wait_for_a_long_one(demo: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+    finished: list[str] = []
+
+    def ask(name: str, tokens: int) -> None:
+        client.chat.completions.create(
+            model="default", messages=user("Sort: d a c"), seed=2, max_tokens=tokens,
+            extra_body={**QUICK, "empty_reply": "allow"},
+        )  # fmt: skip
+        finished.append(name)
+
+    long = threading.Thread(target=ask, args=("long", 400))
+    long.start()
+    time.sleep(0.3)
+    ask("short", 8)
+    long.join()
+    assert finished == ["short", "long"]
