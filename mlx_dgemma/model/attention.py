@@ -10,15 +10,20 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma import kernels
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.context import LayerContext
 from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
 from mlx_dgemma.model.masks import encoder_mask
 from mlx_dgemma.model.rope import Table, rotate
 
-# Queries of one encoder chunk that attend at a time: bounds the score tensor, and lets a sliding
-# layer read only the keys near them.
+# Queries of one encoder chunk that attend at a time, so that a sliding layer reads only the keys
+# near them.
 QUERY_BLOCK = 512
+# Keys a canvas attends to at once; the results of longer contexts are merged.
+KEY_CHUNK = 4096
+# Attention scores held at once (256 MB of them in 16 bits); more queries are taken in turns.
+SCORES = 1 << 27
 
 
 class Attention(nn.Module):
@@ -66,10 +71,15 @@ class Attention(nn.Module):
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)
         if x.shape[0] == 1:
-            mixed = attend(queries, *context.with_canvas(keys, values))
-        else:
-            mixed = attend_shared(queries, context.visible(), keys, values)
-        return self.o_proj(mixed)
+            keys, values = context.with_canvas(keys, values)
+            if keys.shape[2] <= KEY_CHUNK:
+                return self.o_proj(attend(queries, keys, values))
+            segments = [(keys, values)]
+        else:  # the context is shared; no row of the batch gets a copy of it
+            shared = context.visible()
+            segments = [(keys, values)] if shared is None else [shared, (keys, values)]
+        mixed = kernels.attend(queries, segments, chunk=KEY_CHUNK).transpose(0, 2, 1, 3)
+        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Raw queries, keys, values [B, L, heads, D]."""
@@ -119,33 +129,20 @@ def attend(
     The queries that share a key head are folded into one matrix, so keys are never repeated.
     mask: bool [L, K].
     """
+    turns = _turns(queries, keys.shape[2])
+    if len(turns) > 1:
+        return mx.concatenate(
+            [
+                attend(queries[:, :, turn], keys, values, None if mask is None else mask[turn])
+                for turn in turns
+            ],
+            axis=1,
+        )
     grouped = _fold(queries, keys.shape[1])
     scores = grouped @ keys.swapaxes(-1, -2)
     if mask is not None:
         scores = _hide(scores, mask)
     return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
-
-
-def attend_shared(
-    queries: mx.array,
-    context: tuple[mx.array, mx.array] | None,
-    keys: mx.array,
-    values: mx.array,
-) -> mx.array:
-    """`attend` for a batch of canvases [B, ...] over one context [1, ...] and their own keys.
-
-    The context is multiplied by broadcasting; no row gets a copy of it.
-    """
-    if context is None:
-        return attend(queries, keys, values)
-    grouped = _fold(queries, keys.shape[1])
-    context_keys, context_values = context
-    scores = mx.concatenate(
-        [grouped @ context_keys.swapaxes(-1, -2), grouped @ keys.swapaxes(-1, -2)], axis=-1
-    )
-    weights = mx.softmax(scores, axis=-1, precise=True)
-    over_context, over_canvas = mx.split(weights, [context_keys.shape[2]], axis=-1)
-    return _unfold(over_context @ context_values + over_canvas @ values, queries.shape)
 
 
 def attend_causal(
@@ -174,6 +171,13 @@ def attend_causal(
             attend(queries[:, :, start:stop], keys[:, :, begin:end], values[:, :, begin:end], mask)
         )
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+
+def _turns(queries: mx.array, keys: int) -> list[slice]:
+    """Spans of queries whose scores stay within SCORES."""
+    batch, heads, length, _ = queries.shape
+    rows = max(1, SCORES // (batch * heads * keys))
+    return [slice(start, start + rows) for start in range(0, length, rows)]
 
 
 def _fold(queries: mx.array, kv_heads: int) -> mx.array:

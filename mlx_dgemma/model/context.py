@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -174,7 +174,7 @@ class Snapshot:
 class ContextCache:
     """The committed tokens' keys and values of one conversation (batch 1)."""
 
-    def __init__(self, windows: list[int | None], slack: int, fingerprint: str = ""):
+    def __init__(self, windows: list[int | None], slack: int, fingerprint: Callable[[], str]):
         self.layers = [LayerContext(window, slack) for window in windows]
         self.slack = slack
         self.metadata: dict[str, str] = {}
@@ -256,7 +256,7 @@ class ContextCache:
                 tensors[f"layers.{index}.values"] = mx.contiguous(pair[1])
         header = {
             "format": _FORMAT,
-            "fingerprint": self._fingerprint,
+            "fingerprint": self._fingerprint(),
             "offset": str(self.offset),
             "bases": json.dumps(bases),
             "metadata": json.dumps(self.metadata),
@@ -278,7 +278,7 @@ class ContextCache:
         if header.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a context saved by this program.")
         cache = model.make_cache()
-        if header["fingerprint"] != cache._fingerprint:
+        if header["fingerprint"] != model.fingerprint():
             raise CheckpointError(f"{path} holds the context of another model; prefill it again.")
         bases = json.loads(header["bases"])
         for index, (layer, base) in enumerate(zip(cache.layers, bases, strict=True)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dgemma import kernels
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.layers import Linear, Matrix, gated_gelu
 
@@ -23,6 +24,12 @@ class Router(nn.Module):
         """x [T, H] -> (experts int32 [T, K], weights float32 [T, K])."""
         normed = mx.fast.rms_norm(x, None, self.eps) * self.scale * self.root
         return route(self.proj(normed), self.per_expert_scale, self.top_k)
+
+    def fused(self, x: mx.array) -> kernels.Routing:
+        """The same by the fused operations, with the choices sorted for the experts."""
+        return kernels.route(
+            x, self.scale, self.proj, self.per_expert_scale, self.top_k, eps=self.eps
+        )
 
 
 def route(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> tuple[mx.array, mx.array]:
@@ -86,6 +93,12 @@ class Experts(nn.Module):
         hidden = gated_gelu(self.gate_up_proj(rows, sorted_experts))
         outputs = self.down_proj(hidden, sorted_experts)[:, 0, :]
         return combine(outputs, order, weights).astype(x.dtype)
+
+    def fused(self, x: mx.array, routing: kernels.Routing) -> mx.array:
+        """The same by the fused operations."""
+        return kernels.moe(
+            x, routing, self.gate_up_proj.as_kernels(x.dtype), self.down_proj.as_kernels(x.dtype)
+        )
 
 
 def by_expert(experts: mx.array) -> tuple[mx.array, mx.array]:

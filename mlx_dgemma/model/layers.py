@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import mlx.core as mx
 import mlx.nn as nn
 
+from mlx_dgemma import kernels
 from mlx_dgemma.model.names import Quantization
 
 
@@ -24,6 +25,14 @@ class Matrix(nn.Module):
     @property
     def quantized(self) -> bool:
         return "scales" in self
+
+    def as_kernels(self, dtype: mx.Dtype) -> kernels.Matrix:
+        """The matrix as the fused operations take it, computing in `dtype`."""
+        if self.packing is None or not self.quantized:
+            return kernels.Matrix(self.weight)
+        return kernels.Matrix(
+            self.weight, self.scales, self.get("biases"), **self._packed(), activation=dtype
+        )
 
     def _packed(self) -> dict:
         packing = self.packing
@@ -81,6 +90,7 @@ class Embedding(Matrix):
     def store_transposed(self) -> None:
         """The table is also read row by row and from the left: the head gets its own copy."""
         self._head = mx.contiguous(self.weight.T)
+        mx.eval(self._head)
 
     def logits(self, hidden: mx.array) -> mx.array:
         """hidden @ table.T"""

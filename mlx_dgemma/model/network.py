@@ -15,8 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.kernels.matrix import Matrix as EmbeddingMatrix
 from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.context import ContextCache, LayerContext
@@ -36,6 +36,7 @@ class Layer(nn.Module):
         super().__init__()
         eps = text.rms_norm_eps
         self.kind = text.layer_types[index]
+        self.fused = False
         self.self_attn = Attention(text, index)
         self.mlp = GatedMLP()
         self.input_layernorm = RMSNorm(eps)
@@ -69,7 +70,11 @@ class Layer(nn.Module):
             self.mlp(self.pre_feedforward_layernorm(residual))
         )
         flat = residual.reshape(-1, residual.shape[-1])
-        mixed = self.experts(self.pre_feedforward_layernorm_2(flat), *self.router(flat))
+        normed = self.pre_feedforward_layernorm_2(flat)
+        if self.fused:
+            mixed = self.experts.fused(normed, self.router.fused(flat))
+        else:
+            mixed = self.experts(normed, *self.router(flat))
         sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape))
         return residual + self.post_feedforward_layernorm(dense + sparse)
 
@@ -148,7 +153,7 @@ class Model(nn.Module):
         """An empty context of this model."""
         text = self.config.text
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
-        return ContextCache(windows, self.config.canvas_length, self.fingerprint())
+        return ContextCache(windows, self.config.canvas_length, self.fingerprint)
 
     def prefill(
         self,
@@ -224,22 +229,9 @@ class Model(nn.Module):
         return self.model.decoder.embed_tokens.rows(ids).astype(self.dtype)
 
     @property
-    def embedding_matrix(self) -> EmbeddingMatrix:
+    def embedding_matrix(self) -> kernels.Matrix:
         """The embedding table as the fused operations take it."""
-        table = self.model.decoder.embed_tokens
-        packing = table.packing
-        if packing is None or not table.quantized:
-            return EmbeddingMatrix(table.weight)
-        assert packing is not None
-        return EmbeddingMatrix(
-            table.weight,
-            table.scales,
-            table.get("biases"),
-            packing.group_size,
-            packing.bits,
-            packing.mode,
-            self.dtype,
-        )
+        return self.model.decoder.embed_tokens.as_kernels(self.dtype)
 
     def image_features(self, image: ImagePatches) -> mx.array:
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
@@ -247,12 +239,14 @@ class Model(nn.Module):
         return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
 
     def prepare(self) -> None:
-        """Join q/k/v and gate/up into one matrix each and free the originals.
+        """Join q/k/v and gate/up into one matrix each, free the originals, and take the fused
+        operations from now on.
 
         The encoder's last layer needs keys and values alone, so that layer stays as it is.
         """
         decoder = self.model.decoder
         for layer in decoder.layers:
+            layer.fused = True
             layer.mlp.prepare()
             if layer is not decoder.layers[-1]:
                 layer.self_attn.prepare()

@@ -31,10 +31,12 @@ def table(frequencies: np.ndarray, positions: np.ndarray, dtype: mx.Dtype) -> Ta
     that rounding is larger than the rest of the network's.
     """
     angles = (positions.astype(np.float32)[:, None] * frequencies).astype(np.float64)
-    return (
-        mx.array(np.cos(angles).astype(np.float32)).astype(dtype),
-        mx.array(np.sin(angles).astype(np.float32)).astype(dtype),
+    cos, sin = (
+        mx.array(wave.astype(np.float32)).astype(dtype, stream=mx.cpu)
+        for wave in (np.cos(angles), np.sin(angles))
     )
+    mx.eval(cos, sin)  # now, on the CPU: another thread may use them, and no GPU work is awaited
+    return cos, sin
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:

@@ -60,6 +60,7 @@ _EXPERTS = re.compile(
     r"(?P<experts>model\.decoder\.layers\.\d+\.experts)\.(?:(?P<expert>\d+)\.)?"
     r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(?P<suffix>weight|scales|biases))?"
 )
+# Tensors that other savers write and no network needs: rope tables, bounds of unclipped layers.
 _IGNORED = re.compile(r"rotary_emb\.|\.(?:input|output)_(?:min|max)$")
 
 
@@ -127,17 +128,21 @@ def load_model(
     stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
     model = Model(config, dtype or (mx.float32 if on_cpu else stored))
 
-    tensors: dict[str, mx.array] = {}
-    for path in sorted({header.path for header in headers.values()}):
-        tensors.update(_load_shard(path))
-    parameters = {name: source.read(tensors) for name, source in sources.items()}
+    # What stays unread belongs to no thread, so that any thread may be the first to use it.
+    unbound = mx.new_thread_unsafe_stream(mx.cpu)
+    with mx.stream(unbound):
+        tensors: dict[str, mx.array] = {}
+        for path in sorted({header.path for header in headers.values()}):
+            tensors.update(_load_shard(path))
+        parameters = {name: source.read(tensors) for name, source in sources.items()}
     if adapter_path is not None:
         parameters = merge_parameters(parameters, read_adapter(adapter_path, config), config)
     fill(model, parameters)
     if not lazy:
         small = on_cpu and model.dtype == mx.float32 and _dense_bytes(config) <= EXPAND_BYTES
         if small:
-            expand(model)
+            with mx.stream(unbound):
+                expand(model)
         model.prepare()
         if small:
             for module in model.model.decoder.modules():
@@ -198,9 +203,10 @@ def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> di
     sources, strays = _sources(headers)
     scaled = {name.removesuffix(".scales") for name in sources if name.endswith(".scales")}
     table = parameter_shapes(config, "mlx", scaled)
+    unused = [name for name in sources if name not in table and not _IGNORED.search(name)]
     complaints = [
         ("missing", [name for name in table if name not in sources]),
-        ("unexpected", strays + [name for name in sources if name not in table]),
+        ("unexpected", strays + unused),
         ("misshapen", _misshapen(table, sources, headers)),
     ]
     found = [f"{kind}: {_some(names)}" for kind, names in complaints if names]
@@ -233,8 +239,6 @@ def _sources(headers: Mapping[str, Header]) -> tuple[dict[str, Source], list[str
     strays: list[str] = []
     for name in headers:
         logical = tied_to(name) if is_tied_duplicate(name) else name
-        if _IGNORED.search(logical):
-            continue
         if logical != name and logical in headers:
             continue
         found = _EXPERTS.fullmatch(logical)

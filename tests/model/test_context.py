@@ -1,0 +1,231 @@
+"""The context cache: exact at every chunk boundary, after trims, restores, saves and growth."""
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from plain_checkpoint import write_plain
+
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.model import ContextCache, load_model
+
+CANVAS = 12
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return load_model(write_plain(tmp_path_factory.mktemp("plain")))
+
+
+def ids(count, seed=0):
+    return np.random.default_rng(seed).integers(0, 90, (1, count))
+
+
+def prefilled(model, tokens, **options):
+    cache = model.make_cache()
+    model.prefill(tokens, cache, **options)
+    return cache
+
+
+def logits(model, cache, seed=99):
+    return np.array(model.denoise(mx.array(ids(CANVAS, seed)), cache))
+
+
+def assert_same(actual, expected, tolerance=1e-5):
+    assert np.abs(actual - expected).max() < tolerance * np.abs(expected).max()
+    np.testing.assert_array_equal(actual.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("length", [1, 15, 16, 17, 33, 80])
+@pytest.mark.parametrize("chunk_size", [1, 7, 16, 79])
+def test_chunked_prefill_equals_one_pass(model, length, chunk_size):
+    tokens = ids(length)
+    whole = logits(model, prefilled(model, tokens, chunk_size=1000))
+    assert_same(logits(model, prefilled(model, tokens, chunk_size=chunk_size)), whole)
+
+
+def test_every_split_in_two(model):
+    """A boundary at every place around the window, a one-token remainder included."""
+    tokens = ids(40)
+    whole = logits(model, prefilled(model, tokens, chunk_size=1000))
+    for cut in (1, 3, 14, 15, 16, 17, 28, 29, 39):
+        cache = prefilled(model, tokens[:, :cut])
+        model.prefill(tokens[:, cut:], cache)
+        assert cache.offset == 40
+        assert_same(logits(model, cache), whole)
+
+
+def test_chunks_end_on_an_absolute_grid(model, monkeypatch):
+    """A continued context is cut where a fresh one is, so that its keys are the same bits."""
+    seen = []
+    encode = type(model)._encode
+
+    def watch(self, x, cache, blocks):
+        seen.append((cache.offset, x.shape[1]))
+        encode(self, x, cache, blocks)
+
+    monkeypatch.setattr(type(model), "_encode", watch)
+    cache = prefilled(model, ids(10), chunk_size=8)
+    model.prefill(ids(9), cache, chunk_size=8)
+    assert seen == [(0, 8), (8, 2), (10, 6), (16, 3)]
+
+
+def test_denoising_commits_nothing(model):
+    cache = prefilled(model, ids(30))
+    before = logits(model, cache)
+    for seed in range(3):
+        logits(model, cache, seed)
+    assert cache.offset == 30
+    np.testing.assert_array_equal(logits(model, cache), before)
+
+
+@pytest.mark.parametrize("count", [1, 5, CANVAS])
+def test_trim_is_exact_within_a_canvas(model, count):
+    tokens = ids(60)
+    cache = prefilled(model, tokens)
+    logits(model, cache)
+    cache.trim(count)
+    assert cache.offset == 60 - count
+    assert_same(logits(model, cache), logits(model, prefilled(model, tokens[:, : 60 - count])))
+    model.prefill(ids(20, 5), cache)
+    joined = np.concatenate([tokens[:, : 60 - count], ids(20, 5)], axis=1)
+    assert_same(logits(model, cache), logits(model, prefilled(model, joined)))
+
+
+def test_trim_of_a_short_context_is_exact_to_the_first_token(model):
+    cache = prefilled(model, ids(20))
+    cache.trim(19)
+    assert_same(logits(model, cache), logits(model, prefilled(model, ids(20)[:, :1])))
+    cache.trim(1)
+    assert cache.offset == 0
+
+
+def test_trim_beyond_the_slack_is_refused(model):
+    cache = prefilled(model, ids(100))
+    before = logits(model, cache)
+    with pytest.raises(InputError, match="restore a snapshot"):
+        cache.trim(CANVAS + 1)
+    with pytest.raises(InputError, match="Cannot take back 101"):
+        cache.trim(101)
+    with pytest.raises(InputError, match="Cannot take back -1"):
+        cache.trim(-1)
+    np.testing.assert_array_equal(logits(model, cache), before)
+
+
+def test_snapshots_go_back_any_distance(model):
+    cache = prefilled(model, ids(50))
+    moment = cache.snapshot()
+    expected = logits(model, cache)
+    for block in range(6):
+        model.prefill(ids(CANVAS, block), cache)
+    assert cache.offset == 50 + 6 * CANVAS
+    cache.restore(moment)
+    assert cache.offset == 50
+    np.testing.assert_array_equal(logits(model, cache), expected)
+    model.prefill(ids(CANVAS, 7), cache)
+    cache.trim(CANVAS)
+    cache.trim(CANVAS)  # a restored context has its slack again
+    assert_same(logits(model, cache), logits(model, prefilled(model, ids(50)[:, :38])))
+
+
+def test_a_snapshot_whose_tokens_are_gone_is_refused(model):
+    cache = prefilled(model, ids(20))
+    early = cache.snapshot()
+    model.prefill(ids(CANVAS, 1), cache)
+    late = cache.snapshot()
+    cache.restore(early)
+    with pytest.raises(InputError, match="taken back since"):
+        cache.restore(late)
+    other = prefilled(model, ids(20))
+    with pytest.raises(InputError, match="not of this context"):
+        other.restore(early)
+    cache.trim(1)
+    with pytest.raises(InputError, match="taken back since"):
+        cache.restore(early)
+
+
+def test_a_snapshot_of_nothing(model):
+    cache = model.make_cache()
+    empty = cache.snapshot()
+    expected = logits(model, cache)
+    model.prefill(ids(40), cache)
+    cache.restore(empty)
+    assert cache.offset == 0
+    np.testing.assert_array_equal(logits(model, cache), expected)
+
+
+def test_save_and_load(model, tmp_path):
+    cache = prefilled(model, ids(70))
+    cache.metadata["ids"] = "[1, 2]"
+    path = tmp_path / "conversation.cache"
+    cache.save(path)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["conversation.cache"]
+    again = ContextCache.load(path, model)
+    assert (again.offset, again.metadata) == (70, {"ids": "[1, 2]"})
+    np.testing.assert_array_equal(logits(model, again), logits(model, cache))
+    again.trim(CANVAS)
+    assert_same(logits(model, again), logits(model, prefilled(model, ids(70)[:, :58])))
+
+
+def test_save_and_load_of_an_empty_context(model, tmp_path):
+    model.make_cache().save(tmp_path / "empty")
+    assert ContextCache.load(tmp_path / "empty", model).offset == 0
+
+
+def test_files_that_are_no_context_of_this_model(model, tmp_path):
+    path = tmp_path / "file.safetensors"
+    path.write_bytes(b"nothing like it")
+    with pytest.raises(CheckpointError, match="cannot be read as a saved context"):
+        ContextCache.load(path, model)
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        ContextCache.load(tmp_path / "absent", model)
+    mx.save_safetensors(str(path), {"x": mx.zeros(3)})
+    with pytest.raises(CheckpointError, match="not a context saved by this program"):
+        ContextCache.load(path, model)
+    prefilled(model, ids(9)).save(path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(CheckpointError, match="cannot be read as a saved context"):
+        ContextCache.load(path, model)
+
+    path.write_bytes(whole)
+    other = load_model(write_plain(tmp_path / "other", seed=1))
+    with pytest.raises(CheckpointError, match="another model"):
+        ContextCache.load(path, other)
+
+
+def test_save_where_it_cannot(model, tmp_path):
+    with pytest.raises(ResourceError, match="cannot be saved"):
+        prefilled(model, ids(9)).save(tmp_path / "no" / "such" / "folder")
+
+
+def test_buffers_grow_by_steps_and_sliding_ones_stay_small(model):
+    cache = prefilled(model, ids(700), chunk_size=128)
+    sliding, _, full = cache.layers
+    assert sliding.capacity <= 512
+    assert full.capacity == 768
+    assert cache.nbytes == sum(2 * layer.keys.nbytes for layer in cache.layers)
+    for block in range(6):
+        model.prefill(ids(CANVAS, block), cache)
+        logits(model, cache)
+    assert sliding.capacity <= 512
+    assert full.capacity == 1024  # 772 tokens, a canvas, and an eighth to spare
+    assert_same(
+        logits(model, cache),
+        logits(
+            model,
+            prefilled(model, np.concatenate([ids(700), *(ids(CANVAS, b) for b in range(6))], 1)),
+        ),
+    )
+
+
+def test_a_canvas_longer_than_the_configured_one(model):
+    cache = prefilled(model, ids(250))
+    canvas = ids(40, 3)
+    wide = np.array(model.denoise(mx.array(canvas), cache))
+    pair = np.array(model.denoise(mx.array(np.repeat(canvas, 2, 0)), cache))
+    assert_same(pair[:1], wide, 3e-5)
+
+
+def test_ids_outside_the_vocabulary(model):
+    with pytest.raises(InputError, match="between 0 and 96"):
+        model.prefill(np.array([[3, 97]]), model.make_cache())
