@@ -128,6 +128,7 @@ def stream_generate(
     cancel: threading.Event | None = None,
     on_unconverged: UnconvergedPolicy = "commit",
     empty_reply: EmptyReplyPolicy = "reroll",
+    sliced_head: bool = False,
     logprobs: bool = False,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
@@ -164,6 +165,7 @@ def stream_generate(
             "canvas_length": canvas_length,
             "on_unconverged": on_unconverged,
             "empty_reply": empty_reply,
+            "sliced_head": sliced_head,
         },
     )
     seed = fresh_seed() if seed is None else check_seed(seed)
@@ -212,6 +214,7 @@ class Options(TypedDict, total=False):
     cache: PromptCache | None
     on_unconverged: UnconvergedPolicy
     empty_reply: EmptyReplyPolicy
+    sliced_head: bool
     logprobs: bool
     trace: str | Path | None
 

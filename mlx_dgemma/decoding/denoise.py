@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
@@ -18,6 +17,7 @@ import numpy as np
 
 from mlx_dgemma.decoding.canvas import CanvasRequest, stack_pins
 from mlx_dgemma.decoding.draws import Place
+from mlx_dgemma.decoding.logits import Logits, SlicedLogits, WholeLogits
 from mlx_dgemma.decoding.sampler import StepInput, make_sampler
 from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -25,13 +25,10 @@ from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
-from mlx_dgemma.kernels.soft_embeddings import scale_embeddings, soft_embeddings
+from mlx_dgemma.kernels.soft_embeddings import scale_embeddings
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
-
-# A raw logit that leaves no probability behind, yet no NaN in 0 * log 0 either.
-_OUT_OF_REACH = -1e4
 
 
 @dataclass(frozen=True)
@@ -54,9 +51,9 @@ class BlockResult:
 
 
 class _Prediction(NamedTuple):
-    """One decoder pass over a batch: raw logits [b, C, V], the rest [b, C]."""
+    """One decoder pass over a batch; draft, sample and entropy are [b, C]."""
 
-    raw: mx.array
+    logits: Logits
     stats: RowStatistics
     draft: mx.array
     sample: mx.array
@@ -218,26 +215,26 @@ def _predict(
     banned: Sequence[int],
 ) -> _Prediction:
     shape = batch.canvas.shape
-    raw = model.raw_logits(model.hidden(batch.canvas, cache, batch.signal))
-    if banned:
-        raw[..., mx.array(list(banned))] = _OUT_OF_REACH
+    hidden = model.hidden(batch.canvas, cache, batch.signal)
+    kind = SlicedLogits if settings.sliced_head else WholeLogits
+    logits = kind(model, hidden, np.array(banned, dtype=np.int32))
     if settings.temp == 0:
         uniforms = mx.zeros((*shape, 2))
     else:
         uniforms = mx.stack([requests[row].draws.sample(place, shape[1]) for row in batch.rows])
-    judge = partial(
-        row_statistics,
-        temperature=now,
-        softcap=model.config.text.final_logit_softcapping,
-        temp=settings.temp,
-    )
-    stats = judge(raw.reshape(-1, raw.shape[-1]), uniforms=uniforms.reshape(-1, 2))
+    stats = logits.statistics(now, uniforms.reshape(-1, 2), settings.temp)
     entropy = stats.entropy.reshape(shape)
     draft, sample = stats.argmax.reshape(shape), stats.sample.reshape(shape)
     for line, row in enumerate(batch.rows):
         for position, options in requests[row].allowed.items():
             choice = mx.array(options)
-            best = judge(raw[line, position][choice][None], uniforms=uniforms[line, position][None])
+            best = row_statistics(
+                logits.row(line, position, choice)[None],
+                now,
+                uniforms[line, position][None],
+                softcap=model.config.text.final_logit_softcapping,
+                temp=settings.temp,
+            )
             draft[line, position] = choice[best.argmax[0]]
             sample[line, position] = choice[best.sample[0]]
             entropy[line, position] = best.entropy[0]
@@ -245,14 +242,17 @@ def _predict(
         ids, pinned = batch.pins
         draft, sample = mx.where(pinned, ids, draft), mx.where(pinned, ids, sample)
         entropy = mx.where(pinned, 0.0, entropy)
-    return _Prediction(raw, stats, draft, sample, entropy)
+    return _Prediction(logits, stats, draft, sample, entropy)
+
+
+def _softcapped(model: Model, raw: mx.array) -> mx.array:
+    softcap = model.config.text.final_logit_softcapping
+    return softcap * mx.tanh(raw / softcap)
 
 
 def _sample_probability(model: Model, seen: _Prediction, now: float) -> mx.array:
     """float32 [b, C]: the tempered probability of each position's sample."""
-    softcap = model.config.text.final_logit_softcapping
-    picked = mx.take_along_axis(seen.raw, seen.sample[..., None], axis=-1)[..., 0]
-    tempered = softcap * mx.tanh(picked.astype(mx.float32) / softcap) / now
+    tempered = _softcapped(model, seen.logits.at(seen.sample)) / now
     return mx.exp(tempered - seen.stats.log_z.reshape(tempered.shape))
 
 
@@ -260,16 +260,7 @@ def _signal(
     model: Model, seen: _Prediction, now: float, pins: tuple[mx.array, mx.array] | None
 ) -> mx.array:
     """The next step's self-conditioning [b, C, H]; a pinned position's is its own embedding."""
-    flat = seen.raw.reshape(-1, seen.raw.shape[-1])
-    soft = soft_embeddings(
-        flat,
-        seen.stats.max,
-        seen.stats.log_z,
-        now,
-        model.embedding_matrix,
-        softcap=model.config.text.final_logit_softcapping,
-        scale=model.embed_scale,
-    ).reshape(*seen.draft.shape, -1)
+    soft = seen.logits.signal(seen.stats, now)
     if pins is None:
         return soft
     ids, pinned = pins
@@ -279,9 +270,5 @@ def _signal(
 
 def _logprobs(model: Model, seen: _Prediction, line: int) -> np.ndarray:
     """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
-    softcap = model.config.text.final_logit_softcapping
-    raw = seen.raw[line]
-    stats = row_statistics(raw, 1.0, mx.zeros((raw.shape[0], 2)), softcap=softcap, temp=0.0)
-    picked = mx.take_along_axis(raw, seen.draft[line][:, None], axis=-1)[:, 0]
-    capped = softcap * mx.tanh(picked.astype(mx.float32) / softcap)
-    return np.array(capped - stats.log_z)
+    capped = _softcapped(model, seen.logits.at(seen.draft)[line])
+    return np.array(capped - seen.logits.log_z(line))

@@ -47,6 +47,8 @@ class DecodingSettings:
     canvas_length: positions denoised together; None is the checkpoint's own.
     on_unconverged: what happens to a block that used every step without stopping.
     empty_reply: what happens when the first draft of a request holds nothing but a stop id.
+    sliced_head: never hold the logits of a canvas, only a slice of the vocabulary at a time;
+        the same values for less memory and a second pass over the head.
     """
 
     max_tokens: int = 256
@@ -62,6 +64,7 @@ class DecodingSettings:
     canvas_length: int | None = None
     on_unconverged: UnconvergedPolicy = "commit"
     empty_reply: EmptyReplyPolicy = "reroll"
+    sliced_head: bool = False
 
     def __post_init__(self) -> None:
         self._require("max_tokens", self.max_tokens >= 1, "at least 1")

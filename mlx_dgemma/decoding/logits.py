@@ -1,0 +1,145 @@
+"""What decoding asks of one decoder pass's logits, held whole or never held at all.
+
+`WholeLogits` keeps the raw logits [b, C, V] until the next step has its self-conditioning.
+`SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
+once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
+Both give the same statistics, since those walk the vocabulary in the same slices.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics, sliced_row_statistics
+from mlx_dgemma.kernels.soft_embeddings import sliced_soft_embeddings, soft_embeddings
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import Model
+
+# A raw logit that leaves no probability behind, yet no NaN in 0 * log 0 either.
+_OUT_OF_REACH = -1e4
+
+
+class Logits(Protocol):
+    """The raw logits of a batch of canvases; rows are canvas positions, flattened [b * C]."""
+
+    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+        """Statistics and a sample of every row; uniforms float32 [b * C, 2]."""
+
+    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+        """Soft embeddings [b, C, H] of the tempered logits."""
+
+    def at(self, ids: mx.array) -> mx.array:
+        """float32 [b, C]: the raw logit of one id per position, ids int32 [b, C]."""
+
+    def row(self, line: int, position: int, options: mx.array) -> mx.array:
+        """[n]: the raw logits of some ids at one position."""
+
+    def log_z(self, line: int) -> mx.array:
+        """float32 [C]: log-sum-exp of a canvas' untempered, softcapped logits."""
+
+
+class WholeLogits:
+    """Raw logits as one array."""
+
+    def __init__(self, model: Model, hidden: mx.array, banned: np.ndarray) -> None:
+        self._model = model
+        self._softcap = model.config.text.final_logit_softcapping
+        self._raw = model.raw_logits(hidden)
+        if banned.size:
+            self._raw[..., mx.array(banned)] = _OUT_OF_REACH
+
+    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+        return row_statistics(self._rows, temperature, uniforms, softcap=self._softcap, temp=temp)
+
+    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+        soft = soft_embeddings(
+            self._rows,
+            stats.max,
+            stats.log_z,
+            temperature,
+            self._model.embedding_matrix,
+            softcap=self._softcap,
+            scale=self._model.embed_scale,
+        )
+        return soft.reshape(*self._raw.shape[:2], -1)
+
+    def at(self, ids: mx.array) -> mx.array:
+        return mx.take_along_axis(self._raw, ids[..., None], axis=-1)[..., 0].astype(mx.float32)
+
+    def row(self, line: int, position: int, options: mx.array) -> mx.array:
+        return self._raw[line, position][options]
+
+    def log_z(self, line: int) -> mx.array:
+        raw = self._raw[line]
+        nothing = mx.zeros((raw.shape[0], 2))
+        return row_statistics(raw, 1.0, nothing, softcap=self._softcap, temp=0.0).log_z
+
+    @property
+    def _rows(self) -> mx.array:
+        return self._raw.reshape(-1, self._raw.shape[-1])
+
+
+class SlicedLogits:
+    """Hidden states, from which any slice of the logits can be made again."""
+
+    def __init__(self, model: Model, hidden: mx.array, banned: np.ndarray) -> None:
+        self._hidden = hidden
+        self._softcap = model.config.text.final_logit_softcapping
+        self._scale = model.embed_scale
+        self._table = model.embedding_matrix
+        self._vocabulary = model.config.text.vocab_size
+        self._banned = np.sort(banned)
+
+    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+        return self._statistics(self._flat, temperature, uniforms, temp)
+
+    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+        soft = sliced_soft_embeddings(
+            lambda start, stop: self._slice(self._flat, start, stop),
+            stats.log_z,
+            temperature,
+            self._table,
+            softcap=self._softcap,
+            scale=self._scale,
+        )
+        return soft.reshape(self._hidden.shape)
+
+    def at(self, ids: mx.array) -> mx.array:
+        rows = self._table.take(ids).astype(self._hidden.dtype)
+        return (self._hidden * rows).sum(axis=-1).astype(mx.float32)
+
+    def row(self, line: int, position: int, options: mx.array) -> mx.array:
+        rows = self._table.take(options).astype(self._hidden.dtype)
+        return rows @ self._hidden[line, position]
+
+    def log_z(self, line: int) -> mx.array:
+        hidden = self._hidden[line]
+        return self._statistics(hidden, 1.0, mx.zeros((hidden.shape[0], 2)), 0.0).log_z
+
+    @property
+    def _flat(self) -> mx.array:
+        return self._hidden.reshape(-1, self._hidden.shape[-1])
+
+    def _statistics(
+        self, hidden: mx.array, temperature: float, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
+        return sliced_row_statistics(
+            lambda start, stop: self._slice(hidden, start, stop),
+            hidden.shape[0],
+            self._vocabulary,
+            temperature,
+            uniforms,
+            softcap=self._softcap,
+            temp=temp,
+        )
+
+    def _slice(self, hidden: mx.array, start: int, stop: int) -> mx.array:
+        raw = self._table.rows(start, stop).apply(hidden, transpose=True)
+        first, last = np.searchsorted(self._banned, (start, stop))
+        if first < last:
+            raw[:, mx.array(self._banned[first:last] - start)] = _OUT_OF_REACH
+        return raw
