@@ -11,6 +11,7 @@ from mlx_dgemma._version import __version__
 VERBS = {
     "generate": "one prompt, one reply, and the canvas while it resolves",
     "chat": "a conversation in the terminal",
+    "infill": "fill the holes of a text, or rewrite parts of it",
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
 }
