@@ -20,9 +20,10 @@ from mlx_dgemma.convert.recipes import RECIPES, Recipe, Rule, custom, mix, recip
 from mlx_dgemma.convert.shards import SHARD_BYTES, file_digest, write_json
 from mlx_dgemma.convert.source import Source, compare_duplicates, dense_shapes, open_source
 from mlx_dgemma.convert.stream import DTYPES, write_shards
-from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
+from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_disk, check_target
 from mlx_dgemma.errors import InputError, ResourceError
 from mlx_dgemma.model.adapters import Adapter, read_adapter
+from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.weights import INDEX
 
 # Files that belong to a model and are copied as they are.
@@ -153,7 +154,9 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
     target = Path(mlx_path)
-    folder = resolve_source(str(hf_path), revision)
+    if not dry_run and not Path(hf_path).is_dir():
+        _foresee_disk(str(hf_path), revision, target, chosen, dtype)
+    folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
     if not dry_run:
         check_target(target, folder, overwrite=overwrite)
 
@@ -204,6 +207,22 @@ def resolve_source(path: str, revision: str | None, *, download_progress: bool =
     from mlx_dgemma.hub import resolve_model
 
     return resolve_model(path, revision=revision, to_load=False, progress=download_progress)
+
+
+def _foresee_disk(
+    repository: str, revision: str | None, target: Path, recipe: Recipe, dtype: str | None
+) -> None:
+    """Refuse, before the first byte of a weight, an output that will not fit the disk."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        path = hf_hub_download(repository, "config.json", revision=revision)
+    except Exception:  # whatever is wrong with the repository, the download says it better
+        return
+    config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
+    shapes = dense_shapes(config)
+    plan = make_plan(config, read_json(Path(path)), shapes, recipe, dtype=dtype or "bfloat16")
+    check_disk(target.absolute().parent, plan.total_size)
 
 
 def source_revision(folder: Path) -> str | None:

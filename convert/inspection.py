@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_dgemma import memory
 from mlx_dgemma.convert.tensorfile import TensorFile
-from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
+from mlx_dgemma.errors import CheckpointError, DGemmaError, ModelNotFoundError
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.names import quantization_of
 from mlx_dgemma.model.weights import read_headers
@@ -116,7 +116,9 @@ def _local(folder: Path) -> dict[str, Stored]:
 def _remote(repository: str, revision: str | None) -> tuple[ModelConfig, dict[str, Stored]]:
     """config.json and the headers of a repository, the headers by range requests."""
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, NotASafetensorsRepoError
+    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
+
+    from mlx_dgemma.hub import explained
 
     api = HfApi()
     try:
@@ -129,9 +131,10 @@ def _remote(repository: str, revision: str | None) -> tuple[ModelConfig, dict[st
         ) from error
     except NotASafetensorsRepoError as error:
         raise CheckpointError(f"{repository} has no safetensors weights on the Hub.") from error
-    except (HfHubHTTPError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise ModelNotFoundError(f"{repository} cannot be read from the Hub: {reason}") from error
+    except DGemmaError:
+        raise
+    except Exception as error:
+        raise explained(repository, error, revision) from error
     stored = {}
     for file in found.files_metadata.values():
         for name, info in file.tensors.items():

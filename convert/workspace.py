@@ -45,6 +45,18 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise InputError(f"{target} holds no checkpoint, so --overwrite leaves it alone.")
 
 
+def check_disk(folder: Path, size: int) -> None:
+    """Raises ResourceError unless `size` bytes of weights fit where `folder` is or will be."""
+    while not folder.exists():
+        folder = folder.parent
+    needed, free = size + _SPARE_BYTES, shutil.disk_usage(folder).free
+    if free < needed:
+        raise ResourceError(
+            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
+            "make room or choose another --mlx-path."
+        )
+
+
 class Workspace:
     """An exclusive hold on `NAME.partial` and its journal."""
 
@@ -113,13 +125,8 @@ class Workspace:
 
     def check_space(self, plan: Plan) -> None:
         """Raises ResourceError when the disk cannot take what is still to be written."""
-        needed = plan.total_size - sum(r["bytes"] for r in self.finished.values()) + _SPARE_BYTES
-        free = shutil.disk_usage(self.folder).free
-        if free < needed:
-            raise ResourceError(
-                f"{self.folder.parent}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB "
-                "are free; make room or choose another --mlx-path."
-            )
+        kept = sum(record["bytes"] for record in self.finished.values())
+        check_disk(self.folder, plan.total_size - kept)
 
     def write_journal(self, **extra: Any) -> None:
         content = {**self._provenance, "plan": self._plan_id, "shards": self.finished, **extra}

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dgemma.errors import ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
-from mlx_dgemma.memory import SYSTEM_RESERVE, gigabytes
+from mlx_dgemma.memory import gigabytes, usable
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -118,6 +118,11 @@ def resolve_model(
             f"{COMMUNITY}-4bit."
         )
     return _Repository(name, revision, cache_dir, endpoint).fetch(to_load, progress)
+
+
+def explained(name: str, error: Exception, revision: str | None = None) -> Exception:
+    """What a failure of the Hub means for the user; an unknown one comes back as it is."""
+    return _Repository(name, revision, None, None)._explained(error)
 
 
 class _Repository:
@@ -334,9 +339,9 @@ class _Repository:
 def check_memory(name: str, files: dict[str, int], this: Machine) -> None:
     """Refuses a repository whose weights this machine cannot hold; names one that fits."""
     weights = sum(size for file, size in files.items() if file.endswith(".safetensors"))
-    if this.memory is None:
+    room = usable(this)
+    if room is None or this.memory is None:
         return
-    room = this.memory - min(SYSTEM_RESERVE, this.memory // 4)
     needed = weights + (BESIDE_WEIGHTS if weights > BESIDE_WEIGHTS else 0)
     if needed <= room:
         return

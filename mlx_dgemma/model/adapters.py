@@ -21,7 +21,6 @@ import mlx.core as mx
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.names import (
-    EMBED_TOKENS,
     is_tied_duplicate,
     matrices,
     quantization_of,
@@ -107,11 +106,6 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
         weight = f"{module}.weight"
         tied = is_tied_duplicate(weight)
         name = tied_to(weight) if tied else weight
-        if name == f"{EMBED_TOKENS}.weight":
-            raise CheckpointError(
-                f"{path}: adapts the embedding table, which is also the output head and the "
-                "self-conditioning table; such an adapter cannot be merged."
-            )
         delta = _delta(module, pair, settings)
         expected = shapes.get(name.removesuffix(".weight"))
         if delta.shape != expected:
@@ -152,6 +146,11 @@ def _pairs(
     """(module, {"A", "B"}) for every adapted matrix; experts are reshaped to [experts, ...]."""
     found: dict[str, dict[str, _Pair]] = defaultdict(lambda: defaultdict(dict))
     for key, tensor in tensors.items():
+        if "embed_tokens" in key or "lm_head" in key:
+            raise CheckpointError(
+                f"{path}: adapts the embedding table, which is also the output head and the "
+                "self-conditioning table; such an adapter cannot be merged."
+            )
         match = _KEY.fullmatch(key)
         if match is None or tensor.ndim != 2:
             raise CheckpointError(f"{path}: {key} is no low-rank delta of a linear layer.")

@@ -1,0 +1,421 @@
+"""What a recipe costs: the quantized network against the source, at the same states.
+
+States are taken from real denoising trajectories: a context, a canvas, the self-conditioning
+signal and the temperature of a step. The source and every recipe are then run over all states
+one layer at a time, so that one layer's weights are held at once, whatever the model's size.
+
+    KL              of tempered distributions, source against recipe: mean and 99th percentile
+    top-1           share of positions of converged canvases where both have the same argmax
+    steps, accuracy from whole generations, for models that fit in this machine's memory
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.convert.plan import Plan, make_plan
+from mlx_dgemma.convert.recipes import RECIPES, Recipe
+from mlx_dgemma.convert.source import Source, dense_shapes, open_source, slices
+from mlx_dgemma.convert.stream import DTYPES
+from mlx_dgemma.model.context import LayerContext
+from mlx_dgemma.model.network import Layer, Model
+from mlx_dgemma.model.weights import fill
+
+if TYPE_CHECKING:
+    from mlx_dgemma.demo.tasks import Example
+
+# By size; the recipes beside the chosen one are measured with it.
+BY_SIZE = ("small", "mxfp4", "4bit", "quality", "8bit", "bf16")
+# Positions whose distributions over the whole vocabulary are held at once.
+ROWS_AT_ONCE = 32
+
+PROMPTS = (
+    "Explain in three sentences why the sky is blue.",
+    "Write a Python function that returns the n-th Fibonacci number.",
+    "Give a JSON object with the name, age and city of a fictional person.",
+    "What is 17 times 23? Show the steps.",
+    "Translate into French: The train leaves at nine and arrives before noon.",
+    "Write a short story about a lighthouse keeper who finds a letter.",
+    "List five differences between TCP and UDP.",
+    "Summarise the causes of the First World War for a twelve-year-old.",
+)
+
+
+@dataclass(frozen=True)
+class State:
+    """One denoising step's input. converged: the canvas is a draft that the stop test took."""
+
+    context: tuple[int, ...]
+    canvas: np.ndarray
+    signal: np.ndarray | None
+    temperature: float
+    converged: bool
+
+
+@dataclass(frozen=True)
+class Figures:
+    """One recipe's row. `steps_per_block` and `accuracy` are None where nothing was generated."""
+
+    recipe: str
+    total_size: int
+    bits_per_weight: float
+    kl_mean: float
+    kl_p99: float
+    top1_converged: float
+    steps_per_block: float | None = None
+    accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All rows, on how many states and prompts, and whether the model is the bundled demo."""
+
+    model: str
+    demo: bool
+    states: int
+    prompts: int
+    seed: int
+    rows: tuple[Figures, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> str:
+        """Markdown."""
+        of = "the bundled demo model" if self.demo else self.model
+        head = f"Measured on {of}: {self.states} denoising states of {self.prompts} prompts."
+        lines = [
+            head,
+            "",
+            "| recipe | bits/weight | KL mean | KL p99 | same top-1 | steps per block | valid |",
+            "|" + " --- |" * 7,
+        ]
+        for row in self.rows:
+            steps = "-" if row.steps_per_block is None else f"{row.steps_per_block:.1f}"
+            valid = "-" if row.accuracy is None else f"{row.accuracy:.2f}"
+            lines.append(
+                f"| {row.recipe} | {row.bits_per_weight:.2f} | {row.kl_mean:.2e} "
+                f"| {row.kl_p99:.2e} | {row.top1_converged:.4f} | {steps} | {valid} |"
+            )
+        return "\n".join(lines)
+
+
+def neighbours(recipe: Recipe) -> list[Recipe]:
+    """The recipe with the next smaller and the next larger one of the table."""
+    if recipe.name not in BY_SIZE:
+        return [RECIPES["4bit"], recipe, RECIPES["8bit"]]
+    at = BY_SIZE.index(recipe.name)
+    return [RECIPES[name] for name in BY_SIZE[max(0, at - 1) : at + 2]]
+
+
+def measure(
+    folder: Path,
+    recipes: Sequence[Recipe],
+    *,
+    driver: Path | None = None,
+    samples: int = 4,
+    steps_kept: int = 4,
+    generate: bool = True,
+    seed: int = 0,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Measurement:
+    """Compare `recipes` with the checkpoint in `folder`.
+
+    driver: a checkpoint whose generations give the states; the source itself by default.
+    samples: prompts of each demo task, or of PROMPTS for any other model. steps_kept: states
+        taken of each block. generate: also generate with every recipe that fits in memory.
+    """
+    demo = is_demo(folder)
+    examples = demo_examples(samples, seed) if demo else []
+    prompts: list[Any] = [example.messages for example in examples] or list(PROMPTS[:samples])
+    states = record(driver or folder, prompts, seed, steps_kept)
+    with open_source(folder) as source:
+        dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+        counter = _Ticks(progress, (len(recipes) + 1) * source.config.text.num_hidden_layers)
+        reference = Streamed(source, None, dtype)
+        expected = reference.hidden(states, counter)
+        rows = []
+        for recipe in recipes:
+            plan = make_plan(
+                source.config,
+                source.raw_config,
+                dense_shapes(source.config),
+                recipe,
+                dtype=dtype if dtype == "float32" else source.config.text.dtype,
+            )
+            candidate = Streamed(source, plan, dtype)
+            found = candidate.hidden(states, counter)
+            figures = compare(plan, states, (reference, expected), (candidate, found))
+            sized = make_plan(
+                source.config,
+                source.raw_config,
+                dense_shapes(source.config),
+                recipe,
+                dtype="bfloat16",
+            )
+            rows.append(
+                replace(figures, total_size=sized.total_size, bits_per_weight=sized.bits_per_weight)
+            )
+    if generate:
+        rows = [
+            _with_generations(row, folder, recipe, prompts, examples, seed)
+            for row, recipe in zip(rows, recipes, strict=True)
+        ]
+    return Measurement(folder.name, demo, len(states), len(prompts), seed, tuple(rows))
+
+
+def is_demo(folder: Path) -> bool:
+    """Whether the checkpoint has the bundled demo's architecture and vocabulary."""
+    from mlx_dgemma.hub import demo_path
+    from mlx_dgemma.model.config import ModelConfig
+
+    return ModelConfig.from_folder(folder).text == ModelConfig.from_folder(demo_path()).text
+
+
+def demo_examples(samples: int, seed: int) -> list[Example]:
+    """Held-out prompts of the tasks that are answered in plain text."""
+    from mlx_dgemma.demo.tasks import TASKS, held_out
+
+    return [
+        example
+        for name in TASKS
+        for example in held_out(name, samples, seed)
+        if example.tools is None and not example.enable_thinking
+    ]
+
+
+class _Recorder:
+    """A model that notes what every decoder pass was given."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self.passes: list[tuple[np.ndarray, np.ndarray | None]] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def hidden(
+        self, canvas: mx.array, cache: Any, soft_embeddings: mx.array | None = None
+    ) -> mx.array:
+        signal = None
+        if soft_embeddings is not None:
+            signal = np.array(soft_embeddings[0].astype(mx.float32))
+        self.passes.append((np.array(canvas[0]), signal))
+        return self._model.hidden(canvas, cache, soft_embeddings)
+
+
+def record(folder: Path, prompts: Sequence[Any], seed: int, kept: int) -> list[State]:
+    """States of the first block of every prompt: `kept` steps spread over it, and its draft."""
+    from mlx_dgemma.api import encode_prompt
+    from mlx_dgemma.decoding.canvas import CanvasRequest
+    from mlx_dgemma.decoding.denoise import denoise_block
+    from mlx_dgemma.decoding.draws import SeededDraws
+    from mlx_dgemma.decoding.schedule import temperature
+    from mlx_dgemma.decoding.settings import DecodingSettings
+    from mlx_dgemma.model.weights import load_model
+    from mlx_dgemma.prompt.tokenizer import load_tokenizer
+
+    model = load_model(folder)
+    tokenizer = load_tokenizer(folder, model.config.stop_ids)
+    settings = DecodingSettings.from_defaults(model.config.generation, {})
+    states = []
+    for number, prompt in enumerate(prompts):
+        ids = tuple(int(token) for token in encode_prompt(tokenizer, prompt))
+        cache = model.make_cache()
+        model.prefill(ids, cache)
+        recorder = _Recorder(model)
+        steps = denoise_block(
+            recorder,  # type: ignore[arg-type]
+            cache,
+            settings,
+            [CanvasRequest(SeededDraws(seed + number))],
+        )
+        taken = 0
+        try:
+            while True:
+                next(steps)
+                taken += 1
+        except StopIteration as stop:
+            result = stop.value[0]
+        total = settings.max_denoising_steps
+        for step in sorted({round(x) for x in np.linspace(0, taken - 1, kept)}):
+            canvas, signal = recorder.passes[step]
+            now = temperature(total - step, total, settings.t_min, settings.t_max)
+            states.append(State(ids, canvas, signal, now, converged=False))
+        if result.converged:
+            now = temperature(total - taken + 1, total, settings.t_min, settings.t_max)
+            draft = np.array(result.ids, dtype=np.int32)
+            states.append(State(ids, draft, recorder.passes[-1][1], now, converged=True))
+    return states
+
+
+class Streamed:
+    """A network whose layers are read, quantized as a plan says, used and dropped in turn."""
+
+    def __init__(self, source: Source, plan: Plan | None, dtype: str) -> None:
+        self._source = source
+        self._dtype = DTYPES[dtype]
+        self._precision = {step.name: step.precision for step in plan.steps} if plan else {}
+        self._model = Model(replace(source.config, quantization=None), self._dtype)
+        self._load("model.decoder.embed_tokens.")
+
+    def _load(self, *prefixes: str) -> None:
+        fill(
+            self._model,
+            {
+                name: self._tensor(name)
+                for name in self._source.tensors
+                if name.startswith(prefixes)
+            },
+        )
+
+    def _tensor(self, name: str) -> mx.array:
+        """The parameter as the recipe would leave it, dense."""
+        tensor, precision = self._source.tensors[name], self._precision.get(name)
+        if not tensor.shape:
+            return tensor.rows(0, 1).astype(self._dtype)
+        parts = []
+        for start, stop in slices(tensor.shape):
+            rows = tensor.rows(start, stop).astype(self._dtype)
+            if precision is not None:
+                size, bits, mode = precision.group_size, precision.bits, precision.mode
+                packed = mx.quantize(rows, size, bits, mode)
+                rows = mx.dequantize(
+                    *packed, group_size=size, bits=bits, mode=mode, dtype=self._dtype
+                )
+            mx.eval(rows)
+            parts.append(rows)
+        for file in tensor.files():
+            file.release()
+        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
+
+    def hidden(self, states: Sequence[State], on_layer: Callable[[], None]) -> list[mx.array]:
+        """[C, H] after the final norm for every state."""
+        model, text = self._model, self._source.config.text
+        decoder, scalars = model.model.decoder, model.model.encoder.language_model.layers
+        contexts = sorted({state.context for state in states})
+        encoded = {
+            ids: model.embedding_rows(mx.array([ids])) * model.embed_scale for ids in contexts
+        }
+        self._load("model.decoder.self_conditioning.", "model.decoder.norm.")
+        decoded = []
+        for state in states:
+            canvas = model.embedding_rows(mx.array(state.canvas[None])) * model.embed_scale
+            signal = None if state.signal is None else mx.array(state.signal[None])
+            signal = None if signal is None else signal.astype(self._dtype)
+            decoded.append(decoder.self_conditioning.condition(canvas, signal))
+        mx.eval(decoded, list(encoded.values()))
+        for index in range(text.num_hidden_layers):
+            self._load(
+                f"model.decoder.layers.{index}.",
+                f"model.encoder.language_model.layers.{index}.",
+            )
+            layer = decoder.layers[index]
+            memory = {}
+            for ids in contexts:
+                memory[ids] = LayerContext(text.window_of(index), self._source.config.canvas_length)
+                rope = model.rope.span(0, len(ids))[layer.kind]
+                scalar = scalars[index].layer_scalar
+                encoded[ids] = layer.encode(encoded[ids], rope, memory[ids], None, scalar)
+                mx.eval(encoded[ids])
+            for number, state in enumerate(states):
+                rope = model.rope.span(len(state.context), len(state.canvas))[layer.kind]
+                decoded[number] = layer.decode(decoded[number], rope, memory[state.context])
+                mx.eval(decoded[number])
+            decoder.layers[index] = Layer(text, index)  # lets go of the weights
+            mx.clear_cache()
+            on_layer()
+        return [decoder.norm(x)[0] for x in decoded]
+
+    def logits(self, hidden: mx.array) -> mx.array:
+        """float32 [rows, V] after the softcap."""
+        return self._model.softcap(self._model.raw_logits(hidden[None]))[0]
+
+
+def compare(
+    plan: Plan,
+    states: Sequence[State],
+    reference: tuple[Streamed, list[mx.array]],
+    candidate: tuple[Streamed, list[mx.array]],
+) -> Figures:
+    """KL of every position of every state, and the argmax of converged ones."""
+    divergences, same = [], []
+    for state, ours, theirs in zip(states, candidate[1], reference[1], strict=True):
+        for start, stop in slices(ours.shape, ROWS_AT_ONCE * 4 * ours.shape[1]):
+            p = reference[0].logits(theirs[start:stop])
+            q = candidate[0].logits(ours[start:stop])
+            if state.converged:
+                same.append(np.array(mx.argmax(p, -1) == mx.argmax(q, -1)))
+            log_p, log_q = (_log_softmax(logits / state.temperature) for logits in (p, q))
+            divergences.append(np.array(mx.sum(mx.exp(log_p) * (log_p - log_q), axis=-1)))
+    kl = np.concatenate(divergences)
+    return Figures(
+        recipe=plan.recipe,
+        total_size=plan.total_size,
+        bits_per_weight=plan.bits_per_weight,
+        kl_mean=float(kl.mean()),
+        kl_p99=float(np.quantile(kl, 0.99)),
+        top1_converged=float(np.concatenate(same).mean()) if same else float("nan"),
+    )
+
+
+def _log_softmax(logits: mx.array) -> mx.array:
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+def _with_generations(
+    figures: Figures,
+    folder: Path,
+    recipe: Recipe,
+    prompts: Sequence[Any],
+    examples: Sequence[Example],
+    seed: int,
+) -> Figures:
+    """The same row with steps per block and the share of valid answers, where the model fits."""
+    from mlx_dgemma.api import stream_generate
+    from mlx_dgemma.convert.conversion import convert
+    from mlx_dgemma.hardware import machine
+    from mlx_dgemma.model.weights import load_model
+    from mlx_dgemma.prompt.tokenizer import load_tokenizer
+
+    room = machine().limit
+    if room is not None and figures.total_size > 0.9 * room:
+        return figures
+    steps: list[int] = []
+    valid = []
+    with tempfile.TemporaryDirectory(dir=folder.parent if not examples else None) as scratch:
+        target = Path(scratch) / "model"
+        convert(folder, target, recipe=recipe)
+        model = load_model(target)
+        tokenizer = load_tokenizer(target, model.config.stop_ids)
+        for number, prompt in enumerate(prompts):
+            text = []
+            for event in stream_generate(model, tokenizer, prompt, seed=seed + number):
+                text.append(event.text)
+                steps += getattr(event, "steps_per_block", ())
+            if examples:
+                valid.append(examples[number].verify("".join(text)))
+    return replace(
+        figures,
+        steps_per_block=float(np.mean(steps)),
+        accuracy=float(np.mean(valid)) if valid else None,
+    )
+
+
+class _Ticks:
+    """Counts layers for a progress display."""
+
+    def __init__(self, progress: Callable[[str, int, int], None] | None, total: int) -> None:
+        self._progress, self._total, self._done = progress, total, 0
+
+    def __call__(self) -> None:
+        self._done += 1
+        if self._progress is not None:
+            self._progress("measuring", self._done, self._total)
