@@ -152,9 +152,9 @@ def check_fits(wanted: Plan, machine: Machine, *, name: str = "This model") -> s
     Returns a sentence of advice where the plan fits the memory but not what the GPU keeps
     resident by default, else None. Raises ResourceError with the numbers and a way out.
     """
-    if machine.memory is None:
+    room = usable(machine)
+    if room is None or machine.memory is None:
         return None
-    room = machine.memory - min(SYSTEM_RESERVE, machine.memory // 4)
     if wanted.total > room:
         raise ResourceError(
             f"{name} needs {wanted}, and this machine has {gigabytes(machine.memory)}, of which "
@@ -168,6 +168,13 @@ def check_fits(wanted: Plan, machine: Machine, *, name: str = "This model") -> s
             f"next restart with: sudo sysctl iogpu.wired_limit_mb={megabytes}"
         )
     return None
+
+
+def usable(machine: Machine) -> int | None:
+    """Bytes that a model may take before macOS pages; None where memory cannot be read."""
+    if machine.memory is None:
+        return None
+    return machine.memory - min(SYSTEM_RESERVE, machine.memory // 4)
 
 
 def _way_out(wanted: Plan, room: int) -> str:

@@ -93,10 +93,13 @@ def test_the_wheel_holds_the_package_and_nothing_else(distributions: Path) -> No
         Path("mlx_dgemma") / path.relative_to(ROOT) for path in (ROOT / "convert").glob("*.py")
     ]
     assert {str(path) for path in modules} <= set(names)
-    assert "mlx_dgemma/py.typed" in names
-    checkpoint = [name for name in names if name.startswith("mlx_dgemma/demo/checkpoint/")]
-    files = (ROOT / "mlx_dgemma/demo/checkpoint").iterdir()
-    assert {Path(name).name for name in checkpoint} == {path.name for path in files}
+    tracked = subprocess.run(
+        ["git", "ls-files", "mlx_dgemma"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    data = {name for name in tracked.stdout.splitlines() if (ROOT / name).is_file()}
+    assert "mlx_dgemma/py.typed" in data
+    assert "mlx_dgemma/demo/checkpoint/model.safetensors" in data
+    assert data <= set(names)
     tops = {name.split("/")[0] for name in names}
     assert len(tops) == 2, tops
     assert not any("__pycache__" in name for name in names)

@@ -1,0 +1,191 @@
+"""`mlx_dgemma.doctor`: what this machine is, which model fits it, and what its kernels do."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from mlx_dgemma._version import __version__
+from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.hardware import Machine, machine
+from mlx_dgemma.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.memory import gigabytes, usable
+
+GIB = 1 << 30
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="mlx_dgemma.doctor",
+        description="Describe this machine, which of the known models fit it, and the state of "
+        "the Metal kernels.",
+    )
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--report", metavar="FILE", help="also write the JSON report to a file")
+    parser.add_argument(
+        "--check-kernels",
+        action="store_true",
+        help="compare every kernel with its twin at the real model's shapes (Metal only)",
+    )
+    flags.add_version(parser)
+    return parser
+
+
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = build_parser().parse_args(argv)
+    found = examine(machine(), check_kernels=arguments.check_kernels)
+    text = json.dumps(found, indent=2)
+    if arguments.report is not None:
+        try:
+            Path(arguments.report).write_text(text + "\n")
+        except OSError as error:
+            raise ResourceError(
+                f"The report cannot be written to {arguments.report}: {error.strerror}."
+            ) from error
+    if arguments.json:
+        print(text)
+    else:
+        show(found, Console(highlight=False))
+    return 0
+
+
+def examine(this: Machine, *, check_kernels: bool = False) -> dict[str, Any]:
+    """The whole report, JSON-ready; it names no user, no path and no prompt."""
+    from mlx_dgemma.kernels.report import report
+
+    return {
+        "mlx_dgemma": __version__,
+        "machine": this.record(),
+        "usable_memory": usable(this),
+        "disk_free": shutil.disk_usage(_cache()).free,
+        "concerns": concerns(this),
+        "models": [
+            {
+                "repository": known.id,
+                "about": known.about,
+                "weight_bytes": known.weight_bytes,
+                "exact": known.exact,
+                "memory_bytes": known.memory_bytes,
+                "fits": verdict(known.memory_bytes, this),
+            }
+            for known in KNOWN_REPOSITORIES
+        ],
+        "kernels": report(check=check_kernels),
+    }
+
+
+def concerns(this: Machine) -> list[str]:
+    """What stands in the way of running the real model here, in sentences."""
+    found = []
+    if not this.native:
+        found.append("This Python runs translated by Rosetta: install a native arm64 Python.")
+    if this.mlx is None:
+        found.append("MLX cannot be imported: reinstall it with pip install --force-reinstall mlx.")
+    elif not this.metal:
+        found.append(
+            "There is no Metal device: everything runs on the CPU, which is for tests and the demo."
+        )
+    if this.system.startswith("macOS") and int(this.system.split()[1].split(".")[0]) < 14:
+        found.append(f"{this.system} is too old for MLX: update to macOS 14 or newer.")
+    return found
+
+
+def verdict(needed: int, this: Machine) -> str:
+    """yes; tight, when the GPU's default working set must be raised; no; or unknown."""
+    room = usable(this)
+    if room is None:
+        return "unknown"
+    if needed > room:
+        return "no"
+    return "tight" if this.metal and this.limit is not None and needed > this.limit else "yes"
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    this = found["machine"]
+    facts = Table.grid(padding=(0, 2))
+    facts.add_column(style="bold")
+    for name, text in _facts(this, found):
+        facts.add_row(name, text)
+    console.print(facts)
+    for concern in found["concerns"]:
+        console.print(Text(f"! {concern}", "yellow"), soft_wrap=True)
+
+    console.print()
+    console.print(_models(found["models"]))
+    console.print(Text("needs: with a context of 8,192 tokens; ~: reckoned from shapes", "dim"))
+    if any(model["fits"] == "tight" for model in found["models"]):
+        console.print(
+            Text("tight: raise the limit first, sudo sysctl iogpu.wired_limit_mb=MEGABYTES", "dim")
+        )
+
+    kernels = found["kernels"]
+    console.print()
+    console.print(Text(f"kernels: mode {kernels['mode']}, {kernels['evidence']}", "bold"))
+    table = Table.grid(padding=(0, 2))
+    for operation in kernels["operations"]:
+        table.add_row(f"  {operation['name']}", operation["status"])
+    console.print(table)
+
+
+def _facts(this: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str]]:
+    cores = f"{this['cores']} cores"
+    if this["performance_cores"]:
+        cores += f" ({this['performance_cores']} performance)"
+    kind = "Metal" if this["metal"] else "CPU"
+    memory = [_memory(this["memory"]), f"{gigabytes(found['usable_memory'] or 0)} for a model"]
+    if this["available"] is not None:
+        memory.append(f"{gigabytes(this['available'])} free now")
+    if this["working_set"] is not None:
+        memory.append(f"GPU keeps {gigabytes(this['working_set'])}")
+    if this["wired_limit"] is not None:
+        memory.append(f"wired limit {gigabytes(this['wired_limit'])}")
+    return [
+        ("machine", f"{this['chip'] or 'unknown chip'}, {cores}, {this['system']}"),
+        ("memory", ", ".join(memory)),
+        ("disk", f"{gigabytes(found['disk_free'])} free for downloads"),
+        ("python", f"{this['python']} {this['architecture']}, mlx {this['mlx']} on {kind}"),
+    ]
+
+
+def _models(models: Sequence[dict[str, Any]]) -> Table:
+    marks = {"yes": ("yes", "green"), "tight": ("tight", "yellow"), "no": ("no", "red")}
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("model", overflow="fold")
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("needs", justify="right", no_wrap=True)
+    table.add_column("fits here", no_wrap=True)
+    for model in models:
+        about = "" if model["exact"] else "~"
+        word, style = marks.get(model["fits"], ("?", "dim"))
+        table.add_row(
+            model["repository"],
+            about + gigabytes(model["weight_bytes"]),
+            about + gigabytes(model["memory_bytes"]),
+            Text(word, style),
+        )
+    return table
+
+
+def _memory(size: int | None) -> str:
+    return "unknown" if size is None else f"{gigabytes(size)} ({size / GIB:.0f} GiB)"
+
+
+def _cache() -> Path:
+    """The Hub's cache, or its nearest folder that exists."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE).expanduser()
+    while not folder.exists():
+        folder = folder.parent
+    return folder

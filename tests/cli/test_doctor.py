@@ -1,0 +1,83 @@
+"""`mlx_dgemma.doctor` on machines we do not have."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
+from mlx_dgemma.hardware import Machine, machine
+
+GIB = 1 << 30
+BIT4 = 17_542_844_632
+
+
+def mac(gibibytes: int, **changed: object) -> Machine:
+    facts: dict[str, object] = {
+        "system": "macOS 15.5",
+        "architecture": "arm64",
+        "native": True,
+        "chip": "Apple M3 Max",
+        "memory": gibibytes * GIB,
+        "working_set": gibibytes * GIB * 2 // 3,
+        "metal": True,
+        **changed,
+    }
+    return replace(machine(), **facts)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("this", "fits"),
+    [
+        (mac(16), "no"),
+        (mac(24), "tight"),
+        (mac(24, wired_limit=20 * GIB), "yes"),
+        (mac(36), "yes"),
+        (mac(36, memory=None), "unknown"),
+        (mac(24, metal=False), "yes"),
+    ],
+)
+def test_whether_the_4bit_model_fits(this: Machine, fits: str) -> None:
+    assert verdict(BIT4, this) == fits
+
+
+def test_what_stands_in_the_way() -> None:
+    assert concerns(mac(36)) == []
+    assert "Rosetta" in concerns(mac(36, native=False))[0]
+    assert "no Metal" in concerns(mac(36, metal=False))[0]
+    assert "cannot be imported" in concerns(mac(36, mlx=None))[0]
+    assert "too old" in concerns(mac(36, system="macOS 13.6"))[0]
+
+
+@pytest.mark.parametrize("width", [40, 80, 120])
+def test_the_page_names_the_machine_the_models_and_the_kernels(width: int) -> None:
+    stream = io.StringIO()
+    show(examine(mac(24)), Console(file=stream, width=width))
+    page = stream.getvalue()
+    assert "Apple M3" in page
+    assert "tight" in page
+    assert "iogpu.wired_limit_mb" in page
+    assert "row_statistics" in page
+    assert "not yet run" in page.replace("\n", " ")
+
+
+def test_the_report_is_json_and_names_no_user(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    file = tmp_path / "report.json"
+    assert main(["--json", "--report", str(file)]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    written = json.loads(file.read_text())
+    assert printed["models"] == written["models"]
+    assert {"machine", "models", "kernels", "concerns", "mlx_dgemma"} <= set(printed)
+    assert str(Path.home()) not in file.read_text()
+
+
+def test_a_report_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--report", "/no/such/folder/report.json"]) == 2
+    assert "cannot be written" in capsys.readouterr().err
