@@ -2,6 +2,8 @@
 otherwise.
 """
 
+from contextlib import contextmanager
+
 import mlx.core as mx
 import pytest
 from msl import toolchain
@@ -30,7 +32,32 @@ skip = pytest.mark.skipif(
 )
 
 
+_mutation: list[tuple[str, str, str]] = []
+
+
+@contextmanager
 def emulated(setting: str = "checked"):
     """Context in which the package's kernels run in the emulator."""
     mode, options = SETTINGS[setting]
-    return installed(mode, options)
+    with installed(mode, options) as launched:
+        real = mx.fast.metal_kernel
+
+        def metal_kernel(*, name, source, header, **keywords):
+            for mutated, old, new in _mutation:
+                if name == f"dgemma_{mutated}":
+                    assert (source + header).count(old) == 1, old
+                    source, header = source.replace(old, new), header.replace(old, new)
+            return real(name=name, source=source, header=header, **keywords)
+
+        mx.fast.metal_kernel = metal_kernel
+        yield launched
+
+
+@contextmanager
+def mutated(kernel: str, old: str, new: str):
+    """Context in which one piece of a kernel's text, which must occur once, is another."""
+    _mutation.append((kernel, old, new))
+    try:
+        yield
+    finally:
+        _mutation.pop()

@@ -79,7 +79,7 @@ def _compile(path: Path, text: str, entry: str, mode: str, prelude: str) -> None
         cpp, obj, lib = (Path(folder) / f"kernel.{ext}" for ext in ("cpp", "o", "so"))
         cpp.write_text(source)
         header = ["-include-pch", str(_precompiled(prelude, mode))]
-        flags = [*_language("c++"), *_FLAGS, *_MODES[mode], *header]
+        flags = [*_language("c++"), *_FLAGS, *_MODES[mode], *_includes(), *header]
         _run([toolchain.CXX, *flags, "-c", str(cpp), "-o", str(obj)])
         link = [toolchain.CXX, "-shared", "-o", str(lib), str(obj), str(_runtime()), "-lm"]
         _run([*link, "-Wl,--build-id=none"])
@@ -89,17 +89,20 @@ def _compile(path: Path, text: str, entry: str, mode: str, prelude: str) -> None
 @functools.cache
 def _precompiled(prelude: str, mode: str) -> Path:
     """The prelude, parsed once per mode: half of a kernel's compile time."""
-    includes = ["-I", str(toolchain.INCLUDE), "-I", str(toolchain.mlx_headers())]
     path = toolchain.BUILD / f"prelude_{_hash(prelude, _headers_hash(), _FLAGS, _MODES[mode])}.pch"
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=toolchain.BUILD) as folder:
             pch = Path(folder) / "prelude.pch"
             header = toolchain.BUILD / f"{path.stem}.h"  # stays: clang checks that it is unchanged
             header.write_text(prelude)
-            flags = [*_language("c++-header"), *_FLAGS, *_MODES[mode], *includes]
+            flags = [*_language("c++-header"), *_FLAGS, *_MODES[mode], *_includes()]
             _run([toolchain.CXX, *flags, str(header), "-o", str(pch)])
             os.replace(pch, path)
     return path
+
+
+def _includes() -> list[str]:
+    return ["-I", str(toolchain.INCLUDE), "-I", str(toolchain.mlx_headers())]
 
 
 def _language(name: str) -> list[str]:

@@ -219,6 +219,8 @@ class _Tree:
         begin, end = _offset(node["range"]["begin"]), _offset(node["range"]["end"])
         if begin is None or end is None or self.clean[offset : offset + len(name)] != name:
             return
+        # back to the delimiter: `thread` is an empty macro here, so clang's range begins behind it
+        begin = max(self.clean.rfind(delimiter, 0, begin) for delimiter in "(,;{}") + 1
         spelled = self.clean[begin:offset]
         behind = self.clean[offset:].split(";")[0].split(",")[0]
         array_parameter = kind == "ParmVarDecl" and re.match(r"\w+\s*\[(?!\[)", behind)

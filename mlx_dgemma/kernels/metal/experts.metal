@@ -52,7 +52,7 @@ METAL_FUNC float gelu_tanh(float x) {
       return;  // the grid is the worst case; this tile is not needed
     }
     const int row0 = offsets[expert] + found[1] * TM;
-    const int rows = metal::min(TM, offsets[expert + 1] - row0);
+    const int rows = metal::min(static_cast<int>(TM), offsets[expert + 1] - row0);
 
     simdgroup_matrix<float, 8, 8> acc[BLOCKS][2];
     for (int i = 0; i < BLOCKS; i++) {
@@ -61,13 +61,13 @@ METAL_FUNC float gelu_tanh(float x) {
     }
 
     // The weight row this lane unpacks: 16 rows per SIMD-group, two lanes per row, 16 columns each.
-    const int local = lane / 2;
+    const int own_row = lane / 2;
     const int half_k = (lane % 2) * 16;
-    const int out_row = GLU ? column0 + sg * 8 + (local % 8) + (local / 8) * O : column0 + sg * 16 + local;
-    const bool real_row = GLU ? column0 + sg * 8 + (local % 8) < O : out_row < O;
+    const int out_row = GLU ? column0 + sg * 8 + (own_row % 8) + (own_row / 8) * O : column0 + sg * 16 + own_row;
+    const bool real_row = GLU ? column0 + sg * 8 + (own_row % 8) < O : out_row < O;
     const int matrix_rows = GLU ? 2 * O : O;
     const ulong weight_row = static_cast<ulong>(expert) * matrix_rows + (real_row ? out_row : 0);
-    threadgroup T* mine = Ws + (sg * 16 + local) * LD + half_k;
+    threadgroup T* mine = Ws + (sg * 16 + own_row) * LD + half_k;
 
     for (int k0 = 0; k0 < K; k0 += BK) {
       // 2. Stage the rows, gathered from their tokens, zeros behind the expert's last.

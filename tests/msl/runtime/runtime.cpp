@@ -1,4 +1,4 @@
-// mslsim_rt.cpp - runtime of the emulator: one fiber per GPU thread, threadgroups run one after
+// runtime.cpp - runtime of the emulator: one fiber per GPU thread, threadgroups run one after
 // another. Also: exact bounds / race / uninitialised-read / unwritten-output checks, fed by the
 // compiler's own -fsanitize=thread load/store hooks (the TSan runtime itself is NOT linked:
 // __tsan_* are defined here).
@@ -716,6 +716,8 @@ extern "C" void mslsim_protect(void* p, size_t n) {
 static void on_signal(int sig, siginfo_t* si, void* uc) {
   if (sig == SIGALRM)
     report(K_TIMEOUT, "kernel did not finish (infinite loop or lost wake-up)");
+  else if (sig == SIGFPE)
+    report(K_UB, "integer division by zero or overflow");
   else {
     char m[150];
     uintptr_t a = (uintptr_t)si->si_addr;
@@ -793,12 +795,13 @@ extern "C" int mslsim_launch(Launch* l) {
   ss.ss_sp = alt;
   ss.ss_size = 65536;
   sigaltstack(&ss, &oss);
-  struct sigaction sa = {}, o1, o2, o3;
+  struct sigaction sa = {}, o1, o2, o3, o4;
   sa.sa_sigaction = on_signal;
   sa.sa_flags = SA_SIGINFO | SA_ONSTACK | SA_NODEFER;
   sigaction(SIGSEGV, &sa, &o1);
   sigaction(SIGBUS, &sa, &o2);
   sigaction(SIGALRM, &sa, &o3);
+  sigaction(SIGFPE, &sa, &o4);
   alarm(l->timeout_s);
   unsigned csr = _mm_getcsr();
   _mm_setcsr(l->ftz ? csr | 0x8040 : csr);
@@ -876,6 +879,7 @@ extern "C" int mslsim_launch(Launch* l) {
   sigaction(SIGSEGV, &o1, 0);
   sigaction(SIGBUS, &o2, 0);
   sigaction(SIGALRM, &o3, 0);
+  sigaction(SIGFPE, &o4, 0);
   sigaltstack(&oss, 0);
   cur = nullptr;
   for (size_t i = 0; i < R.size(); i++) {
