@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -102,10 +102,6 @@ class LayerContext:
             self._reserve(keys.shape[2], keys, values)
             self._write(keys, values)
             self.used = keys.shape[2]
-
-    def reserve(self, count: int, like: Pair) -> None:
-        """Make room for `count` more positions at once."""
-        self._reserve(count, *like)
 
     def _first_visible(self) -> int:
         return 0 if self.window is None else max(0, self.used - (self.window - 1))
@@ -289,9 +285,6 @@ class ContextCache:
         mx.eval(cache.arrays)
         cache.metadata = json.loads(header["metadata"])
         return cache
-
-    def __iter__(self) -> Iterator[LayerContext]:
-        return iter(self.layers)
 
     def _forget_snapshots_after(self, offset: int) -> None:
         self._snapshots = [known for known in self._snapshots if known.offset <= offset]

@@ -41,13 +41,20 @@ class Matrix(nn.Module):
 
     def dequantize(self, dtype: mx.Dtype) -> None:
         """Replace the packed tensors by one dense weight."""
-        if self.quantized:
-            dense = mx.dequantize(self.weight, self.scales, self.get("biases"), **self._packed())
-            for key in ("scales", "biases"):
-                self.pop(key, None)
-            self.packing = None
-            self["weight"] = dense
-        self["weight"] = self["weight"].astype(dtype)
+        self["weight"] = self.rows(slice(None), dtype)
+        for key in ("scales", "biases"):
+            self.pop(key, None)
+        self.packing = None
+
+    def rows(self, index: mx.array | slice, dtype: mx.Dtype) -> mx.array:
+        """Rows of the matrix, dense in `dtype`, in which they are also dequantized."""
+        if not self.quantized:
+            return self.weight[index].astype(dtype)
+        scales, biases = self.scales[index], self.get("biases")
+        if biases is not None:  # affine; the other modes keep their scales in bytes
+            scales, biases = scales.astype(dtype), biases[index].astype(dtype)
+        dense = mx.dequantize(self.weight[index], scales, biases, **self._packed())
+        return dense.astype(dtype)
 
     def store_transposed(self) -> None:
         """Keep the dense weight [out, in] as a view of [in, out].
@@ -74,18 +81,6 @@ class Embedding(Matrix):
     def __init__(self) -> None:
         super().__init__()
         self._head: mx.array | None = None
-
-    def rows(self, ids: mx.array) -> mx.array:
-        """[..., hidden]: the rows of `ids`, dequantized."""
-        if not self.quantized:
-            return self.weight[ids]
-        biases = self.get("biases")
-        return mx.dequantize(
-            self.weight[ids],
-            self.scales[ids],
-            None if biases is None else biases[ids],
-            **self._packed(),
-        )
 
     def store_transposed(self) -> None:
         """The table is also read row by row and from the left: the head gets its own copy."""

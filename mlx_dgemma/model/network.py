@@ -226,7 +226,7 @@ class Model(nn.Module):
 
     def embedding_rows(self, ids: mx.array) -> mx.array:
         """[..., H]: rows of the embedding table, unscaled."""
-        return self.model.decoder.embed_tokens.rows(ids).astype(self.dtype)
+        return self.model.decoder.embed_tokens.rows(ids, self.dtype)
 
     @property
     def embedding_matrix(self) -> kernels.Matrix:

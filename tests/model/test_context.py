@@ -7,6 +7,7 @@ from plain_checkpoint import write_plain
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.model import ContextCache, load_model
+from mlx_dgemma.model.context import LayerContext
 
 CANVAS = 12
 
@@ -216,6 +217,22 @@ def test_buffers_grow_by_steps_and_sliding_ones_stay_small(model):
             prefilled(model, np.concatenate([ids(700), *(ids(CANVAS, b) for b in range(6))], 1)),
         ),
     )
+
+
+def test_a_canvas_is_written_in_place():
+    """Behind 20,000 cached positions a canvas costs its own bytes, not a copy of the buffer."""
+    layer = LayerContext(None, CANVAS)
+    layer.reset(0, (mx.ones((1, 2, 20_000, 16)), mx.ones((1, 2, 20_000, 16))))
+    mx.eval(layer.keys, layer.values)
+    rows = mx.ones((1, 2, CANVAS, 16))
+    mx.eval(rows)
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    for _ in range(3):
+        keys, values = layer.with_canvas(rows, rows)
+        mx.eval(keys[:, :, -1].sum(), values[:, :, -1].sum())
+    assert keys.shape[2] == 20_000 + CANVAS
+    assert mx.get_peak_memory() - before < layer.keys.nbytes / 10
 
 
 def test_a_canvas_longer_than_the_configured_one(model):

@@ -10,6 +10,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 from configs import config, needs_real
+from mlx.utils import tree_flatten
 from plain_checkpoint import random_tensors, write_plain
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
@@ -159,6 +160,36 @@ def test_quantized_equals_its_dequantized_self(tmp_path, quantization):
     for ours in (plain, logits(packed)):
         reference = logits(dense)
         assert np.abs(ours - reference).max() < 1e-4 * np.abs(reference).max()
+
+
+def test_packed_sixteen_bit_scales_compute_in_float32_on_the_cpu_backend(tmp_path):
+    """What a model too large to expand does: float32 activations over 16-bit scales."""
+    values = config(**WIDE) | {"quantization": {"group_size": 64, "bits": 4}}
+    folder = write_plain(tmp_path, values, dtype=mx.bfloat16)
+    packed, dense = (load_model(folder, lazy=lazy, dtype=mx.float32) for lazy in (True, False))
+    packed.prepare()
+    reference = logits(dense)
+    assert np.abs(logits(packed) - reference).max() < 1e-4 * np.abs(reference).max()
+
+
+def test_the_vision_tower_stays_on_disk(tmp_path):
+    """Loading reads the text weights; the tower's bytes come with the first image."""
+    vision = {
+        "hidden_size": 256,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "head_dim": 64,
+    }
+    folder = write_plain(tmp_path, config() | {"vision_config": vision})
+    before = mx.get_active_memory()
+    model = load_model(folder)
+    tower = sum(tensor.nbytes for _, tensor in tree_flatten(model.model.encoder.vision_tower))
+    loaded = mx.get_active_memory() - before
+    assert 0 < loaded < tower / 4
+    mx.eval(model.model.encoder.vision_tower.parameters())
+    assert mx.get_active_memory() - before > tower
 
 
 def test_sixteen_bit_weights_become_float32_on_the_cpu_backend(tmp_path):

@@ -31,6 +31,7 @@ class Reference:
         """An empty context whose first token has position `start`."""
         self.cache = DynamicCache(config=self.model.config.text_config)
         self.position = start
+        self.image_mask = np.zeros(0, dtype=bool)
 
     @torch.no_grad()
     def prefill(self, ids: np.ndarray) -> None:
@@ -41,6 +42,7 @@ class Reference:
             past_key_values=self.cache,
             position_ids=self._positions(tokens.shape[1]),
         )
+        self._note_types(np.asarray(ids), images=False)
         self.position += tokens.shape[1]
 
     @torch.no_grad()
@@ -67,7 +69,9 @@ class Reference:
 
         pixels [images, patches, values], positions [images, patches, 2]. The masks are made the
         way `generate` makes them: the forward pass alone builds the image mask and drops it.
+        The mask looks token types up by absolute position, so they cover the cached tokens too.
         """
+        self._note_types(np.asarray(ids), images=True)
         tokens = torch.tensor(np.asarray(ids), dtype=torch.long)
         encoder = self.model.model.encoder
         embedded = encoder.get_input_embeddings()(tokens)
@@ -78,7 +82,7 @@ class Reference:
             attention_mask=None,
             past_key_values=self.cache,
             position_ids=places,
-            mm_token_type_ids=(tokens == self.model.config.image_token_id).long(),
+            mm_token_type_ids=torch.tensor(self.image_mask[None]).long(),
         )
         encoder(
             input_ids=tokens,
@@ -102,6 +106,10 @@ class Reference:
     def smallest_router_gap(self) -> float:
         """Between the last chosen and the first rejected expert, over everything run so far."""
         return float(min(gaps.min() for gaps in self.router_gaps))
+
+    def _note_types(self, ids: np.ndarray, images: bool) -> None:
+        is_image = (ids[0] == self.model.config.image_token_id) & images
+        self.image_mask = np.concatenate([self.image_mask, is_image])
 
     def _positions(self, count: int) -> torch.Tensor:
         return torch.arange(self.position, self.position + count)[None]
