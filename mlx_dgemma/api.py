@@ -9,6 +9,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
@@ -189,7 +190,7 @@ def stream_generate(
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
-    return _stream(model, tokenizer, request, reader, cache or PromptCache(model), record, trace)
+    return _stream(model, tokenizer, request, reader, cache, record, trace)
 
 
 class Options(TypedDict, total=False):
@@ -260,9 +261,7 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
     )
     commits = [
         event
-        for event in _stream(
-            model, tokenizer, request, ReplyReader(tokenizer), PromptCache(model), None, None
-        )
+        for event in _stream(model, tokenizer, request, ReplyReader(tokenizer))
         if isinstance(event, Commit)
     ]
     return Replay(
@@ -277,13 +276,18 @@ def _stream(
     tokenizer: Tokenizer,
     request: Request,
     reader: ReplyReader,
-    cache: PromptCache,
-    record: Trace | None,
-    trace: str | Path | None,
+    cache: PromptCache | None = None,
+    record: Trace | None = None,
+    trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
     prompt = request.prompt
-    request = replace(request, prompt=cache.align(prompt), prefilled=lambda: cache.mark(prompt))
-    blocks = generate_blocks(model, cache.cache, request)
+    if cache is None:
+        context = model.make_cache()
+    else:
+        unread = cache.align(prompt)
+        context = cache.cache
+        request = replace(request, prompt=unread, prefilled=partial(cache.mark, prompt))
+    blocks = generate_blocks(model, context, request)
     answer: bool | None = None
     last_block = 0
     try:
