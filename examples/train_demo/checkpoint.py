@@ -1,6 +1,6 @@
 """The demo model's shape and its checkpoint folder in the published dialect.
 
-    python examples/train_demo/checkpoint.py mlx_dgemma/demo/checkpoint     # writes config, untrained weights
+python examples/train_demo/checkpoint.py mlx_dgemma/demo/checkpoint     # writes config, untrained weights
 """
 
 import argparse
@@ -61,7 +61,11 @@ def model_settings(tokenizer: Tokenizer) -> dict[str, Any]:
         "pad_token_id": 0,
         "rms_norm_eps": 1e-6,
         "rope_parameters": {
-            "full_attention": {"partial_rotary_factor": 0.25, "rope_theta": 1e6, "rope_type": "proportional"},
+            "full_attention": {
+                "partial_rotary_factor": 0.25,
+                "rope_theta": 1e6,
+                "rope_type": "proportional",
+            },
             "sliding_attention": {"rope_theta": 1e4, "rope_type": "default"},
         },
         "sliding_window": 64,
@@ -174,7 +178,9 @@ def write_settings(folder: Path) -> dict[str, Any]:
 
 
 def write_weights(model: DiffusionGemmaForBlockDiffusion, folder: Path) -> None:
-    save_file(published_tensors(model), str(folder / "model.safetensors"), metadata={"format": "pt"})
+    save_file(
+        published_tensors(model), str(folder / "model.safetensors"), metadata={"format": "pt"}
+    )
 
 
 def main() -> None:

@@ -1,6 +1,6 @@
 """Builds the demo checkpoint's tokenizer: BPE with byte fallback, special tokens spelled as in the real model.
 
-    python examples/train_demo/tokenizer.py mlx_dgemma/demo/checkpoint
+python examples/train_demo/tokenizer.py mlx_dgemma/demo/checkpoint
 """
 
 import argparse
@@ -8,7 +8,16 @@ import json
 import random
 from pathlib import Path
 
-from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    trainers,
+)
 
 from mlx_dgemma.demo.tasks import TASKS
 
@@ -16,7 +25,15 @@ VOCABULARY = 896
 MARK = "▁"  # a space, as in every Gemma tokenizer
 
 HEAD = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
-CONTROL = ["<|tool>", "<tool|>", "<|tool_call>", "<tool_call|>", "<|tool_response>", "<tool_response|>", '<|"|>']
+CONTROL = [
+    "<|tool>",
+    "<tool|>",
+    "<|tool_call>",
+    "<tool_call|>",
+    "<|tool_response>",
+    "<tool_response|>",
+    '<|"|>',
+]
 CONTROL += ["<|think|>", "<|channel>", "<channel|>", "<|turn>", "<turn|>"]
 CONTROL += ["<|image>", "<|audio>", "<|image|>", "<|audio|>", "<image|>", "<audio|>", "<|video|>"]
 SPECIAL = HEAD + CONTROL
@@ -40,8 +57,26 @@ ROLES = {
     "str_token": "<|tool_response>",
     "think_token": "<|think|>",
 }
-FORMAT_WORDS = ["system\n", "user\n", "model\n", "thought\n", "declaration:", "description:", "parameters:"]
-FORMAT_WORDS += ["properties:", "required:", "type:", "STRING", "OBJECT", "call:", "response:", "value:", "city:"]
+FORMAT_WORDS = [
+    "system\n",
+    "user\n",
+    "model\n",
+    "thought\n",
+    "declaration:",
+    "description:",
+    "parameters:",
+]
+FORMAT_WORDS += [
+    "properties:",
+    "required:",
+    "type:",
+    "STRING",
+    "OBJECT",
+    "call:",
+    "response:",
+    "value:",
+    "city:",
+]
 
 
 def corpus(examples_per_task: int = 4000) -> list[str]:
@@ -67,7 +102,9 @@ def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
     pieces = Regex(rf"{MARK}?[a-z]+|{MARK}?[^\sA-Za-z0-9_.\n{MARK}]+|[A-Z0-9_.\s{MARK}]")
     trained.pre_tokenizer = pre_tokenizers.Split(pieces, "isolated")
     alphabet = sorted({character for text in texts for character in text.replace(" ", MARK)})
-    trainer = trainers.BpeTrainer(vocab_size=len(alphabet) + count, show_progress=False, initial_alphabet=alphabet)
+    trainer = trainers.BpeTrainer(
+        vocab_size=len(alphabet) + count, show_progress=False, initial_alphabet=alphabet
+    )
     trained.train_from_iterator(texts, trainer)
     merges = json.loads(trained.to_str())["model"]["merges"]
     return [(left, right) for left, right in merges][:count]
@@ -79,12 +116,18 @@ def build(texts: list[str]) -> Tokenizer:
     merges = learn_merges(texts, VOCABULARY - len(base))
     vocabulary = [*base, *dict.fromkeys(left + right for left, right in merges)]
     ids = {token: index for index, token in enumerate(vocabulary)}
-    model = models.BPE(vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    model = models.BPE(
+        vocab=ids, merges=merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True
+    )
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizers.Replace(" ", MARK)
     tokenizer.pre_tokenizer = pre_tokenizers.Split(" ", "merged_with_previous")
-    tokenizer.decoder = decoders.Sequence([decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()])
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in SPECIAL])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace(MARK, " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    tokenizer.add_special_tokens(
+        [AddedToken(token, normalized=False, special=True) for token in SPECIAL]
+    )
     return tokenizer
 
 

@@ -1,0 +1,128 @@
+"""Training canvases: prompts as ids, clean canvases, and which of their tokens are pinned."""
+
+import random
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from mlx_dgemma.demo.tasks import TASKS, Example, is_held_out
+from mlx_dgemma.demo.tasks.example import ask
+from mlx_dgemma.demo.tasks.infill import PROMPT
+
+CANVAS = 32
+EOS = 1
+WIDTHS = (
+    26,
+    40,
+    1000,
+)  # prompts up to so many tokens share a batch, so that little of it is padding
+FILLABLE = {"sentence", "list", "json", "grid", "sudoku"}
+INFILL_SHARE = 0.35
+SYSTEMS = ["You are a helpful assistant.", "You are a small demo model.", "Answer briefly."]
+
+
+@dataclass
+class Row:
+    prompt: list[int]
+    canvas: list[int]
+    pins: list[list[bool]] | None  # one list a canvas, or None when every token may be noised
+
+
+class Encoder:
+    """Renders messages with the chat template and encodes them."""
+
+    def __init__(self, folder: Path):
+        self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        self.fast = self.tokenizer.backend_tokenizer
+
+    def ids(self, text: str) -> list[int]:
+        return self.fast.encode(text, add_special_tokens=False).ids
+
+    def prompt(self, messages, tools=None, enable_thinking=False) -> list[int]:
+        text = self.tokenizer.apply_chat_template(
+            messages,
+            tools=tools,
+            enable_thinking=enable_thinking,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+        return self.ids(text)
+
+    def answer(self, example: Example) -> list[int]:
+        """Answer, stop token, and <eos> to the end of the last canvas."""
+        ids = self.ids(example.answer + example.stop)
+        return ids + [EOS] * (-len(ids) % CANVAS)
+
+    def text(self, ids: list[int]) -> str:
+        return self.fast.decode(ids, skip_special_tokens=False)
+
+
+def with_context(example: Example, rng: random.Random) -> list[dict]:
+    """Now and then an earlier turn or a system prompt stands before the question."""
+    messages = example.messages
+    if example.tools is None and rng.random() < 0.04:
+        earlier = TASKS[rng.choice(["reverse", "sort", "list", "sentence", "json"])].sample(rng)
+        messages = [*earlier.messages, {"role": "assistant", "content": earlier.reply}, *messages]
+    if rng.random() < 0.03:
+        messages = [{"role": "system", "content": rng.choice(SYSTEMS)}, *messages]
+    return messages
+
+
+def pinned(length: int, rng: random.Random) -> list[bool]:
+    """Pins all but one to three spans of the first `length` tokens; the tail is pinned or open."""
+    pins = [True] * length + [rng.random() < 0.6] * (CANVAS - length)
+    for _ in range(rng.choice([1, 1, 2, 3])):
+        width = rng.randint(1, max(2, length // 2))
+        start = rng.randint(0, max(0, length - width))
+        pins[start : start + width] = [False] * len(pins[start : start + width])
+    return pins
+
+
+def draw(encoder: Encoder, weights: dict[str, float], canvases: int, rng: random.Random) -> Row:
+    task = rng.choices(list(weights), list(weights.values()))[0]
+    example = TASKS[task].sample(rng)
+    answer = encoder.answer(example)
+    block = rng.randrange(len(answer) // CANVAS)
+    canvas = answer[block * CANVAS : (block + 1) * CANVAS]
+    if task in FILLABLE and rng.random() < INFILL_SHARE and not is_held_out(example.answer):
+        bare = task != "sudoku" and rng.random() < 0.5
+        prompt = encoder.prompt(ask(PROMPT) if bare else example.messages)
+        length = next(i for i, token in enumerate([*canvas, EOS]) if token == EOS)
+        return Row(prompt, canvas, [pinned(min(length, CANVAS), rng) for _ in range(canvases)])
+    prompt = encoder.prompt(with_context(example, rng), example.tools, example.enable_thinking)
+    return Row(prompt + answer[: block * CANVAS], canvas, None)
+
+
+class Stream:
+    """Draws the rows of a step and hands them out in batches of like prompt lengths."""
+
+    def __init__(self, encoder: Encoder, rows: int, canvases: int, seed: int):
+        self.encoder, self.rows, self.canvases = encoder, rows, canvases
+        self.rng = random.Random(seed)
+
+    def next(self, weights: dict[str, float]) -> list[list[Row]]:
+        rows = [draw(self.encoder, weights, self.canvases, self.rng) for _ in range(self.rows)]
+        groups: list[list[Row]] = [[] for _ in WIDTHS]
+        for row in rows:
+            groups[next(i for i, width in enumerate(WIDTHS) if len(row.prompt) <= width)].append(
+                row
+            )
+        return [group for group in groups if group]
+
+
+def noised(rows: list[Row], canvases: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Clean and noised canvases [B, K, C] and their pins: each open token is replaced with probability t ~ U(0, 1)."""
+    clean = (
+        torch.tensor([row.canvas for row in rows])[:, None].expand(-1, canvases, -1).contiguous()
+    )
+    open_row = [[False] * CANVAS] * canvases
+    pins = torch.tensor([row.pins if row.pins else open_row for row in rows])
+    B = len(rows)
+    t = (
+        torch.rand(B, 1) + torch.arange(canvases) / canvases
+    ) % 1.0  # spread over (0, 1) within a prompt
+    replaced = (torch.rand(B, canvases, CANVAS) < t[..., None]) & ~pins
+    return clean, torch.where(replaced, torch.randint(vocabulary, clean.shape), clean), pins
