@@ -1,0 +1,166 @@
+"""The public functions on the bundled demo checkpoint; what it answers is tested elsewhere."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import FrozenInstanceError
+
+import numpy as np
+import pytest
+
+import mlx_dgemma
+from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
+from mlx_dgemma.api import Options, encode_prompt
+from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError
+
+PROMPT = "Count from 3 to 9."
+QUICK = {"max_denoising_steps": 2, "max_tokens": 40, "seed": 4}
+
+
+@pytest.fixture(scope="module")
+def demo():
+    return load()
+
+
+def test_every_public_name_is_there():
+    assert all(hasattr(mlx_dgemma, name) for name in mlx_dgemma.__all__)
+
+
+def test_generate_joins_what_stream_generate_commits(demo):
+    events = list(stream_generate(*demo, PROMPT, **QUICK))
+    assert generate(*demo, PROMPT, **QUICK) == "".join(event.text for event in events)
+    assert isinstance(events[-1], Finish)
+    assert events[-1].seed == 4
+    assert events[-1].prompt_tokens == len(encode_prompt(demo[1], PROMPT))
+
+
+def test_drafts_come_when_asked_for_and_add_no_text(demo):
+    plain = list(stream_generate(*demo, PROMPT, **QUICK))
+    drafted = list(stream_generate(*demo, PROMPT, drafts=True, **QUICK))
+    drafts = [event for event in drafted if isinstance(event, Draft)]
+    assert not any(isinstance(event, Draft) for event in plain)
+    assert [draft.step for draft in drafts if draft.block == 0] == [1, 2]
+    assert all(draft.text == "" and isinstance(draft.draft_text, str) for draft in drafts)
+    assert [event for event in drafted if isinstance(event, Commit)] == plain[:-1]
+
+
+def test_events_are_frozen(demo):
+    event = next(stream_generate(*demo, PROMPT, **QUICK))
+    with pytest.raises(FrozenInstanceError):
+        event.text = "other"
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        PROMPT,
+        [{"role": "user", "content": PROMPT}],
+        [{"role": "user", "content": [{"type": "text", "text": PROMPT}]}],
+    ],
+)
+def test_a_message_may_come_in_any_form(demo, prompt):
+    _, tokenizer = demo
+    ids = encode_prompt(tokenizer, prompt)
+    assert ids == encode_prompt(tokenizer, np.array(ids))
+    assert PROMPT in tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "words"),
+    [
+        ("", "empty"),
+        ("  \n", "empty"),
+        ([], "empty"),
+        ([[1, 2]], "flat list"),
+        ([0.5], "flat list"),
+        ([10**6], "outside the vocabulary"),
+        ([{"role": "wizard", "content": "hi"}], "role"),
+    ],
+)
+def test_impossible_prompts_are_explained(demo, prompt, words):
+    with pytest.raises(InputError, match=words):
+        stream_generate(*demo, prompt)
+
+
+def test_ids_are_taken_as_they_are(demo):
+    with pytest.raises(InputError, match="taken as it is"):
+        stream_generate(*demo, [1, 2], system_prompt="Be brief.")
+
+
+def test_mistakes_are_found_before_anything_runs(demo):
+    with pytest.raises(InputError, match="max_tokens"):
+        stream_generate(*demo, PROMPT, max_tokens=0)
+    with pytest.raises(InputError, match="seed"):
+        stream_generate(*demo, PROMPT, seed=-1)
+    with pytest.raises(InputError, match="stop string"):
+        stream_generate(*demo, PROMPT, stop=[""])
+
+
+def test_missing_and_foreign_models_are_explained(tmp_path):
+    with pytest.raises(ModelNotFoundError):
+        load(tmp_path / "nothing")
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(CheckpointError, match="model_type"):
+        load(tmp_path)
+
+
+def test_a_cancelled_request_says_so(demo):
+    cancel = threading.Event()
+    cancel.set()
+    (finish,) = stream_generate(*demo, PROMPT, cancel=cancel, **QUICK)
+    assert finish.reason == "cancelled"
+
+
+def test_a_closed_stream_ends_quietly(demo):
+    stream = stream_generate(*demo, PROMPT, drafts=True, **QUICK)
+    next(stream)
+    stream.close()
+    with pytest.raises(StopIteration):
+        next(stream)
+
+
+def test_a_prompt_cache_changes_nothing_but_the_work(demo, tmp_path):
+    model, _ = demo
+    cache = PromptCache(model)
+    first = list(stream_generate(*demo, PROMPT, cache=cache, **QUICK))
+    reused = list(stream_generate(*demo, PROMPT, cache=cache, **QUICK))
+    assert [e.ids for e in first[:-1]] == [e.ids for e in reused[:-1]]
+    assert cache.cache.offset >= len(cache.ids)
+
+    path = tmp_path / "context.safetensors"
+    cache.save(path)
+    loaded = PromptCache.load(path, model)
+    again = list(stream_generate(*demo, PROMPT, cache=loaded, **QUICK))
+    assert [e.ids for e in first[:-1]] == [e.ids for e in again[:-1]]
+
+
+def test_another_prompt_starts_afresh(demo):
+    model, tokenizer = demo
+    cache = PromptCache(model)
+    ids = encode_prompt(tokenizer, PROMPT)
+    assert cache.align(ids) == ids
+    model.prefill(np.array(ids)[None], cache.cache)
+    cache.mark(ids)
+    assert cache.align([*ids, 5]) == [5]
+    assert cache.align(ids[:-1]) == ids[:-1]
+    assert cache.cache.offset == 0
+
+
+def test_the_option_types_follow_the_signature():
+    import inspect
+
+    names = set(inspect.signature(stream_generate).parameters)
+    positional = {"model", "tokenizer", "prompt", "drafts", "cancel"}
+    assert names - positional == set(Options.__annotations__)
+
+
+def test_generations_do_not_pile_up_memory(demo):
+    """50 generations in one process end with the memory of the first."""
+    import mlx.core as mx
+
+    options = {**QUICK, "max_tokens": 8, "max_denoising_steps": 1}
+    generate(*demo, PROMPT, **options)
+    before = mx.get_active_memory()
+    for _ in range(50):
+        generate(*demo, PROMPT, **options)
+    assert mx.get_active_memory() - before < 1_000_000
