@@ -28,9 +28,9 @@ from mlx_dgemma.server.sampling import (
     read_thinking,
     read_tools,
     read_warnings,
-    refuse_formats,
 )
 from mlx_dgemma.server.streams import EventStream, data, unless_gone
+from mlx_dgemma.server.structured import pinned, read_format, refuse_together
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ async def read_chat(engine: Engine, fields: Fields) -> ChatRequest:
             raise ApiError(400, f"{legacy} is not supported; use tools.", param=legacy)
     if (fields.items("modalities") or ["text"]) != ["text"]:
         raise fields.fail("modalities", "['text']")
-    refuse_formats(fields)
+    wanted = read_format(fields)
     tools, warnings = read_tools(fields)
     choices = fields.integer("n", 1, engine.settings.max_choices) or 1
     limit = fields.integer("max_completion_tokens", 1)
@@ -74,6 +74,9 @@ async def read_chat(engine: Engine, fields: Fields) -> ChatRequest:
     one_call = fields.flag("parallel_tool_calls") is False
     thinking = read_thinking(fields)
     warnings += read_warnings(engine, fields, max_tokens)
+    if wanted is not None and thinking:
+        thinking, warnings = False, (*warnings, "thinking was left out for response_format")
+    refuse_together(wanted, tools=tools, stop=options["stop"], logprobs=logprobs)
     call = await make_call(
         engine,
         messages,
@@ -83,6 +86,7 @@ async def read_chat(engine: Engine, fields: Fields) -> ChatRequest:
         drafts=stream and bool(streaming.flag("include_drafts")),
         seed=seed,
         warnings=warnings,
+        source=None if wanted is None else pinned(wanted),
     )
     return ChatRequest(
         model=model,

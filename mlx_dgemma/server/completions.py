@@ -13,11 +13,12 @@ from starlette.responses import JSONResponse
 
 from mlx_dgemma.api import encode_prompt
 from mlx_dgemma.decoding.events import Draft
+from mlx_dgemma.filling.infill import DEFAULT_PROMPT
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.server.chat import all_warnings, usage
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Call, Ended, Engine
-from mlx_dgemma.server.errors import ApiError, as_api_error
+from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, collect, interleave, new_id
 from mlx_dgemma.server.sampling import (
@@ -29,6 +30,7 @@ from mlx_dgemma.server.sampling import (
     read_warnings,
 )
 from mlx_dgemma.server.streams import EventStream, data, unless_gone
+from mlx_dgemma.server.structured import between
 
 DEFAULT_MAX_TOKENS = 256
 
@@ -47,8 +49,7 @@ def read_completion(engine: Engine, fields: Fields) -> CompletionRequest:
     model = check_model(engine, fields)
     text, ids = _prompt(engine.tokenizer, fields)
     check_room(engine, ids, "prompt")
-    if fields.raw("suffix"):
-        raise ApiError(400, "suffix is not supported by this server.", param="suffix")
+    suffix = fields.text("suffix")
     choices = fields.integer("n", 1, engine.settings.max_choices) or 1
     asked = fields.integer("max_tokens", 1)
     max_tokens = asked or DEFAULT_MAX_TOKENS
@@ -66,6 +67,12 @@ def read_completion(engine: Engine, fields: Fields) -> CompletionRequest:
     warnings = read_warnings(engine, fields, asked)
     drafts = stream and bool(streaming.flag("include_drafts"))
     call = Call(ids, ids, options, drafts, warnings)
+    if suffix:
+        # Both sides stand in the reply; the question is the one the model knows for it.
+        if fields.strings("stop", MAX_STOP_STRINGS) or logprobs:
+            raise fields.fail("suffix", "given without stop and logprobs")
+        ids = encode_prompt(engine.tokenizer, DEFAULT_PROMPT)
+        call = Call(ids, ids, options, False, warnings, between(text, suffix))
     return CompletionRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],

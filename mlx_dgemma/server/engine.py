@@ -11,11 +11,13 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
+from mlx_dgemma.errors import CancelledError
+from mlx_dgemma.filling import Infill, infill
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
@@ -35,6 +37,8 @@ class Model(Protocol):
         self, prompt: Any, deliver: Callable[[Any], None], **options: Any
     ) -> threading.Event: ...
 
+    def call(self, function: Callable[[], Any]) -> Any: ...
+
     def close(self) -> None: ...
 
 
@@ -44,7 +48,7 @@ class Call:
 
     prompt: messages or ids, as `stream_generate` takes them. prompt_ids: what they encode to.
     options: its keywords. drafts: whether Draft events are wanted. warnings: what the request
-    asked for and does not get.
+    asked for and does not get. source: where the events come from, if not from the block loop.
     """
 
     prompt: Any
@@ -52,6 +56,7 @@ class Call:
     options: dict[str, Any]
     drafts: bool = False
     warnings: tuple[str, ...] = ()
+    source: Source | None = None
 
     def with_seed(self, seed: int) -> Call:
         return replace(self, options={**self.options, "seed": seed})
@@ -59,11 +64,15 @@ class Call:
 
 @dataclass(frozen=True)
 class Ended:
-    """The last event of a call. timed_out: the server's time limit ended it."""
+    """The last event of a call. timed_out: the server's time limit ended it. notes: warnings."""
 
     finish: Finish
     cached_tokens: int
     timed_out: bool
+    notes: tuple[str, ...] = ()
+
+
+Source = Callable[["Engine", Call], AsyncGenerator[Draft | Commit | Ended, None]]
 
 
 class Engine:
@@ -111,6 +120,37 @@ class Engine:
     async def run(self, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
         """The events of one call. Leaving the generator cancels it within a denoising step."""
         deadline = time.monotonic() + self.settings.max_seconds
+        async with self._place():
+            source = (
+                self._stream(call, deadline) if call.source is None else call.source(self, call)
+            )
+            async with contextlib.aclosing(source) as events:
+                async for event in events:
+                    yield event
+
+    async def fill(self, call: Call, text: str, seed: int) -> Infill:
+        """`text` with its holes filled as an answer to the call's prompt; for a `source`."""
+        names = ("temp", "sampler", "max_denoising_steps", "entropy_bound")
+        options: dict[str, Any] = {n: call.options[n] for n in names if n in call.options}
+        cancel = threading.Event()
+        self._cancels.add(cancel)
+        options |= {"prompt": call.prompt_ids, "seed": seed, "cancel": cancel}
+        runtime = self.runtime
+        try:
+            async with asyncio.timeout(self.settings.max_seconds):
+                return await asyncio.to_thread(
+                    runtime.call,
+                    lambda: infill(runtime.model, runtime.tokenizer, text, **options),
+                )
+        except (TimeoutError, CancelledError):
+            raise ApiError(503, "The request ran out of time; try again later.") from None
+        finally:
+            cancel.set()
+            self._cancels.discard(cancel)
+
+    @contextlib.asynccontextmanager
+    async def _place(self) -> AsyncIterator[None]:
+        """One of the places on the model, waited for in order."""
         try:
             async with asyncio.timeout(self.settings.max_seconds):
                 await self._places.acquire()
@@ -119,9 +159,7 @@ class Engine:
                 503, "The request waited too long for its turn; try again later.", retry_after=30
             ) from None
         try:
-            async with contextlib.aclosing(self._stream(call, deadline)) as events:
-                async for event in events:
-                    yield event
+            yield
         finally:
             self._places.release()
 

@@ -15,7 +15,7 @@ class Fields:
         if not isinstance(body, Mapping):
             name = where or "the body"
             raise ApiError(400, f"{name} must be a JSON object.", param=where or None)
-        self._body = body
+        self.body = body
         self._where = where
         self._read: set[str] = set()
 
@@ -24,7 +24,7 @@ class Fields:
 
     def raw(self, name: str) -> Any:
         self._read.add(name)
-        return self._body.get(name)
+        return self.body.get(name)
 
     def fail(self, name: str, expected: str) -> ApiError:
         path = self.path(name)
@@ -89,5 +89,5 @@ class Fields:
 
     def unread(self) -> list[str]:
         """Fields nobody asked for, in the request's order."""
-        return [str(name) for name, value in self._body.items() if name not in self._read
+        return [str(name) for name, value in self.body.items() if name not in self._read
                 and value is not None]  # fmt: skip

@@ -68,4 +68,4 @@ class PrefixCache:
 
 def _continues(prompt: Sequence[int], ids: Sequence[int]) -> bool:
     # Strictly longer: the model needs at least one new token to go on from.
-    return len(ids) < len(prompt) and list(prompt[: len(ids)]) == list(ids)
+    return len(ids) <= len(prompt) and list(prompt[: len(ids)]) == list(ids)

@@ -54,7 +54,7 @@ class Reply:
 
     def warnings(self) -> list[str]:
         """What a client should know of how this reply came about."""
-        found = []
+        found = list(self.end.notes)
         finish = self.end.finish
         unconverged = [i for i, converged in enumerate(finish.converged) if not converged]
         if unconverged:

@@ -24,10 +24,10 @@ from mlx_dgemma.server.sampling import (
     read_thinking,
     read_tools,
     read_warnings,
-    refuse_formats,
 )
 from mlx_dgemma.server.segments import Segment, Segments, Step, follow
 from mlx_dgemma.server.streams import EventStream, data, unless_gone
+from mlx_dgemma.server.structured import pinned, read_format, refuse_together
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,7 @@ async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
     form = fields.object("text")
-    if form is not None:
-        refuse_formats(form, "format")
+    wanted = None if form is None else read_format(form, "format")
     declared = fields.items("tools") or []
     tools, warnings = read_tools(fields)
     tools = [_declaration(tool, i) for i, tool in enumerate(tools)]
@@ -72,6 +71,7 @@ async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
     metadata = fields.raw("metadata") or {}
     temperature = fields.raw("temperature")
     warnings += read_warnings(engine, fields, max_tokens)
+    refuse_together(wanted, tools=tools)
     call = await make_call(
         engine,
         messages,
@@ -81,6 +81,7 @@ async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
         drafts=stream and bool(streaming.flag("include_drafts")),
         seed=seed,
         warnings=warnings,
+        source=None if wanted is None else pinned(wanted),
     )
     echoed = {
         "model": model,
@@ -89,7 +90,7 @@ async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
         "metadata": metadata,
         "parallel_tool_calls": parallel is not False,
         "temperature": 1.0 if temperature is None else temperature,
-        "text": {"format": {"type": "text"}},
+        "text": form.body if form is not None else {"format": {"type": "text"}},
         "tool_choice": fields.raw("tool_choice") or "auto",
         "tools": declared,
         "top_p": None,

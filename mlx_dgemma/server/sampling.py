@@ -10,7 +10,7 @@ from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS
-from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 
@@ -121,13 +121,6 @@ def read_tools(fields: Fields) -> tuple[list[Any], tuple[str, ...]]:
     return tools, ()
 
 
-def refuse_formats(fields: Fields, name: str = "response_format") -> None:
-    """Only plain text is generated; anything else gets a clear 400."""
-    wanted = fields.object(name)
-    if wanted is not None and wanted.text("type") not in (None, "text"):
-        raise fields.fail(name, "of type 'text': this server cannot force a format")
-
-
 async def make_call(
     engine: Engine,
     messages: list[Any],
@@ -138,13 +131,14 @@ async def make_call(
     drafts: bool,
     seed: int,
     warnings: tuple[str, ...],
+    source: Source | None = None,
 ) -> Call:
     """A chat call, encoded once here so that a bad request fails before it waits."""
     refuse_media(messages)
     keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
     ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
     check_room(engine, ids, "messages")
-    return Call(messages, ids, {**options, **keywords, "seed": seed}, drafts, warnings)
+    return Call(messages, ids, {**options, **keywords, "seed": seed}, drafts, warnings, source)
 
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:

@@ -60,6 +60,9 @@ class Script:
         ).start()
         return options["cancel"]
 
+    def call(self, function: Callable[[], Any]) -> Any:
+        return function()
+
     def close(self) -> None:
         self.closed = True
 

@@ -188,6 +188,24 @@ def test_the_demo_model_answers(demo: str) -> None:
     assert all(entry.logprob <= 0 for entry in scored)
 
 
+def test_the_demo_model_fills_a_schema_and_a_gap(demo: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+    properties = {"ok": {"const": "yes"}, "name": {"type": "string"}}
+    wanted: Any = {"name": "x", "schema": {"type": "object", "properties": properties}}
+    reply = client.chat.completions.create(
+        model="default", messages=user("Who?"), seed=1, extra_body={"max_denoising_steps": 1},
+        response_format={"type": "json_schema", "json_schema": wanted},
+    )  # fmt: skip
+    text = reply.choices[0].message.content
+    assert text is not None
+    assert text.startswith('{"ok": "yes", "name": "')
+    assert text.endswith('"}')
+    gap = client.completions.create(
+        model="default", prompt="the old ", suffix=" sings.", extra_body={"max_denoising_steps": 1}
+    )
+    assert gap.choices[0].text
+
+
 def test_ids_do_not_depend_on_who_else_asks(demo: str) -> None:
     """Eight clients at once, contexts shared and switched between blocks: each seed's own text."""
     client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)

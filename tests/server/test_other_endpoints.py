@@ -52,7 +52,7 @@ def test_completion_stream(serve: Open) -> None:
 @pytest.mark.parametrize(
     ("fields", "param"),
     [({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"),
-     ({"prompt": [1, "a"]}, "prompt"), ({"prompt": "a", "suffix": "b"}, "suffix"),
+     ({"prompt": [1, "a"]}, "prompt"), ({"prompt": "a", "suffix": "b", "stop": "c"}, "suffix"),
      ({"prompt": "a", "logprobs": True}, "logprobs"), ({"prompt": 3}, "prompt")],
 )  # fmt: skip
 def test_bad_completions(serve: Open, fields: Any, param: str) -> None:
@@ -119,7 +119,7 @@ def test_response_input_items_become_the_conversation(serve: Open) -> None:
     [({}, "input"), ({"input": 3}, "input"), ({"input": [{"type": "x"}]}, "input[0].type"),
      ({"input": [3]}, "input[0]"), ({"input": "a", "conversation": "r"}, "conversation"),
      ({"input": "a", "tools": [{"type": "web_search"}]}, "tools[0].type"),
-     ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format"),
+     ({"input": "a", "text": {"format": {"type": "json_schema"}}}, "text.format.schema"),
      ({"input": "a", "max_output_tokens": 0}, "max_output_tokens")],
 )  # fmt: skip
 def test_bad_responses(serve: Open, fields: Any, param: str) -> None:

@@ -1,0 +1,112 @@
+"""Replies that stand around holes: `response_format` pins what a schema fixes and checks the rest,
+`suffix` pins both sides. Either is one canvas job, and its text comes in one piece."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_dgemma.decoding.draws import MAX_SEED
+from mlx_dgemma.decoding.events import Commit, Draft, Finish
+from mlx_dgemma.filling import Infill
+from mlx_dgemma.server.engine import Call, Ended, Engine, Source
+from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.schema import HOLE, Schema, escape
+
+ATTEMPTS = 4  # the first one, and three with new seeds
+SEED_STRIDE = 1_000_003  # keeps retries apart from the seeds of other choices
+_ANY_OBJECT = {"type": "object"}
+
+
+@dataclass(frozen=True)
+class Format:
+    """What every reply must satisfy."""
+
+    schema: Schema
+
+
+def read_format(fields: Fields, name: str = "response_format") -> Format | None:
+    """None for plain text; ApiError 400 for a format or schema that cannot be pinned."""
+    wanted = fields.object(name)
+    if wanted is None:
+        return None
+    kind = wanted.text("type", ("text", "json_object", "json_schema"))
+    if kind in (None, "text"):
+        return None
+    if kind == "json_object":
+        return Format(Schema(_ANY_OBJECT, fields.path(name)))
+    # Chat completions nest the schema, the responses endpoint does not.
+    inner = wanted.object("json_schema") or wanted
+    schema = inner.raw("schema")
+    if schema is None:
+        raise inner.fail("schema", "given as a JSON schema")
+    return Format(Schema(schema, inner.path("schema")))
+
+
+def refuse_together(format: Format | None, **others: Any) -> None:
+    """A pinned reply is no run of the block loop: what needs that loop cannot go with it."""
+    for name, asked in others.items():
+        if format is not None and asked:
+            raise ApiError(400, f"{name} cannot be combined with response_format.", param=name)
+
+
+def pinned(format: Format) -> Source:
+    """Fills the schema's holes until the text satisfies it; the last attempt stands as it is."""
+
+    async def source(engine: Engine, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        results: list[Infill] = []
+        problem: str | None = None
+        for attempt in range(ATTEMPTS):
+            seed = (call.options["seed"] + attempt * SEED_STRIDE) % MAX_SEED
+            results.append(await engine.fill(call, format.schema.template, seed))
+            problem = format.schema.problem(results[-1].text)
+            if problem is None:
+                break
+        text = results[-1].text
+        yield Commit(ids=tuple(engine.tokenizer.encode(text)), text=text, block=len(results) - 1)
+        notes = (
+            ()
+            if problem is None
+            else (f"after {ATTEMPTS} attempts the reply breaks the schema: {problem}",)
+        )
+        yield ended(engine, call, results, text, notes)
+
+    return source
+
+
+def between(prompt: str, suffix: str) -> Source:
+    """What belongs between two texts, which both stay as they are."""
+
+    async def source(engine: Engine, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        result = await engine.fill(
+            call, escape(prompt) + HOLE + escape(suffix), call.options["seed"]
+        )
+        (filling,) = result.fillings
+        yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
+        yield ended(engine, call, [result], filling.text, ())
+
+    return source
+
+
+def ended(
+    engine: Engine, call: Call, results: list[Infill], text: str, notes: tuple[str, ...]
+) -> Ended:
+    """The account of a reply that one or more fillings gave."""
+    generated = len(engine.tokenizer.encode(text))
+    finish = Finish(
+        reason="stop",
+        seed=call.options["seed"],
+        blocks=len(results),
+        steps_per_block=tuple(result.steps for result in results),
+        converged=tuple(result.converged for result in results),
+        tokens_per_forward=generated / max(sum(result.forwards for result in results), 1),
+        prompt_tokens=len(call.prompt_ids),
+        generated_tokens=generated,
+        prefill_seconds=0.0,
+        denoise_seconds=0.0,
+        peak_memory_bytes=0,
+    )
+    engine.metrics.finished(finish, 0)
+    return Ended(finish, cached_tokens=0, timed_out=False, notes=notes)

@@ -1,0 +1,108 @@
+"""The Runtime as apps use it: from threads, from asyncio, cancelled, closed."""
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from mlx_dgemma import Commit, Finish, Runtime
+from mlx_dgemma.errors import InputError, ModelNotFoundError
+
+QUICK: Any = {"max_denoising_steps": 2, "canvas_length": 8, "seed": 4, "empty_reply": "allow"}
+PROMPT = "Reverse: abc"
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Iterator[Runtime]:
+    with Runtime() as opened:
+        yield opened
+
+
+def test_threads_and_asyncio_get_the_same_events(runtime: Runtime) -> None:
+    async def gather() -> list[Any]:
+        return [event async for event in runtime.astream(PROMPT, max_tokens=16, **QUICK)]
+
+    there = asyncio.run(gather())
+    here = list(runtime.stream(PROMPT, max_tokens=16, **QUICK))
+    ids = [[event.ids for event in events if isinstance(event, Commit)] for events in (here, there)]
+    assert ids[0] == ids[1]
+    assert isinstance(there[-1], Finish)
+    text = "".join(event.text for event in here)
+    assert runtime.generate(PROMPT, max_tokens=16, **QUICK) == text
+
+
+def test_requests_take_turns(runtime: Runtime) -> None:
+    """Two requests of several blocks each: their blocks alternate."""
+    order: list[str] = []
+    done = threading.Barrier(3)
+    # Both wait behind a job, so that neither is finished before the other has begun.
+    gate = threading.Event()
+    waiting = threading.Thread(target=lambda: runtime.call(gate.wait))
+    waiting.start()
+
+    def deliver(name: str) -> Any:
+        def note(event: Any) -> None:
+            if isinstance(event, Commit) and event.ids:
+                order.append(name)
+            if event is None:
+                threading.Thread(target=done.wait, daemon=True).start()
+
+        return note
+
+    for name in "ab":
+        runtime.submit(PROMPT, deliver(name), max_tokens=10**6, cancel=_after(order), **QUICK)
+    gate.set()
+    done.wait(timeout=120)
+    waiting.join()
+    assert order[:4] == ["a", "b", "a", "b"]
+
+
+def _after(order: list[str]) -> threading.Event:
+    """Set once six blocks were committed in all."""
+
+    class Enough(threading.Event):
+        def is_set(self) -> bool:
+            return len(order) >= 6
+
+    return Enough()
+
+
+def test_errors_arrive_where_they_were_asked_for(runtime: Runtime) -> None:
+    async def ask() -> None:
+        async for _ in runtime.astream(PROMPT, max_tokens=0):
+            pass
+
+    with pytest.raises(InputError, match="max_tokens"):
+        asyncio.run(ask())
+    with pytest.raises(InputError, match="max_tokens"):
+        list(runtime.stream(PROMPT, max_tokens=0))
+    assert runtime.generate(PROMPT, max_tokens=4, **QUICK) is not None
+
+
+def test_leaving_cancels(runtime: Runtime) -> None:
+    cancel = threading.Event()
+    stream = runtime.stream(PROMPT, max_tokens=10**6, cancel=cancel, **QUICK)
+    next(stream)
+    stream.close()
+    assert cancel.is_set()
+    assert runtime.call(lambda: threading.current_thread().name) == "mlx_dgemma"
+
+
+def test_closing_ends_everything() -> None:
+    runtime = Runtime()
+    stream = runtime.stream(PROMPT, max_tokens=10**6, **QUICK)
+    next(stream)
+    runtime.close()
+    runtime.close()
+    *_, last = stream
+    assert isinstance(last, Finish)
+    assert last.reason == "cancelled"
+    with pytest.raises(InputError, match="closed"):
+        runtime.generate(PROMPT)
+
+
+def test_a_model_that_cannot_be_loaded_says_so() -> None:
+    with pytest.raises(ModelNotFoundError):
+        Runtime("/no/such/folder")
