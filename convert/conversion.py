@@ -8,10 +8,10 @@ import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.convert import card
@@ -25,6 +25,9 @@ from mlx_dgemma.errors import InputError, ResourceError
 from mlx_dgemma.model.adapters import Adapter, read_adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.weights import INDEX
+
+if TYPE_CHECKING:
+    from mlx_dgemma.convert.measure import Measurement
 
 # Files that belong to a model and are copied as they are.
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -53,6 +56,8 @@ class Report:
     seconds: float
     written: bool
     uploaded_to: str | None = None
+    measured: dict[str, Any] | None = None
+    table: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -126,6 +131,7 @@ def convert(
     upload_repo: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    measure: bool = False,
     shard_bytes: int = SHARD_BYTES,
     progress: Progress | None = None,
 ) -> Report:
@@ -134,7 +140,9 @@ def convert(
     Holds at most a few slices of 64 MB at a time. An interrupted conversion goes on where it
     was when called again with the same arguments; the output appears under its name only when
     it is whole. `recipe` is a name (see `recipes.RECIPES`) or a Recipe; `quantize` alone means
-    "4bit". `progress(what, done, total)` is called with bytes.
+    "4bit". `measure` also compares the recipe and its neighbours with the source (`measure.py`)
+    and writes the figures into the model card. `progress(what, done, total)` is called with
+    bytes.
 
     Raises InputError, ModelNotFoundError, CheckpointError or ResourceError; the source is never
     touched.
@@ -195,11 +203,47 @@ def convert(
             alternatives=plan.alternatives,
             seconds=time.perf_counter() - began,
             written=not dry_run,
-            uploaded_to=upload_repo if not dry_run else None,
         )
+    if measure:
+        measured = _measure(folder, target, chosen, adapter, dry_run=dry_run, progress=progress)
+        report = replace(report, measured=measured.as_dict(), table=measured.table())
     if upload_repo is not None and not dry_run:
         card.upload(target, upload_repo)
+        report = replace(report, uploaded_to=upload_repo)
     return report
+
+
+def _measure(
+    folder: Path,
+    target: Path,
+    recipe: Recipe,
+    adapter: Adapter | None,
+    *,
+    dry_run: bool,
+    progress: Progress | None,
+) -> Measurement:
+    """Compare the recipe and its neighbours with the source; the figures go into the card."""
+    from mlx_dgemma.convert import measure
+
+    recipes = measure.neighbours(recipe)
+    written = None if dry_run else target
+    found = measure.measure(
+        folder,
+        recipes,
+        driver=written,
+        adapter=adapter,
+        scratch=target.absolute().parent,
+        progress=progress,
+    )
+    if not dry_run:
+        readme = target / "README.md"
+        text = readme.read_text(encoding="utf-8")
+        readme.write_text(f"{text}\n## Measured\n\n{found.table()}\n", encoding="utf-8")
+        journal = read_json(target / JOURNAL)
+        record = {"bytes": readme.stat().st_size, "sha256": file_digest(readme)}
+        journal["files"][readme.name] = record
+        write_json(target / JOURNAL, journal)
+    return found
 
 
 def resolve_source(path: str, revision: str | None, *, download_progress: bool = False) -> Path:

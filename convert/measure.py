@@ -12,7 +12,7 @@ one layer at a time, so that one layer's weights are held at once, whatever the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,10 +20,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma import memory
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import RECIPES, Recipe
-from mlx_dgemma.convert.source import Source, dense_shapes, open_source, slices
+from mlx_dgemma.convert.source import Tensor, dense_shapes, open_source, slices
 from mlx_dgemma.convert.stream import DTYPES
+from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.model.adapters import Adapter
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import LayerContext
 from mlx_dgemma.model.network import Layer, Model
 from mlx_dgemma.model.weights import fill
@@ -120,61 +125,70 @@ def measure(
     recipes: Sequence[Recipe],
     *,
     driver: Path | None = None,
+    adapter: Adapter | None = None,
+    scratch: Path | None = None,
+    prompts: Sequence[Any] | None = None,
     samples: int = 4,
     steps_kept: int = 4,
     generate: bool = True,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Measurement:
-    """Compare `recipes` with the checkpoint in `folder`.
+    """Compare `recipes` with the checkpoint in `folder` (and an adapter merged into it).
 
-    driver: a checkpoint whose generations give the states; the source itself by default.
-    samples: prompts of each demo task, or of PROMPTS for any other model. steps_kept: states
-        taken of each block. generate: also generate with every recipe that fits in memory.
+    driver: a smaller checkpoint whose generations give the states where the source does not fit
+        this machine's memory. scratch: where models to generate with are written for a while.
+    prompts: texts, messages or lists of ids; by default `samples` held-out prompts of each demo
+        task for the demo model, else the first of PROMPTS. steps_kept: states taken of each
+        block. generate: also generate with every recipe that fits.
+
+    Raises ResourceError when neither source nor driver fits in memory.
     """
     demo = is_demo(folder)
-    examples = demo_examples(samples, seed) if demo else []
-    prompts: list[Any] = [example.messages for example in examples] or list(PROMPTS[:samples])
-    states = record(driver or folder, prompts, seed, steps_kept)
+    examples = demo_examples(samples, seed) if demo and prompts is None else []
+    if prompts is None:
+        prompts = [example.messages for example in examples] or list(PROMPTS[:samples])
+    chosen = _driver(folder, driver)
+    states = record(chosen, prompts, seed, steps_kept, adapter if chosen == folder else None)
+    dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
+    rows = []
     with open_source(folder) as source:
-        dtype = "float32" if mx.default_device() == mx.Device(mx.cpu) else "bfloat16"
         counter = _Ticks(progress, (len(recipes) + 1) * source.config.text.num_hidden_layers)
-        reference = Streamed(source, None, dtype)
+        parameters = source.with_adapter(adapter)
+        reference = Streamed(source.config, parameters, None, dtype)
         expected = reference.hidden(states, counter)
-        rows = []
         for recipe in recipes:
-            plan = make_plan(
-                source.config,
-                source.raw_config,
-                dense_shapes(source.config),
-                recipe,
-                dtype=dtype if dtype == "float32" else source.config.text.dtype,
-            )
-            candidate = Streamed(source, plan, dtype)
+            shapes = dense_shapes(source.config)
+            plan = make_plan(source.config, source.raw_config, shapes, recipe, dtype="bfloat16")
+            candidate = Streamed(source.config, parameters, plan, dtype)
             found = candidate.hidden(states, counter)
-            figures = compare(plan, states, (reference, expected), (candidate, found))
-            sized = make_plan(
-                source.config,
-                source.raw_config,
-                dense_shapes(source.config),
-                recipe,
-                dtype="bfloat16",
-            )
-            rows.append(
-                replace(figures, total_size=sized.total_size, bits_per_weight=sized.bits_per_weight)
-            )
+            rows.append(compare(plan, states, (reference, expected), (candidate, found)))
     if generate:
         rows = [
-            _with_generations(row, folder, recipe, prompts, examples, seed)
+            _with_generations(row, folder, recipe, prompts, examples, seed, adapter, scratch)
             for row, recipe in zip(rows, recipes, strict=True)
         ]
     return Measurement(folder.name, demo, len(states), len(prompts), seed, tuple(rows))
 
 
+def _driver(folder: Path, other: Path | None) -> Path:
+    """Whose generations give the states: the source where it fits, else the smaller one."""
+    for candidate in (folder, *([other] if other is not None else [])):
+        if _fits(memory.stored_bytes(candidate)):
+            return candidate
+    raise ResourceError(
+        f"{folder.name} is too large to generate with on this machine; measure a recipe that fits."
+    )
+
+
+def _fits(nbytes: int) -> bool:
+    room = machine().limit
+    return room is None or nbytes < 0.9 * room
+
+
 def is_demo(folder: Path) -> bool:
     """Whether the checkpoint has the bundled demo's architecture and vocabulary."""
     from mlx_dgemma.hub import demo_path
-    from mlx_dgemma.model.config import ModelConfig
 
     return ModelConfig.from_folder(folder).text == ModelConfig.from_folder(demo_path()).text
 
@@ -211,7 +225,9 @@ class _Recorder:
         return self._model.hidden(canvas, cache, soft_embeddings)
 
 
-def record(folder: Path, prompts: Sequence[Any], seed: int, kept: int) -> list[State]:
+def record(
+    folder: Path, prompts: Sequence[Any], seed: int, kept: int, adapter: Adapter | None = None
+) -> list[State]:
     """States of the first block of every prompt: `kept` steps spread over it, and its draft."""
     from mlx_dgemma.api import encode_prompt
     from mlx_dgemma.decoding.canvas import CanvasRequest
@@ -222,12 +238,15 @@ def record(folder: Path, prompts: Sequence[Any], seed: int, kept: int) -> list[S
     from mlx_dgemma.model.weights import load_model
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
-    model = load_model(folder)
-    tokenizer = load_tokenizer(folder, model.config.stop_ids)
+    model = load_model(folder, adapter_path=adapter.folder if adapter else None)
     settings = DecodingSettings.from_defaults(model.config.generation, {})
     states = []
     for number, prompt in enumerate(prompts):
-        ids = tuple(int(token) for token in encode_prompt(tokenizer, prompt))
+        if all(isinstance(token, int) for token in prompt):
+            ids = tuple(prompt)
+        else:
+            tokenizer = load_tokenizer(folder, model.config.stop_ids)
+            ids = tuple(int(token) for token in encode_prompt(tokenizer, prompt))
         cache = model.make_cache()
         model.prefill(ids, cache)
         recorder = _Recorder(model)
@@ -259,26 +278,29 @@ def record(folder: Path, prompts: Sequence[Any], seed: int, kept: int) -> list[S
 class Streamed:
     """A network whose layers are read, quantized as a plan says, used and dropped in turn."""
 
-    def __init__(self, source: Source, plan: Plan | None, dtype: str) -> None:
-        self._source = source
+    def __init__(
+        self,
+        config: ModelConfig,
+        parameters: Mapping[str, Tensor],
+        plan: Plan | None,
+        dtype: str,
+    ) -> None:
+        self._config = config
+        self._parameters = parameters
         self._dtype = DTYPES[dtype]
         self._precision = {step.name: step.precision for step in plan.steps} if plan else {}
-        self._model = Model(replace(source.config, quantization=None), self._dtype)
+        self._model = Model(replace(config, quantization=None), self._dtype)
         self._load("model.decoder.embed_tokens.")
 
     def _load(self, *prefixes: str) -> None:
         fill(
             self._model,
-            {
-                name: self._tensor(name)
-                for name in self._source.tensors
-                if name.startswith(prefixes)
-            },
+            {name: self._tensor(name) for name in self._parameters if name.startswith(prefixes)},
         )
 
     def _tensor(self, name: str) -> mx.array:
         """The parameter as the recipe would leave it, dense."""
-        tensor, precision = self._source.tensors[name], self._precision.get(name)
+        tensor, precision = self._parameters[name], self._precision.get(name)
         if not tensor.shape:
             return tensor.rows(0, 1).astype(self._dtype)
         parts = []
@@ -298,7 +320,7 @@ class Streamed:
 
     def hidden(self, states: Sequence[State], on_layer: Callable[[], None]) -> list[mx.array]:
         """[C, H] after the final norm for every state."""
-        model, text = self._model, self._source.config.text
+        model, text = self._model, self._config.text
         decoder, scalars = model.model.decoder, model.model.encoder.language_model.layers
         contexts = sorted({state.context for state in states})
         encoded = {
@@ -318,16 +340,16 @@ class Streamed:
                 f"model.encoder.language_model.layers.{index}.",
             )
             layer = decoder.layers[index]
-            memory = {}
+            kept = {}
             for ids in contexts:
-                memory[ids] = LayerContext(text.window_of(index), self._source.config.canvas_length)
+                kept[ids] = LayerContext(text.window_of(index), self._config.canvas_length)
                 rope = model.rope.span(0, len(ids))[layer.kind]
                 scalar = scalars[index].layer_scalar
-                encoded[ids] = layer.encode(encoded[ids], rope, memory[ids], None, scalar)
+                encoded[ids] = layer.encode(encoded[ids], rope, kept[ids], None, scalar)
                 mx.eval(encoded[ids])
             for number, state in enumerate(states):
                 rope = model.rope.span(len(state.context), len(state.canvas))[layer.kind]
-                decoded[number] = layer.decode(decoded[number], rope, memory[state.context])
+                decoded[number] = layer.decode(decoded[number], rope, kept[state.context])
                 mx.eval(decoded[number])
             decoder.layers[index] = Layer(text, index)  # lets go of the weights
             mx.clear_cache()
@@ -377,22 +399,26 @@ def _with_generations(
     prompts: Sequence[Any],
     examples: Sequence[Example],
     seed: int,
+    adapter: Adapter | None,
+    scratch: Path | None,
 ) -> Figures:
     """The same row with steps per block and the share of valid answers, where the model fits."""
     from mlx_dgemma.api import stream_generate
     from mlx_dgemma.convert.conversion import convert
-    from mlx_dgemma.hardware import machine
     from mlx_dgemma.model.weights import load_model
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
-    room = machine().limit
-    if room is not None and figures.total_size > 0.9 * room:
+    if not _fits(figures.total_size):
         return figures
     steps: list[int] = []
     valid = []
-    with tempfile.TemporaryDirectory(dir=folder.parent if not examples else None) as scratch:
-        target = Path(scratch) / "model"
-        convert(folder, target, recipe=recipe)
+    with tempfile.TemporaryDirectory(dir=scratch) as folder_name:
+        target = Path(folder_name) / "model"
+        try:
+            merged = adapter.folder if adapter is not None else None
+            convert(folder, target, recipe=recipe, adapter_path=merged)
+        except ResourceError:  # no room on the disk: the other figures stand
+            return figures
         model = load_model(target)
         tokenizer = load_tokenizer(target, model.config.stop_ids)
         for number, prompt in enumerate(prompts):

@@ -72,6 +72,7 @@ def _convert(arguments: list[str]) -> int:
             upload_repo=args.upload_repo,
             overwrite=args.overwrite,
             dry_run=args.dry_run,
+            measure=args.measure,
             progress=progress,
         )
     if args.json:
@@ -87,6 +88,8 @@ def _convert(arguments: list[str]) -> int:
         f"{len(report.shards)} files, {report.bits_per_weight:.2f} bits per weight"
         + (f", {report.seconds:.0f} s" if report.written else "")
     )
+    if report.table is not None:
+        print(f"\n{report.table}")
     return 0
 
 
@@ -125,6 +128,12 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--upload-repo", metavar="HUB-ID", help="upload the result")
     add("--overwrite", action="store_true", help="replace a checkpoint at --mlx-path")
     add("--dry-run", action="store_true", help="read headers, print the plan, write nothing")
+    add(
+        "--measure",
+        action="store_true",
+        help="compare the recipe and its neighbours with the source: divergence, agreement, "
+        "denoising steps; the figures go into the model card",
+    )
     add("--json", action="store_true", help="print the report as JSON")
     return parser
 
