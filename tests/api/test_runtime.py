@@ -1,0 +1,118 @@
+"""One thread owns the model; others ask, interrupt and leave."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from mlx_dgemma import Commit, Finish, Runtime, generate, load
+from mlx_dgemma.errors import InputError, ModelNotFoundError
+
+PROMPT = "Count from 3 to 9."
+QUICK = {"max_denoising_steps": 2, "max_tokens": 40}
+
+
+@pytest.fixture(scope="module")
+def runtime():
+    with Runtime() as running:
+        yield running
+
+
+def test_it_gives_what_a_direct_call_gives(runtime):
+    assert runtime.generate(PROMPT, seed=3, **QUICK) == generate(*load(), PROMPT, seed=3, **QUICK)
+
+
+def test_many_threads_get_their_own_answers(runtime):
+    expected = {seed: runtime.generate(PROMPT, seed=seed, **QUICK) for seed in range(4)}
+    answers = {}
+
+    def ask(seed):
+        answers[seed] = runtime.generate(PROMPT, seed=seed, **QUICK)
+
+    threads = [threading.Thread(target=ask, args=(seed,)) for seed in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == expected
+    assert runtime.waiting == 0
+
+
+def test_requests_take_turns_block_by_block(runtime):
+    order, release = [], threading.Event()
+    runtime.call(lambda: None)
+    # Both are queued before the first may run.
+    blocker = threading.Thread(target=runtime.call, args=(release.wait,))
+    blocker.start()
+    done = [threading.Event(), threading.Event()]
+
+    def deliver(name):
+        def take(event):
+            if isinstance(event, Commit):
+                order.append((name, event.block))
+            elif event is None:
+                done[name].set()
+
+        return take
+
+    for name in (0, 1):
+        runtime.submit(PROMPT, deliver(name), seed=name, **QUICK)
+    release.set()
+    blocker.join()
+    assert all(event.wait(60) for event in done)
+    first_blocks = [entry for entry in order if entry[1] == 0]
+    assert order[: len(first_blocks)] == [(0, 0), (1, 0)]
+
+
+def test_errors_arrive_where_the_question_was_asked(runtime):
+    with pytest.raises(InputError, match="empty"):
+        runtime.generate("")
+    with pytest.raises(InputError, match="max_tokens"):
+        list(runtime.stream(PROMPT, max_tokens=0))
+    assert runtime.generate(PROMPT, seed=1, **QUICK) is not None  # and it still answers
+
+
+def test_a_reader_who_leaves_ends_the_request(runtime):
+    stream = runtime.stream(PROMPT, drafts=True, max_denoising_steps=48, max_tokens=4000, seed=1)
+    next(stream)
+    stream.close()
+    assert runtime.call(lambda: "free") == "free"
+
+
+def test_cancelling_from_another_thread(runtime):
+    cancel = threading.Event()
+    options = {"max_denoising_steps": 48, "max_tokens": 4000, "seed": 1}
+    stream = runtime.stream(PROMPT, drafts=True, cancel=cancel, **options)
+    next(stream)
+    cancel.set()
+    *_, last = stream
+    assert isinstance(last, Finish)
+    assert last.reason == "cancelled"
+
+
+def test_asyncio_may_ask_too(runtime):
+    async def ask():
+        return [event async for event in runtime.astream(PROMPT, seed=3, **QUICK)]
+
+    events = asyncio.run(ask())
+    assert "".join(event.text for event in events) == runtime.generate(PROMPT, seed=3, **QUICK)
+
+
+def test_closing_ends_what_runs_and_refuses_what_comes():
+    runtime = Runtime()
+    stream = runtime.stream(PROMPT, drafts=True, max_denoising_steps=48, max_tokens=4000, seed=1)
+    next(stream)
+    runtime.close()
+    runtime.close()
+    *_, last = stream
+    assert isinstance(last, Finish)
+    assert last.reason == "cancelled"
+    with pytest.raises(InputError, match="closed"):
+        runtime.stream(PROMPT)
+
+
+def test_a_model_that_is_not_there_raises_in_the_constructor(tmp_path):
+    with pytest.raises(ModelNotFoundError):
+        Runtime(tmp_path / "nothing")
