@@ -52,7 +52,8 @@ class _Section:
 
     def number(self, key: str, default: Any = _REQUIRED, minimum: float = 0.0) -> float:
         value = self._present(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not value >= minimum:
+        numeric = isinstance(value, int | float) and not isinstance(value, bool)
+        if not numeric or not minimum <= value < float("inf"):
             raise self.refuse(key, f"must be a number of at least {minimum:g}")
         return float(value)
 
@@ -246,7 +247,7 @@ def _full_attention_heads(text: _Section, layer_types: tuple[str, ...]) -> tuple
 
 
 def _layer_index(layers: _Section, key: str, count: int) -> int:
-    if not key.isdigit() or int(key) >= count:
+    if not key.isdecimal() or int(key) >= count:
         raise layers.refuse(key, f"names no layer; this model has {count}")
     return int(key)
 

@@ -12,6 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma import kernels
+from mlx_dgemma.kernels.moe import geglu
 from mlx_dgemma.model.names import Quantization
 
 
@@ -139,7 +140,7 @@ class GatedMLP(nn.Module):
     def __call__(self, x: mx.array) -> mx.array:
         if "gate_up_proj" in self:
             return self.down_proj(gated_gelu(self.gate_up_proj(x)))
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
     def prepare(self) -> None:
         fused = fuse([self.gate_proj, self.up_proj])
@@ -151,7 +152,7 @@ class GatedMLP(nn.Module):
 def gated_gelu(gate_up: mx.array) -> mx.array:
     """gelu(gate) * up of a tensor [..., 2 * width] that holds gate first."""
     gate, up = mx.split(gate_up, 2, axis=-1)
-    return nn.gelu_approx(gate) * up
+    return geglu(gate, up)
 
 
 def fuse(parts: Sequence[Linear]) -> Linear | None:

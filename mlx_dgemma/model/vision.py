@@ -9,6 +9,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels.moe import geglu
 from mlx_dgemma.model.attention import attend
 from mlx_dgemma.model.config import VisionConfig
 from mlx_dgemma.model.layers import Linear, RMSNorm
@@ -85,7 +86,7 @@ class VisionMLP(nn.Module):
         self.down_proj = ClippableLinear(config.use_clipped_linears)
 
     def __call__(self, x: mx.array) -> mx.array:
-        return self.down_proj(nn.gelu_approx(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class VisionLayer(nn.Module):

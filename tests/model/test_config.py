@@ -1,10 +1,13 @@
 """config.json: the real one, both dialects, and one sentence for everything unsupported."""
 
+import contextlib
 import copy
 import json
 
 import pytest
 from configs import REAL, config, needs_real
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model.config import FULL, SLIDING, GenerationConfig, ModelConfig
@@ -119,6 +122,38 @@ def test_one_sentence_names_file_key_and_value(path, value, named):
     assert "\n" not in message
     if path not in ("text_config", "quantization", "generation_config"):
         assert key in message
+
+
+JSON = st.one_of(
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 300),
+    st.floats(),
+    st.sampled_from(["", "vision", "²", "affine"]),
+    st.just([]),
+    st.just({}),
+    st.lists(st.integers(-1, 3), max_size=3),
+    st.dictionaries(st.sampled_from(["0", "2", "²", "bits"]), st.integers(-1, 64), max_size=2),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(value=JSON, dialect=st.sampled_from([config, saved]), data=st.data())
+def test_any_value_anywhere_parses_or_is_refused(value, dialect, data):
+    """Never another exception: users see one sentence."""
+    values = dialect() | {"quantization": {"bits": 4, "group_size": 32, "a.b": {"bits": 8}}}
+    values |= {"generation_config": {"sampler_config": {"entropy_bound": 0.1}}}
+    section = values
+    while True:
+        key = data.draw(st.sampled_from([*section, "quantization_config", "per_layer_config"]))
+        if not isinstance(section.get(key), dict) or data.draw(st.booleans()):
+            break
+        section = section[key]
+    section[key] = value
+    parsed = None
+    with contextlib.suppress(CheckpointError):
+        parsed = ModelConfig.from_dict(values)
+    assert parsed is None or parsed.text.num_hidden_layers == 3
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,21 @@ def test_quantized_equals_its_dequantized_self(tmp_path, quantization):
         assert np.abs(ours - reference).max() < 1e-4 * np.abs(reference).max()
 
 
+def test_split_packed_experts_are_joined(tmp_path):
+    """Gate and up apart, each packed: the lazily joined halves must not become silent zeros."""
+
+    def split(tensors):
+        for name in [name for name in tensors if ".experts.gate_up_proj." in name]:
+            gate, up = mx.split(tensors.pop(name), 2, axis=1)
+            tensors[name.replace("gate_up_proj", "gate_proj")] = gate
+            tensors[name.replace("gate_up_proj", "up_proj")] = up
+
+    values = config(**WIDE) | {"quantization": {"group_size": 64, "bits": 4}}
+    whole = load_model(write_plain(tmp_path / "whole", values), lazy=True)
+    apart = load_model(write_plain(tmp_path / "apart", values, change=split), lazy=True)
+    np.testing.assert_array_equal(logits(apart), logits(whole))
+
+
 def test_packed_sixteen_bit_scales_compute_in_float32_on_the_cpu_backend(tmp_path):
     """What a model too large to expand does: float32 activations over 16-bit scales."""
     values = config(**WIDE) | {"quantization": {"group_size": 64, "bits": 4}}
