@@ -25,6 +25,7 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.model.network import CHUNK
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -111,16 +112,12 @@ def generate_blocks(
     tally = _Tally(prompt_tokens=len(request.prompt))
 
     started = time.perf_counter()
-    if request.prompt:
-        model.prefill(
-            mx.array(list(request.prompt), dtype=mx.int32)[None], cache, images=request.images
-        )
-    if request.prefilled is not None:
+    _read_prompt(model, cache, request)
+    if request.prefilled is not None and not request.cancelled:
         request.prefilled()
-    mx.clear_cache()
     tally.prefill_seconds = time.perf_counter() - started
 
-    reason: FinishReason | None = None
+    reason: FinishReason | None = "cancelled" if request.cancelled else None
     block = 0
     while reason is None:
         if cache.offset + length > limit:
@@ -158,6 +155,20 @@ def generate_blocks(
             tally.denoise_seconds += time.perf_counter() - started
             block += 1
     yield tally.finish(reason, request.seed)
+
+
+def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
+    """Prefills the prompt, a chunk of the absolute grid at a time, so that it can be cancelled."""
+    prompt = mx.array(list(request.prompt), dtype=mx.int32)[None]
+    if request.images and prompt.size:  # a chunk must not cut an image: the model decides
+        model.prefill(prompt, cache, images=request.images)
+        prompt = prompt[:, :0]
+    start = 0
+    while start < prompt.size and not request.cancelled:
+        stop = min(prompt.size, start + CHUNK - cache.offset % CHUNK)
+        model.prefill(prompt[:, start:stop], cache)
+        start = stop
+    mx.eval(cache.arrays)  # so that the time of the prompt is not counted as denoising
 
 
 def _check_room(prompt: int, length: int, offset: int, limit: int) -> None:
