@@ -49,7 +49,9 @@ def accept_renoise(
     mask of pinned positions. Positions are kept in ascending order of entropy, the lowest index
     first among equals, where inclusive cumsum - own <= entropy_bound in float32.
     """
-    return twin(canvas, entropy, draft, sample, fresh, previous_draft, entropy_bound, pinned=pinned)
+    shape: registry.Shape = {"length": entropy.shape[1]}
+    run = metal if registry.use(OPERATION, shape, supported(entropy)) else twin
+    return run(canvas, entropy, draft, sample, fresh, previous_draft, entropy_bound, pinned=pinned)
 
 
 def twin(

@@ -16,7 +16,9 @@ def inputs(batch, length, *, pins):
     entropy = rng.choice([0.0, 0.003, 0.01, 0.5, 4.0], (batch, length))
     entropy += rng.integers(0, 4, (batch, length)) / 16
     ids = [mx.array(rng.integers(0, 9, (batch, length)).astype(np.int32)) for _ in range(4)]
-    previous = ids[1] if length % 2 else mx.array(np.array(ids[1])[::-1].copy())
+    previous = mx.array(ids[1])
+    if length % 2 == 0:
+        previous[0, length // 2 + 1] = 99  # one position of one canvas, in the middle of a group
     pinned = mx.array(rng.random((batch, length)) < 0.3) if pins else None
     return (ids[0], mx.array(entropy.astype(np.float32)), *ids[1:], previous, 0.3), pinned
 

@@ -4,7 +4,7 @@ refuses.
 
 import pytest
 from catalogue import launches
-from harness import skip
+from harness import emulator_only
 from msl.lint import lint
 from msl.wrapper import dtype_name, text_for, text_from_mlx
 
@@ -28,7 +28,7 @@ def test_wrapper_is_what_mlx_generates(name):
     assert ours.strip() == theirs.strip()
 
 
-@skip
+@emulator_only
 @pytest.mark.parametrize("name", LINTED)
 def test_lint_is_clean(name):
     launch = LAUNCHES[name]

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from msl import toolchain
 from msl.build import Library
 
 KINDS = {
@@ -218,7 +219,7 @@ def _issues(library: Library, reports: list[_Report], buffers: list[Buffer]) -> 
 def _line(library: Library, offset: int) -> str:
     """The kernel's source line of a return address."""
     done = subprocess.run(
-        ["addr2line", "-i", "-e", str(library.path), hex(offset - 1)],
+        [toolchain.ADDR2LINE, "-i", "-e", str(library.path), hex(offset - 1)],
         capture_output=True,
         text=True,
     )

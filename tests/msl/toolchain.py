@@ -12,6 +12,7 @@ HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
 CXX = os.environ.get("MSL_CXX", "clang++-19")
 CLANG = os.environ.get("MSL_CLANG", "clang-19")
+ADDR2LINE = next((t for t in ("addr2line", "llvm-addr2line-19") if shutil.which(t)), "addr2line")
 BUILD = Path(
     os.environ.get("MSL_BUILD")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dgemma" / "msl"
@@ -37,7 +38,7 @@ def reason_to_skip() -> str | None:
 
 def require() -> None:
     """Raise where the emulator must run but its compiler is missing."""
-    missing = [tool for tool in (CXX, CLANG, "addr2line") if shutil.which(tool) is None]
+    missing = [tool for tool in (CXX, CLANG, ADDR2LINE) if shutil.which(tool) is None]
     if missing:
         raise RuntimeError(
             f"{', '.join(missing)} not found; run "

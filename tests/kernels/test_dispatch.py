@@ -1,0 +1,75 @@
+"""The program's own calls reach the kernels, and a block comes out the same as from the twins."""
+
+import mlx.core as mx
+import pytest
+from harness import emulated, emulator_only
+
+from mlx_dgemma import load, stream_generate
+from mlx_dgemma.kernels import (
+    gather_soft_embeddings,
+    row_statistics,
+    select_survivors,
+)
+from mlx_dgemma.kernels.row_statistics import SLICE, supported
+
+pytestmark = emulator_only
+
+
+def committed(model, tokenizer):
+    events = stream_generate(
+        model, tokenizer, "Count from 3 to 9.", max_tokens=32, max_denoising_steps=3, seed=7
+    )
+    return [tuple(int(i) for i in event.ids) for event in events if hasattr(event, "block")]
+
+
+@pytest.mark.parametrize("setting", ["checked", "greedy"])
+def test_a_block_of_the_demo_checkpoint_has_the_same_ids(setting, monkeypatch):
+    model, tokenizer = load()
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "off")
+    expected = committed(model, tokenizer)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    with emulated(setting) as launched:
+        found = committed(model, tokenizer)
+    assert found == expected
+    assert expected
+    names = {launch.body.name.removeprefix("dgemma_") for launch in launched}
+    assert names >= {
+        "row_statistics",
+        "accept",
+        "top_experts",
+        "sort_by_expert",
+        "experts",
+        "combine",
+    }
+
+
+def test_sparse_soft_embeddings_take_both_kernels(monkeypatch):
+    raw = mx.random.normal((4, 300)) * 20
+    log_z = row_statistics(raw, 0.8, mx.zeros((4, 2))).log_z
+    table = mx.random.normal((300, 64))
+    expected = gather_soft_embeddings(select_survivors(raw, log_z, 0.8, mx.float32), table)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    with emulated() as launched:
+        survivors = select_survivors(raw, log_z, 0.8, mx.float32)
+        found = gather_soft_embeddings(survivors, table)
+    assert [launch.body.name for launch in launched] == [
+        "dgemma_survivors",
+        "dgemma_gather_embeddings",
+    ]
+    assert mx.allclose(found, expected, atol=1e-4).item()
+
+
+def test_what_a_kernel_does_not_take_goes_to_its_twin(monkeypatch):
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    wide = mx.zeros((1, 32 * SLICE + 1))
+    assert not supported(wide)
+    with emulated() as launched:
+        assert row_statistics(wide, 0.8, mx.zeros((1, 2))).argmax.item() == 0
+    assert launched == []
+
+
+def test_off_means_off(monkeypatch):
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "off")
+    with emulated() as launched:
+        row_statistics(mx.zeros((1, 40)), 0.8, mx.zeros((1, 2)))
+    assert launched == []
