@@ -93,7 +93,7 @@ class LiveView:
             self._scroll()
         else:
             return
-        self._live.update(self._render(), refresh=True)
+        self._live.update(self.frame(), refresh=True)
 
     def note(self, text: str) -> None:
         """Shows one dim line in place of the canvas, until the first step."""
@@ -124,7 +124,7 @@ class LiveView:
         self._live.update(Text(), refresh=True)
         self.console.print(done, soft_wrap=True, highlight=False)
 
-    def _render(self) -> Text:
+    def frame(self) -> Text:
         text = self._pending.copy()
         if self._draft is not None:
             text.append(paint(self._draft, self.pieces, self.stop_ids))

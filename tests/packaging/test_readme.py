@@ -1,0 +1,136 @@
+"""The README is part of the program: its blocks run, its flags exist, its links lead somewhere."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from mlx_dgemma.__main__ import VERBS
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.memory import gigabytes, usable
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCK = re.compile(
+    r"(?:<!-- not run by the tests: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```",
+    re.DOTALL,
+)
+COMMAND = re.compile(r"mlx_dgemma\.([a-z]+)")
+
+
+@dataclass(frozen=True)
+class Block:
+    language: str
+    body: str
+    why_not: str | None
+
+    def __str__(self) -> str:
+        return self.body.splitlines()[0][:40]
+
+
+BLOCKS = [Block(found["language"], found["body"], found["why"]) for found in BLOCK.finditer(README)]
+PYTHON = [block for block in BLOCKS if block.language == "python"]
+LINES = [
+    line
+    for block in BLOCKS
+    if block.language == "bash" and block.why_not is None
+    for line in block.body.splitlines()
+]
+
+
+def test_the_readme_has_blocks_to_run() -> None:
+    assert len(PYTHON) >= 2
+    assert len(LINES) >= 6
+
+
+@pytest.mark.parametrize("block", PYTHON, ids=str)
+def test_python_blocks_run(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
+    assert block.why_not is None
+    exec(compile(block.body, "README.md", "exec"), {"__name__": "readme"})
+    assert capsys.readouterr().out.strip()
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_shell_lines_run(line: str, tmp_path: Path) -> None:
+    # What is installed is tested elsewhere; here each command runs from this checkout.
+    line = line.removeprefix("pip install -e . && ")
+    line = COMMAND.sub(rf"{shlex.quote(sys.executable)} -m mlx_dgemma \1", line)
+    done = subprocess.run(
+        ["bash", "-c", f"set -o pipefail; {line}"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+
+
+def parsers() -> dict[str, argparse.ArgumentParser]:
+    modules = {verb: import_module(f"mlx_dgemma.cli.{verb}") for verb in VERBS}
+    return {verb: m.build_parser() for verb, m in modules.items() if hasattr(m, "build_parser")}
+
+
+def test_every_flag_on_the_page_exists() -> None:
+    known = {flag for parser in parsers().values() for flag in parser._option_string_actions}
+    convert = subprocess.run(
+        [sys.executable, "-m", "mlx_dgemma", "convert", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    known |= set(re.findall(r"--[a-z-]+", convert))
+    # The table of differences names flags of mlx-lm that are not here.
+    page = "\n".join(line for line in README.splitlines() if "none: this sampler" not in line)
+    page = page.replace("`--draft-model`", "")
+    mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
+    assert mentioned - known == set()
+
+
+def test_every_decoding_flag_is_explained() -> None:
+    flags = import_module("mlx_dgemma.cli.arguments")
+    missing = [name for name in flags.SETTINGS if f"--{name.replace('_', '-')}" not in README]
+    assert missing == []
+
+
+def test_links_lead_to_files() -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)
+    assert len(targets) > 5
+    assert [target for target in targets if not (ROOT / target).exists()] == []
+
+
+def test_the_table_of_repositories_is_the_programs() -> None:
+    rows = re.findall(r"\| `(-\w+)` \| (~?[\d.]+ GB) \| (~?[\d.]+ GB) \| (\d+) GB \|", README)
+    assert len(rows) >= 5
+    known = {entry.id.split("-it")[-1]: entry for entry in KNOWN_REPOSITORIES}
+    macs = [replace(machine(), memory=size << 30) for size in (16, 24, 32, 36, 48, 64, 96, 128)]
+    for suffix, weights, memory, smallest in rows:
+        entry = known[suffix]
+        about = "" if entry.exact else "~"
+        assert weights == about + gigabytes(entry.weight_bytes)
+        assert memory == about + gigabytes(entry.memory_bytes)
+        fitting = [mac for mac in macs if (usable(mac) or 0) >= entry.memory_bytes]
+        assert (fitting[0].memory or 0) >> 30 == int(smallest)
+
+
+def test_the_size_of_the_demo_is_right() -> None:
+    from mlx_dgemma.hub import demo_path
+    from mlx_dgemma.memory import stored_bytes
+
+    stored = stored_bytes(demo_path())
+    said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", README)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(stored / 2 / 1e6, abs=0.06)
+    assert int(said[2]) == round(stored / 1e6)
