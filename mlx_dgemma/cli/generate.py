@@ -53,6 +53,11 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_display(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
+    output.add_argument(
+        "--logprobs",
+        action="store_true",
+        help="with --json: each token's log-probability, entropy and the step that settled it",
+    )
     output.add_argument("--trace", metavar="FILE", help="record seed, draws and drafts as JSON")
     output.add_argument(
         "--verbose",
@@ -174,6 +179,7 @@ def _options(
     if example is not None:
         options["enable_thinking"] = example.enable_thinking or arguments.enable_thinking
         options["tools"] = example.tools
+    options["logprobs"] = arguments.logprobs
     if arguments.trace is not None:
         options["trace"] = arguments.trace
     if arguments.prompt_cache_file is not None:
@@ -207,6 +213,9 @@ def _record(session: Session, reply: Reply, right: bool | None) -> dict[str, Any
         more["thinking"] = reply.thinking
     if reply.tool_calls:
         more["tool_calls"] = reply.tool_calls
+    if reply.tokens:
+        pieces = session.pieces
+        more["tokens"] = [{"text": pieces(token["id"]), **token} for token in reply.tokens]
     if right is not None:
         more["right"] = right
     return summary.record(reply.finish, **more)

@@ -27,6 +27,7 @@ class View(Protocol):
 class Reply:
     """What was committed, and the Finish once there is one.
 
+    tokens: what is known of each committed id, in Commit's words.
     held_seconds: how long a display slept inside the measured time.
     """
 
@@ -34,6 +35,7 @@ class Reply:
     thinking: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     ids: list[int] = field(default_factory=list)
+    tokens: list[dict[str, Any]] = field(default_factory=list)
     finish: Finish | None = None
     held_seconds: float = 0.0
 
@@ -43,6 +45,12 @@ class Reply:
             self.thinking += event.thinking
             self.tool_calls += event.tool_calls
             self.ids += event.ids
+            self.tokens += [
+                {"id": token, "logprob": logprob, "entropy": entropy, "settled": settled}
+                for token, logprob, entropy, settled in zip(
+                    event.ids, event.logprobs, event.entropies, event.settled, strict=False
+                )
+            ]
         elif isinstance(event, Finish):
             self.finish = event
 

@@ -30,6 +30,15 @@ def test_piped_output_is_the_text_alone(capsys: pytest.CaptureFixture[str]) -> N
     assert err.count("bundled demo checkpoint") == 1
 
 
+def test_json_can_tell_how_sure_each_token_is(capsys: pytest.CaptureFixture[str]) -> None:
+    record = json.loads(run(capsys, *PROMPT, *SHORT, "--json", "--logprobs")[1])
+    assert len(record["tokens"]) == record["generated_tokens"]
+    for token in record["tokens"]:
+        assert set(token) == {"text", "id", "logprob", "entropy", "settled"}
+        assert token["logprob"] <= 0 <= token["entropy"]
+        assert token["settled"] >= 1
+
+
 def test_json_is_one_object_with_every_figure(capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run(capsys, *PROMPT, *SHORT, "--json")
     record = json.loads(out)
