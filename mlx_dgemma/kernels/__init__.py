@@ -4,7 +4,7 @@ from mlx_dgemma.kernels.accept import Accepted, accept_renoise
 from mlx_dgemma.kernels.attention import attend
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.moe import moe
-from mlx_dgemma.kernels.qkv import Projected, norm_rope, write_behind
+from mlx_dgemma.kernels.qkv import normed_heads
 from mlx_dgemma.kernels.router import Routing, choose_experts, route
 from mlx_dgemma.kernels.row_statistics import (
     RowStatistics,
@@ -26,7 +26,6 @@ __all__ = [
     "DROPPED_MASS",
     "Accepted",
     "Matrix",
-    "Projected",
     "Routing",
     "RowStatistics",
     "Survivors",
@@ -35,12 +34,11 @@ __all__ = [
     "choose_experts",
     "gather_soft_embeddings",
     "moe",
-    "norm_rope",
+    "normed_heads",
     "route",
     "row_statistics",
     "select_survivors",
     "sliced_row_statistics",
     "sliced_soft_embeddings",
     "soft_embeddings",
-    "write_behind",
 ]

@@ -1,75 +1,99 @@
-"""Queries, keys and values: norm, rope, and the write behind the cached prefix.
+"""Queries, keys and values between projection and attention: norm, rope, heads first.
 
-Queries and keys take RMSNorm with weight, then rope; values take RMSNorm without. Full layers have
-no value projection: their values are the normed raw keys. Rope turns the pairs (i, i + head_dim /
-2) by position * inverse_frequencies[i], a frequency of zero leaving a pair alone; angles are
-float32, cosine and sine are rounded to the activation dtype first.
+Queries and keys take RMSNorm with weight, then rope; values take RMSNorm without weight and no
+rope. Rope turns the pairs (i, i + head_dim / 2) by tables of cosine and sine in the activation
+dtype.
 """
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from functools import partial
 
 import mlx.core as mx
 
+from mlx_dgemma.kernels import registry
 
-class Projected(NamedTuple):
-    """Heads first, ready for attention."""
-
-    queries: mx.array  # [B, heads, L, head_dim]
-    keys: mx.array  # [B, kv heads, L, head_dim]
-    values: mx.array  # [B, kv heads, L, head_dim]
+Rope = tuple[mx.array, mx.array]
 
 
-def norm_rope(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array | None,
-    query_weight: mx.array,
-    key_weight: mx.array,
-    inverse_frequencies: mx.array,
-    offset: int | mx.array,
-    *,
-    eps: float = 1e-6,
-) -> Projected:
-    """Norms and rope of projections [B, L, heads, head_dim]; values None takes the raw keys.
+def normed_heads(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
+    """RMSNorm and rope of x [B, L, heads, head_dim], heads first: [B, heads, L, head_dim].
 
-    `inverse_frequencies` [head_dim / 2] float32; row l has the position offset + l.
+    `weight` [head_dim] or None; `rope` is (cosine, sine), each [L, head_dim / 2], or None.
     """
-    return twin(
-        queries, keys, values, query_weight, key_weight, inverse_frequencies, offset, eps=eps
-    )
+    shape: registry.Shape = {
+        "dtype": str(x.dtype),
+        "length": x.shape[1],
+        "heads": x.shape[2],
+        "head_dim": x.shape[3],
+        "rope": int(rope is not None),
+    }
+    run = metal if registry.use(OPERATION, shape, supported(x)) else twin
+    return run(x, weight, rope, eps)
 
 
-def twin(
-    queries: mx.array,
-    keys: mx.array,
-    values: mx.array | None,
-    query_weight: mx.array,
-    key_weight: mx.array,
-    inverse_frequencies: mx.array,
-    offset: int | mx.array,
-    *,
-    eps: float = 1e-6,
-) -> Projected:
+def twin(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
     """The same in plain MLX operations."""
-    raw_values = keys if values is None else values
-    positions = mx.arange(queries.shape[1], dtype=mx.float32) + mx.array(offset, dtype=mx.float32)
-    angles = positions[:, None] * inverse_frequencies[None, :]
-    cosine, sine = mx.cos(angles).astype(queries.dtype), mx.sin(angles).astype(queries.dtype)
-    return Projected(
-        rotate(mx.fast.rms_norm(queries, query_weight, eps).swapaxes(1, 2), cosine, sine),
-        rotate(mx.fast.rms_norm(keys, key_weight, eps).swapaxes(1, 2), cosine, sine),
-        mx.fast.rms_norm(raw_values, None, eps).swapaxes(1, 2),
-    )
+    normed = mx.fast.rms_norm(x, weight, eps).swapaxes(1, 2)
+    if rope is None:
+        return normed
+    cosine, sine = rope
+    first, second = mx.split(normed, 2, axis=-1)
+    turned = (first * cosine - second * sine, second * cosine + first * sine)
+    return mx.concatenate(list(turned), axis=-1)
 
 
-def rotate(x: mx.array, cosine: mx.array, sine: mx.array) -> mx.array:
-    """Rope on the last axis in halves: x [..., L, head_dim], cosine and sine [L, head_dim / 2]."""
-    half = x.shape[-1] // 2
-    first, second = x[..., :half], x[..., half:]
-    return mx.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
+_HEADS_PER_GROUP = 4
+_KERNEL = registry.Kernel(
+    "normed_heads",
+    inputs=("x", "weight", "cosine", "sine", "eps"),
+    outputs=("y",),
+    contiguous=False,
+)
 
 
-def write_behind(buffer: mx.array, rows: mx.array, offset: int | mx.array) -> mx.array:
-    """rows [B, kv heads, L, head_dim] at `offset` of a preallocated buffer's third axis."""
-    start = mx.array(offset, dtype=mx.int32).reshape(1)
-    return mx.slice_update(buffer, rows, start, axes=(2,))
+def supported(x: mx.array) -> bool:
+    """Whether the kernel takes these heads."""
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    return x.dtype in floats and x.size > 0 and x.shape[3] % 64 == 0 and x.shape[3] <= 512
+
+
+def metal(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
+    """The same as one Metal kernel, a SIMD-group per head and position."""
+    batch, length, heads, head_dim = x.shape
+    empty = mx.zeros((8,), dtype=x.dtype)
+    cosine, sine = (empty, empty) if rope is None else (mx.contiguous(part) for part in rope)
+    return registry.launch(
+        _KERNEL,
+        [
+            x,
+            empty if weight is None else mx.contiguous(weight),
+            cosine,
+            sine,
+            mx.array([eps], dtype=mx.float32),
+        ],
+        template=[
+            ("T", x.dtype),
+            ("D", head_dim),
+            ("HAS_WEIGHT", weight is not None),
+            ("HAS_ROPE", rope is not None),
+        ],
+        grid=(32, heads, batch * length),
+        threadgroup=(32, min(_HEADS_PER_GROUP, heads), 1),
+        outputs=[((batch, heads, length, head_dim), x.dtype)],
+    )[0]
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    head_dim, tolerance = int(shape["head_dim"]), 1e-4 if dtype == mx.float32 else 2e-2
+    for length, heads in ((1, 1), (3, 5), (int(shape["length"]), int(shape["heads"]))):
+        joint = mx.random.normal((1, length, 2 * heads, head_dim), key=mx.random.key(length))
+        x = joint.astype(dtype)[:, :, heads:]  # a part of a joint projection
+        angles = mx.arange(length * head_dim // 2).reshape(length, -1) / 64.0
+        rope = (mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype))
+        weight = mx.random.normal((head_dim,), key=mx.random.key(1)).astype(dtype)
+        arguments = (x, weight, rope, 1e-6) if shape["rope"] else (x, None, None, 1e-6)
+        yield registry.Probe(partial(metal, *arguments), partial(twin, *arguments), tolerance)
+
+
+OPERATION = registry.Operation("normed_heads", (_KERNEL,), _probes)

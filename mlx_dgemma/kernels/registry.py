@@ -32,11 +32,15 @@ _BODY = "//: body\n"
 
 @dataclass(frozen=True)
 class Kernel:
-    """One Metal kernel: its name is also its file's."""
+    """One Metal kernel: its name is also its file's.
+
+    `contiguous` False: inputs come as they lie, and the source reads their strides.
+    """
 
     name: str
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
+    contiguous: bool = True
 
     @functools.cached_property
     def text(self) -> tuple[str, str]:
@@ -108,11 +112,12 @@ def operations() -> dict[str, Operation]:
     """Every operation by name."""
     from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
     from mlx_dgemma.kernels.moe import OPERATION as MOE
+    from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
     from mlx_dgemma.kernels.router import OPERATION as ROUTER
     from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
     from mlx_dgemma.kernels.soft_embeddings import GATHER, SELECT
 
-    found = (ROW_STATISTICS, ACCEPT, SELECT, GATHER, ROUTER, MOE)
+    found = (ROW_STATISTICS, ACCEPT, SELECT, GATHER, ROUTER, MOE, NORMED_HEADS)
     return {operation.name: operation for operation in found}
 
 
@@ -147,5 +152,6 @@ def _built(kernel: Kernel, build: Callable[..., Any]) -> Callable[..., Any]:
         output_names=list(kernel.outputs),
         source=body,
         header=header,
+        ensure_row_contiguous=kernel.contiguous,
     )
     return built

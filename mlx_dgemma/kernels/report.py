@@ -23,6 +23,13 @@ def published_shapes() -> dict[str, registry.Shape]:
             "hidden": 2816,
             "capacity": 1024,
         },
+        "normed_heads": {
+            "dtype": dtype,
+            "length": 256,
+            "heads": 16,
+            "head_dim": 256,
+            "rope": 1,
+        },
         "router": {"dtype": dtype, "tokens": 256, "experts": 128, "top_k": 8},
         "moe": {
             "dtype": dtype,

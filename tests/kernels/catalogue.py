@@ -13,6 +13,7 @@ from mlx_dgemma.kernels import Matrix, choose_experts
 from mlx_dgemma.kernels.accept import metal as accept
 from mlx_dgemma.kernels.moe import ROW_TILES
 from mlx_dgemma.kernels.moe import metal as moe
+from mlx_dgemma.kernels.qkv import metal as normed_heads
 from mlx_dgemma.kernels.router import metal as router
 from mlx_dgemma.kernels.row_statistics import metal as row_statistics
 from mlx_dgemma.kernels.soft_embeddings import Survivors, gather_metal, survivors_metal
@@ -25,7 +26,9 @@ def recorded() -> Iterator[list[Launched]]:
     """Launches are written down and answered with zeros; nothing is compiled."""
     launched: list[Launched] = []
 
-    def metal_kernel(name, input_names, output_names, source, header=""):
+    def metal_kernel(
+        name, input_names, output_names, source, header="", ensure_row_contiguous=True
+    ):
         body = Body(name, input_names, output_names, source, header)
 
         def call(*, inputs, output_shapes, output_dtypes, template, grid, threadgroup):
@@ -76,6 +79,10 @@ def _vocabulary_operations(dtype: mx.Dtype) -> None:
 
 
 def _network_operations(dtype: mx.Dtype) -> None:
+    heads, tables = mx.zeros((1, 3, 2, 64), dtype), (mx.zeros((3, 32), dtype),) * 2
+    for weight in (None, mx.zeros((64,), dtype)):
+        for rope in (None, tables):
+            normed_heads(heads, weight, rope, 1e-6)
     for tokens in (1, 20):
         router(mx.zeros((tokens, 5), dtype), mx.zeros((5,)), 2)
         routing = choose_experts(mx.zeros((tokens, 5)), mx.ones((5,)), 2)

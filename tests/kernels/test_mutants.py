@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import test_metal_accept
 import test_metal_moe
+import test_metal_qkv
 import test_metal_router
 import test_metal_row_statistics
 import test_metal_soft_embeddings
@@ -64,6 +65,10 @@ def experts():
     test_metal_moe.check(
         mx.float32, 4, "checked", tokens=11, hidden=128, width=64, count=3, top_k=2, tile=8
     )  # fmt: skip
+
+
+def heads():
+    test_metal_qkv.check(mx.float32, 64, "checked", weight=True, rope=True)
 
 
 RACE = {"race-threadgroup", "uninit-threadgroup"}
@@ -146,6 +151,14 @@ MUTANTS = [
     (experts, "experts", "(packed >> (j * (32 / PER_WORD)))", "(packed >> j)", VALUE),
     (experts, "experts", "if (sg == 0) {", "if (sg == 0 && lane < 31) {",
      {"simd-divergence", "simd-lane", "value", "barrier"}),
+    # norm and rope
+    (heads, "normed_heads", "simd_sum(squares)", "squares", VALUE),
+    (heads, "normed_heads", "first * c - second * s", "first * c + second * s", VALUE),
+    (heads, "normed_heads", "weight[i + D / 2]", "weight[i]", VALUE),
+    (heads, "normed_heads", "cosine[l * (D / 2) + i]", "cosine[i]", VALUE),
+    (heads, "normed_heads", "* heads + head) * length + l", "* length + l) * heads + head", VALUE),
+    (heads, "normed_heads", "thread_position_in_grid.z / length", "thread_position_in_grid.z",
+     {"out-of-bounds"}),
     (experts, "combine", "weights[pair]", "weights[token]", VALUE),
 ]  # fmt: skip
 

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import references as ref
 
-from mlx_dgemma.kernels import Matrix, attend, choose_experts, moe, norm_rope, route, write_behind
+from mlx_dgemma.kernels import Matrix, attend, choose_experts, moe, normed_heads, route
 
 
 def test_router_agrees_with_float64():
@@ -62,29 +62,23 @@ def test_experts_agree_with_float64(mode):
     np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("shared_keys", [False, True])
-def test_norm_and_rope_agree_with_float64(shared_keys):
+@pytest.mark.parametrize("with_weight", [False, True])
+@pytest.mark.parametrize("with_rope", [False, True])
+def test_norm_and_rope_agree_with_float64(with_weight, with_rope):
     mx.random.seed(2)
-    batch, length, heads, kv_heads, dim = 2, 5, 4, 2, 16
-    q = mx.random.normal((batch, length, heads, dim))
-    k = mx.random.normal((batch, length, kv_heads, dim))
-    v = None if shared_keys else mx.random.normal((batch, length, kv_heads, dim))
-    q_weight, k_weight = mx.random.normal((dim,)), mx.random.normal((dim,))
-    frequencies = mx.array([1.0, 0.1, 0, 0, 0, 0, 0, 0])  # proportional rope leaves most pairs
-    found = norm_rope(q, k, v, q_weight, k_weight, frequencies, 100)
+    batch, length, heads, dim = 2, 5, 4, 16
+    x = mx.random.normal((batch, length, heads, dim))
+    weight = mx.random.normal((dim,)) if with_weight else None
+    frequencies = np.array([1.0, 0.1, 0, 0, 0, 0, 0, 0])  # proportional rope leaves most pairs
     positions = np.arange(length) + 100.0
-    for got, raw, weight in ((found.queries, q, q_weight), (found.keys, k, k_weight)):
-        normed = ref.rms_norm(ref.numpy(raw), ref.numpy(weight), 1e-6).swapaxes(1, 2)
-        expected = ref.rope(normed, positions, ref.numpy(frequencies))
-        np.testing.assert_allclose(np.array(got), expected, atol=2e-5)
-    plain = ref.rms_norm(ref.numpy(k if v is None else v), None, 1e-6).swapaxes(1, 2)
-    np.testing.assert_allclose(np.array(found.values), plain, atol=1e-5)
-
-
-def test_rows_are_written_behind_the_prefix():
-    buffer = mx.ones((1, 2, 6, 4))
-    written = write_behind(buffer, mx.zeros((1, 2, 3, 4)), 2)
-    assert written[0, 1, :, 0].tolist() == [1, 1, 0, 0, 0, 1]
+    angles = positions[:, None] * frequencies
+    rope = (mx.array(np.cos(angles)), mx.array(np.sin(angles))) if with_rope else None
+    expected = ref.rms_norm(ref.numpy(x), ref.numpy(weight) if with_weight else None, 1e-6)
+    expected = expected.swapaxes(1, 2)
+    if with_rope:
+        expected = ref.rope(expected, positions, frequencies)
+    found = normed_heads(x, weight, rope, 1e-6)
+    np.testing.assert_allclose(np.array(found), expected, atol=2e-5)
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
