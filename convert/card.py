@@ -13,15 +13,14 @@ from mlx_dgemma.errors import ResourceError
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     """README.md: metadata for the Hub, how to run the model, and where it came from."""
     source = provenance["source"]
-    from_hub = not Path(source["path"]).exists() and source["path"].count("/") == 1
     library = "mlx" if plan.layout == "mlx" else "transformers"
     header = ["---", f"library_name: {library}", "pipeline_tag: text-generation"]
-    if from_hub:
-        header += [f"base_model: {source['path']}"]
+    if source["from_hub"]:
+        header += [f"base_model: {source['name']}"]
     header += ["tags:", f"- {library}", "- diffusion_gemma", "---"]
 
     rows = {
-        "source": f"`{source['path']}`" if from_hub else "a local folder",
+        "source": f"`{source['name']}`" if source["from_hub"] else "a local folder",
         "source revision": f"`{source['revision']}`" if source["revision"] else "unknown",
         "recipe": f"`{plan.recipe}`: {_summary(plan.recipe)}",
         "unquantized tensors": plan.dtype,

@@ -2,28 +2,30 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import platform
 import shutil
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_dgemma._version import __version__
 from mlx_dgemma.convert import card
+from mlx_dgemma.convert.choice import choose_recipe
+from mlx_dgemma.convert.origin import (
+    foresee_disk,
+    provenance_of,
+    resolve_source,
+    source_revision,
+)
 from mlx_dgemma.convert.plan import Plan, make_plan
-from mlx_dgemma.convert.recipes import RECIPES, Recipe, Rule, custom, mix, recipe_named
+from mlx_dgemma.convert.recipes import Recipe, Rule
 from mlx_dgemma.convert.shards import SHARD_BYTES, file_digest, write_json
 from mlx_dgemma.convert.source import Source, compare_duplicates, dense_shapes, open_source
 from mlx_dgemma.convert.stream import DTYPES, write_shards
-from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_disk, check_target
-from mlx_dgemma.errors import InputError, ResourceError
+from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.model.adapters import Adapter, read_adapter
-from mlx_dgemma.model.config import ModelConfig, read_json
+from mlx_dgemma.model.config import read_json
 from mlx_dgemma.model.weights import INDEX
 
 if TYPE_CHECKING:
@@ -61,55 +63,6 @@ class Report:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self)
-
-
-def choose_recipe(
-    *,
-    quantize: bool = False,
-    recipe: str | Recipe | None = None,
-    q_bits: int | None = None,
-    q_group_size: int | None = None,
-    q_mode: str | None = None,
-    quant_predicate: str | None = None,
-    rules: Sequence[Rule] = (),
-    dequantize: bool = False,
-    to_hf: bool = False,
-) -> Recipe:
-    """One recipe from the flags.
-
-    Raises InputError when two of them ask for different things.
-    """
-    numbers = q_bits is not None or q_group_size is not None or q_mode is not None
-    asked = [
-        flag
-        for flag, given in (
-            ("--recipe", recipe is not None),
-            ("--quant-predicate", quant_predicate is not None),
-            ("--q-bits, --q-group-size or --q-mode", numbers and quant_predicate is None),
-            ("-d", dequantize),
-        )
-        if given
-    ]
-    if len(asked) > 1:
-        raise InputError(f"{asked[0]} and {asked[1]} each choose a precision; give one of them.")
-    if dequantize and (quantize or rules):
-        raise InputError("-d removes quantization; it cannot be combined with -q or rules.")
-    if quant_predicate is not None:
-        if q_bits is not None or q_mode not in (None, "affine"):
-            raise InputError("a mix has its own bits and is affine; drop --q-bits and --q-mode.")
-        chosen = mix(quant_predicate, q_group_size or 64)
-    elif isinstance(recipe, Recipe):
-        chosen = recipe
-    elif recipe is not None:
-        chosen = recipe_named(recipe)
-    elif quantize or numbers:
-        chosen = custom(q_bits, q_group_size, q_mode or "affine")
-    else:
-        chosen = RECIPES["bf16"]
-    chosen = chosen.with_rules(rules)
-    if to_hf and (chosen.default is not None or any(rule.precision for rule in chosen.rules)):
-        raise InputError("the Hugging Face layout is not quantized; --to-hf goes without -q.")
-    return chosen
 
 
 def convert(
@@ -163,14 +116,13 @@ def convert(
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
     target = Path(mlx_path)
     if not dry_run and not Path(hf_path).is_dir():
-        _foresee_disk(str(hf_path), revision, target, chosen, dtype)
+        foresee_disk(str(hf_path), revision, target, chosen, dtype)
     folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
     if not dry_run:
         check_target(target, folder, overwrite=overwrite)
 
     with open_source(folder) as source:
-        explicit = quantize or recipe is not None or to_hf or dequantize
-        explicit = explicit or quant_predicate is not None or q_bits is not None
+        explicit = recipe is not None or to_hf or dequantize or chosen.default is not None
         _check_quantization(source, dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
         keep = to_hf or dequantize or not explicit
@@ -185,7 +137,7 @@ def convert(
         )
         resumed: list[str] = []
         if not dry_run:
-            provenance = _provenance(str(hf_path), source, plan, adapter)
+            provenance = provenance_of(str(hf_path), source, plan, adapter)
             resumed = _write(target, source, plan, adapter, provenance, progress)
         report = Report(
             source=str(hf_path),
@@ -246,35 +198,6 @@ def _measure(
     return found
 
 
-def resolve_source(path: str, revision: str | None, *, download_progress: bool = False) -> Path:
-    """The folder of a local checkpoint, or of a Hub repository after downloading it."""
-    from mlx_dgemma.hub import resolve_model
-
-    return resolve_model(path, revision=revision, to_load=False, progress=download_progress)
-
-
-def _foresee_disk(
-    repository: str, revision: str | None, target: Path, recipe: Recipe, dtype: str | None
-) -> None:
-    """Refuse, before the first byte of a weight, an output that will not fit the disk."""
-    from huggingface_hub import hf_hub_download
-
-    try:
-        path = hf_hub_download(repository, "config.json", revision=revision)
-    except Exception:  # whatever is wrong with the repository, the download says it better
-        return
-    config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
-    shapes = dense_shapes(config)
-    plan = make_plan(config, read_json(Path(path)), shapes, recipe, dtype=dtype or "bfloat16")
-    check_disk(target.absolute().parent, plan.total_size)
-
-
-def source_revision(folder: Path) -> str | None:
-    """The commit of a folder inside the Hub cache."""
-    resolved = folder.absolute()
-    return resolved.name if resolved.parent.name == "snapshots" else None
-
-
 def _check_quantization(source: Source, *, dequantize: bool, explicit: bool) -> None:
     if dequantize and not source.quantized:
         raise InputError(f"{source.folder} is not quantized, so there is nothing for -d to undo.")
@@ -289,48 +212,6 @@ def _default_dtype(source: Source, *, keep: bool) -> str:
     """The checkpoint's own dtype where nothing changes, else a 16-bit one."""
     own = source.config.text.dtype
     return own if keep or own == "float16" else "bfloat16"
-
-
-def _provenance(name: str, source: Source, plan: Plan, adapter: Adapter | None) -> dict[str, Any]:
-    """What the output was made of; also what a resumed conversion compares."""
-    files = {
-        filename: {
-            "bytes": file.size,
-            "header_sha256": hashlib.sha256(file.header).hexdigest(),
-            "modified_ns": file.path.stat().st_mtime_ns,
-        }
-        for filename, file in source.files.items()
-    }
-    merged = None
-    if adapter is not None:
-        merged = {
-            "path": str(adapter.folder),
-            "sha256": {
-                path.name: file_digest(path)
-                for path in sorted(adapter.folder.glob("adapter_*"))
-                if path.is_file()
-            },
-        }
-    return {
-        "made_by": "mlx_dgemma.convert",
-        "source": {
-            "path": name,
-            "revision": source_revision(source.folder),
-            "files": files,
-            "config_sha256": hashlib.sha256(
-                json.dumps(source.raw_config, sort_keys=True).encode()
-            ).hexdigest(),
-        },
-        "adapter": merged,
-        "recipe": plan.recipe,
-        "layout": plan.layout,
-        "dtype": plan.dtype,
-        "versions": {
-            "mlx_dgemma": __version__,
-            "mlx": version("mlx"),
-            "python": platform.python_version(),
-        },
-    }
 
 
 def _write(
@@ -363,6 +244,9 @@ def _write(
             )
             _write_companions(source.folder, workspace, plan, provenance)
             workspace.publish()
+        except CheckpointError:
+            workspace.discard()
+            raise
         except OSError as error:
             raise ResourceError(
                 f"{workspace.folder}: writing failed ({error.strerror}); what is finished stays, "

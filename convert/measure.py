@@ -12,7 +12,7 @@ one layer at a time, so that one layer's weights are held at once, whatever the 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,15 +23,13 @@ import numpy as np
 from mlx_dgemma import memory
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import RECIPES, Recipe
-from mlx_dgemma.convert.source import Tensor, dense_shapes, open_source, slices
-from mlx_dgemma.convert.stream import DTYPES
+from mlx_dgemma.convert.source import dense_shapes, open_source, slices
+from mlx_dgemma.convert.streamed import Streamed
+from mlx_dgemma.convert.trajectories import State, record
 from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.model.adapters import Adapter
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.context import LayerContext
-from mlx_dgemma.model.network import Layer, Model
-from mlx_dgemma.model.weights import fill
 
 if TYPE_CHECKING:
     from mlx_dgemma.demo.tasks import Example
@@ -51,17 +49,6 @@ PROMPTS = (
     "List five differences between TCP and UDP.",
     "Summarise the causes of the First World War for a twelve-year-old.",
 )
-
-
-@dataclass(frozen=True)
-class State:
-    """One denoising step's input. converged: the canvas is a draft that the stop test took."""
-
-    context: tuple[int, ...]
-    canvas: np.ndarray
-    signal: np.ndarray | None
-    temperature: float
-    converged: bool
 
 
 @dataclass(frozen=True)
@@ -203,162 +190,6 @@ def demo_examples(samples: int, seed: int) -> list[Example]:
         for example in held_out(name, samples, seed)
         if example.tools is None and not example.enable_thinking
     ]
-
-
-class _Recorder:
-    """A model that notes what every decoder pass was given."""
-
-    def __init__(self, model: Model) -> None:
-        self._model = model
-        self.passes: list[tuple[np.ndarray, np.ndarray | None]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._model, name)
-
-    def hidden(
-        self, canvas: mx.array, cache: Any, soft_embeddings: mx.array | None = None
-    ) -> mx.array:
-        signal = None
-        if soft_embeddings is not None:
-            signal = np.array(soft_embeddings[0].astype(mx.float32))
-        self.passes.append((np.array(canvas[0]), signal))
-        return self._model.hidden(canvas, cache, soft_embeddings)
-
-
-def record(
-    folder: Path, prompts: Sequence[Any], seed: int, kept: int, adapter: Adapter | None = None
-) -> list[State]:
-    """States of the first block of every prompt: `kept` steps spread over it, and its draft."""
-    from mlx_dgemma.api import encode_prompt
-    from mlx_dgemma.decoding.canvas import CanvasRequest
-    from mlx_dgemma.decoding.denoise import denoise_block
-    from mlx_dgemma.decoding.draws import SeededDraws
-    from mlx_dgemma.decoding.schedule import temperature
-    from mlx_dgemma.decoding.settings import DecodingSettings
-    from mlx_dgemma.model.weights import load_model
-    from mlx_dgemma.prompt.tokenizer import load_tokenizer
-
-    model = load_model(folder, adapter_path=adapter.folder if adapter else None)
-    settings = DecodingSettings.from_defaults(model.config.generation, {})
-    states = []
-    for number, prompt in enumerate(prompts):
-        if all(isinstance(token, int) for token in prompt):
-            ids = tuple(prompt)
-        else:
-            tokenizer = load_tokenizer(folder, model.config.stop_ids)
-            ids = tuple(int(token) for token in encode_prompt(tokenizer, prompt))
-        cache = model.make_cache()
-        model.prefill(ids, cache)
-        recorder = _Recorder(model)
-        steps = denoise_block(
-            recorder,  # type: ignore[arg-type]
-            cache,
-            settings,
-            [CanvasRequest(SeededDraws(seed + number))],
-        )
-        taken = 0
-        try:
-            while True:
-                next(steps)
-                taken += 1
-        except StopIteration as stop:
-            result = stop.value[0]
-        total = settings.max_denoising_steps
-        for step in sorted({round(x) for x in np.linspace(0, taken - 1, kept)}):
-            canvas, signal = recorder.passes[step]
-            now = temperature(total - step, total, settings.t_min, settings.t_max)
-            states.append(State(ids, canvas, signal, now, converged=False))
-        if result.converged:
-            now = temperature(total - taken + 1, total, settings.t_min, settings.t_max)
-            draft = np.array(result.ids, dtype=np.int32)
-            states.append(State(ids, draft, recorder.passes[-1][1], now, converged=True))
-    return states
-
-
-class Streamed:
-    """A network whose layers are read, quantized as a plan says, used and dropped in turn."""
-
-    def __init__(
-        self,
-        config: ModelConfig,
-        parameters: Mapping[str, Tensor],
-        plan: Plan | None,
-        dtype: str,
-    ) -> None:
-        self._config = config
-        self._parameters = parameters
-        self._dtype = DTYPES[dtype]
-        self._precision = {step.name: step.precision for step in plan.steps} if plan else {}
-        self._model = Model(replace(config, quantization=None), self._dtype)
-        self._load("model.decoder.embed_tokens.")
-
-    def _load(self, *prefixes: str) -> None:
-        fill(
-            self._model,
-            {name: self._tensor(name) for name in self._parameters if name.startswith(prefixes)},
-        )
-
-    def _tensor(self, name: str) -> mx.array:
-        """The parameter as the recipe would leave it, dense."""
-        tensor, precision = self._parameters[name], self._precision.get(name)
-        if not tensor.shape:
-            return tensor.rows(0, 1).astype(self._dtype)
-        parts = []
-        for start, stop in slices(tensor.shape):
-            rows = tensor.rows(start, stop).astype(self._dtype)
-            if precision is not None:
-                size, bits, mode = precision.group_size, precision.bits, precision.mode
-                packed = mx.quantize(rows, size, bits, mode)
-                rows = mx.dequantize(
-                    *packed, group_size=size, bits=bits, mode=mode, dtype=self._dtype
-                )
-            mx.eval(rows)
-            parts.append(rows)
-        for file in tensor.files():
-            file.release()
-        return parts[0] if len(parts) == 1 else mx.concatenate(parts)
-
-    def hidden(self, states: Sequence[State], on_layer: Callable[[], None]) -> list[mx.array]:
-        """[C, H] after the final norm for every state."""
-        model, text = self._model, self._config.text
-        decoder, scalars = model.model.decoder, model.model.encoder.language_model.layers
-        contexts = sorted({state.context for state in states})
-        encoded = {
-            ids: model.embedding_rows(mx.array([ids])) * model.embed_scale for ids in contexts
-        }
-        self._load("model.decoder.self_conditioning.", "model.decoder.norm.")
-        decoded = []
-        for state in states:
-            canvas = model.embedding_rows(mx.array(state.canvas[None])) * model.embed_scale
-            signal = None if state.signal is None else mx.array(state.signal[None])
-            signal = None if signal is None else signal.astype(self._dtype)
-            decoded.append(decoder.self_conditioning.condition(canvas, signal))
-        mx.eval(decoded, list(encoded.values()))
-        for index in range(text.num_hidden_layers):
-            self._load(
-                f"model.decoder.layers.{index}.",
-                f"model.encoder.language_model.layers.{index}.",
-            )
-            layer = decoder.layers[index]
-            kept = {}
-            for ids in contexts:
-                kept[ids] = LayerContext(text.window_of(index), self._config.canvas_length)
-                rope = model.rope.span(0, len(ids))[layer.kind]
-                scalar = scalars[index].layer_scalar
-                encoded[ids] = layer.encode(encoded[ids], rope, kept[ids], None, scalar)
-                mx.eval(encoded[ids])
-            for number, state in enumerate(states):
-                rope = model.rope.span(len(state.context), len(state.canvas))[layer.kind]
-                decoded[number] = layer.decode(decoded[number], rope, kept[state.context])
-                mx.eval(decoded[number])
-            decoder.layers[index] = Layer(text, index)  # lets go of the weights
-            mx.clear_cache()
-            on_layer()
-        return [decoder.norm(x)[0] for x in decoded]
-
-    def logits(self, hidden: mx.array) -> mx.array:
-        """float32 [rows, V] after the softcap."""
-        return self._model.softcap(self._model.raw_logits(hidden[None]))[0]
 
 
 def compare(

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.convert.conversion import resolve_source
+from mlx_dgemma.convert.origin import resolve_source
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Packed, Source, Tensor, open_source, slices
 from mlx_dgemma.convert.stream import is_finite

@@ -137,6 +137,10 @@ class Workspace:
         self.finished[filename] = entry
         self.write_journal()
 
+    def discard(self) -> None:
+        """The source turned out to be damaged, so nothing made of it is worth keeping."""
+        shutil.rmtree(self.folder)
+
     def publish(self) -> None:
         """Give the finished folder its name; an old output leaves only after the new one is in."""
         (self.folder / _LOCK).unlink()

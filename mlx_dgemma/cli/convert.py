@@ -53,7 +53,7 @@ def _convert(arguments: list[str]) -> int:
     rules: list[Rule] = [parse_rule(text) for text in args.q_rule]
     if args.q_rules_file is not None:
         rules = read_rules(Path(args.q_rules_file)) + rules
-    with _progress() as progress:
+    with _progress() as progress, _say_how_to_go_on():
         report = convert(
             args.hf_path,
             args.mlx_path,
@@ -201,6 +201,15 @@ def _inspect(arguments: list[str]) -> int:
     for fit in found.fits:
         console.print(f"  Mac with {fit.memory_gb:>3} GB: {words[fit.fits]}")
     return 0
+
+
+@contextmanager
+def _say_how_to_go_on() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        print("interrupted; run the same command again to go on", file=sys.stderr)
+        raise
 
 
 @contextmanager

@@ -123,7 +123,7 @@ def test_applied_at_load_equals_merged(make, base, tmp_path):
 
 
 def test_applied_to_a_quantized_model(make, base, tmp_path):
-    """Every adapted matrix is within a quantization step of the merged one."""
+    """Two roundings, so within two quantization steps of the merged matrix."""
     folder, _ = make(**SETTINGS["experts"])
     convert(base, tmp_path / "eight", recipe="8bit", dtype="float32")
     convert(base, tmp_path / "merged", adapter_path=folder, dtype="float32")
@@ -136,7 +136,7 @@ def test_applied_to_a_quantized_model(make, base, tmp_path):
             )
             step = float(found.scales.max())
             found.dequantize(mx.float32)
-            assert mx.abs(found.weight - expected.weight).max().item() <= 1.01 * step
+            assert mx.abs(found.weight - expected.weight).max().item() <= 2 * step
 
 
 def test_encoder_deltas_must_be_the_decoders(make, base):

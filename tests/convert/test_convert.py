@@ -243,7 +243,7 @@ def test_nan_and_overflow_are_told_apart(config, tensors, write, tmp_path):
     source = write(tmp_path / "large", config, damaged)
     with pytest.raises(CheckpointError, match="beyond the range of float16"):
         convert(source, tmp_path / "out", quantize=True, dtype="float16")
-    assert not (tmp_path / "out").exists()
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_a_folder_reached_by_relative_path(checkpoint, tmp_path, monkeypatch):

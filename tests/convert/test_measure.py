@@ -7,17 +7,12 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.convert import convert
-from mlx_dgemma.convert.measure import (
-    BY_SIZE,
-    Streamed,
-    compare,
-    measure,
-    neighbours,
-    record,
-)
+from mlx_dgemma.convert.measure import BY_SIZE, compare, measure, neighbours
 from mlx_dgemma.convert.plan import make_plan
 from mlx_dgemma.convert.recipes import RECIPES, custom
 from mlx_dgemma.convert.source import dense_shapes, open_source
+from mlx_dgemma.convert.streamed import Streamed
+from mlx_dgemma.convert.trajectories import record
 from mlx_dgemma.model import load_model
 
 PROMPTS = [[3, 4, 5, 6, 7], [11, 12, 13]]
