@@ -19,6 +19,11 @@ from typing import NoReturn, Protocol
 
 from mlx_dgemma.errors import DGemmaError
 
+try:
+    import termios
+except ImportError:  # not a Unix
+    termios = None  # type: ignore[assignment]
+
 USER_ERROR = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
@@ -65,10 +70,10 @@ def command(body: Body) -> Main:
 
 @contextmanager
 def stop_on_interrupt() -> Iterator[Event]:
-    """Yields the event that the first Ctrl-C sets; a second one interrupts at once.
+    """Yields the event that the first Ctrl-C (or a request to end) sets; a second interrupts.
 
     Generation looks at it between denoising steps, so that a run ends with its last committed
-    block on the screen instead of a traceback.
+    block on the screen and the terminal as it was, instead of a traceback.
     """
     cancel = Event()
     if current_thread() is not main_thread():
@@ -80,8 +85,28 @@ def stop_on_interrupt() -> Iterator[Event]:
             raise KeyboardInterrupt
         cancel.set()
 
-    previous = signal.signal(signal.SIGINT, request)
+    previous = {
+        number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield cancel
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def quiet_keyboard() -> Iterator[None]:
+    """Keeps what is typed meanwhile from showing up in a drawing; it is read afterwards."""
+    if termios is None or not sys.stdin.isatty():
+        yield
+        return
+    keyboard = sys.stdin.fileno()
+    before = termios.tcgetattr(keyboard)
+    quiet = termios.tcgetattr(keyboard)
+    quiet[3] &= ~termios.ECHO
+    termios.tcsetattr(keyboard, termios.TCSADRAIN, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)

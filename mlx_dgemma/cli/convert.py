@@ -43,6 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _convert(arguments: list[str]) -> int:
     args = convert_parser().parse_args(arguments)
     from mlx_dgemma.convert import convert
+    from mlx_dgemma.convert.plan import grouped
     from mlx_dgemma.convert.recipes import Rule, describe, parse_rule, read_rules
 
     if args.list_recipes:
@@ -78,7 +79,7 @@ def _convert(arguments: list[str]) -> int:
     if args.json:
         print(json.dumps(report.as_dict(), indent=2))
         return 0
-    for line in report.alternatives:
+    for line in grouped(report.alternatives):
         print(f"note: {line}", file=sys.stderr)
     if report.resumed:
         print(f"kept {len(report.resumed)} finished files of an earlier run", file=sys.stderr)

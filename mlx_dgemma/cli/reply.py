@@ -12,6 +12,7 @@ from rich.text import Text
 
 from mlx_dgemma.cli import summary
 from mlx_dgemma.cli.canvas import THINKING, printable
+from mlx_dgemma.cli.command import quiet_keyboard
 from mlx_dgemma.cli.live import LiveView, describe_call, fit
 from mlx_dgemma.cli.session import Session
 from mlx_dgemma.decoding.events import Commit, Event, Finish
@@ -96,13 +97,14 @@ def receive(events: Iterable[Event], session: Session, console: Console, *, live
     """
     reply = Reply()
     if live:
-        with LiveView(
+        view = LiveView(
             console,
             session.pieces,
             session.tokenizer.stop_ids,
             max_denoising_steps=session.max_denoising_steps,
             pace=session.pace,
-        ) as view:
+        )
+        with quiet_keyboard(), view:
             view.note("reading the prompt")
             _follow(events, reply, view)
         reply.held_seconds = view.held_seconds

@@ -103,6 +103,29 @@ def test_ctrl_c_ends_a_reply_cleanly() -> None:
     assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
 
 
+def test_a_request_to_end_leaves_the_terminal_as_it_was() -> None:
+    terminal = Terminal("generate", "-p", "abc", *ENDLESS)
+    terminal.wait_for("step 3 of")
+    os.kill(terminal.process.pid, signal.SIGTERM)
+    assert terminal.finish() == 130
+    assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
+
+
+def test_typing_ahead_does_not_disturb_the_drawing() -> None:
+    terminal = Terminal("chat", *ENDLESS)
+    terminal.wait_for("› ")
+    terminal.type("hello\n")
+    terminal.wait_for("step 3 of")
+    terminal.type("/seed 4\n")
+    seen = len(terminal.output)
+    terminal.wait_for("step 20 of")
+    assert "/seed" not in terminal.output[seen:]
+    os.kill(terminal.process.pid, signal.SIGINT)
+    terminal.wait_for("Every reply uses seed 4.")
+    terminal.type("\x04")
+    assert terminal.finish() == 0
+
+
 def test_ctrl_c_in_a_chat_ends_the_reply_and_not_the_chat() -> None:
     terminal = Terminal("chat", *ENDLESS)
     terminal.wait_for("› ")
