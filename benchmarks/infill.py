@@ -137,11 +137,11 @@ def signals(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     """What a pinned position tells the next step: its own embedding, nothing, or the prediction."""
     certain = denoise._signal
 
-    def predicted(model: Any, seen: Any, now: float, pins: Any) -> mx.array:
-        return certain(model, seen, now, None)
+    def predicted(model: Any, seen: Any, now: float, pins: Any, *rest: Any) -> mx.array:
+        return certain(model, seen, now, None, *rest)
 
-    def zero(model: Any, seen: Any, now: float, pins: Any) -> mx.array:
-        soft = certain(model, seen, now, None)
+    def zero(model: Any, seen: Any, now: float, pins: Any, *rest: Any) -> mx.array:
+        soft = certain(model, seen, now, None, *rest)
         return soft if pins is None else mx.where(pins[1][..., None], 0.0, soft)
 
     figures = {}

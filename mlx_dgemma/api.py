@@ -19,6 +19,7 @@ from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 from mlx_dgemma.decoding.settings import (
+    Conditioning,
     DecodingSettings,
     EmptyReplyPolicy,
     SamplerName,
@@ -129,6 +130,7 @@ def stream_generate(
     cancel: threading.Event | None = None,
     on_unconverged: UnconvergedPolicy = "commit",
     empty_reply: EmptyReplyPolicy = "reroll",
+    conditioning: Conditioning = "auto",
     sliced_head: bool = False,
     logprobs: bool = False,
     trace: str | Path | None = None,
@@ -166,6 +168,7 @@ def stream_generate(
             "canvas_length": canvas_length,
             "on_unconverged": on_unconverged,
             "empty_reply": empty_reply,
+            "conditioning": conditioning,
             "sliced_head": sliced_head,
         },
     )
@@ -215,6 +218,7 @@ class Options(TypedDict, total=False):
     cache: PromptCache | None
     on_unconverged: UnconvergedPolicy
     empty_reply: EmptyReplyPolicy
+    conditioning: Conditioning
     sliced_head: bool
     logprobs: bool
     trace: str | Path | None

@@ -25,7 +25,12 @@ from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
-from mlx_dgemma.kernels.soft_embeddings import scale_embeddings
+from mlx_dgemma.kernels.soft_embeddings import (
+    DROPPED_MASS,
+    Survivors,
+    gather_soft_embeddings,
+    scale_embeddings,
+)
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -118,6 +123,7 @@ def denoise_block(
 
     results: dict[int, BlockResult] = {}
     sampler = make_sampler(settings)
+    sparse = settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
     stop = StableAndConfident(
         settings.stability_threshold, settings.confidence_threshold, len(requests)
     )
@@ -142,7 +148,9 @@ def denoise_block(
         )
         changed = True if batch.draft is None else seen.draft != batch.draft
         batch.settled = mx.where(changed, taken, batch.settled)
-        mx.eval(decision.status, decision.complete, seen.draft, seen.entropy, batch.settled)
+        survivors = seen.logits.survivors(seen.stats, now) if sparse and step > 1 else None
+        report = _report(decision.status, survivors, batch.pins)
+        mx.eval(report, decision.complete, seen.draft, seen.entropy, batch.settled)
         yield Step(
             place=place,
             rows=tuple(batch.rows),
@@ -154,7 +162,8 @@ def denoise_block(
         )
 
         # The one host read of a step.
-        repeated, mean_entropy, finite = np.array(decision.status).T
+        numbers = np.array(report)
+        repeated, mean_entropy, finite = numbers[:-2].reshape(-1, 3).T
         if not finite.all():
             raise NumericsError(
                 f"The network's logits are not finite at block {block}, denoising step {taken}: "
@@ -175,7 +184,8 @@ def denoise_block(
             )
         if ended.all():
             break
-        batch.signal = _signal(model, seen, now, batch.pins)
+        few = survivors if numbers[-2] < DROPPED_MASS else None
+        batch.signal = _signal(model, seen, now, batch.pins, few, int(numbers[-1]))
         batch.canvas, batch.draft = decision.canvas, seen.draft
         if ended.any():
             going = np.flatnonzero(~ended)
@@ -256,11 +266,38 @@ def _sample_probability(model: Model, seen: _Prediction, now: float) -> mx.array
     return mx.exp(tempered - seen.stats.log_z.reshape(tempered.shape))
 
 
-def _signal(
-    model: Model, seen: _Prediction, now: float, pins: tuple[mx.array, mx.array] | None
+def _report(
+    status: mx.array, survivors: Survivors | None, pins: tuple[mx.array, mx.array] | None
 ) -> mx.array:
-    """The next step's self-conditioning [b, C, H]; a pinned position's is its own embedding."""
-    soft = seen.logits.signal(seen.stats, now)
+    """float32 [3 b + 2]: every row's status, then the most probability dropped and tokens kept."""
+    if survivors is None:
+        return mx.concatenate([status.reshape(-1), mx.array([1.0, 0.0])])
+    dropped, count = survivors.dropped, survivors.counts
+    if pins is not None:  # a pinned position's signal is its own embedding
+        free = mx.logical_not(pins[1].reshape(-1))
+        dropped, count = dropped * free, count * free
+    return mx.concatenate([status.reshape(-1), dropped.max()[None], count.max()[None]])
+
+
+def _signal(
+    model: Model,
+    seen: _Prediction,
+    now: float,
+    pins: tuple[mx.array, mx.array] | None,
+    survivors: Survivors | None = None,
+    kept: int = 0,
+) -> mx.array:
+    """The next step's self-conditioning [b, C, H]; a pinned position's is its own embedding.
+
+    survivors: the tokens to sum over, at most `kept` per position; None sums over all.
+    """
+    if survivors is None:
+        soft = seen.logits.signal(seen.stats, now)
+    else:
+        width = 1 << max(kept - 1, 0).bit_length()  # few different shapes
+        table = model.embedding_matrix
+        soft = gather_soft_embeddings(survivors, table, width=width, scale=model.embed_scale)
+        soft = soft.reshape(*seen.draft.shape, -1)
     if pins is None:
         return soft
     ids, pinned = pins

@@ -14,7 +14,12 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics, sliced_row_statistics
-from mlx_dgemma.kernels.soft_embeddings import sliced_soft_embeddings, soft_embeddings
+from mlx_dgemma.kernels.soft_embeddings import (
+    Survivors,
+    select_survivors,
+    sliced_soft_embeddings,
+    soft_embeddings,
+)
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import Model
@@ -31,6 +36,9 @@ class Logits(Protocol):
 
     def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
         """Soft embeddings [b, C, H] of the tempered logits."""
+
+    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+        """The tokens that carry each row's probability."""
 
     def at(self, ids: mx.array) -> mx.array:
         """float32 [b, C]: the raw logit of one id per position, ids int32 [b, C]."""
@@ -66,6 +74,10 @@ class WholeLogits:
             scale=self._model.embed_scale,
         )
         return soft.reshape(*self._raw.shape[:2], -1)
+
+    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+        dtype = self._model.embedding_matrix.dtype
+        return select_survivors(self._rows, stats.log_z, temperature, dtype, softcap=self._softcap)
 
     def at(self, ids: mx.array) -> mx.array:
         return mx.take_along_axis(self._raw, ids[..., None], axis=-1)[..., 0].astype(mx.float32)
@@ -107,6 +119,9 @@ class SlicedLogits:
             scale=self._scale,
         )
         return soft.reshape(self._hidden.shape)
+
+    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+        raise ValueError("a sliced head sums its signal densely")
 
     def at(self, ids: mx.array) -> mx.array:
         rows = self._table.take(ids).astype(self._hidden.dtype)

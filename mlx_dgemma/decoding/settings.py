@@ -11,6 +11,7 @@ from mlx_dgemma.errors import InputError
 SamplerName = Literal["entropy-bound", "confidence-threshold"]
 UnconvergedPolicy = Literal["commit", "warn", "refuse"]
 EmptyReplyPolicy = Literal["reroll", "suppress", "allow"]
+Conditioning = Literal["auto", "dense", "sparse"]
 
 
 class GenerationDefaults(Protocol):
@@ -47,6 +48,11 @@ class DecodingSettings:
     canvas_length: positions denoised together; None is the checkpoint's own.
     on_unconverged: what happens to a block that used every step without stopping.
     empty_reply: what happens when the first draft of a request holds nothing but a stop id.
+    conditioning: how the self-conditioning signal is summed. "dense" multiplies every
+        probability with the embedding table; "sparse" takes the tokens that carry all but
+        1/256 of a position's probability, in steps where every position has so few. Their
+        difference is below the rounding of 16-bit logits, so "auto" is sparse where
+        activations have 16 bits and dense in float32.
     sliced_head: never hold the logits of a canvas, only a slice of the vocabulary at a time;
         the same values for less memory and a second pass over the head.
     """
@@ -64,6 +70,7 @@ class DecodingSettings:
     canvas_length: int | None = None
     on_unconverged: UnconvergedPolicy = "commit"
     empty_reply: EmptyReplyPolicy = "reroll"
+    conditioning: Conditioning = "auto"
     sliced_head: bool = False
 
     def __post_init__(self) -> None:
@@ -82,8 +89,15 @@ class DecodingSettings:
             ("sampler", get_args(SamplerName)),
             ("on_unconverged", get_args(UnconvergedPolicy)),
             ("empty_reply", get_args(EmptyReplyPolicy)),
+            ("conditioning", get_args(Conditioning)),
         ):
             self._require(name, getattr(self, name) in options, " or ".join(map(repr, options)))
+
+    def sparse_conditioning(self, bits: int) -> bool:
+        """Whether the signal may be summed sparsely when activations have this many bits."""
+        if self.conditioning == "auto":
+            return bits == 16 and not self.sliced_head
+        return self.conditioning == "sparse" and not self.sliced_head
 
     def _require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:

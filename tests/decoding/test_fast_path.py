@@ -151,3 +151,34 @@ def test_foreign_files_are_no_traces(demo, tmp_path):
         replay(*demo, path)
     with pytest.raises(InputError, match="Cannot read"):
         replay(*demo, tmp_path / "absent.json")
+
+
+def test_a_sparse_signal_stays_within_its_bound(demo, context):
+    """Twice the dropped mass times the largest embedding, whatever the logits are."""
+    model, _ = demo
+    request = CanvasRequest(SeededDraws(2), Pins.from_template([None] * 31 + [1]))
+    signals = {}
+    for conditioning in ("dense", "sparse"):
+        settings = DecodingSettings(max_denoising_steps=6, conditioning=conditioning, temp=0.0)
+        spy = Spy(model)
+        finish(denoise_block(spy, context, settings, [request]))
+        signals[conditioning] = spy.signals
+    table = np.array(model.embedding_rows(mx.arange(model.config.text.vocab_size)))
+    bound = 2 * 2**-8 * np.linalg.norm(table, axis=1).max() * model.embed_scale
+    first = {name: values[1] for name, values in signals.items()}  # the same canvas before it
+    assert np.linalg.norm(first["dense"] - first["sparse"], axis=-1).max() <= bound
+
+
+class Spy:
+    """The model, with an ear at the decoder pass."""
+
+    def __init__(self, model):
+        self._model = model
+        self.signals = []
+
+    def __getattr__(self, name):
+        return getattr(self._model, name)
+
+    def hidden(self, canvas, cache, soft_embeddings=None):
+        self.signals.append(None if soft_embeddings is None else np.array(soft_embeddings))
+        return self._model.hidden(canvas, cache, soft_embeddings)

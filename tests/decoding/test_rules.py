@@ -190,6 +190,7 @@ def test_the_first_stop_id_anywhere_cuts(ids, expected):
         ("sampler", "ddim"),
         ("on_unconverged", "ignore"),
         ("empty_reply", "retry"),
+        ("conditioning", "thin"),
     ],
 )
 def test_impossible_settings_are_named(name, value):
@@ -262,3 +263,19 @@ def test_strength_noises_its_share_of_the_draft():
 def test_impossible_strengths_are_named(strength):
     with pytest.raises(InputError, match="strength"):
         Start(np.zeros(1, np.int32), strength)
+
+
+@pytest.mark.parametrize(
+    ("conditioning", "sliced", "bits", "sparse"),
+    [
+        ("auto", False, 16, True),
+        ("auto", False, 32, False),
+        ("auto", True, 16, False),
+        ("dense", False, 16, False),
+        ("sparse", False, 32, True),
+        ("sparse", True, 16, False),
+    ],
+)
+def test_the_signal_is_summed_sparsely_only_where_it_may(conditioning, sliced, bits, sparse):
+    settings = DecodingSettings(conditioning=conditioning, sliced_head=sliced)
+    assert settings.sparse_conditioning(bits) is sparse
