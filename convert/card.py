@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_dgemma.convert.plan import Plan
+from mlx_dgemma.convert.plan import Plan, grouped
 from mlx_dgemma.convert.recipes import MIXES, RECIPES
 from mlx_dgemma.errors import ResourceError
 
@@ -50,7 +50,7 @@ def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
     ]
     if plan.alternatives:
         lines += ["Not as the recipe asked, because a width did not allow it:", ""]
-        lines += [f"- {line}" for line in plan.alternatives] + [""]
+        lines += [f"- {line}" for line in grouped(plan.alternatives)] + [""]
     if plan.layout == "mlx":
         lines += ["```sh", 'mlx_dgemma.generate --model FOLDER --prompt "Hello"', "```", ""]
     return "\n".join(lines)

@@ -114,7 +114,7 @@ def convert(
     )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
-    target = Path(mlx_path)
+    target = Path(mlx_path).expanduser().resolve()
     if not dry_run and not Path(hf_path).is_dir():
         foresee_disk(str(hf_path), revision, target, chosen, dtype)
     folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
@@ -142,7 +142,7 @@ def convert(
         report = Report(
             source=str(hf_path),
             revision=source_revision(folder),
-            target=str(target),
+            target=str(mlx_path),
             recipe=chosen.name,
             layout=plan.layout,
             dtype=plan.dtype,
@@ -184,7 +184,7 @@ def _measure(
         recipes,
         driver=written,
         adapter=adapter,
-        scratch=target.absolute().parent,
+        scratch=target.parent,
         progress=progress,
     )
     if not dry_run:

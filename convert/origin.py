@@ -39,7 +39,7 @@ def foresee_disk(
     config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
     shapes = dense_shapes(config)
     plan = make_plan(config, read_json(Path(path)), shapes, recipe, dtype=dtype or "bfloat16")
-    check_disk(target.absolute().parent, plan.total_size)
+    check_disk(target.parent, plan.total_size)
 
 
 def source_revision(folder: Path) -> str | None:

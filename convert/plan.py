@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -21,6 +23,7 @@ from mlx_dgemma.errors import InputError
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import Quantization, matrices
 
+_LAYER = re.compile(r"\.layers\.\d+\.")
 _STORED = {"uint32": "U32", "uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
@@ -174,3 +177,9 @@ def published_dialect(raw: Mapping[str, Any], config: ModelConfig) -> dict[str, 
         if isinstance(rope, dict) and rope.get("rope_type") == "axial":
             rope["rope_type"] = "default"
     return target
+
+
+def grouped(alternatives: Iterable[str]) -> list[str]:
+    """The same remarks with those of many layers in one line."""
+    counts = Counter(_LAYER.sub(".layers.N.", line) for line in alternatives)
+    return [line if count == 1 else f"{line} ({count} times)" for line, count in counts.items()]

@@ -5,7 +5,7 @@ import json
 import pytest
 from real_shapes import published_config, write_sparse
 
-from mlx_dgemma.convert.plan import make_plan, published_dialect
+from mlx_dgemma.convert.plan import grouped, make_plan, published_dialect
 from mlx_dgemma.convert.recipes import (
     MIXES,
     RECIPES,
@@ -141,6 +141,9 @@ def test_alternatives_are_reported_by_module():
         line.startswith("model.decoder.layers.0.experts.down_proj: 704")
         for line in plan.alternatives
     )
+    notes = grouped(plan.alternatives)
+    assert len(notes) < 10 < len(plan.alternatives)
+    assert any("layers.N.experts.down_proj" in note and "(30 times)" in note for note in notes)
     block = plan.config["quantization"]
     assert block["group_size"] == 128
     assert block["model.decoder.layers.0.experts.down_proj"] == {"group_size": 64, "bits": 4}
