@@ -7,91 +7,19 @@ refused here, in one sentence that names file, key and value.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
+from mlx_dgemma.model.section import Section, read_json
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 MODEL_TYPE = "diffusion_gemma"
 ACTIVATION = "gelu_pytorch_tanh"
 DTYPES = ("bfloat16", "float16", "float32")
-_REQUIRED = object()
-
-
-class _Section:
-    """One JSON object of a file; every complaint about it names file, key and value."""
-
-    def __init__(self, values: Any, source: str, prefix: str = ""):
-        self.source, self.prefix = source, prefix
-        if not isinstance(values, Mapping):
-            where = f"{prefix.rstrip('.')} in {source}" if prefix else source
-            raise CheckpointError(f"{where} must be a JSON object, not {values!r}.")
-        self.values = values
-
-    def refuse(self, key: str, why: str) -> CheckpointError:
-        value = json.dumps(self.values.get(key), default=str)
-        return CheckpointError(f"{self.source}: {self.prefix}{key} = {value} {why}.")
-
-    def get(self, key: str, default: Any = None) -> Any:
-        value = self.values.get(key)
-        return default if value is None else value
-
-    def section(self, key: str) -> _Section:
-        return _Section(self.values.get(key), self.source, f"{self.prefix}{key}.")
-
-    def integer(self, key: str, default: Any = _REQUIRED, minimum: int = 1) -> int:
-        value = self._present(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise self.refuse(key, f"must be an integer of at least {minimum}")
-        return value
-
-    def number(self, key: str, default: Any = _REQUIRED, minimum: float = 0.0) -> float:
-        value = self._present(key, default)
-        numeric = isinstance(value, int | float) and not isinstance(value, bool)
-        if not numeric or not minimum <= value < float("inf"):
-            raise self.refuse(key, f"must be a number of at least {minimum:g}")
-        return float(value)
-
-    def positive(self, key: str, default: Any = _REQUIRED) -> float:
-        value = self.number(key, default)
-        if value == 0.0:
-            raise self.refuse(key, "must be greater than 0")
-        return value
-
-    def flag(self, key: str, default: bool) -> bool:
-        value = self._present(key, default)
-        if not isinstance(value, bool):
-            raise self.refuse(key, "must be true or false")
-        return value
-
-    def only(self, key: str, allowed: tuple[Any, ...], default: Any) -> Any:
-        """The value, if it is one this runtime supports."""
-        value = self.get(key, default)
-        if value not in allowed:
-            names = " or ".join(json.dumps(v) for v in allowed)
-            raise self.refuse(key, f"is not supported; this runtime serves {names}")
-        return value
-
-    def ids(self, key: str) -> tuple[int, ...]:
-        """One token id or a list of them; empty when the key is absent or null."""
-        value = self.get(key, [])
-        listed = value if isinstance(value, list | tuple) else [value]
-        if any(isinstance(i, bool) or not isinstance(i, int) or i < 0 for i in listed):
-            raise self.refuse(key, "must be a token id or a list of token ids")
-        return tuple(listed)
-
-    def _present(self, key: str, default: Any) -> Any:
-        value = self.values.get(key)
-        if value is not None:
-            return value
-        if default is _REQUIRED:
-            raise CheckpointError(f"{self.source}: {self.prefix}{key} is missing.")
-        return default
 
 
 @dataclass(frozen=True)
@@ -142,7 +70,7 @@ class TextConfig:
         )
 
     @classmethod
-    def from_section(cls, text: _Section, dtype: str | None = None) -> TextConfig:
+    def from_section(cls, text: Section, dtype: str | None = None) -> TextConfig:
         text.only("tie_word_embeddings", (True,), True)
         text.only("attention_bias", (False,), False)
         text.only("hidden_activation", (ACTIVATION,), ACTIVATION)
@@ -178,7 +106,7 @@ class TextConfig:
         config._check(text)
         return config
 
-    def _check(self, text: _Section) -> None:
+    def _check(self, text: Section) -> None:
         heads = self.num_attention_heads
         if self.top_k_experts > self.num_experts:
             raise text.refuse(
@@ -196,7 +124,7 @@ class TextConfig:
                 raise CheckpointError(f"{text.source}: {text.prefix}{key} = {dim} must be even.")
 
 
-def _layer_types(text: _Section) -> tuple[str, ...]:
+def _layer_types(text: Section) -> tuple[str, ...]:
     count = text.integer("num_hidden_layers")
     listed = text.get("layer_types")
     if listed is None:  # five sliding layers, then a full one; the last is always full
@@ -210,7 +138,7 @@ def _layer_types(text: _Section) -> tuple[str, ...]:
     return tuple(listed)
 
 
-def _full_attention_heads(text: _Section, layer_types: tuple[str, ...]) -> tuple[int, int]:
+def _full_attention_heads(text: Section, layer_types: tuple[str, ...]) -> tuple[int, int]:
     """(head_dim, key-value heads) of the full layers, from whichever dialect is written."""
     shared = text.integer("num_key_value_heads")
     head_dim = text.integer("global_head_dim", 512)
@@ -246,13 +174,13 @@ def _full_attention_heads(text: _Section, layer_types: tuple[str, ...]) -> tuple
     return result
 
 
-def _layer_index(layers: _Section, key: str, count: int) -> int:
+def _layer_index(layers: Section, key: str, count: int) -> int:
     if not key.isdecimal() or int(key) >= count:
         raise layers.refuse(key, f"names no layer; this model has {count}")
     return int(key)
 
 
-def _rope(text: _Section) -> tuple[float, float, float]:
+def _rope(text: Section) -> tuple[float, float, float]:
     """(sliding theta, full theta, full partial rotary factor)."""
     if text.get("rope_parameters") is None:
         return 10_000.0, 1_000_000.0, 0.25
@@ -288,7 +216,7 @@ class VisionConfig:
     use_clipped_linears: bool = False
 
     @classmethod
-    def from_section(cls, vision: _Section) -> VisionConfig:
+    def from_section(cls, vision: Section) -> VisionConfig:
         vision.only("model_type", ("gemma4_vision",), "gemma4_vision")
         vision.only("attention_bias", (False,), False)
         vision.only("hidden_activation", (ACTIVATION,), ACTIVATION)
@@ -339,8 +267,8 @@ class GenerationConfig:
     def from_dict(
         cls, values: Mapping[str, Any], *, source: str = "generation_config.json"
     ) -> GenerationConfig:
-        section = _Section(values, source)
-        sampler = _Section(section.get("sampler_config", {}), source, "sampler_config.")
+        section = Section(values, source)
+        sampler = Section(section.get("sampler_config", {}), source, "sampler_config.")
         sampler.only("_cls_name", ("EntropyBoundSamplerConfig",), "EntropyBoundSamplerConfig")
         config = cls(
             max_new_tokens=section.integer("max_new_tokens", cls.max_new_tokens),
@@ -393,7 +321,7 @@ class ModelConfig:
             in config.json. Raises CheckpointError on a missing, contradictory or unsupported
             value.
         """
-        top = _Section(config, source)
+        top = Section(config, source)
         if top.get("model_type") != MODEL_TYPE:
             raise top.refuse("model_type", f'is not a DiffusionGemma; expected "{MODEL_TYPE}"')
         top.only("tie_word_embeddings", (True,), True)
@@ -432,17 +360,7 @@ class ModelConfig:
         )
 
 
-def read_json(path: Path) -> Any:
-    """Parse a JSON file; CheckpointError when it cannot be read or is not JSON."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is not valid JSON ({error}); download it again.") from error
-
-
-def _generation(top: _Section, own_file: Mapping[str, Any] | None) -> GenerationConfig:
+def _generation(top: Section, own_file: Mapping[str, Any] | None) -> GenerationConfig:
     """Merge the three places of generation defaults, most specific last.
 
     Stop ids come from generation_config.json, else from config.json's nested
@@ -458,7 +376,7 @@ def _generation(top: _Section, own_file: Mapping[str, Any] | None) -> Generation
     return GenerationConfig.from_dict(merged, source=source)
 
 
-def _quantization(top: _Section) -> dict[str, Any] | None:
+def _quantization(top: Section) -> dict[str, Any] | None:
     """The `quantization` object (older files: `quantization_config`), checked."""
     key = "quantization" if top.get("quantization") is not None else "quantization_config"
     if top.get(key) is None:

@@ -19,7 +19,7 @@ import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model.adapters import merge_parameters, read_adapter
-from mlx_dgemma.model.config import ModelConfig, read_json
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.layers import Matrix
 from mlx_dgemma.model.names import (
     VISION_TOWER,
@@ -30,6 +30,7 @@ from mlx_dgemma.model.names import (
     tied_to,
 )
 from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.section import read_json
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -139,10 +140,13 @@ def load_model(
         parameters = merge_parameters(parameters, read_adapter(adapter_path, config), config)
     fill(model, parameters)
     if not lazy:
-        small = on_cpu and model.dtype == mx.float32 and _dense_bytes(config) <= EXPAND_BYTES
-        if small:
-            with mx.stream(unbound):
+        widened = on_cpu and model.dtype == mx.float32
+        small = widened and _dense_bytes(config) <= EXPAND_BYTES
+        with mx.stream(unbound):
+            if small:
                 expand(model)
+            if small or not widened:  # else 16-bit weights stay: twice their size is too much
+                cast(model)
         model.prepare()
         if small:
             for module in model.model.decoder.modules():
@@ -164,12 +168,19 @@ def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
 
 
 def expand(model: Model) -> None:
-    """Make every text tensor dense in the activation dtype (the vision tower stays lazy)."""
+    """Make every matrix dense in the activation dtype; what is unread stays unread."""
     for module in model.modules():
         if isinstance(module, Matrix):
             module.dequantize(model.dtype)
-    for part in (model.model.decoder, model.model.encoder):
-        part.apply(lambda tensor: tensor.astype(model.dtype))
+
+
+def cast(model: Model) -> None:
+    """Bring every float tensor to the activation dtype, so that none widens the activations."""
+    model.apply(
+        lambda tensor: (
+            tensor.astype(model.dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
+        )
+    )
 
 
 def read_headers(folder: Path) -> dict[str, Header]:

@@ -216,6 +216,18 @@ def test_sixteen_bit_weights_become_float32_on_the_cpu_backend(tmp_path):
     assert load_model(tmp_path, dtype=mx.float32).embed_scale == pytest.approx(48**0.5)
 
 
+def test_no_tensor_widens_the_activations(tmp_path):
+    """A float32 norm among 16-bit weights would turn everything behind it into float32."""
+    values = config(**WIDE) | {"quantization": {"group_size": 64, "bits": 4}}
+    model = load_model(write_plain(tmp_path, values), dtype=mx.bfloat16)
+    kinds = {tensor.dtype for _, tensor in tree_flatten(model.parameters())}
+    assert kinds == {mx.bfloat16, mx.uint32}
+    cache = model.make_cache()
+    model.prefill(IDS, cache)
+    assert model.hidden(CANVAS, cache).dtype == mx.bfloat16
+    assert cache.layers[0].keys.dtype == mx.bfloat16
+
+
 def test_every_wrong_tensor_in_one_message(tmp_path):
     def damage(tensors):
         del tensors["model.decoder.norm.weight"]
