@@ -10,4 +10,4 @@ from mlx_dgemma import generate, load
 
 path, prompt = [*sys.argv[1:], None, None][:2]
 model, tokenizer = load(path)
-print(generate(model, tokenizer, prompt or "Reverse the letters: canvas", seed=1))
+print(generate(model, tokenizer, prompt or "Reverse the letters CANVAS", seed=1))

@@ -126,7 +126,7 @@ def add_display(parser: argparse.ArgumentParser) -> None:
         "--pace",
         type=pace,
         metavar="SECONDS",
-        help="show every step at least this long (default: 0.1 for the demo checkpoint, else 0)",
+        help="show every step at least this long (default: 0.25 for the demo checkpoint, else 0)",
     )
 
 

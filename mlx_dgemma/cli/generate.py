@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.api import Prompt
     from mlx_dgemma.demo.tasks import Example
 
-DEFAULT_TASK = "list"
+DEFAULT_TASK = "sudoku"
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -28,7 +28,7 @@ DEMO_NOTICE = (
     f"The real model: --model {COMMUNITY}-4bit"
 )
 DEMO_NAME = "demo"
-DEMO_PACE = 0.1
+DEMO_PACE = 0.25
 PLANNED_CONTEXT = 8192
 
 

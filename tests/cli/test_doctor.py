@@ -14,7 +14,7 @@ from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
 from mlx_dgemma.hardware import Machine, machine
 
 GIB = 1 << 30
-BIT4 = 17_542_844_632
+BIT4 = 17_567_565_528
 
 
 def mac(gibibytes: int, **changed: object) -> Machine:
