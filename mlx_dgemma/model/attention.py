@@ -15,7 +15,7 @@ from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.context import LayerContext
 from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
 from mlx_dgemma.model.masks import encoder_mask
-from mlx_dgemma.model.rope import Table, rotate
+from mlx_dgemma.model.rope import Table
 
 # Queries of one encoder chunk that attend at a time, so that a sliding layer reads only the keys
 # near them.
@@ -99,15 +99,14 @@ class Attention(nn.Module):
         )
 
     def queries(self, queries: mx.array, rope: Table) -> mx.array:
-        return rotate(self.q_norm(queries).transpose(0, 2, 1, 3), *rope)
+        return kernels.normed_heads(queries, self.q_norm.weight, rope, self.eps)
 
     def keys_and_values(
         self, keys: mx.array, values: mx.array, rope: Table
     ) -> tuple[mx.array, mx.array]:
         """Normed and rotated keys, normed values, both [B, heads, L, D]."""
-        keys = rotate(self.k_norm(keys).transpose(0, 2, 1, 3), *rope)
-        values = mx.fast.rms_norm(values, None, self.eps).transpose(0, 2, 1, 3)
-        return keys, values
+        rotated = kernels.normed_heads(keys, self.k_norm.weight, rope, self.eps)
+        return rotated, kernels.normed_heads(values, None, None, self.eps)
 
     def prepare(self) -> None:
         names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]
