@@ -8,6 +8,7 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
@@ -15,7 +16,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_dgemma._version import __version__
@@ -31,7 +32,9 @@ from mlx_dgemma.server.responses import responses
 from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
 from mlx_dgemma.server.streams import EventStream
 
+PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 log = logging.getLogger("mlx_dgemma.server")
+_PATIENCE = 4  # how many times the limit a client may send before it is cut off
 Handler = Callable[[Engine, Fields, Request], Awaitable[Any]]
 
 
@@ -44,6 +47,9 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
 
     async def health(_: Request) -> Response:
         return JSONResponse({"status": "ok", "model": settings.model_name, "version": __version__})
+
+    async def no_icon(_: Request) -> Response:
+        return Response(status_code=204)
 
     async def models(_: Request) -> Response:
         return JSONResponse({"object": "list", "data": [_model_card(settings, created)]})
@@ -59,6 +65,8 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
 
     guard = _Guard(engine)
     routes = [
+        *(Route(path, guard(_page(name), open_to_all=True)) for path, name in PAGE.items()),
+        Route("/favicon.ico", guard(no_icon, open_to_all=True)),
         Route("/health", guard(health, open_to_all=True)),
         Route("/metrics", guard(render_metrics)),
         Route("/v1/models", guard(models)),
@@ -82,6 +90,21 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         exception_handlers={404: _no_such_route, 405: _no_such_route},
         lifespan=lifespan,
     )
+
+
+def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
+    """One file of the page, which loads nothing from anywhere else and sits in no frame."""
+
+    async def file(_: Request) -> Response:
+        headers = {
+            "content-security-policy": "default-src 'self'; "
+            "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
+            "x-content-type-options": "nosniff",
+            "cache-control": "no-cache",
+        }
+        return FileResponse(Path(__file__).parent / "page" / name, headers=headers)
+
+    return file
 
 
 def _middleware(settings: ServerSettings) -> list[Middleware]:
@@ -176,11 +199,16 @@ class _Guard:
         if kind != "application/json":
             raise ApiError(415, "The content type must be application/json.")
         limit = self._engine.settings.max_body_bytes
-        received = bytearray()
+        received, size = bytearray(), 0
         async for piece in request.stream():
-            received += piece
-            if len(received) > limit:
-                raise ApiError(413, f"The body is larger than {limit} bytes.")
+            size += len(piece)
+            if size <= limit:
+                received += piece
+            elif size > _PATIENCE * limit:
+                break
+        if size > limit:
+            # Read, though not kept: a client still sending would see a reset and no answer.
+            raise ApiError(413, f"The body is larger than {limit} bytes.")
         try:
             return json.loads(received, parse_constant=_no_constant)
         except (ValueError, RecursionError) as error:

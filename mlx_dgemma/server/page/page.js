@@ -1,0 +1,198 @@
+"use strict";
+// Chat over /v1/chat/completions with draft events; every text goes in as text, never as HTML.
+
+const $ = (id) => document.getElementById(id);
+const history = [];
+let running = null;
+
+function number(id) {
+  const value = $(id).value.trim();
+  return value === "" ? undefined : Number(value);
+}
+
+function headers() {
+  const key = $("key").value;
+  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+}
+
+function request() {
+  return {
+    model: "default",
+    messages: history,
+    stream: true,
+    stream_options: { include_drafts: true, include_usage: true },
+    enable_thinking: $("thinking").checked,
+    max_tokens: number("tokens"),
+    max_denoising_steps: number("steps"),
+    entropy_bound: number("bound"),
+    temperature: number("temperature"),
+    seed: number("seed"),
+  };
+}
+
+async function* events(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let held = "";
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;
+    held += value;
+    const parts = held.split("\n\n");
+    held = parts.pop();
+    for (const part of parts) {
+      if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
+    }
+  }
+}
+
+function addUser(text) {
+  const article = document.createElement("article");
+  article.className = "user";
+  const title = document.createElement("h2");
+  title.textContent = "You";
+  const words = document.createElement("p");
+  words.textContent = text;
+  article.append(title, words);
+  $("log").append(article);
+}
+
+class Reply {
+  constructor() {
+    const copy = $("reply").content.cloneNode(true);
+    this.root = copy.querySelector("article");
+    $("log").append(copy);
+    this.drafts = [];
+    this.text = "";
+    this.find("input").addEventListener("input", (event) => this.draw(Number(event.target.value)));
+  }
+
+  find(selector) {
+    return this.root.querySelector(selector);
+  }
+
+  addText(text) {
+    this.text += text;
+    this.find(".text").textContent = this.text;
+  }
+
+  addThinking(text) {
+    this.find(".thinking").hidden = false;
+    this.find(".thinking p").textContent += text;
+  }
+
+  addCall(call) {
+    const shown = document.createElement("pre");
+    shown.textContent = `${call.function.name}(${call.function.arguments})`;
+    this.find(".calls").append(shown);
+  }
+
+  addDraft(draft) {
+    this.drafts.push(draft);
+    const slider = this.find("input");
+    const watching = Number(slider.value) >= Number(slider.max);
+    this.find(".canvas").hidden = false;
+    slider.max = String(this.drafts.length - 1);
+    if (!watching) return;
+    slider.value = slider.max;
+    this.draw(this.drafts.length - 1);
+  }
+
+  draw(index) {
+    const draft = this.drafts[index];
+    const firstChanged = draft.changed.length ? draft.changed[0][0] : draft.tokens.length;
+    const cells = draft.tokens.map((token, position) => {
+      const cell = document.createElement("span");
+      const control = /^<[^ ]+>$/.test(token) && token.includes("|") || token === "<eos>";
+      cell.textContent = control ? "·" : token;
+      cell.title = `${token} (entropy ${draft.entropy[position]} nats)`;
+      cell.style.setProperty("--sure", Math.exp(-draft.entropy[position]).toFixed(3));
+      cell.classList.toggle("control", control);
+      cell.classList.toggle("accepted", draft.accepted[position] === 1);
+      cell.classList.toggle("stable", position < firstChanged);
+      return cell;
+    });
+    this.find(".cells").replaceChildren(...cells);
+    const where = `block ${draft.block + 1}, step ${draft.step}`;
+    this.find(".where").textContent = `(${where}, mean entropy ${draft.mean_entropy.toFixed(3)})`;
+    this.find("input").setAttribute("aria-valuetext", where);
+  }
+
+  finish(facts, usage, warnings) {
+    const steps = facts ? facts.steps_per_block.join(", ") : "";
+    const parts = facts ? [`seed ${facts.seed}`, `steps per block: ${steps}`] : [];
+    if (usage) parts.push(`${usage.completion_tokens} tokens`);
+    this.find(".facts").textContent = [...parts, ...warnings].join(" · ");
+  }
+
+  fail(message) {
+    const line = document.createElement("p");
+    line.className = "error";
+    line.textContent = message;
+    this.root.append(line);
+  }
+}
+
+async function ask(text) {
+  history.push({ role: "user", content: text });
+  addUser(text);
+  const reply = new Reply();
+  let facts, usage, warnings = [];
+  running = new AbortController();
+  busy(true);
+  try {
+    const response = await fetch("v1/chat/completions", {
+      method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal,
+    });
+    if (!response.ok) throw new Error((await response.json()).error.message);
+    for await (const event of events(response)) {
+      if (event.error) throw new Error(event.error.message);
+      if (event.x_draft) reply.addDraft(event.x_draft);
+      usage = event.usage || usage;
+      warnings = event.x_warnings || warnings;
+      for (const choice of event.choices || []) {
+        facts = choice.x_diffusion || facts;
+        if (choice.delta.content) reply.addText(choice.delta.content);
+        if (choice.delta.reasoning) reply.addThinking(choice.delta.reasoning);
+        for (const call of choice.delta.tool_calls || []) reply.addCall(call);
+      }
+    }
+    $("status").textContent = "Reply complete.";
+  } catch (error) {
+    if (error.name !== "AbortError") reply.fail(error.message);
+    $("status").textContent = error.name === "AbortError" ? "Stopped." : "The request failed.";
+  }
+  reply.finish(facts, usage, warnings);
+  history.push({ role: "assistant", content: reply.text });
+  busy(false);
+}
+
+function busy(on) {
+  $("send").disabled = on;
+  $("stop").disabled = !on;
+  if (on) $("status").textContent = "Denoising…";
+  else running = null;
+}
+
+$("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = $("prompt").value.trim();
+  if (!text || running) return;
+  $("prompt").value = "";
+  ask(text);
+});
+$("prompt").addEventListener("keydown", (event) => {
+  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+    event.preventDefault();
+    $("composer").requestSubmit();
+  }
+});
+$("stop").addEventListener("click", () => running && running.abort());
+$("clear").addEventListener("click", () => {
+  if (running) running.abort();
+  history.length = 0;
+  $("log").replaceChildren();
+  $("prompt").focus();
+});
+fetch("health").then((answer) => answer.json()).then((body) => {
+  $("model").textContent = body.model;
+});

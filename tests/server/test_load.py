@@ -1,0 +1,92 @@
+"""Many clients at once: some leave, some send nonsense; nobody else notices."""
+
+import random
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import httpx2
+
+from .conftest import Script, user
+from .test_clients import running
+
+CLIENTS = 50
+REQUESTS = 3
+REPLY = "word " * 4
+
+
+def test_fifty_clients_some_of_whom_misbehave() -> None:
+    script = Script(REPLY, pause=0.01)
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def note(outcome: str) -> None:
+        with lock:
+            outcomes[outcome] += 1
+
+    def behave(url: str, seed: int) -> None:
+        rng = random.Random(seed)
+        chat = f"{url}/v1/chat/completions"
+        with httpx2.Client(timeout=60) as client:
+            for _ in range(REQUESTS):
+                stream = rng.random() < 0.5
+                body: dict[str, Any] = {"messages": user(), "stream": stream, "seed": seed}
+                what = rng.choice(["ask", "ask", "leave", "malformed", "oversized"])
+                if what == "ask":
+                    answer = client.post(chat, json=body)
+                    if answer.status_code == 429:
+                        assert answer.headers["retry-after"]
+                        note("429")
+                        continue
+                    assert answer.status_code == 200
+                    assert answer.text.count("word") == 4
+                    assert stream == ("[DONE]" in answer.text)
+                    note("answered")
+                elif what == "leave":
+                    try:
+                        client.post(chat, json=body, timeout=rng.uniform(0.01, 0.2))
+                        note("stayed")
+                    except httpx2.TimeoutException:
+                        note("left")
+                elif what == "malformed":
+                    broken = rng.choice([b"{", b"[]", b'{"messages": 3}', b"\xff\xfe"])
+                    json_type = {"content-type": "application/json"}
+                    answer = client.post(chat, content=broken, headers=json_type)
+                    assert answer.status_code == 400
+                    note("refused")
+                else:
+                    big = {"messages": user("x" * 20_000)}
+                    assert client.post(chat, json=big).status_code == 413
+                    note("refused")
+
+    failures: list[BaseException] = []
+
+    def guarded(url: str, seed: int) -> None:
+        try:
+            behave(url, seed)
+        except BaseException as error:
+            failures.append(error)
+
+    limits = {"max_concurrent": 8, "max_waiting": 30, "max_body_bytes": 10_000}
+    with running(script, prefix_cache_bytes=0, **limits) as url:
+        threads = [threading.Thread(target=guarded, args=(url, i)) for i in range(CLIENTS)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not failures
+        _settled(url)
+        assert httpx2.post(f"{url}/v1/chat/completions", json={"messages": user()}).is_success
+    assert outcomes["answered"] > 0
+    assert outcomes["left"] > 0
+    assert sum(outcomes.values()) == CLIENTS * REQUESTS
+
+
+def _settled(url: str) -> None:
+    """Waits until requests whose clients left are gone as well."""
+    for _ in range(100):
+        if "mlx_dgemma_requests_admitted 0" in httpx2.get(f"{url}/metrics").text:
+            return
+        time.sleep(0.1)
+    raise AssertionError("requests are left over")
