@@ -1,0 +1,66 @@
+"""`mlx_dgemma.server` from the shell: flags, refusals, a start and a calm end."""
+
+import signal
+import socket
+import subprocess
+import sys
+import time
+
+import httpx2
+import pytest
+
+from mlx_dgemma.cli import server
+
+
+def test_flags_become_settings() -> None:
+    arguments = server.build_parser().parse_args(
+        ["--port", "9", "--api-key", "k", "--host", "0.0.0.0", "--max-body-mb", "2",
+         "--prefix-cache-mb", "0", "--cors-origin", "https://a.example", "--max-tokens", "5"]
+    )  # fmt: skip
+    settings = server._settings(arguments)
+    assert (settings.port, settings.api_key, settings.host) == (9, "k", "0.0.0.0")
+    assert (settings.max_body_bytes, settings.prefix_cache_bytes) == (2 << 20, 0)
+    assert settings.cors_origins == ("https://a.example",)
+    assert (settings.max_output_tokens, settings.max_concurrent) == (5, 4)
+    assert settings.model_name == "demo"
+
+
+@pytest.mark.parametrize(
+    ("flags", "says"),
+    [
+        (["--host", "0.0.0.0"], "set an API key"),
+        (["--max-concurrent", "0"], "max_concurrent=0 is not possible"),
+        (["--max-seconds", "0"], "max_seconds=0.0 is not possible"),
+        (["--model", "/no/such/folder"], "/no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_sentence(
+    flags: list[str], says: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv(server.KEY_VARIABLE, raising=False)
+    assert server.main(flags) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert "Traceback" not in error
+
+
+def test_it_starts_and_ends_when_asked() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    command = [sys.executable, "-m", "mlx_dgemma", "server", "--port", str(port)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    try:
+        for _ in range(600):
+            try:
+                assert httpx2.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
+                break
+            except httpx2.ConnectError:
+                assert process.poll() is None
+                time.sleep(0.2)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    assert f"http://127.0.0.1:{port}/v1" in errors
+    assert "Traceback" not in errors
