@@ -1,6 +1,6 @@
 """The demo model's shape and its checkpoint folder in the published dialect.
 
-python examples/train_demo/checkpoint.py mlx_dgemma/demo/checkpoint     # writes config, untrained weights
+python examples/train_demo/checkpoint.py mlx_dgemma/demo/checkpoint  # configs, untrained weights
 """
 
 import argparse
@@ -153,7 +153,7 @@ def untrained(settings: dict[str, Any], seed: int = 0) -> DiffusionGemmaForBlock
 
 
 def published_tensors(model: DiffusionGemmaForBlockDiffusion) -> dict[str, torch.Tensor]:
-    """bf16 tensors under the published names: each tied weight once, the encoder only where it has its own."""
+    """bf16 tensors under the published names, each tied weight once."""
     tensors = {}
     for name, value in model.state_dict().items():
         tied = name == "lm_head.weight" or (

@@ -114,13 +114,16 @@ class Stream:
 
 
 def noised(rows: list[Row], canvases: int, vocabulary: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Clean and noised canvases [B, K, C] and their pins: each open token is replaced with probability t ~ U(0, 1)."""
+    """Clean and noised canvases [B, K, C] and their pins.
+
+    Each token that is not pinned is replaced by a random one with probability t ~ U(0, 1).
+    """
     clean = (
         torch.tensor([row.canvas for row in rows])[:, None].expand(-1, canvases, -1).contiguous()
     )
     open_row = [[False] * CANVAS] * canvases
     pins = torch.tensor([row.pins if row.pins else open_row for row in rows])
-    B = len(rows)
+    B = len(rows)  # noqa: N806
     t = (
         torch.rand(B, 1) + torch.arange(canvases) / canvases
     ) % 1.0  # spread over (0, 1) within a prompt

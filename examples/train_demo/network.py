@@ -1,9 +1,9 @@
 """The training forward: prompt and canvases in one pass over the reference model's own weights.
 
-The encoder and the decoder share every weight but the layer scalars, and a decoder layer attends to the same
-layer of the encoder. So a row [prompt | canvas 1 | ... | canvas K] goes through the layers once, under a mask that
-lets the prompt see itself causally and every canvas see the prompt and itself. `test_parity` in train.py compares
-this with the reference class, encoder and decoder apart.
+The encoder and the decoder share every weight but the layer scalars, and a decoder layer attends to
+the same layer of the encoder. So a row [prompt | canvas 1 | ... | canvas K] goes through the layers
+once, under a mask that lets the prompt see itself causally and every canvas see the prompt and
+itself. tests/demo/test_training_forward.py compares this with the reference class.
 """
 
 from dataclasses import dataclass
@@ -60,9 +60,9 @@ class Batch:
 
     @classmethod
     def of(cls, prompts: list[list[int]], canvases: Tensor, window: int) -> "Batch":
-        """canvases [B, K, C]; shorter prompts are padded on the right, and nothing sees the padding."""
-        B, K, C = canvases.shape
-        P = -(-max(map(len, prompts)) // 2) * 2
+        """canvases [B, K, C]; prompts are padded on the right, and nothing sees the padding."""
+        B, K, C = canvases.shape  # noqa: N806
+        P = -(-max(map(len, prompts)) // 2) * 2  # noqa: N806
         lengths = torch.tensor([len(prompt) for prompt in prompts])
         padded = torch.zeros(B, P, dtype=torch.long)
         for row, prompt in enumerate(prompts):
@@ -121,7 +121,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def project(x: Tensor, cos: Tensor, sin: Tensor, heads: int, kv: int, dim: int, w: list[Tensor]):
-    """x [N, hidden] -> q [N, heads, dim], k and v [N, kv, dim]; a full layer has no value projection."""
+    """x [N, hidden] -> q [N, heads, dim], k and v [N, kv, dim]; full layers have no v_proj."""
     input_norm, q_norm, k_norm, q_proj, k_proj, *v_proj = w
     x = norm(x, input_norm)
     q = rotate(norm(F.linear(x, q_proj).view(-1, heads, dim), q_norm), cos[:, None], sin[:, None])
@@ -145,7 +145,7 @@ def before_experts(x: Tensor, mixed: Tensor, w: list[Tensor]):
 
 def experts(x: Tensor, index: Tensor, weight: Tensor, gate_up: Tensor, down: Tensor) -> Tensor:
     """Rows sorted by expert, one product per expert; x [N, H], index and weight [N, k]."""
-    N, k = index.shape
+    N, k = index.shape  # noqa: N806
     flat = index.reshape(-1)
     order = torch.argsort(flat)
     counts = torch.bincount(flat, minlength=gate_up.shape[0]).tolist()
@@ -218,7 +218,7 @@ class Network:
     def __call__(self, batch: Batch, signal: Tensor | None = None) -> Tensor:
         """Logits after the softcap for the canvases, [B, K*C, vocabulary]."""
         s, w = self.shape, self.weights
-        B, L = batch.ids.shape
+        B, L = batch.ids.shape  # noqa: N806
         in_canvas = (torch.arange(L) >= batch.prompt).float().repeat(B)[:, None]
         x = self.embed(batch, signal).reshape(B * L, -1)
         flat_positions = batch.positions.reshape(-1)
@@ -243,7 +243,8 @@ class Network:
             mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=1.0)
             mixed = mixed.transpose(1, 2).reshape(B * L, -1)
             names = "self_attn.o_proj.weight post_attention_layernorm pre_feedforward_layernorm"
-            names += " mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight post_feedforward_layernorm_1"
+            names += " mlp.gate_proj.weight mlp.up_proj.weight mlp.down_proj.weight"
+            names += " post_feedforward_layernorm_1"
             names += " pre_feedforward_layernorm_2 router.scale router.proj.weight"
             x, dense, h, scores = self.before(x, mixed, self._of(p, names))
             chosen, index = scores.topk(s.top_k, -1)

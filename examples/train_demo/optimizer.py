@@ -9,7 +9,10 @@ def is_matrix(name: str, value: Tensor) -> bool:
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:
-    """The nearest orthogonal matrices by Newton-Schulz iteration (Jordan et al., Muon, 2024); [n, rows, columns]."""
+    """The nearest orthogonal matrices, nearly; [n, rows, columns].
+
+    Newton-Schulz iteration with the coefficients of Jordan et al., Muon (2024).
+    """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
     x = matrices.mT if tall else matrices

@@ -1,4 +1,4 @@
-"""A quick sampler for checks during training: the reference's algorithm in batches, with pinned tokens."""
+"""A quick sampler: the reference's algorithm in batches, with pinned tokens."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ def denoise(
     steps: int = STEPS,
 ) -> Block:
     """One canvas a prompt; known [B, C] holds pinned ids and -1 where a token is to be found."""
-    B, C = len(prompts), network.shape.canvas
+    B, C = len(prompts), network.shape.canvas  # noqa: N806
     vocabulary = network.weights["model.decoder.embed_tokens.weight"].shape[0]
     pins = torch.zeros(B, C, dtype=torch.bool) if known is None else known >= 0
     sure = (

@@ -1,4 +1,4 @@
-"""Builds the demo checkpoint's tokenizer: BPE with byte fallback, special tokens spelled as in the real model.
+"""Builds the demo checkpoint's tokenizer: BPE with byte fallback and the real special tokens.
 
 python examples/train_demo/tokenizer.py mlx_dgemma/demo/checkpoint
 """
@@ -96,7 +96,7 @@ def corpus(examples_per_task: int = 4000) -> list[str]:
 
 
 def learn_merges(texts: list[str], count: int) -> list[tuple[str, str]]:
-    """BPE inside words and inside runs of punctuation; digits, uppercase letters, blanks and newlines stay alone."""
+    """BPE inside words and runs of punctuation; digits, capitals and newlines stay alone."""
     trained = Tokenizer(models.BPE())
     trained.normalizer = normalizers.Replace(" ", MARK)
     pieces = Regex(rf"{MARK}?[a-z]+|{MARK}?[^\sA-Za-z0-9_.\n{MARK}]+|[A-Z0-9_.\s{MARK}]")

@@ -2,8 +2,9 @@
 
     python examples/train_demo/train.py mlx_dgemma/demo/checkpoint --minutes 80 --run RUN_FOLDER
 
-The folder must hold the tokenizer and the settings (tokenizer.py and checkpoint.py write them). The schedule follows
-the wall clock: warm-up, a constant rate, then a linear decay that ends when the minutes are over.
+The folder must hold the tokenizer and the settings (tokenizer.py and checkpoint.py write them).
+The schedule follows the wall clock: warm-up, a constant rate, then a linear decay that ends when
+the minutes are over.
 """
 
 import argparse
@@ -31,7 +32,7 @@ BASE |= {"grid": 1.3, "list": 1.3, "sentence": 1.5, "json": 1.5}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
-    """The decoder's tensors and the layer scalars of both passes, as leaves that the model keeps sharing."""
+    """The decoder's tensors and both passes' layer scalars, as leaves that the model shares."""
     weights = {}
     for name, value in model.state_dict().items():
         if name.startswith("model.decoder.") or name.endswith("layer_scalar"):
@@ -201,7 +202,8 @@ def main() -> None:
         now = time.time()
         if now - reported > 60:
             pace = (now - reported) / len(losses)
-            line = f"{(now - started) / 60:6.1f} min  step {step:6d}  loss {sum(losses) / len(losses):.4f}"
+            line = f"{(now - started) / 60:6.1f} min  step {step:6d}"
+            line += f"  loss {sum(losses) / len(losses):.4f}"
             print(
                 f"{line}  balance {sum(balances) / len(balances):.2f}  {pace:.2f} s/step",
                 flush=True,

@@ -33,7 +33,8 @@ def declare(name, parameters, **more):
 
 
 WEATHER = declare(
-    "get_weather", {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    "get_weather",
+    {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
 )
 RICH = declare(
     "search",
@@ -50,16 +51,25 @@ RICH = declare(
                 "type": "array",
                 "items": {
                     "type": "object",
-                    "properties": {"x": {"type": "number"}, "y": {"type": "number", "description": "up"}},
+                    "properties": {
+                        "x": {"type": "number"},
+                        "y": {"type": "number", "description": "up"},
+                    },
                     "required": ["x", "y"],
                     "minItems": 2,
                 },
             },
-            "union": {"type": "array", "items": {"type": ["string", "number"], "default": None, "flag": True}},
+            "union": {
+                "type": "array",
+                "items": {"type": ["string", "number"], "default": None, "flag": True},
+            },
             "filter": {
                 "type": "object",
                 "description": "Which",
-                "properties": {"from": {"type": "string"}, "deep": {"type": "object", "properties": {}}},
+                "properties": {
+                    "from": {"type": "string"},
+                    "deep": {"type": "object", "properties": {}},
+                },
                 "required": ["from"],
             },
             "loose": {"type": "object", "extra": {"type": "string", "description": "odd"}},
@@ -71,18 +81,36 @@ RICH = declare(
 )
 BARE = declare("now", None)
 EMPTY = declare("ping", {"type": "object", "properties": {}})
-PARTS = [{"type": "text", "text": " Look: "}, {"type": "image"}, {"type": "video"}, {"type": "text", "text": "what?"}]
+PARTS = [
+    {"type": "text", "text": " Look: "},
+    {"type": "image"},
+    {"type": "video"},
+    {"type": "text", "text": "what?"},
+]
 
 CONVERSATIONS = {
     "one turn": [user("  Hello there ")],
     "system": [{"role": "system", "content": " Be brief. "}, user("Hi")],
     "developer": [{"role": "developer", "content": "Be brief."}, user("Hi")],
-    "system parts": [{"role": "system", "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}]}],
+    "system parts": [
+        {
+            "role": "system",
+            "content": [{"type": "text", "text": " a "}, {"type": "text", "text": "b"}],
+        }
+    ],
     "several turns": [user("a"), assistant(" b "), user("c"), assistant("d"), user("e")],
     "two model turns": [user("a"), assistant("b"), assistant("c"), user("d")],
-    "old thought in content": [user("a"), assistant("<|channel>thought\nhm<channel|>b<channel|>c"), user("d")],
+    "old thought in content": [
+        user("a"),
+        assistant("<|channel>thought\nhm<channel|>b<channel|>c"),
+        user("d"),
+    ],
     "old reasoning": [user("a"), assistant("b", reasoning="hm"), user("c")],
-    "images and video": [user(PARTS), assistant([{"type": "text", "text": " a cat "}]), user("sure?")],
+    "images and video": [
+        user(PARTS),
+        assistant([{"type": "text", "text": " a cat "}]),
+        user("sure?"),
+    ],
     "audio": [user([{"type": "audio"}])],
     "no content": [user("a"), assistant(None), user("b")],
     "open call": [user("a"), assistant("", tool_calls=[call("f", {"x": 1, "a": "two"})])],
@@ -90,7 +118,12 @@ CONVERSATIONS = {
     "string arguments": [user("a"), assistant("", tool_calls=[call("f", "x:1")])],
     "odd arguments": [
         user("a"),
-        assistant("", tool_calls=[call("f", {"l": [1, "b", True], "m": {"k": None, "j": {"i": 1.5}}, "n": False})]),
+        assistant(
+            "",
+            tool_calls=[
+                call("f", {"l": [1, "b", True], "m": {"k": None, "j": {"i": 1.5}}, "n": False})
+            ],
+        ),
     ],
     "answered call": [user("a"), assistant("", tool_calls=[call("f", {"x": 1})]), answer("42")],
     "answered and told": [
@@ -106,15 +139,23 @@ CONVERSATIONS = {
         answer("one", "1"),
         answer("two", "2"),
     ],
-    "unknown call id": [user("a"), assistant("", tool_calls=[call("f", {})]), answer("x", "9", name="h")],
+    "unknown call id": [
+        user("a"),
+        assistant("", tool_calls=[call("f", {})]),
+        answer("x", "9", name="h"),
+    ],
     "parts in a response": [
         user("a"),
         assistant("", tool_calls=[call("f", {})]),
-        answer([{"type": "text", "text": "see "}, {"type": "image"}, {"type": "text", "text": "this"}]),
+        answer(
+            [{"type": "text", "text": "see "}, {"type": "image"}, {"type": "text", "text": "this"}]
+        ),
     ],
     "response on the turn": [
         user("a"),
-        assistant("", tool_calls=[call("f", {})], tool_responses=[{"name": "f", "response": {"ok": True}}]),
+        assistant(
+            "", tool_calls=[call("f", {})], tool_responses=[{"name": "f", "response": {"ok": True}}]
+        ),
     ],
     "response and content": [
         user("a"),
@@ -152,7 +193,11 @@ def render(source: Path, **variables) -> str:
 def test_same_text_as_the_real_template(name, tools):
     for thinking in (None, False, True):
         for prompt in (False, True):
-            variables = {"messages": CONVERSATIONS[name], "tools": TOOLS[tools], "add_generation_prompt": prompt}
+            variables = {
+                "messages": CONVERSATIONS[name],
+                "tools": TOOLS[tools],
+                "add_generation_prompt": prompt,
+            }
             if thinking is not None:
                 variables["enable_thinking"] = thinking
             assert render(OURS, **variables) == render(REAL, **variables)
@@ -164,7 +209,11 @@ def test_a_plain_question():
 
 
 def test_a_tool_round():
-    messages = [user("Weather?"), assistant("", tool_calls=[call("get_weather", {"city": "Rome"})]), answer("sunny")]
+    messages = [
+        user("Weather?"),
+        assistant("", tool_calls=[call("get_weather", {"city": "Rome"})]),
+        answer("sunny"),
+    ]
     text = render(OURS, messages=messages, add_generation_prompt=True)
     assert text == (
         "<bos><|turn>user\nWeather?<turn|>\n<|turn>model\n"

@@ -49,18 +49,27 @@ def test_settings_name_tokens_of_the_vocabulary():
         if name.endswith("_token"):
             assert TOKENIZER.token_to_id(token) is not None, name
     stops = json.loads((FOLDER / "generation_config.json").read_text())["eos_token_id"]
-    assert stops == [TOKENIZER.token_to_id(token) for token in ("<eos>", "<turn|>", "<|tool_response>")]
+    assert stops == [
+        TOKENIZER.token_to_id(token) for token in ("<eos>", "<turn|>", "<|tool_response>")
+    ]
 
 
 @pytest.mark.skipif(not REAL.exists(), reason=f"the real checkpoint's tokenizer is not at {REAL}")
 def test_special_tokens_are_spelled_as_in_the_real_tokenizer():
     real = json.loads((REAL / "tokenizer_config.json").read_text())
     ours = json.loads((FOLDER / "tokenizer_config.json").read_text())
-    same = {name for name in real if name.endswith("_token")} | {"model_specific_special_tokens", "padding_side"}
+    same = {name for name in real if name.endswith("_token")} | {
+        "model_specific_special_tokens",
+        "padding_side",
+    }
     assert {name: ours.get(name) for name in same} == {name: real[name] for name in same}
     kinds = json.loads((FOLDER / "tokenizer.json").read_text())
     model = kinds["model"]
     assert model["type"] == "BPE"
     assert model["byte_fallback"] is True
     assert kinds["normalizer"] == {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
-    assert [step["type"] for step in kinds["decoder"]["decoders"]] == ["Replace", "ByteFallback", "Fuse"]
+    assert [step["type"] for step in kinds["decoder"]["decoders"]] == [
+        "Replace",
+        "ByteFallback",
+        "Fuse",
+    ]

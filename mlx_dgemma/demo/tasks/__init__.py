@@ -26,4 +26,13 @@ def held_out(name: str, n: int, seed: int = 0) -> list[Example]:
     return TASKS[name].held_out(n, seed)
 
 
-__all__ = ["TASKS", "Example", "InfillExample", "Segment", "Task", "held_out", "infill_examples", "is_held_out"]
+__all__ = [
+    "TASKS",
+    "Example",
+    "InfillExample",
+    "Segment",
+    "Task",
+    "held_out",
+    "infill_examples",
+    "is_held_out",
+]

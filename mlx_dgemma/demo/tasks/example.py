@@ -1,4 +1,4 @@
-"""What a task hands out: an example with its messages, one right answer, and a judge of any answer."""
+"""What a task hands out: messages, one right answer, and a judge of any answer."""
 
 import hashlib
 import json
@@ -16,9 +16,9 @@ Message = dict[str, Any]
 class Example:
     """One question to the demo model.
 
-    `answer` is a right model turn as raw text, markers included, without the closing stop token `stop`.
-    `verify(text, thought)` judges a reply: for a tool call the raw text of the call, for anything else the
-    reply with its thinking removed; a thought is judged too when it is given.
+    `answer` is a right model turn as raw text, markers included, without the closing stop token
+    `stop`. `verify(text, thought)` judges a reply: for a tool call the raw text of the call, for
+    anything else the reply with its thinking removed; a thought is judged too when it is given.
     """
 
     task: str
@@ -59,7 +59,7 @@ class Task:
         return next(example for example in self._stream(rng) if not is_held_out(example.key))
 
     def held_out(self, n: int, seed: int = 0) -> list[Example]:
-        """Draws n examples whose prompts no training example has; equal seeds give equal examples."""
+        """Draws n examples whose prompts no training example has; the seed decides them."""
         rng = random.Random(f"held out {self.name} {seed}")
         examples: list[Example] = []
         for example in self._stream(rng):

@@ -16,7 +16,9 @@ _UNITS = (
 
 def is_grid(cells: str) -> bool:
     """Whether 16 digits are a valid 4x4 sudoku."""
-    return len(cells) == 16 and all(sorted(cells[i] for i in unit) == list("1234") for unit in _UNITS)
+    return len(cells) == 16 and all(
+        sorted(cells[i] for i in unit) == list("1234") for unit in _UNITS
+    )
 
 
 @lru_cache
@@ -51,7 +53,9 @@ def _hide(grid: str, blanks: int, rng: random.Random) -> str:
 
 
 def _solutions(clues: str, limit: int) -> int:
-    return sum(1 for _ in itertools.islice((grid for grid in all_grids() if fits(grid, clues)), limit))
+    return sum(
+        1 for _ in itertools.islice((grid for grid in all_grids() if fits(grid, clues)), limit)
+    )
 
 
 def _example(task: str, prompt: str, clues: str, grid: str) -> Example:
@@ -65,7 +69,9 @@ def sudoku(rng: random.Random) -> Example:
     while True:
         clues = _hide(grid, rng.randint(5, 10), rng)
         if _solutions(clues, 2) == 1:
-            return _example("sudoku", rng.choice(["Solve this sudoku:", "Complete the sudoku:"]), clues, grid)
+            return _example(
+                "sudoku", rng.choice(["Solve this sudoku:", "Complete the sudoku:"]), clues, grid
+            )
 
 
 def grid(rng: random.Random) -> Example:
@@ -74,4 +80,9 @@ def grid(rng: random.Random) -> Example:
     while True:
         clues = _hide(cells, rng.randint(12, 15), rng)
         if _solutions(clues, 4) == 4:
-            return _example("grid", rng.choice(["Write a sudoku grid like this:", "Make a sudoku from:"]), clues, cells)
+            return _example(
+                "grid",
+                rng.choice(["Write a sudoku grid like this:", "Make a sudoku from:"]),
+                clues,
+                cells,
+            )

@@ -1,5 +1,6 @@
 """Texts with holes of known length: known words stay, one to three spans are to be filled in."""
 
+import itertools
 import random
 import re
 from collections.abc import Callable, Iterator
@@ -35,11 +36,11 @@ class InfillExample:
 
 def _valid_list(text: str) -> bool:
     items = text.split(", ")
-    in_order = all(a < b for a, b in zip(items, items[1:], strict=False))
+    in_order = all(a < b for a, b in itertools.pairwise(items))
     return in_order and any(set(items) <= set(known) for known in words.WORDS.values())
 
 
-# name -> (the task whose answers are the texts, where a text may be cut, the judge under the bare prompt)
+# name -> (the task that gives the texts, where a text may be cut, the judge under PROMPT)
 SOURCES: dict[str, tuple[Callable[[random.Random], Example], str, Callable[[str], bool]]] = {
     "sentence": (words.sentence, r" ?[A-Za-z]+|\.", words.is_sentence),
     "list": (words.word_list, r",| ?[a-z]+", _valid_list),

@@ -1,4 +1,4 @@
-"""Tasks on letters and numbers with one right answer: reverse, sort, count, and a question worth a thought."""
+"""Tasks with one right answer: reverse, sort, count, and a question worth a thought."""
 
 import random
 import string
@@ -27,16 +27,18 @@ def sort(rng: random.Random) -> Example:
 
 
 def count(rng: random.Random) -> Example:
-    """Two-digit numbers in a row: three tokens a number, so the longer answers fill several canvases."""
+    """Two-digit numbers in a row, three tokens a number: long answers fill several canvases."""
     start = rng.randint(10, 90)
     end = min(99, start + rng.randint(5, 30))
-    prompt = rng.choice(["Count from {} to {}", "Count from {} to {}.", "Write the numbers from {} to {}."])
+    prompt = rng.choice(
+        ["Count from {} to {}", "Count from {} to {}.", "Write the numbers from {} to {}."]
+    )
     answer = " ".join(str(number) for number in range(start, end + 1))
     return _one_answer("count", prompt.format(start, end), answer)
 
 
 def first_letter(rng: random.Random) -> Example:
-    """Which letter comes first (or last) in the alphabet; with thinking on, the sorted letters come before."""
+    """The first or last letter in the alphabet; the thought is the letters, sorted."""
     letters = "".join(rng.sample(string.ascii_uppercase, rng.randint(4, 8)))
     place = rng.choice(["first", "last"])
     prompt = rng.choice(

@@ -6,12 +6,19 @@ from mlx_dgemma.demo.tasks.example import Example, Message, ask
 from mlx_dgemma.demo.tasks.words import COUNTRIES
 
 CITIES = [*COUNTRIES, "Oslo", "Berlin", "Vienna", "London", "Boston", "Dublin"]
-SKIES = "sunny cloudy rainy windy foggy snowy".split()
+SKIES = ["sunny", "cloudy", "rainy", "windy", "foggy", "snowy"]
 
 
 def _declaration(name: str, description: str) -> dict[str, object]:
-    parameters = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+    parameters = {
+        "type": "object",
+        "properties": {"city": {"type": "string"}},
+        "required": ["city"],
+    }
+    return {
+        "type": "function",
+        "function": {"name": name, "description": description, "parameters": parameters},
+    }
 
 
 DECLARATIONS = {
@@ -19,8 +26,16 @@ DECLARATIONS = {
     "get_time": _declaration("get_time", "Get the time in a city."),
 }
 QUESTIONS = {
-    "get_weather": ["What is the weather in {}?", "How is the weather in {} today?", "Tell me the weather in {}."],
-    "get_time": ["What time is it in {}?", "Tell me the time in {}.", "What is the time in {} now?"],
+    "get_weather": [
+        "What is the weather in {}?",
+        "How is the weather in {} today?",
+        "Tell me the weather in {}.",
+    ],
+    "get_time": [
+        "What time is it in {}?",
+        "Tell me the time in {}.",
+        "What is the time in {} now?",
+    ],
 }
 
 
@@ -31,7 +46,9 @@ def _response(rng: random.Random, name: str) -> str:
 
 
 def tool(rng: random.Random) -> Example:
-    """First round: the call. Second round, with the response in the context: one sentence that reports it."""
+    """First round: the call. Second round, with the response in the context: one sentence that
+    reports it.
+    """
     name = rng.choice(list(DECLARATIONS))
     city = rng.choice(CITIES)
     declared = list(DECLARATIONS.values()) if rng.random() < 0.2 else [DECLARATIONS[name]]
@@ -43,9 +60,15 @@ def tool(rng: random.Random) -> Example:
     made: Message = {
         "role": "assistant",
         "content": "",
-        "tool_calls": [{"id": "1", "type": "function", "function": {"name": name, "arguments": {"city": city}}}],
+        "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": name, "arguments": {"city": city}}}
+        ],
     }
-    messages = [*messages, made, {"role": "tool", "tool_call_id": "1", "name": name, "content": response}]
+    messages = [
+        *messages,
+        made,
+        {"role": "tool", "tool_call_id": "1", "name": name, "content": response},
+    ]
     report = f"It is {response} in {city}."
     return Example("tool", messages, report, _equals(report), declared)
 

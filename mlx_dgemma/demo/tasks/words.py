@@ -1,5 +1,6 @@
-"""Open-ended tasks on words: sorted lists, sentences with agreement, JSON records with consistent fields."""
+"""Open-ended tasks on words: sorted lists, sentences that agree, JSON records that add up."""
 
+import itertools
 import json
 import random
 import re
@@ -7,9 +8,18 @@ import re
 from mlx_dgemma.demo.tasks.example import Example, ask
 
 CATEGORIES = {
-    "animals": "ant bear cat cow deer dog duck fox frog goat hen horse lion mouse owl pig rabbit sheep tiger wolf",
-    "fruits": "apple banana cherry date fig grape kiwi lemon lime mango melon orange peach pear plum quince",
-    "colors": "amber black blue brown cyan gold green gray orange pink purple red silver violet white yellow",
+    "animals": (
+        "ant bear cat cow deer dog duck fox frog goat hen horse lion mouse owl pig rabbit sheep"
+        " tiger wolf"
+    ),
+    "fruits": (
+        "apple banana cherry date fig grape kiwi lemon lime mango melon orange peach pear plum"
+        " quince"
+    ),
+    "colors": (
+        "amber black blue brown cyan gold green gray orange pink purple red silver violet white"
+        " yellow"
+    ),
 }
 WORDS = {category: words.split() for category, words in CATEGORIES.items()}
 
@@ -31,18 +41,32 @@ def word_list(rng: random.Random) -> Example:
 
     def verify(text: str, thought: str | None = None) -> bool:
         items = text.strip().split(", ")
-        in_order = all(a < b for a, b in zip(items, items[1:], strict=False))
+        in_order = all(a < b for a, b in itertools.pairwise(items))
         return len(items) == size and in_order and given in items and set(items) <= set(words)
 
     return Example("list", ask(prompt), ", ".join(chosen), verify)
 
 
-NOUNS = "cat dog bird girl boy farmer teacher robot king doctor".split()
-ADJECTIVES = "brave young small big happy quiet tired".split()
-SINGULAR = "the a one this".split()
-PLURAL = "the two three these many".split()
-VERBS = {"chase": "chases", "see": "sees", "watch": "watches", "help": "helps", "follow": "follows", "like": "likes"}
-PLACES = "in the garden|near the river|on the hill|at the market|by the house|under the tree".split("|")
+NOUNS = ["cat", "dog", "bird", "girl", "boy", "farmer", "teacher", "robot", "king", "doctor"]
+ADJECTIVES = ["brave", "young", "small", "big", "happy", "quiet", "tired"]
+SINGULAR = ["the", "a", "one", "this"]
+PLURAL = ["the", "two", "three", "these", "many"]
+VERBS = {
+    "chase": "chases",
+    "see": "sees",
+    "watch": "watches",
+    "help": "helps",
+    "follow": "follows",
+    "like": "likes",
+}
+PLACES = [
+    "in the garden",
+    "near the river",
+    "on the hill",
+    "at the market",
+    "by the house",
+    "under the tree",
+]
 
 _ADJECTIVE = f"(?:(?:{'|'.join(ADJECTIVES)}) )?"
 _ONE = rf"(?:{'|'.join(SINGULAR)}) {_ADJECTIVE}(?:{'|'.join(NOUNS)})"
@@ -60,7 +84,7 @@ def _noun_phrase(rng: random.Random, noun: str, plural: bool) -> str:
 
 
 def is_sentence(text: str) -> bool:
-    """Whether the small grammar makes the text: agreement of determiner, noun and verb, capital and full stop."""
+    """Whether the small grammar makes the text: it agrees, has a capital and a full stop."""
     return text[:1].isupper() and _SENTENCE.fullmatch(text[:1].lower() + text[1:]) is not None
 
 
@@ -77,17 +101,41 @@ def sentence(rng: random.Random) -> Example:
     text = " ".join(words) + "."
     phrase = rng.choice([subject, target])
     prompt = rng.choice(
-        ["Write a sentence about {}.", "Write a sentence with {}.", "Make a sentence that mentions {}."]
+        [
+            "Write a sentence about {}.",
+            "Write a sentence with {}.",
+            "Make a sentence that mentions {}.",
+        ]
     ).format(phrase)
 
     def verify(text: str, thought: str | None = None) -> bool:
         text = text.strip()
-        return is_sentence(text) and re.search(rf"\b{phrase}\b", text[:1].lower() + text[1:]) is not None
+        return (
+            is_sentence(text)
+            and re.search(rf"\b{phrase}\b", text[:1].lower() + text[1:]) is not None
+        )
 
     return Example("sentence", ask(prompt), text[0].upper() + text[1:], verify)
 
 
-NAMES = "Anna Ben Carl Dora Emma Finn Greta Hugo Ida Jack Kate Leo Mia Nora Otto Paula".split()
+NAMES = [
+    "Anna",
+    "Ben",
+    "Carl",
+    "Dora",
+    "Emma",
+    "Finn",
+    "Greta",
+    "Hugo",
+    "Ida",
+    "Jack",
+    "Kate",
+    "Leo",
+    "Mia",
+    "Nora",
+    "Otto",
+    "Paula",
+]
 COUNTRIES = {
     "Paris": "France",
     "Lyon": "France",
@@ -100,7 +148,7 @@ COUNTRIES = {
     "Lima": "Peru",
     "Delhi": "India",
 }
-PETS = "cat dog horse rabbit mouse duck".split()
+PETS = ["cat", "dog", "horse", "rabbit", "mouse", "duck"]
 KEYS = ["name", "age", "adult", "city", "country", "pet", "color"]
 
 
@@ -119,20 +167,32 @@ def _record(rng: random.Random) -> dict[str, object]:
 
 
 def is_record(text: str, keys: list[str] | None = None) -> bool:
-    """Whether the text is a JSON record of known values that agree (city and country, age and adult)."""
+    """Whether the text is a JSON record of known values whose fields agree."""
     try:
         record = json.loads(text)
     except ValueError:
         return False
-    if not isinstance(record, dict) or not set(record) <= set(KEYS) or (keys and list(record) != keys):
+    if (
+        not isinstance(record, dict)
+        or not set(record) <= set(KEYS)
+        or (keys and list(record) != keys)
+    ):
         return False
-    allowed = {"name": NAMES, "city": COUNTRIES, "country": COUNTRIES.values(), "pet": PETS, "color": WORDS["colors"]}
+    allowed = {
+        "name": NAMES,
+        "city": list(COUNTRIES),
+        "country": list(COUNTRIES.values()),
+        "pet": PETS,
+        "color": WORDS["colors"],
+    }
     known = all(record[key] in values for key, values in allowed.items() if key in record)
     age, adult = record.get("age", 18), record.get("adult", True)
     if not known or type(age) is not int or type(adult) is not bool or not 10 <= age <= 79:
         return False
     agree_on_age = not {"age", "adult"} <= set(record) or adult == (age >= 18)
-    agree_on_place = not {"city", "country"} <= set(record) or COUNTRIES[record["city"]] == record["country"]
+    agree_on_place = (
+        not {"city", "country"} <= set(record) or COUNTRIES[record["city"]] == record["country"]
+    )
     return agree_on_age and agree_on_place
 
 
@@ -140,7 +200,11 @@ def json_record(rng: random.Random) -> Example:
     """A JSON record with the keys asked for, in that order, whose fields agree."""
     keys = rng.sample(KEYS, rng.choice([2, 3, 3]))
     record = _record(rng)
-    prompt = rng.choice(["Write a JSON record with {}.", "Make a JSON object with {}.", "Write JSON with {}."])
+    prompt = rng.choice(
+        ["Write a JSON record with {}.", "Make a JSON object with {}.", "Write JSON with {}."]
+    )
     text = json.dumps({key: record[key] for key in keys})
     asked = ", ".join(keys[:-1]) + " and " + keys[-1]
-    return Example("json", ask(prompt.format(asked)), text, lambda text, thought=None: is_record(text, keys))
+    return Example(
+        "json", ask(prompt.format(asked)), text, lambda text, thought=None: is_record(text, keys)
+    )
