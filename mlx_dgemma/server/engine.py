@@ -33,11 +33,13 @@ class Model(Protocol):
     model: Any
     tokenizer: Tokenizer
 
-    def submit(
-        self, prompt: Any, deliver: Callable[[Any], None], **options: Any
-    ) -> threading.Event: ...
+    @property
+    def submit(self) -> Callable[..., threading.Event]:
+        """(prompt, deliver, **options) -> the event that cancels the request."""
 
-    def call(self, function: Callable[[], Any]) -> Any: ...
+    @property
+    def call(self) -> Callable[..., Any]:
+        """Runs a function on the model's thread."""
 
     def close(self) -> None: ...
 
