@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
-from mlx_dgemma.demo.tasks import TASKS, Example, is_held_out
+from mlx_dgemma.demo.tasks import (
+    TASKS,
+    Example,
+    InfillExample,
+    infill_examples,
+    is_held_out,
+)
 from mlx_dgemma.demo.tasks.example import ask
 from mlx_dgemma.demo.tasks.infill import PROMPT
 
@@ -129,3 +135,25 @@ def noised(rows: list[Row], canvases: int, vocabulary: int) -> tuple[Tensor, Ten
     ) % 1.0  # spread over (0, 1) within a prompt
     replaced = (torch.rand(B, canvases, CANVAS) < t[..., None]) & ~pins
     return clean, torch.where(replaced, torch.randint(vocabulary, clean.shape), clean), pins
+
+
+def infill_rows(encoder: Encoder, n: int, seed: int) -> tuple[list[InfillExample], Tensor]:
+    """Held-out texts and their canvases [n, C]: ids, and -1 where a token is to be found."""
+    stream = infill_examples(random.Random(f"infill {seed}"), held_out=True)
+    chosen, rows = [], []
+    while len(chosen) < n:
+        example = next(stream)
+        row: list[int] = []
+        for segment in example.segments:
+            ids = encoder.ids(segment.text)
+            row += [-1] * len(ids) if segment.hole else ids
+        row += encoder.ids("<turn|>")
+        if len(row) <= CANVAS:
+            chosen.append(example)
+            rows.append(row + [1] * (CANVAS - len(row)))
+    return chosen, torch.tensor(rows)
+
+
+def judged(encoder: Encoder, examples: list[InfillExample], ids: Tensor) -> list[bool]:
+    texts = [encoder.text(row).split("<turn|>")[0] for row in ids.tolist()]
+    return [example.verify(text) for example, text in zip(examples, texts, strict=True)]

@@ -10,20 +10,19 @@ together, so none is padded.
 import argparse
 import json
 import math
-import random
 import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
-from data import CANVAS, Encoder
+from data import CANVAS, Encoder, infill_rows, judged
 from network import Network
 from sampler import denoise
 from train import split_thought, trainable
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from mlx_dgemma.demo.tasks import TASKS, Example, held_out, infill_examples
+from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 
 BATCH = 50
 
@@ -55,27 +54,6 @@ def answers(model, encoder: Encoder, examples: list[Example]) -> tuple[list[bool
                 right[index] = examples[index].verify(*split_thought(encoder.text(ids[:end])))
                 steps[index] = passes / math.ceil(count / CANVAS)
     return right, steps
-
-
-def infill_rows(encoder: Encoder, n: int, seed: int):
-    stream = infill_examples(random.Random(f"infill {seed}"), held_out=True)
-    chosen, rows = [], []
-    while len(chosen) < n:
-        example = next(stream)
-        row: list[int] = []
-        for segment in example.segments:
-            ids = encoder.ids(segment.text)
-            row += [-1] * len(ids) if segment.hole else ids
-        row += encoder.ids("<turn|>")
-        if len(row) <= CANVAS:
-            chosen.append(example)
-            rows.append(row + [1] * (CANVAS - len(row)))
-    return chosen, torch.tensor(rows)
-
-
-def judged(encoder: Encoder, examples, ids: torch.Tensor) -> list[bool]:
-    texts = [encoder.text(row).split("<turn|>")[0] for row in ids.tolist()]
-    return [example.verify(text) for example, text in zip(examples, texts, strict=True)]
 
 
 def fill_left_to_right(

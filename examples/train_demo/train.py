@@ -16,12 +16,12 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from checkpoint import untrained, write_weights
-from data import CANVAS, Encoder, Row, Stream, noised
+from data import CANVAS, Encoder, Row, Stream, infill_rows, judged, noised
 from network import Batch, Network
 from optimizer import Optimizer
 from sampler import denoise, generate
 
-from mlx_dgemma.demo.tasks import TASKS, held_out, infill_examples
+from mlx_dgemma.demo.tasks import TASKS, held_out
 
 CANVASES = 3  # differently noised canvases of one prompt
 WARM_UP = 60.0  # seconds
@@ -103,22 +103,9 @@ def split_thought(text: str) -> tuple[str, str]:
 
 
 def check_infill(network: Network, encoder: Encoder, n: int, seed: int) -> tuple[float, float]:
-    examples = infill_examples(random.Random(f"infill {seed}"), held_out=True)
-    chosen, rows, prompts = [], [], []
-    while len(chosen) < n:
-        example = next(examples)
-        row: list[int] = []
-        for segment in example.segments:
-            ids = encoder.ids(segment.text)
-            row += [-1] * len(ids) if segment.hole else ids
-        row += encoder.ids("<turn|>")
-        if len(row) <= CANVAS:
-            rows.append(row + [1] * (CANVAS - len(row)))
-            chosen.append(example)
-            prompts.append(encoder.prompt(example.messages))
-    block = denoise(network, prompts, torch.tensor(rows))
-    texts = [encoder.text(ids).split("<turn|>")[0] for ids in block.ids.tolist()]
-    right = [example.verify(text) for example, text in zip(chosen, texts, strict=True)]
+    examples, known = infill_rows(encoder, n, seed)
+    block = denoise(network, [encoder.prompt(e.messages) for e in examples], known)
+    right = judged(encoder, examples, block.ids)
     return sum(right) / n, float(block.steps.float().mean())
 
 
