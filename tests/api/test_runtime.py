@@ -10,8 +10,9 @@ import pytest
 from mlx_dgemma import Commit, Finish, Runtime, generate, load
 from mlx_dgemma.errors import InputError, ModelNotFoundError
 
-PROMPT = "Count from 3 to 9."
+PROMPT = "Count from 10 to 99"  # a reply of several canvases
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40}
+ENDLESS = {"max_denoising_steps": 48, "max_tokens": 4000, "canvas_length": 8, "seed": 1}
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +76,7 @@ def test_errors_arrive_where_the_question_was_asked(runtime):
 
 
 def test_a_reader_who_leaves_ends_the_request(runtime):
-    stream = runtime.stream(PROMPT, drafts=True, max_denoising_steps=48, max_tokens=4000, seed=1)
+    stream = runtime.stream(PROMPT, drafts=True, **ENDLESS)
     next(stream)
     stream.close()
     assert runtime.call(lambda: "free") == "free"
@@ -83,8 +84,7 @@ def test_a_reader_who_leaves_ends_the_request(runtime):
 
 def test_cancelling_from_another_thread(runtime):
     cancel = threading.Event()
-    options = {"max_denoising_steps": 48, "max_tokens": 4000, "seed": 1}
-    stream = runtime.stream(PROMPT, drafts=True, cancel=cancel, **options)
+    stream = runtime.stream(PROMPT, drafts=True, cancel=cancel, **ENDLESS)
     next(stream)
     cancel.set()
     *_, last = stream
@@ -102,7 +102,7 @@ def test_asyncio_may_ask_too(runtime):
 
 def test_closing_ends_what_runs_and_refuses_what_comes():
     runtime = Runtime()
-    stream = runtime.stream(PROMPT, drafts=True, max_denoising_steps=48, max_tokens=4000, seed=1)
+    stream = runtime.stream(PROMPT, drafts=True, **ENDLESS)
     next(stream)
     runtime.close()
     runtime.close()

@@ -258,14 +258,14 @@ def test_a_short_request_does_not_wait_for_a_long_one(demo: str) -> None:
 
     def ask(name: str, tokens: int) -> None:
         client.chat.completions.create(
-            model="default", messages=user("Sort: d a c"), seed=2, max_tokens=tokens,
-            extra_body={**QUICK, "empty_reply": "allow"},
+            model="default", messages=user("Count from 10 to 99"), seed=2, max_tokens=tokens,
+            extra_body={**QUICK, "empty_reply": "allow", "canvas_length": 8},
         )  # fmt: skip
         finished.append(name)
 
     long = threading.Thread(target=ask, args=("long", 400))
     long.start()
-    time.sleep(0.3)
+    time.sleep(0.1)
     ask("short", 8)
     long.join()
     assert finished == ["short", "long"]

@@ -12,6 +12,7 @@ from mlx_dgemma.errors import InputError, ModelNotFoundError
 
 QUICK: Any = {"max_denoising_steps": 2, "canvas_length": 8, "seed": 4, "empty_reply": "allow"}
 PROMPT = "Reverse: abc"
+LONG = "Count from 10 to 99"  # many canvases of 8
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_requests_take_turns(runtime: Runtime) -> None:
         return note
 
     for name in "ab":
-        runtime.submit(PROMPT, deliver(name), max_tokens=10**6, cancel=_after(order), **QUICK)
+        runtime.submit(LONG, deliver(name), max_tokens=10**6, cancel=_after(order), **QUICK)
     gate.set()
     done.wait(timeout=120)
     waiting.join()
@@ -92,7 +93,7 @@ def test_leaving_cancels(runtime: Runtime) -> None:
 
 def test_closing_ends_everything() -> None:
     runtime = Runtime()
-    stream = runtime.stream(PROMPT, max_tokens=10**6, **QUICK)
+    stream = runtime.stream(LONG, max_tokens=10**6, **QUICK)
     next(stream)
     runtime.close()
     runtime.close()
