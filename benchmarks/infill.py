@@ -166,7 +166,7 @@ def _filled_only(canvas: windows._Filled) -> float:
 
 
 SCORES: dict[str, Score] = {
-    "filled and following tokens": lambda canvas: canvas.score,
+    "filled and following tokens": windows._Filled.score.fget,  # type: ignore[attr-defined]
     "filled tokens": _filled_only,
     "lowest mean entropy": lambda canvas: -float(canvas.result.entropy.mean()),
     "fewest steps": lambda canvas: -float(canvas.result.steps),
