@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import os
 import pty
 import re
@@ -25,6 +26,7 @@ class Terminal:
 
     def __init__(self, *arguments: str, **environment: str) -> None:
         self.master, slave = pty.openpty()
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         termios.tcsetwinsize(slave, (24, 80))
         self.before = termios.tcgetattr(slave)
         self.slave = slave
@@ -47,7 +49,8 @@ class Terminal:
     def read(self) -> bool:
         ready, _, _ = select.select([self.master], [], [], 0.1)
         if ready:
-            self.output += os.read(self.master, 65536).decode(errors="replace")
+            # A read may end inside a character.
+            self.output += self._decoder.decode(os.read(self.master, 65536))
         return bool(ready)
 
     def type(self, text: str) -> None:

@@ -209,6 +209,24 @@ def test_healed_edges_may_only_hold_tokens_that_keep_the_text(demo):
     assert slot.start == len(tokenizer.encode("the old ")) - 1
 
 
+def test_a_word_at_the_edge_does_not_use_up_the_hole(demo):
+    """A token that words could go on from joins the hole behind it and keeps a place of its own."""
+    _, tokenizer = demo
+    texts = TokenTexts(tokenizer)
+    word = next(
+        texts[token]
+        for token in range(len(tokenizer))
+        if texts[token].isalpha()
+        and tokenizer.encode(texts[token]) == [token]
+        and len(texts.starting(texts[token])) > 1
+    )
+    assert Layout(tokenizer, [word, " sings"]).extra(0) == 1
+    assert Layout(tokenizer, ["the old ", " sings"]).extra(0) == 0  # white space needs no place
+    result = infill(*demo, f"{word}<hole:1> sings.", **QUICK)
+    assert result.fillings[0].length == 2
+    assert outside(result) == f"{word}\0 sings."
+
+
 def test_pins_cover_all_but_the_holes(demo):
     _, tokenizer = demo
     layout = Layout(tokenizer, ["say ", " now"])
