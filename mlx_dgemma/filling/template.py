@@ -70,13 +70,9 @@ class Layout:
         before, after = self.before[hole], self.after[hole]
         return 2 if before and after and not self.texts.spanning(before, after).size else 1
 
-    def extra(self, hole: int) -> int:
-        """Tokens a hole needs beside its own, since word pieces at its edges joined it.
-
-        White space costs nothing: the word behind it takes it in.
-        """
-        edges = (self.before[hole], self.after[hole])
-        return sum(1 for edge in edges if edge and not edge.isspace())
+    def joined(self, hole: int) -> int:
+        """Edge tokens that joined a hole: it may need a place for each, or merge with it."""
+        return sum(1 for edge in (self.before[hole], self.after[hole]) if edge)
 
     def allowed(self, hole: int, slot: Slot) -> dict[int, np.ndarray]:
         """What the edges of a hole may hold, so that the literals' text survives."""

@@ -126,15 +126,14 @@ class Filler:
     def _lengths(self, hole: int) -> list[int]:
         """The numbers of tokens to try in a hole."""
         asked, least = self.job.holes[hole], self.layout.least(hole)
-        extra = self.layout.extra(hole)
+        joined = self.layout.joined(hole)
         if asked.low is not None and asked.high is not None:
             if asked.low > self.limit:
                 raise InputError(
                     f"A hole of {asked.low} tokens is longer than the canvas of {self.limit}: "
                     "make it shorter."
                 )
-            low, high = min(asked.low + extra, self.limit), min(asked.high + extra, self.limit)
-            return _spread(max(low, least), max(high, least))
+            return _spread(max(asked.low, least), max(min(asked.high + joined, self.limit), least))
         if self.old:
             count = len(self.old[hole])
             if count > self.limit:
@@ -145,7 +144,7 @@ class Filler:
                 return [count]
             return _spread(max(count - 2, least), min(count + 2, self.limit))
         most = max(self.limit // 2, least)
-        return [length + extra for length in LENGTHS if least <= length + extra <= most]
+        return [length for length in LENGTHS if least <= length <= most]
 
     def _window(self, first: int) -> _Window:
         """As many holes as fit at their longest; then as much of both sides as there is room."""

@@ -108,7 +108,7 @@ def test_any_text_survives_around_its_holes(demo, literals, data):
 
 
 def test_a_length_is_chosen_within_its_range(demo):
-    result = infill(*demo, "the <hole:2-3> sings.", **QUICK)
+    result = infill(*demo, "the old.<hole:2-3>. sings.", **QUICK)
     assert result.fillings[0].length in (2, 3)
     assert result.forwards == 4  # two candidates of two steps
 
@@ -124,7 +124,7 @@ def test_alternatives_come_from_one_prefill_best_first(demo):
         alone = infill(
             model, tokenizer, "the <hole:2> sings.", seed=alternative.seed, max_denoising_steps=2
         )
-        assert alone.fillings[0].length == 2
+        assert alone.fillings[0].length in (2, 3)  # the space before the hole may need a place
 
 
 def test_text_beyond_one_canvas_is_filled_canvas_by_canvas(demo):
@@ -220,10 +220,11 @@ def test_a_word_at_the_edge_does_not_use_up_the_hole(demo):
         and tokenizer.encode(texts[token]) == [token]
         and len(texts.starting(texts[token])) > 1
     )
-    assert Layout(tokenizer, [word, " sings"]).extra(0) == 1
-    assert Layout(tokenizer, ["the old ", " sings"]).extra(0) == 0  # white space needs no place
+    assert Layout(tokenizer, [word, " sings"]).joined(0) == 1
+    assert Layout(tokenizer, ["the old.", " sings"]).joined(0) == 0
     result = infill(*demo, f"{word}<hole:1> sings.", **QUICK)
-    assert result.fillings[0].length == 2
+    assert result.forwards == 4  # with a place for the word's own token, and merged with it
+    assert result.fillings[0].length in (1, 2)
     assert outside(result) == f"{word}\0 sings."
 
 
