@@ -181,22 +181,33 @@ def lengths(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
         if sum(segment.hole for segment in example.segments) == 1
     )
     chosen = list(islice(single, n))
-    figures: dict[str, Any] = {}
-    for name, score in SCORES.items():
-        with patch.object(windows._Filled, "score", property(score)):
-            same, right, forwards = [], [], []
-            for seed, example in enumerate(chosen):
-                text = marked(example, tokenizer, length=False)
-                result = infill(model, tokenizer, text, prompt=example.messages, seed=seed)
-                hole = next(segment for segment in example.segments if segment.hole)
-                same.append(len(result.fillings[0].text) == len(hole.text))
-                right.append(example.verify(result.text))
-                forwards.append(result.forwards)
-        figures[name] = {
-            "text valid": share(right),
-            "length as in the original": share(same),
-            "forwards": statistics.fmean(forwards),
-        }
+    same: dict[str, list[bool]] = defaultdict(list)
+    right: dict[str, list[bool]] = defaultdict(list)
+    forwards = []
+    for seed, example in enumerate(chosen):
+        candidates: list[tuple[windows._Filled, str]] = []
+
+        def every(filler: Any, cache: Any, window: Any, seed: int, found: Any = candidates) -> Any:
+            tries = [([length], seed) for length in filler.ranges[window.first]]
+            filled = filler._denoise(cache, window, tries)
+            found += [
+                (canvas, filler._assemble([(window, canvas)], seed).text) for canvas in filled
+            ]
+            return filled[0]
+
+        with patch.object(windows.Filler, "_choose_lengths", every):
+            text = marked(example, tokenizer, length=False)
+            result = infill(model, tokenizer, text, prompt=example.messages, seed=seed)
+        forwards.append(result.forwards)
+        for name, score in SCORES.items():
+            _, best = max(candidates, key=lambda candidate, score=score: score(candidate[0]))
+            same[name].append(len(best) == len(example.text))
+            right[name].append(example.verify(best))
+    figures: dict[str, Any] = {
+        name: {"text valid": share(right[name]), "as long as the original": share(same[name])}
+        for name in SCORES
+    }
+    figures["forwards"] = statistics.fmean(forwards)
     early = []
     for seed, example in enumerate(chosen):
         early.append(example.verify(early_end(model, tokenizer, example, seed)))
