@@ -159,6 +159,12 @@ def signals(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
 Score = Callable[[windows._Filled], float]
 
 
+def _with_following(canvas: windows._Filled) -> float:
+    assert canvas.result.logprobs is not None
+    chosen = [canvas.result.logprobs[slot.start : slot.end + 8] for slot in canvas.template.slots]
+    return float(np.concatenate(chosen).mean())
+
+
 def _filled_only(canvas: windows._Filled) -> float:
     assert canvas.result.logprobs is not None
     chosen = [canvas.result.logprobs[slot.start : slot.end] for slot in canvas.template.slots]
@@ -166,7 +172,7 @@ def _filled_only(canvas: windows._Filled) -> float:
 
 
 SCORES: dict[str, Score] = {
-    "filled and following tokens": windows._Filled.score.fget,  # type: ignore[attr-defined]
+    "filled and following tokens": _with_following,
     "filled tokens": _filled_only,
     "lowest mean entropy": lambda canvas: -float(canvas.result.entropy.mean()),
     "fewest steps": lambda canvas: -float(canvas.result.steps),

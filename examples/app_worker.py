@@ -24,7 +24,7 @@ def ask(runtime: Runtime, prompt: str, cancel: threading.Event) -> "queue.Queue[
         for event in runtime.stream(prompt, drafts=True, cancel=cancel, seed=1):
             events.put(event)
 
-    threading.Thread(target=work, daemon=True).start()
+    threading.Thread(target=work).start()
     return events
 
 
