@@ -165,15 +165,9 @@ def _with_following(canvas: windows._Filled) -> float:
     return float(np.concatenate(chosen).mean())
 
 
-def _filled_only(canvas: windows._Filled) -> float:
-    assert canvas.result.logprobs is not None
-    chosen = [canvas.result.logprobs[slot.start : slot.end] for slot in canvas.template.slots]
-    return float(np.concatenate(chosen).mean())
-
-
 SCORES: dict[str, Score] = {
     "filled and following tokens": _with_following,
-    "filled tokens": _filled_only,
+    "filled tokens": lambda canvas: canvas.score,
     "lowest mean entropy": lambda canvas: -float(canvas.result.entropy.mean()),
     "fewest steps": lambda canvas: -float(canvas.result.steps),
 }

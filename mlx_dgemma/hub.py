@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
 from mlx_dgemma.memory import gigabytes, usable
@@ -80,7 +81,7 @@ KNOWN_REPOSITORIES = (
 
 def demo_path() -> Path:
     """The folder of the bundled demo checkpoint."""
-    return Path(__file__).parent / "demo" / "checkpoint"
+    return CHECKPOINT
 
 
 def resolve_model(

@@ -95,8 +95,6 @@ def test_the_demo_generates(tmp_path):
     """One prompt through the bundled demo: figures, a label, and nothing left behind."""
     from mlx_dgemma.hub import demo_path
 
-    if not (demo_path() / "model.safetensors").exists():
-        pytest.skip("the demo checkpoint has no weights yet")
     prompt = [{"role": "user", "content": "Reverse: abcdef"}]
     found = measure(demo_path(), [RECIPES["8bit"]], prompts=[prompt], scratch=tmp_path)
     assert found.demo
