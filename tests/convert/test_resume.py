@@ -5,7 +5,6 @@ import os
 import random
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -13,24 +12,48 @@ from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.shards import ShardWriter, file_digest
 from mlx_dgemma.errors import InputError, ResourceError
 
-# A process that imports once and forks a converter for every delay it reads, before MLX has
-# started a thread; a fork costs milliseconds where an import costs seconds. It answers whether
-# the converter was killed (1) or had finished (0).
+# A process that imports once and forks a converter for every (target, calls) it reads, before
+# MLX has started a thread; a fork costs milliseconds where an import costs seconds. The converter
+# is killed from outside at some moment after its calls-th Python call or return. How far it is
+# decides, not the clock, so that a fast machine kills as often as a slow one: it waits for its
+# death once it is LEEWAY calls further. Answers the calls of a converter that finished, else 0.
 ZYGOTE = """
-import os, signal, sys, time
+import os, signal, sys
 from mlx_dgemma.convert import convert
 os.fsync = lambda _: None  # a kill loses nothing that was written; a power cut might
+LEEWAY = 3000
+
+def convert_counting(target, calls, report):
+    count = 0
+    def seen(*_):
+        nonlocal count
+        count += 1
+        if count == calls:
+            os.write(report, b"kill me")
+        elif count == calls + LEEWAY:
+            signal.pause()
+    sys.setprofile(seen)
+    convert(sys.argv[1], target, quantize=True, shard_bytes=int(sys.argv[2]))
+    sys.setprofile(None)
+    os.write(report, str(count).encode())
+
 print("ready", flush=True)
 for line in sys.stdin:
+    target, calls = line.rsplit(" ", 1)
+    listen, report = os.pipe()
     pid = os.fork()
     if pid == 0:
-        convert(sys.argv[1], sys.argv[2], quantize=True, shard_bytes=int(sys.argv[3]))
+        convert_counting(target, int(calls), report)
         os._exit(0)
-    time.sleep(float(line))
-    os.kill(pid, signal.SIGKILL)
+    os.close(report)
+    answer = os.read(listen, 64)
+    if answer == b"kill me":
+        os.kill(pid, signal.SIGKILL)
     status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    print(int(os.WIFSIGNALED(status)), flush=True)
+    finished = os.WIFEXITED(status) and os.WEXITSTATUS(status) == 0
+    assert finished or os.WTERMSIG(status) == signal.SIGKILL
+    print(int(answer) if finished else 0, flush=True)
+    os.close(listen)
 """
 KILL_SHARD_BYTES = 60_000
 
@@ -44,27 +67,27 @@ def digests(folder):
 
 
 def test_killed_at_random_points(checkpoint, tmp_path):
-    expected = tmp_path / "expected"
-    began = time.perf_counter()
-    convert(checkpoint, expected, quantize=True, shard_bytes=KILL_SHARD_BYTES)
-    whole = time.perf_counter() - began
-    target = tmp_path / "out"
+    target, expected = tmp_path / "out", tmp_path / "expected"
     zygote = subprocess.Popen(
-        [sys.executable, "-c", ZYGOTE, str(checkpoint), str(target), str(KILL_SHARD_BYTES)],
+        [sys.executable, "-c", ZYGOTE, str(checkpoint), str(KILL_SHARD_BYTES)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
     )
+
+    def run(folder, calls):
+        zygote.stdin.write(f"{folder} {calls}\n")
+        zygote.stdin.flush()
+        return int(zygote.stdout.readline())
+
     generator = random.Random(0)
     kills, progress = 0, set()
     try:
         assert zygote.stdout.readline() == "ready\n"
+        whole = run(expected, 1 << 60)
         while not target.exists():
-            # Longer and longer, so that a slow machine gets to the end as well.
-            delay = generator.uniform(0.0, whole / 3) * (1 + kills / 20)
-            zygote.stdin.write(f"{delay}\n")
-            zygote.stdin.flush()
-            kills += zygote.stdout.readline() == "1\n"
+            # Longer and longer, so that the end is reached whatever resuming costs.
+            kills += run(target, int(generator.uniform(1, whole / 2) * (1 + kills / 20))) == 0
             journal = target.with_name("out.partial") / "conversion.json"
             if journal.exists():
                 progress.add(len(json.loads(journal.read_text())["shards"]))
