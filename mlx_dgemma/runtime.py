@@ -11,12 +11,13 @@ its requests to a Runtime, which serves them on a thread of its own, a block eac
 from __future__ import annotations
 
 import asyncio
+import atexit
 import contextlib
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from pathlib import Path
-from typing import Any, TypeVar, Unpack
+from typing import Any, ClassVar, TypeVar, Unpack
 
 from mlx_dgemma.api import Options, Prompt, load, stream_generate
 from mlx_dgemma.decoding.events import Commit, Event
@@ -25,6 +26,43 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
 T = TypeVar("T")
+
+
+class _Worker:
+    """A thread for one runtime after another.
+
+    It never ends before the process does: MLX keeps compiled functions by thread, and freeing
+    them as a thread dies takes Python's lock, which aborts a program that is just ending.
+    """
+
+    idle: ClassVar[list[_Worker]] = []  # threads that wait for their next runtime
+
+    def __init__(self) -> None:
+        self._given: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        threading.Thread(target=self._work, name="mlx_dgemma", daemon=True).start()
+
+    @classmethod
+    def run(cls, function: Callable[[], None]) -> threading.Event:
+        """Runs a function on an idle thread or a new one; the event is set when it has returned."""
+        try:
+            worker = cls.idle.pop()
+        except IndexError:
+            worker = cls()
+        ended = threading.Event()
+
+        def whole() -> None:
+            try:
+                function()
+            finally:
+                cls.idle.append(worker)
+                ended.set()
+
+        worker._given.put(whole)
+        return ended
+
+    def _work(self) -> None:
+        while True:
+            self._given.get()()
 
 
 class Runtime:
@@ -47,8 +85,8 @@ class Runtime:
         self._waiting = 0
         self._closed = False
         self._running: set[threading.Event] = set()
-        self._thread = threading.Thread(target=self._serve, name="mlx_dgemma", daemon=True)
-        self._thread.start()
+        self._ended = _Worker.run(self._serve)
+        atexit.register(self.close)
         try:
             self.model: Model
             self.tokenizer: Tokenizer
@@ -168,7 +206,7 @@ class Runtime:
         return value
 
     def close(self) -> None:
-        """Cancels what runs and waits, then ends the thread. Safe to call twice."""
+        """Cancels what runs and waits until the model's thread is done. Safe to call twice."""
         with self._lock:
             if self._closed:
                 return
@@ -176,7 +214,8 @@ class Runtime:
         for cancel in list(self._running):
             cancel.set()
         self._jobs.put(None)
-        self._thread.join()
+        self._ended.wait()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> Runtime:
         return self

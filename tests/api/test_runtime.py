@@ -116,3 +116,13 @@ def test_closing_ends_what_runs_and_refuses_what_comes():
 def test_a_model_that_is_not_there_raises_in_the_constructor(tmp_path):
     with pytest.raises(ModelNotFoundError):
         Runtime(tmp_path / "nothing")
+
+
+def test_a_closed_runtime_leaves_its_thread_to_the_next():
+    """MLX's state of a thread is freed with Python's lock as the thread dies: so none dies."""
+    idents = []
+    for _ in range(2):
+        with Runtime() as running:
+            idents.append(running.call(threading.get_ident))
+    assert idents[0] == idents[1]
+    assert idents[0] in {thread.ident for thread in threading.enumerate()}
