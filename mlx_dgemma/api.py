@@ -16,6 +16,7 @@ from typing import Any, TypedDict, Unpack
 import numpy as np
 
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
+from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 from mlx_dgemma.decoding.settings import (
@@ -133,6 +134,7 @@ def stream_generate(
     conditioning: Conditioning = "auto",
     sliced_head: bool = False,
     logprobs: bool = False,
+    opening: Opening | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
     """Generates a reply; yields a Commit per block and a Finish, with `drafts` each Draft too.
@@ -147,7 +149,8 @@ def stream_generate(
     stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
         Commit.tool_calls. cache: a PromptCache that keeps the context for the next turn.
     cancel: set it from any thread; the generation ends between two denoising steps.
-    logprobs: score committed ids in Commit.logprobs. trace: a file to record every draw in.
+    logprobs: score committed ids in Commit.logprobs. opening: ids the reply must begin with.
+    trace: a file to record every draw in; not together with an opening.
 
     Closing the generator frees everything it holds. Raises InputError for a request that
     cannot be served, NumericsError when the network produces NaN or Inf.
@@ -180,6 +183,8 @@ def stream_generate(
     draws: Draws = SeededDraws(seed)
     record = None
     if trace is not None:
+        if opening is not None:
+            raise InputError("A trace cannot hold an opening: leave one of the two out.")
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
         draws = RecordingDraws(draws, record)
     request = Request(
@@ -188,6 +193,7 @@ def stream_generate(
         draws=draws,
         seed=seed,
         stop_ids=tokenizer.stop_ids,
+        opening=opening,
         drafts=drafts,
         logprobs=logprobs,
         cancel=cancel,
@@ -221,6 +227,7 @@ class Options(TypedDict, total=False):
     conditioning: Conditioning
     sliced_head: bool
     logprobs: bool
+    opening: Opening | None
     trace: str | Path | None
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
 from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
@@ -41,7 +41,7 @@ class Request:
 
     prompt: ids that continue what the cache holds; may be empty then.
     seed: reported in Finish; `draws`, made from it, give every random number.
-    stop_ids: end the reply, anywhere on a canvas.
+    stop_ids: end the reply, anywhere on a canvas. opening: how the reply must begin.
     drafts: yield a Draft per denoising step. logprobs: score committed ids.
     cancel: checked between steps. prefilled: called once the prompt is in the cache.
     observe: called with every step while it is on the device.
@@ -53,6 +53,7 @@ class Request:
     seed: int
     stop_ids: frozenset[int]
     images: Any = None
+    opening: Opening | None = None
     drafts: bool = False
     logprobs: bool = False
     cancel: threading.Event | None = None
@@ -212,9 +213,11 @@ def _reply_block(
     divisors = REROLL_DIVISORS if first and guard == "reroll" else (1,)
     result = None
     for attempt, divisor in enumerate(divisors):
-        result = yield from _denoise(
-            model, cache, request, canvas, max(length // divisor, 1), block, attempt, tally
-        )
+        part = max(length // divisor, 1)
+        begun = canvas
+        if request.opening is not None:
+            begun = request.opening.on(canvas, tally.generated, part)
+        result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
         if result is None or int(result.ids[0]) not in request.stop_ids:
             break
     return result

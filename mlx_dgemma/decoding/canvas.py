@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -59,6 +59,31 @@ class Start:
 
     def first_step(self, steps: int) -> int:
         return math.ceil(self.strength * steps)
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How a reply must begin, on its first canvases.
+
+    ids: pinned one after the other. following: the ids of which the next position takes one;
+        empty leaves it free.
+    """
+
+    ids: tuple[int, ...]
+    following: tuple[int, ...] = ()
+
+    def on(self, canvas: CanvasRequest, start: int, length: int) -> CanvasRequest:
+        """`canvas`, `length` positions from the reply's position `start` on, with its part."""
+        here = self.ids[start : start + length]
+        next_free = len(self.ids) - start
+        if here:
+            canvas = replace(
+                canvas, pins=Pins.from_template([*here, *[None] * (length - len(here))])
+            )
+        if self.following and 0 <= next_free < length:
+            options = np.array(sorted(self.following), dtype=np.int32)
+            canvas = replace(canvas, allowed={**canvas.allowed, next_free: options})
+        return canvas
 
 
 @dataclass(frozen=True)

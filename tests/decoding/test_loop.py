@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
-from mlx_dgemma.decoding.canvas import CanvasRequest, Pins, Start
+from mlx_dgemma.decoding.canvas import CanvasRequest, Opening, Pins, Start
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
@@ -247,3 +247,16 @@ def test_logprobs_are_those_of_the_untempered_logits():
     capped = 30 * np.tanh(logits[0] / 30)
     expected = capped[6] - np.log(np.exp(capped).sum())
     assert commits[0].logprobs == pytest.approx([expected] * 4, abs=1e-6)
+
+
+@pytest.mark.parametrize("canvas_length", [2, 3, 4, 8])
+def test_an_opening_is_pinned_across_canvases(canvas_length):
+    """Three ids pinned, one of two behind them, then what the network wants: a stop id."""
+    model = ScriptedModel(
+        lambda block, step, canvas: certain(*[STOP] * canvas_length), canvas_length=canvas_length
+    )
+    commits, finish, _ = run(model, opening=Opening((4, 5, 6), (7, 8)))
+    ids = [token for commit in commits for token in commit.ids]
+    assert ids[:3] == [4, 5, 6]
+    assert ids[3] in (7, 8)
+    assert (len(ids), finish.reason) == (4, "stop")
