@@ -8,6 +8,7 @@ from typing import Any
 from mlx_dgemma.convert.plan import Plan, grouped
 from mlx_dgemma.convert.recipes import MIXES, RECIPES
 from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.hub import progress_bars
 
 
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:
@@ -62,20 +63,42 @@ def _summary(name: str) -> str:
     return "one of mlx-lm's mixes" if name in MIXES else "chosen on the command line"
 
 
-def upload(folder: Path, repository: str) -> None:
-    """Upload a finished folder to the Hub with the user's token.
+def upload(folder: Path, repository: str, *, progress: bool = False) -> str:
+    """Upload a finished folder to the Hub with the user's token; returns the repository's id.
 
-    Raises ResourceError with the Hub's reason; the local folder stays as it is.
+    progress: show huggingface-hub's bars on standard error.
+    Raises ResourceError with the reason and what to do; the local folder stays as it is.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HTTPError
 
     try:
         api = HfApi()
-        api.create_repo(repository, exist_ok=True)
-        api.upload_folder(repo_id=repository, folder_path=folder, repo_type="model")
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        reason = str(error).strip().splitlines()[0]
+        name: str = api.create_repo(repository, exist_ok=True).repo_id
+        with progress_bars(progress):
+            api.upload_folder(repo_id=name, folder_path=folder, repo_type="model")
+    # A file that fails reaches us as a RuntimeError, a refused name or answer as a ValueError.
+    except (HTTPError, OSError, RuntimeError, ValueError) as error:
         raise ResourceError(
-            f"{folder} is finished but was not uploaded to {repository}: {reason}"
+            f"{folder} is finished but was not uploaded to {repository}: {_reason(error)}; then "
+            f"run `hf upload {repository} {folder}`."
         ) from error
+    return name
+
+
+def _reason(error: BaseException) -> str:
+    """Why an upload failed and what to do, as the end of a sentence."""
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError
+
+    if isinstance(error, RuntimeError) and error.__cause__ is not None:
+        error = error.__cause__
+    if isinstance(error, HfHubHTTPError) and error.response is not None:
+        status = error.response.status_code
+        if status == 401:
+            return "the Hub does not know who you are (401), log in with `hf auth login`"
+        if status == 403:
+            return "your token may not write there (403), use one that may or another name"
+        return f"the Hub answered {status}, try later"
+    if isinstance(error, HTTPError | ConnectionError | TimeoutError):
+        return "the Hub cannot be reached, check the connection"
+    return str(error).strip().splitlines()[0].rstrip(".")

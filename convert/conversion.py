@@ -160,8 +160,8 @@ def convert(
         measured = _measure(folder, target, chosen, adapter, dry_run=dry_run, progress=progress)
         report = replace(report, measured=measured.as_dict(), table=measured.table())
     if upload_repo is not None and not dry_run:
-        card.upload(target, upload_repo)
-        report = replace(report, uploaded_to=upload_repo)
+        uploaded_to = card.upload(target, upload_repo, progress=progress is not None)
+        report = replace(report, uploaded_to=uploaded_to)
     return report
 
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -126,6 +128,25 @@ def explained(name: str, error: Exception, revision: str | None = None) -> Excep
     return _Repository(name, revision, None, None)._explained(error)
 
 
+@contextmanager
+def progress_bars(shown: bool) -> Iterator[None]:
+    """Keeps huggingface-hub's bars off standard error unless they are to be shown."""
+    from huggingface_hub.utils import (
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    silenced = not shown and not are_progress_bars_disabled()
+    if silenced:
+        disable_progress_bars()
+    try:
+        yield
+    finally:
+        if silenced:
+            enable_progress_bars()
+
+
 class _Repository:
     """One repository at one revision, in the Hub's cache and on the Hub."""
 
@@ -221,28 +242,17 @@ class _Repository:
             )
 
     def _download(self, api: HfApi, files: list[str], progress: bool) -> Path:
-        from huggingface_hub.utils import (
-            are_progress_bars_disabled,
-            disable_progress_bars,
-            enable_progress_bars,
-        )
-
-        silenced = not progress and not are_progress_bars_disabled()
-        if silenced:
-            disable_progress_bars()
         try:
             # By the revision's name: the cache then knows it by that name offline, too.
-            folder = api.snapshot_download(
-                self.name,
-                revision=self.revision,
-                cache_dir=str(self.cache_dir),
-                allow_patterns=files,
-            )
+            with progress_bars(progress):
+                folder = api.snapshot_download(
+                    self.name,
+                    revision=self.revision,
+                    cache_dir=str(self.cache_dir),
+                    allow_patterns=files,
+                )
         except Exception as error:
             raise self._explained(error) from error
-        finally:
-            if silenced:
-                enable_progress_bars()
         return Path(str(folder))
 
     def _refused(self, error: Exception) -> Path:

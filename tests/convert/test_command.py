@@ -153,32 +153,6 @@ def test_inspect_says_which_mac_holds_the_real_model(tmp_path):
     assert (fits[24], fits[48], fits[64], fits[128]) == ("no", "no", "raise", "yes")
 
 
-def test_upload_goes_through_the_hub_client(checkpoint, tmp_path, monkeypatch, capsys):
-    calls = []
-
-    class Api:
-        def create_repo(self, repo_id, **options):
-            calls.append(("create", repo_id))
-
-        def upload_folder(self, *, repo_id, folder_path, **options):
-            calls.append(("upload", repo_id, sorted(p.name for p in folder_path.iterdir())))
-
-    monkeypatch.setattr("huggingface_hub.HfApi", Api)
-    arguments = ["--hf-path", str(checkpoint), "--mlx-path", str(tmp_path / "out"), "-q"]
-    assert main([*arguments, "--upload-repo", "me/mine"]) == 0
-    assert calls[0] == ("create", "me/mine")
-    assert calls[1][1] == "me/mine"
-    assert {"README.md", "config.json", "model.safetensors"} <= set(calls[1][2])
-
-    def refuse(self, *_, **__):
-        raise OSError("no connection\nand more")
-
-    monkeypatch.setattr(Api, "create_repo", refuse)
-    assert main([*arguments, "--overwrite", "--upload-repo", "me/mine"]) == 2
-    assert "is finished but was not uploaded" in capsys.readouterr().err
-    assert (tmp_path / "out" / "config.json").exists()
-
-
 def test_a_copy_of_the_source_is_left_as_it_was(checkpoint, tmp_path):
     source = shutil.copytree(checkpoint, tmp_path / "source")
     before = sorted(path.name for path in source.iterdir())

@@ -1,4 +1,4 @@
-"""Sources on the Hub, against a stub: download, resume, refusals, headers by range request."""
+"""Sources and targets on the Hub, against a stub: download, resume, upload, refusals, headers."""
 
 import json
 from collections import namedtuple
@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dgemma.cli.convert import main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
+from mlx_dgemma.convert.verify import verify
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError, ResourceError
 from tests.hub.conftest import hub  # noqa: F401 (a fixture)
 
@@ -95,3 +97,65 @@ def test_inspect_without_weights(hub):  # noqa: F811
         inspect("someone/empty")
     with pytest.raises(ModelNotFoundError, match="no Hub id"):
         inspect("no such folder")
+
+
+@pytest.fixture
+def writable(hub, monkeypatch):  # noqa: F811
+    """The stub, to which the token "mine" may write under "me"; large files go by Git LFS."""
+    hub.writers = {"mine": "me"}
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    # Where hf-xet is installed huggingface-hub sends large files by a protocol of its own.
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_DISABLE_XET", True)
+    return hub
+
+
+def test_the_result_is_uploaded(writable, checkpoint, tmp_path, capsys):
+    flags = ["--hf-path", str(checkpoint), "--mlx-path", str(tmp_path / "out"), "-q", "--json"]
+    assert main([*flags, "--upload-repo", "mine"]) == 0
+    assert json.loads(capsys.readouterr().out)["uploaded_to"] == "me/mine"
+    assert writable.repositories["me/mine"].files("main") == contents(tmp_path / "out")
+    verified = convert("me/mine", tmp_path / "back", dequantize=True)
+    assert verified.revision == writable.repositories["me/mine"].commit("main")
+
+
+def test_an_upload_sends_what_is_not_there_yet(writable, checkpoint, tmp_path):
+    convert(checkpoint, tmp_path / "out", quantize=True, upload_repo="me/mine")
+    sent = [asked for asked in writable.requests if asked.method == "PUT"]
+    assert len(sent) == 1
+    convert(checkpoint, tmp_path / "again", quantize=True, upload_repo="me/mine")
+    assert [asked for asked in writable.requests if asked.method == "PUT"] == sent
+
+
+@pytest.mark.parametrize(
+    ("repository", "token", "reason"),
+    [
+        ("me/mine", None, "does not know who you are (401), log in with `hf auth login`"),
+        ("me/mine", "stolen", "does not know who you are (401)"),
+        ("them/theirs", "mine", "may not write there (403)"),
+        ("me/two words", "mine", "Repo id must"),
+    ],
+)
+def test_an_upload_that_is_refused(
+    repository, token, reason, writable, checkpoint, tmp_path, monkeypatch, capsys
+):
+    if token is None:
+        monkeypatch.delenv("HF_TOKEN")
+    else:
+        monkeypatch.setenv("HF_TOKEN", token)
+    flags = ["--hf-path", str(checkpoint), "--mlx-path", str(tmp_path / "out"), "-q"]
+    assert main([*flags, "--upload-repo", repository]) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert reason in said
+    assert f"hf upload {repository}" in said
+    assert not writable.objects
+    assert verify(tmp_path / "out", forward=False).ok
+
+
+def test_an_upload_to_a_hub_that_is_not_there(writable, checkpoint, tmp_path, monkeypatch):
+    writable.down = True
+    with pytest.raises(ResourceError, match="the Hub answered 503"):
+        convert(checkpoint, tmp_path / "out", upload_repo="me/mine")
+    monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+    with pytest.raises(ResourceError, match="cannot be reached"):
+        convert(checkpoint, tmp_path / "two", upload_repo="me/mine")

@@ -1,4 +1,4 @@
-"""A Hugging Face Hub on loopback: just enough of its API for downloads, with its failures.
+"""A Hugging Face Hub on loopback: just enough of its API to download and upload, and to fail.
 
     with HubStub() as hub:
         hub.add("someone/model", {"config.json": b"{}", "model.safetensors": Sparse(16 << 30)})
@@ -6,11 +6,13 @@
         hub.requests          # what was asked, in order
 
 Serves model info, trees and files by revision, range requests, tokens, gated repositories and
-connections that break off in the middle of a file.
+connections that break off in the middle of a file. Takes commits of small files, and of large
+ones through Git LFS, from the tokens in `writers`.
 """
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import re
@@ -92,10 +94,16 @@ class Asked:
 
 @dataclass
 class HubStub:
-    """The server; a context manager. `down` makes it answer 503 to everything."""
+    """The server; a context manager. `down` makes it answer 503 to everything.
+
+    writers: token -> the user or organization it may write to. objects: what Git LFS holds, by
+    SHA-256.
+    """
 
     repositories: dict[str, Repository] = field(default_factory=dict)
     requests: list[Asked] = field(default_factory=list)
+    writers: dict[str, str] = field(default_factory=dict)
+    objects: dict[str, bytes] = field(default_factory=dict)
     down: bool = False
 
     def add(
@@ -133,17 +141,26 @@ class HubStub:
 
 API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?/?")
 FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+WRITE = re.compile(
+    r"/api/models/(?P<commit>[^/]+/[^/]+)/commit/main|/api/models/(?P<preupload>[^/]+/[^/]+)"
+    r"/preupload/main|/(?P<batch>[^/]+/[^/]+)\.git/info/lfs/objects/batch"
+)
 
 
 def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
+        def noted(self) -> tuple[str, str | None]:
+            """Path and token of a request, which is remembered."""
             path = unquote(urlsplit(self.path).path)
             bearer = self.headers.get("Authorization")
             token = bearer.removeprefix("Bearer ") if bearer else None
             hub.requests.append(Asked(self.command, path, self.headers.get("Range"), token))
+            return path, token
+
+        def do_GET(self) -> None:
+            path, token = self.noted()
             if hub.down:
                 self.fail(503, "")
             elif found := FILE.fullmatch(path):
@@ -155,6 +172,50 @@ def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
 
         def do_HEAD(self) -> None:
             self.do_GET()
+
+        def do_PUT(self) -> None:
+            """An object of Git LFS; its address is its SHA-256."""
+            path, _ = self.noted()
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            hub.objects[path.removeprefix("/lfs/")] = content
+            self.answer(b"")
+
+        def do_POST(self) -> None:
+            path, token = self.noted()
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            if hub.down:
+                return self.fail(503, "")
+            if path == "/api/validate-yaml":
+                return self.answer(b'{"warnings": [], "errors": []}')
+            found = WRITE.fullmatch(path)
+            if path == "/api/repos/create":
+                asked = json.loads(body)
+                owner = asked["organization"] or hub.writers.get(token or "", "")
+                name = f"{owner}/{asked['name']}"
+            elif found:
+                name = str(found[found.lastgroup or ""])
+            else:
+                return self.fail(404, "")
+            if token not in hub.writers:
+                return self.fail(401, "")
+            if name.split("/")[0] != hub.writers[token]:
+                return self.fail(403, "")
+            status = 200
+            if found is None:
+                status = 409 if name in hub.repositories else 200
+                hub.repositories.setdefault(name, Repository({"main": {}}))
+                answer: dict[str, Any] = {"url": f"{hub.url}/{name}"}
+            elif found.lastgroup == "preupload":
+                answer = _upload_modes(json.loads(body))
+            elif found.lastgroup == "batch":
+                answer = _upload_places(hub, json.loads(body))
+            else:
+                lines = [json.loads(line) for line in body.splitlines()]
+                repository = hub.repositories[name]
+                repository.revisions["main"] = {**repository.files("main"), **_files(hub, lines)}
+                commit = repository.commit("main")
+                answer = {"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit}
+            self.answer(json.dumps(answer).encode(), status)
 
         def serve(
             self, name: str, revision: str, token: str | None, file: str | None, tree: bool = False
@@ -213,8 +274,8 @@ def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
                 if sent >= end:
                     return
 
-        def answer(self, body: bytes) -> None:
-            self.send_response(200)
+        def answer(self, body: bytes, status: int = 200) -> None:
+            self.send_response(status)
             self.send_header("Content-Type", "application/json")
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
@@ -235,6 +296,42 @@ def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
             """Tests read `requests`; nothing goes to standard error."""
 
     return Handler
+
+
+def _upload_modes(asked: dict[str, Any]) -> dict[str, Any]:
+    """Which files go through Git LFS: on the Hub, .gitattributes says so."""
+    return {
+        "files": [
+            {
+                "path": file["path"],
+                "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                "shouldIgnore": False,
+            }
+            for file in asked["files"]
+        ]
+    }
+
+
+def _upload_places(hub: HubStub, asked: dict[str, Any]) -> dict[str, Any]:
+    """Where to put each object; none for one that is there."""
+    objects = []
+    for wanted in asked["objects"]:
+        place = {"upload": {"href": f"{hub.url}/lfs/{wanted['oid']}"}}
+        known = wanted["oid"] in hub.objects
+        objects.append({**wanted, **({} if known else {"actions": place})})
+    return {"transfer": "basic", "objects": objects}
+
+
+def _files(hub: HubStub, lines: list[dict[str, Any]]) -> dict[str, Content]:
+    """What a commit adds."""
+    files: dict[str, Content] = {}
+    for line in lines:
+        value = line["value"]
+        if line["key"] == "file":
+            files[value["path"]] = base64.b64decode(value["content"])
+        elif line["key"] == "lfsFile":
+            files[value["path"]] = hub.objects[value["oid"]]
+    return files
 
 
 def _info(name: str, commit: str, files: Mapping[str, Content], gated: bool) -> dict[str, Any]:
