@@ -4,6 +4,9 @@ PEFT sees the encoder's and the decoder's copy of one tied weight as two modules
 delta for each; its own merge adds both to the shared weight, which is neither pass's trained
 function. Here the decoder's delta is merged, and an adapter whose encoder deltas differ is
 refused. What cannot be expressed as a delta of one weight is refused as well.
+
+A large adapter is as large as a small model: its matrices stay in their file, and of a weight
+the rows that are merged are widened to float32, nothing else.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import sqrt
+from math import prod, sqrt
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,7 @@ import mlx.core as mx
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.names import (
+    Quantization,
     is_tied_duplicate,
     matrices,
     quantization_of,
@@ -29,6 +33,8 @@ from mlx_dgemma.model.names import (
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+# What is widened to float32 at a time when an adapter is merged at load.
+SLICE_BYTES = 64 << 20
 
 _KEY = re.compile(
     r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
@@ -48,38 +54,58 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class Delta:
-    """`scale * B @ A` of one matrix, or one such product per expert.
+    """`scale * B @ A` of one matrix, or one such product per expert; A and B are not read yet.
 
-    a: [rank, in] or [experts, rank, in]; b: [out, rank] or [experts, out, rank]; float32.
+    shape: of the weight. file, a, b: the file and the names of A, [rank, in] or
+    [experts * rank, in], and B, [out, rank] or [out, rank * experts]. experts: how many, or None.
     """
 
-    a: mx.array
-    b: mx.array
+    shape: tuple[int, ...]
+    file: Path
+    a: str
+    b: str
     scale: float
+    experts: int | None = None
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (*self.b.shape[:-1], self.a.shape[-1])
+    def read(self) -> tuple[mx.array, mx.array]:
+        """A and B as stored and unevaluated, by expert where there are experts.
 
-    def rows(self, start: int, stop: int) -> mx.array:
-        """Rows (or experts) [start, stop) of the delta."""
-        a = self.a[start:stop] if self.a.ndim == 3 else self.a
-        return self.scale * (self.b[start:stop] @ a)
+        They are read when they are evaluated, and kept as long as they are held.
+        """
+        tensors = _open(self.file)
+        a, b = tensors[self.a], tensors[self.b]
+        if self.experts is None:
+            return a, b
+        # A's rows are grouped by expert, B's columns by rank.
+        by_expert = b.reshape(b.shape[0], -1, self.experts).transpose(2, 0, 1)
+        return a.reshape(self.experts, -1, a.shape[1]), by_expert
+
+    def rows(self, pair: tuple[mx.array, mx.array], start: int, stop: int) -> mx.array:
+        """float32 rows (or experts) [start, stop) of the delta, from what `read` gave."""
+        a, b = pair
+        if self.experts is not None:
+            a = a[start:stop]
+        return self.scale * (b[start:stop].astype(mx.float32) @ a.astype(mx.float32))
 
 
-@dataclass(frozen=True)
 class Adapter:
     """The deltas of an adapter folder by weight name (MLX-community layout)."""
 
-    folder: Path
-    deltas: dict[str, Delta]
+    def __init__(self, folder: Path, deltas: dict[str, Delta]) -> None:
+        self.folder = folder
+        self.deltas = deltas
+        # The rows of a weight are merged slice by slice: its pair is read once.
+        self._latest: tuple[str, tuple[mx.array, mx.array]] | None = None
 
     def merged(self, name: str, rows: mx.array, start: int) -> mx.array:
         """Rows of weight `name` beginning at `start`, with the delta added in float32."""
         delta = self.deltas.get(name)
         if delta is None:
             return rows
-        return rows.astype(mx.float32) + delta.rows(start, start + rows.shape[0])
+        if self._latest is None or self._latest[0] != name:
+            self._latest = (name, delta.read())
+        added = delta.rows(self._latest[1], start, start + rows.shape[0])
+        return rows.astype(mx.float32) + added
 
 
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
@@ -94,19 +120,13 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     settings = read_json(folder / CONFIG)
     _refuse_kinds(settings, folder)
     path = folder / WEIGHTS
-    try:
-        tensors = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged; copy the adapter again.") from error
-    assert isinstance(tensors, dict)
     shapes = matrices(config)
     deltas: dict[str, Delta] = {}
     encoder: dict[str, Delta] = {}
-    for module, pair in _pairs(tensors, shapes, path):
+    for module, delta in _deltas(path, shapes, settings):
         weight = f"{module}.weight"
         tied = is_tied_duplicate(weight)
         name = tied_to(weight) if tied else weight
-        delta = _delta(module, pair, settings)
         expected = shapes.get(name.removesuffix(".weight"))
         if delta.shape != expected:
             fits = "no such weight" if expected is None else f"a weight of {list(expected)}"
@@ -114,7 +134,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
                 f"{path}: the delta of {module} is {list(delta.shape)} and the model has {fits}; "
                 "the adapter was trained on another model."
             )
-        if not (mx.isfinite(delta.a).all().item() and mx.isfinite(delta.b).all().item()):
+        if not all(mx.isfinite(matrix).all().item() for matrix in delta.read()):
             raise CheckpointError(f"{path}: the delta of {module} holds NaN or Inf.")
         (encoder if tied else deltas)[name] = delta
     for name, delta in encoder.items():
@@ -124,6 +144,16 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
                 "an adapter can change the shared weight only once."
             )
     return Adapter(folder, deltas)
+
+
+def _open(path: Path) -> dict[str, mx.array]:
+    """Every tensor of the adapter's file, unread."""
+    try:
+        tensors = mx.load(str(path))
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is missing or damaged; copy the adapter again.") from error
+    assert isinstance(tensors, dict)
+    return tensors
 
 
 def _refuse_kinds(settings: Mapping[str, Any], folder: Path) -> None:
@@ -137,15 +167,16 @@ def _refuse_kinds(settings: Mapping[str, Any], folder: Path) -> None:
         raise CheckpointError(f"{folder}: trained biases (bias) have no place in this network.")
 
 
-_Pair = dict[str, mx.array]
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
-def _pairs(
-    tensors: Mapping[str, mx.array], shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> Iterator[tuple[str, _Pair]]:
-    """(module, {"A", "B"}) for every adapted matrix; experts are reshaped to [experts, ...]."""
-    found: dict[str, dict[str, _Pair]] = defaultdict(lambda: defaultdict(dict))
-    for key, tensor in tensors.items():
+def _deltas(
+    path: Path, shapes: _Shapes, settings: Mapping[str, Any]
+) -> Iterator[tuple[str, Delta]]:
+    """(module, delta) for every adapted matrix, by the names and shapes of the file alone."""
+    stored: dict[str, tuple[int, ...]] = {}
+    found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key, tensor in _open(path).items():
         if "embed_tokens" in key or "lm_head" in key:
             raise CheckpointError(
                 f"{path}: adapts the embedding table, which is also the output head and the "
@@ -154,91 +185,122 @@ def _pairs(
         match = _KEY.fullmatch(key)
         if match is None or tensor.ndim != 2:
             raise CheckpointError(f"{path}: {key} is no low-rank delta of a linear layer.")
-        found[match["module"]][match["nested"]][match["side"]] = tensor.astype(mx.float32)
+        stored[key] = tensor.shape
+        found[match["module"]][match["nested"]][match["side"]] = key
     for module, wrappers in found.items():
         for pair in wrappers.values():
             if set(pair) != {"A", "B"}:
                 raise CheckpointError(f"{path}: {module} has lora_{next(iter(pair))} only.")
+            (a_rows, width_in), (width_out, b_columns) = stored[pair["A"]], stored[pair["B"]]
+            name, experts = module, None
+            shape: tuple[int, ...] = (width_out, width_in)
             if module.endswith(".experts"):
-                yield _experts_pair(module, pair, shapes, path)
+                name, experts = _experts_weight(module, shape, shapes, path)
+                shape = (experts, *shape)
             elif len(wrappers) > 1:
                 raise CheckpointError(f"{path}: {module} is adapted twice.")
-            else:
-                yield module, pair
+            if a_rows != b_columns or a_rows % (experts or 1):
+                raise CheckpointError(f"{path}: A and B of {module} have different ranks.")
+            scale = _scale(name, a_rows // (experts or 1), settings)
+            yield name, Delta(shape, path, pair["A"], pair["B"], scale, experts)
 
 
-def _experts_pair(
-    module: str, pair: _Pair, shapes: Mapping[str, tuple[int, ...]], path: Path
-) -> tuple[str, _Pair]:
-    """Which of the two expert weights a pair belongs to, by its widths, split by expert.
+def _experts_weight(
+    module: str, shape: tuple[int, ...], shapes: _Shapes, path: Path
+) -> tuple[str, int]:
+    """Which of the two expert weights a delta belongs to, by its widths, and for how many experts.
 
     PEFT wraps the second parameter around the first, so a name says `experts` or
     `experts.base_layer` whichever was adapted; the widths are unambiguous.
     """
-    width_in, width_out = pair["A"].shape[1], pair["B"].shape[0]
     decoder = tied_to(module) if is_tied_duplicate(module) else module
     for projection in ("gate_up_proj", "down_proj"):
-        shape = shapes.get(f"{decoder}.{projection}")
-        if shape is not None and shape[1:] == (width_out, width_in):
-            experts = shape[0]
-            # A's rows are grouped by expert, B's columns by rank.
-            a = pair["A"].reshape(experts, -1, width_in)
-            b = pair["B"].reshape(width_out, -1, experts).transpose(2, 0, 1)
-            return f"{module}.{projection}", {"A": a, "B": b}
+        weight = shapes.get(f"{decoder}.{projection}")
+        if weight is not None and weight[1:] == shape:
+            return f"{module}.{projection}", weight[0]
     raise CheckpointError(
-        f"{path}: the delta of {module} maps {width_in} to {width_out}, which no expert weight of "
+        f"{path}: the delta of {module} maps {shape[1]} to {shape[0]}, which no expert weight of "
         "this model does; the adapter was trained on another model."
     )
 
 
-def _delta(module: str, pair: _Pair, settings: Mapping[str, Any]) -> Delta:
-    rank = pair["A"].shape[-2]
+def _scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:
     alpha = float(settings.get("lora_alpha", 8))
     for pattern, value in (settings.get("alpha_pattern") or {}).items():
         if re.match(rf"(.*\.)?({pattern})$", module):
             alpha = float(value)
             break
-    scale = alpha / (sqrt(rank) if settings.get("use_rslora") else rank)
-    return Delta(pair["A"], pair["B"], scale)
+    return alpha / (sqrt(rank) if settings.get("use_rslora") else rank)
 
 
 def _same(encoder: Delta, decoder: Delta | None) -> bool:
     """Whether both passes would get the same weight; an untrained delta (B = 0) counts as zero."""
-    for start in range(encoder.shape[0] if encoder.a.ndim == 3 else 1):
-        rows = (start, start + 1) if encoder.a.ndim == 3 else (0, encoder.shape[0])
-        ours = encoder.rows(*rows)
-        theirs = mx.zeros_like(ours) if decoder is None else decoder.rows(*rows)
-        if not mx.allclose(ours, theirs, rtol=1e-5, atol=1e-8).item():
+    ours = encoder.read()
+    theirs = None if decoder is None else decoder.read()
+    step = encoder.shape[0] if encoder.experts is None else 1
+    for start in range(0, encoder.shape[0], step):
+        mine = encoder.rows(ours, start, start + step)
+        other = mx.zeros_like(mine)
+        if decoder is not None and theirs is not None:
+            other = decoder.rows(theirs, start, start + step)
+        if not mx.allclose(mine, other, rtol=1e-5, atol=1e-8).item():
             return False
     return True
 
 
 def merge_parameters(
-    parameters: Mapping[str, mx.array], adapter: Adapter, config: ModelConfig
-) -> dict[str, mx.array]:
-    """Tensors as they are stored -> the same with the adapter merged, unevaluated.
+    parameters: dict[str, mx.array], adapter: Adapter, config: ModelConfig, *, read: bool
+) -> None:
+    """Merges the adapter into tensors as they are stored, in their place.
 
     A packed matrix is dequantized, merged and packed again as it was; merging before
     quantization (`mlx_dgemma.convert --adapter-path`) rounds once instead of twice.
+    read: read the adapted tensors now, one slice of one tensor after the other; else everything
+    stays unevaluated.
     """
-    merged = dict(parameters)
     for name in adapter.deltas:
         module = name.removesuffix(".weight")
-        stored = parameters[name]
         packing = None
         if f"{module}.scales" in parameters:
             packing = quantization_of(config.quantization, module)
-        if packing is None:
-            merged[name] = adapter.merged(name, stored, 0).astype(stored.dtype)
-            continue
-        how: dict[str, Any] = {
-            "group_size": packing.group_size,
-            "bits": packing.bits,
-            "mode": packing.mode,
-        }
-        scales, biases = parameters[f"{module}.scales"], parameters.get(f"{module}.biases")
-        dense = mx.dequantize(stored, scales, biases, **how)
-        again = mx.quantize(adapter.merged(name, dense, 0).astype(dense.dtype), **how)
-        for suffix, tensor in zip(("weight", "scales", "biases"), again, strict=False):
-            merged[f"{module}.{suffix}"] = tensor
-    return merged
+        suffixes = ("weight",) if packing is None else ("weight", "scales", "biases")
+        names = [name, *(f"{module}.{suffix}" for suffix in suffixes[1:])]
+        names = [part for part in names if part in parameters]
+        stored = [parameters.pop(part) for part in names]
+        merged: list[list[mx.array]] = [[] for _ in names]
+        delta = adapter.deltas[name]
+        rows = max(1, SLICE_BYTES // (4 * prod(delta.shape[1:])))
+        for start in range(0, delta.shape[0], rows):
+            slices = [part[start : start + rows] for part in stored]
+            again = _merged_slice(slices, adapter, name, start, packing)
+            if read:
+                mx.eval(again)
+            for parts, part in zip(merged, again, strict=True):
+                parts.append(part)
+        for part_name, pieces in zip(names, merged, strict=True):
+            parameters[part_name] = mx.concatenate(pieces)
+        if read:
+            del stored, slices, again
+            mx.eval([parameters[part_name] for part_name in names])
+            merged.clear()
+            mx.clear_cache()
+
+
+def _merged_slice(
+    stored: list[mx.array],
+    adapter: Adapter,
+    name: str,
+    start: int,
+    packing: Quantization | None,
+) -> list[mx.array]:
+    """Some rows of a weight (with scales and biases if it is packed), merged."""
+    if packing is None:
+        return [adapter.merged(name, stored[0], start).astype(stored[0].dtype)]
+    how: dict[str, Any] = {
+        "group_size": packing.group_size,
+        "bits": packing.bits,
+        "mode": packing.mode,
+    }
+    weight, scales, *biases = stored
+    dense = mx.dequantize(weight, scales, biases[0] if biases else None, **how)
+    return list(mx.quantize(adapter.merged(name, dense, start).astype(dense.dtype), **how))

@@ -136,8 +136,10 @@ def load_model(
         for path in sorted({header.path for header in headers.values()}):
             tensors.update(_load_shard(path))
         parameters = {name: source.read(tensors) for name, source in sources.items()}
+    del tensors  # else a tensor that an adapter replaces would stay beside its replacement
     if adapter_path is not None:
-        parameters = merge_parameters(parameters, read_adapter(adapter_path, config), config)
+        adapter = read_adapter(adapter_path, config)
+        merge_parameters(parameters, adapter, config, read=not lazy)
     fill(model, parameters)
     if not lazy:
         widened = on_cpu and model.dtype == mx.float32

@@ -10,7 +10,7 @@ import pytest
 from mlx_dgemma.convert import convert
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model import load_model
-from mlx_dgemma.model.adapters import read_adapter
+from mlx_dgemma.model.adapters import merge_parameters, read_adapter
 from mlx_dgemma.model.config import ModelConfig
 
 DECODER_Q = r"model\.decoder\.layers\.\d+\.self_attn\.[qo]_proj"
@@ -200,3 +200,63 @@ def test_damaged_and_foreign_adapters(make, base, tmp_path):
     (good / "adapter_config.json").write_text(json.dumps({**settings, "peft_type": "IA3"}))
     with pytest.raises(CheckpointError, match="IA3"):
         read_adapter(good, config)
+
+
+RANK = 256
+PAIR_BYTES = 4 * RANK * (128 + 4 * 32)  # A and B of a q_proj of the converter tests' model
+
+
+@pytest.fixture
+def large(tmp_path, tensors):
+    """An adapter of every q_proj, larger than the weights it changes, written without peft."""
+    generator = np.random.default_rng(2)
+    names = [name for name in tensors if name.endswith("self_attn.q_proj.weight")]
+    matrices = {}
+    for name in names:
+        rows, columns = tensors[name].shape
+        lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
+        for side, shape in {"A": (RANK, columns), "B": (rows, RANK)}.items():
+            values = generator.standard_normal(shape).astype(np.float32) * 0.01
+            matrices[f"{lora}{side}.weight"] = mx.array(values)
+    folder = tmp_path / "large"
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": RANK}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    return folder, names
+
+
+def peak_of(work):
+    """(result, bytes held afterwards, most bytes held meanwhile) beside what was there before."""
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result = work()
+    return result, mx.get_active_memory() - before, mx.get_peak_memory() - before
+
+
+def test_an_adapter_stays_in_its_file(large, checkpoint, tmp_path):
+    """Checking it reads a matrix at a time, converting with it a pair at a time."""
+    folder, names = large
+    config = ModelConfig.from_folder(checkpoint)
+    adapter, held, peak = peak_of(lambda: read_adapter(folder, config))
+    assert len(adapter.deltas) == len(names) >= 6
+    assert held == 0
+    assert peak < 3 * PAIR_BYTES
+    _, _, plain = peak_of(lambda: convert(checkpoint, tmp_path / "plain"))
+    _, _, merged = peak_of(lambda: convert(checkpoint, tmp_path / "out", adapter_path=folder))
+    assert merged < plain + 3 * PAIR_BYTES
+
+
+def test_merging_at_load_replaces_one_tensor_after_the_other(large, checkpoint):
+    folder, _ = large
+    config = ModelConfig.from_folder(checkpoint)
+    parameters = mx.load(str(checkpoint / "model.safetensors"))
+    mx.eval(parameters)
+    before = {name: np.array(tensor.astype(mx.float32)) for name, tensor in parameters.items()}
+    adapter = read_adapter(folder, config)
+    _, held, peak = peak_of(lambda: merge_parameters(parameters, adapter, config, read=True))
+    assert held < 2 * PAIR_BYTES
+    assert peak < 4 * PAIR_BYTES
+    for name, tensor in parameters.items():
+        changed = not np.array_equal(np.array(tensor.astype(mx.float32)), before[name])
+        assert changed == (name in adapter.deltas)
