@@ -23,6 +23,7 @@ from mlx_dgemma.decoding.settings import (
     Conditioning,
     DecodingSettings,
     EmptyReplyPolicy,
+    PresetName,
     SamplerName,
     UnconvergedPolicy,
 )
@@ -37,12 +38,13 @@ from mlx_dgemma.decoding.trace import (
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.model import Model, load_model
-from mlx_dgemma.prompt import ReplyReader, Tokenizer, encode_messages, load_tokenizer
+from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
+from mlx_dgemma.prompt.encode import Prompt as Prompt
+from mlx_dgemma.prompt.encode import encode_prompt as encode_prompt
+from mlx_dgemma.prompt.encode import prepare_prompt
+from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.reply import Increment
 from mlx_dgemma.prompt_cache import PromptCache
-
-Message = Mapping[str, Any]
-Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray
 
 
 def load(
@@ -69,51 +71,18 @@ def load(
     return model, load_tokenizer(folder, model.config.stop_ids)
 
 
-def encode_prompt(
-    tokenizer: Tokenizer,
-    prompt: Prompt,
-    *,
-    system_prompt: str | None = None,
-    tools: Sequence[Mapping[str, Any]] | None = None,
-    enable_thinking: bool = False,
-) -> list[int]:
-    """Prompt ids: a str is one user message, messages go through the chat template, ids stay."""
-    if isinstance(prompt, str):
-        if not prompt.strip():
-            raise InputError("The prompt is empty: write something to answer.")
-        prompt = [{"role": "user", "content": prompt}]
-    if len(prompt) == 0:
-        raise InputError("The prompt is empty: write something to answer.")
-    if isinstance(prompt[0], Mapping):
-        return encode_messages(
-            tokenizer,
-            prompt,  # type: ignore[arg-type]
-            system_prompt=system_prompt,
-            tools=tools,
-            enable_thinking=enable_thinking,
-        )
-    if system_prompt or tools or enable_thinking:
-        raise InputError(
-            "A prompt of token ids is taken as it is: put the system prompt, tools and thinking "
-            "into it, or pass messages."
-        )
-    ids = np.asarray(prompt)
-    if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError("A prompt is a str, a list of messages or a flat list of token ids.")
-    if ids.min() < 0 or ids.max() >= len(tokenizer):
-        raise InputError(f"A prompt id is outside the vocabulary of {len(tokenizer)} tokens.")
-    return [int(token) for token in ids]
-
-
 def stream_generate(
     model: Model,
     tokenizer: Tokenizer,
     prompt: Prompt,
     *,
+    images: Sequence[Any] | None = None,
+    image_tokens: int | None = None,
     drafts: bool = False,
     max_tokens: int = 256,
     seed: int | None = None,
     temp: float = 1.0,
+    preset: PresetName = "reference",
     sampler: SamplerName = "entropy-bound",
     max_denoising_steps: int | None = None,
     entropy_bound: float | None = None,
@@ -140,12 +109,16 @@ def stream_generate(
     """Generates a reply; yields a Commit per block and a Finish, with `drafts` each Draft too.
 
     prompt: a str is one user message, messages go through the chat template, a list or array
-        of ids is taken as it is. seed: drawn and reported in Finish when None; the same seed
-        on the same build and device gives the same ids.
+        of ids is taken as it is. images: paths, URLs, bytes, PIL images or numpy arrays that
+        come before a str prompt, or belong to the messages' image parts that name none.
+        image_tokens: the most soft tokens an image may take.
+    seed: drawn and reported in Finish when None; the same seed on the same build and device
+        gives the same ids.
     temp: divides the logits for sampling only; 0.0 takes the argmax. mlx-lm's default is 0.0;
         this model's reference always samples, so ours is 1.0.
+    preset: named settings; "balanced" and "fast" take fewer steps for some accuracy.
     sampler, max_denoising_steps, ..., canvas_length: see DecodingSettings; None takes the
-        checkpoint's generation config.
+        preset's, then the checkpoint's generation config.
     stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
         Commit.tool_calls. cache: a PromptCache that keeps the context for the next turn.
     cancel: set it from any thread; the generation ends between two denoising steps.
@@ -160,6 +133,7 @@ def stream_generate(
         {
             "max_tokens": max_tokens,
             "temp": temp,
+            "preset": preset,
             "sampler": sampler,
             "max_denoising_steps": max_denoising_steps,
             "entropy_bound": entropy_bound,
@@ -176,9 +150,17 @@ def stream_generate(
         },
     )
     seed = fresh_seed() if seed is None else check_seed(seed)
-    ids = encode_prompt(
-        tokenizer, prompt, system_prompt=system_prompt, tools=tools, enable_thinking=enable_thinking
+    prepared = prepare_prompt(
+        model,
+        tokenizer,
+        prompt,
+        images=images,
+        image_tokens=image_tokens,
+        system_prompt=system_prompt,
+        tools=tools,
+        enable_thinking=enable_thinking,
     )
+    ids = prepared.network_ids(model.config.image_token_id)
     reader = ReplyReader(tokenizer, stop=stop, tools=_tool_names(tools))
     draws: Draws = SeededDraws(seed)
     record = None
@@ -199,15 +181,18 @@ def stream_generate(
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
-    return _stream(model, tokenizer, request, reader, cache, record, trace)
+    return _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
 
 
 class Options(TypedDict, total=False):
     """The keywords of `stream_generate`, for functions that pass them on."""
 
+    images: Sequence[Any] | None
+    image_tokens: int | None
     max_tokens: int
     seed: int | None
     temp: float
+    preset: PresetName
     sampler: SamplerName
     max_denoising_steps: int | None
     entropy_bound: float | None
@@ -272,7 +257,9 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
     )
     commits = [
         event
-        for event in _stream(model, tokenizer, request, ReplyReader(tokenizer))
+        for event in _stream(
+            model, tokenizer, request, ReplyReader(tokenizer), PreparedPrompt(record.prompt)
+        )
         if isinstance(event, Commit)
     ]
     return Replay(
@@ -287,17 +274,21 @@ def _stream(
     tokenizer: Tokenizer,
     request: Request,
     reader: ReplyReader,
+    prepared: PreparedPrompt,
     cache: PromptCache | None = None,
     record: Trace | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
-    prompt = request.prompt
+    prompt, read = request.prompt, 0
     if cache is None:
         context = model.make_cache()
     else:
-        unread = cache.align(prompt)
+        keys = prepared.keys
+        read = len(keys) - len(cache.align(keys))
         context = cache.cache
-        request = replace(request, prompt=unread, prefilled=partial(cache.mark, prompt))
+        request = replace(request, prompt=prompt[read:], prefilled=partial(cache.mark, keys))
+    unread = [image.patches for image in prepared.images_after(read)]
+    request = replace(request, images=unread)
     blocks = generate_blocks(model, context, request)
     answer: bool | None = None
     last_block = 0

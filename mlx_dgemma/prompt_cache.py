@@ -22,6 +22,9 @@ class PromptCache:
     A prompt that begins with the last one's ids continues from its end; any other starts
     afresh. Contexts are reused at that boundary alone: keys recomputed in another division
     drift by rounding, enough to flip what a canvas accepts.
+
+    A prompt with images is given by its `PreparedPrompt.keys`, in which placeholders carry
+    their picture's content: the ids alone are the same for all pictures.
     """
 
     def __init__(self, model: Model) -> None:

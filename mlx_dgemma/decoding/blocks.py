@@ -39,7 +39,8 @@ REROLL_DIVISORS = (1, 2, 4)
 class Request:
     """One generation on ids.
 
-    prompt: ids that continue what the cache holds; may be empty then.
+    prompt: ids that continue what the cache holds; may be empty then. images: ImagePatches, one
+        per run of image placeholders in them.
     seed: reported in Finish; `draws`, made from it, give every random number.
     stop_ids: end the reply, anywhere on a canvas. opening: how the reply must begin.
     drafts: yield a Draft per denoising step. logprobs: score committed ids.
@@ -52,7 +53,7 @@ class Request:
     draws: Draws
     seed: int
     stop_ids: frozenset[int]
-    images: Any = None
+    images: Sequence[Any] = ()
     opening: Opening | None = None
     drafts: bool = False
     logprobs: bool = False
@@ -162,7 +163,7 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
     """Prefills the prompt, a chunk of the absolute grid at a time, so that it can be cancelled."""
     prompt = mx.array(list(request.prompt), dtype=mx.int32)[None]
     if request.images and prompt.size:  # a chunk must not cut an image: the model decides
-        model.prefill(prompt, cache, images=request.images)
+        model.prefill(prompt, cache, images=request.images, cancelled=lambda: request.cancelled)
         prompt = prompt[:, :0]
     start = 0
     while start < prompt.size and not request.cancelled:

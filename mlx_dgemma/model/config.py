@@ -8,7 +8,7 @@ refused here, in one sentence that names file, key and value.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -301,6 +301,7 @@ class ModelConfig:
     vision_soft_tokens_per_image: int = 280
     quantization: dict[str, Any] | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
+    processor: dict[str, Any] = field(default_factory=dict)  # read by prompt/images.py
 
     @property
     def stop_ids(self) -> frozenset[int]:
@@ -345,7 +346,7 @@ class ModelConfig:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
-        """Read config.json and, where present, generation_config.json of a checkpoint folder."""
+        """Read config.json and, where present, the generation and processor configs."""
         folder = Path(folder)
         if not folder.is_dir():
             raise ModelNotFoundError(f"There is no folder {folder}; check the model's path.")
@@ -353,11 +354,12 @@ class ModelConfig:
         if not path.exists():
             raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder.")
         generation = folder / "generation_config.json"
-        return cls.from_dict(
-            read_json(path),
-            source=str(path),
-            generation=read_json(generation) if generation.exists() else None,
-        )
+        own_file = read_json(generation) if generation.exists() else None
+        config = cls.from_dict(read_json(path), source=str(path), generation=own_file)
+        for name in ("processor_config.json", "preprocessor_config.json"):
+            if (folder / name).exists():
+                return replace(config, processor=read_json(folder / name))
+        return config
 
 
 def _generation(top: Section, own_file: Mapping[str, Any] | None) -> GenerationConfig:

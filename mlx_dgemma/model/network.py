@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import mlx.core as mx
@@ -24,7 +24,7 @@ from mlx_dgemma.model.experts import Experts, Router
 from mlx_dgemma.model.layers import Embedding, GatedMLP, RMSNorm
 from mlx_dgemma.model.masks import image_blocks
 from mlx_dgemma.model.rope import RopeTables, Table
-from mlx_dgemma.model.vision import ImagePatches, VisionProjection, VisionTower
+from mlx_dgemma.model.vision import FeatureCache, ImagePatches, VisionProjection, VisionTower
 
 CHUNK = 2048  # prompt tokens per encoder pass
 
@@ -146,6 +146,7 @@ class Model(nn.Module):
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
+        self._seen = FeatureCache()
 
     # The obvious path, and the contract
 
@@ -161,11 +162,13 @@ class Model(nn.Module):
         cache: ContextCache,
         images: Sequence[ImagePatches] | None = None,
         chunk_size: int = CHUNK,
+        cancelled: Callable[[], bool] | None = None,
     ) -> None:
         """Extend the context by ids int [1, S], causally, in chunks that end on multiples of
         `chunk_size`, so that a reused prefix was computed exactly as a fresh one would be.
 
-        images: one per run of image tokens, in order; a chunk never cuts a run.
+        images: one per run of image tokens, in order; a chunk never cuts a run. cancelled:
+            asked before every chunk; reading ends when it says so.
         """
         tokens = np.array(ids, dtype=np.int32).reshape(-1)
         vocabulary = self.config.text.vocab_size
@@ -174,6 +177,8 @@ class Model(nn.Module):
         blocks = self._image_blocks(tokens, images)
         soft = self._soft_tokens(blocks, images)
         for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
+            if cancelled is not None and cancelled():
+                return
             part = None if blocks is None else blocks[start:stop]
             self._encode(self._embed(tokens[start:stop], part, soft), cache, part)
             mx.eval(cache.arrays) if stop < tokens.size else mx.async_eval(cache.arrays)
@@ -308,7 +313,7 @@ class Model(nn.Module):
     ) -> list[mx.array]:
         if blocks is None:
             return []
-        soft = [self.image_features(image) for image in images or ()]
+        soft = [self._seen.get(image, self.image_features) for image in images or ()]
         for index, tokens in enumerate(soft):
             expected = int((blocks == index).sum())
             if tokens.shape[0] != expected:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -27,9 +30,39 @@ class ImagePatches:
     pixels: np.ndarray
     positions: np.ndarray
 
+    @property
+    def key(self) -> bytes:
+        """Equal for equal content."""
+        digest = hashlib.sha256(repr((self.pixels.shape, self.pixels.dtype.str)).encode())
+        for values in (self.pixels, self.positions):
+            digest.update(np.ascontiguousarray(values).tobytes())
+        return digest.digest()
+
     def without_padding(self) -> ImagePatches:
         real = (self.positions >= 0).all(axis=-1)
         return ImagePatches(self.pixels[real], self.positions[real])
+
+
+class FeatureCache:
+    """The soft tokens of the images encoded last, so that the same image is encoded once."""
+
+    def __init__(self, budget_bytes: int = 64 << 20):
+        self._budget = budget_bytes
+        self._known: OrderedDict[bytes, mx.array] = OrderedDict()
+
+    def get(self, image: ImagePatches, encode: Callable[[ImagePatches], mx.array]) -> mx.array:
+        """encode(image), evaluated, or what it was the last time."""
+        key = image.key
+        if key not in self._known:
+            features = encode(image)
+            mx.eval(features)  # now: the tower's activations go before the next image's come
+            mx.clear_cache()
+            self._known[key] = features
+        self._known.move_to_end(key)
+        features = self._known[key]
+        while sum(kept.nbytes for kept in self._known.values()) > self._budget:
+            self._known.popitem(last=False)
+        return features
 
 
 class ClippableLinear(nn.Module):

@@ -11,6 +11,7 @@ conversations get exactly the ids of plain rendering and tokenizing.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
     from mlx_dgemma.prompt.tokenizer import Tokenizer
 
+# (is a control token's spelling, text)
+Piece = tuple[bool, str]
 # Supplementary private use, from the end: what a text is least likely to hold.
 _PRIVATE = range(0x10FFFD, 0x100000, -1)
 
@@ -35,13 +38,15 @@ def encode_messages(
     tools: Sequence[Mapping[str, Any]] | None = None,
     enable_thinking: bool = False,
     add_generation_prompt: bool = True,
+    expand: Callable[[str], list[Piece]] | None = None,
 ) -> list[int]:
     """Prompt ids of a conversation in OpenAI's message form.
 
-    Each image part becomes one image id, each video part one video id. Thoughts of earlier
-    turns are left out; `reasoning` of the running tool loop is passed on, as the template
-    decides. Raises InputError for messages or tools that cannot be rendered, and
-    CheckpointError when the checkpoint has no usable template.
+    Each image part becomes one image id, each video part one video id; expand may replace a
+    control token of the template's by other pieces. Thoughts of earlier turns are left out;
+    `reasoning` of the running tool loop is passed on, as the template decides. Raises
+    InputError for messages or tools that cannot be rendered, and CheckpointError when the
+    checkpoint has no usable template.
     """
     if tokenizer.chat_template is None:
         raise CheckpointError(
@@ -58,12 +63,19 @@ def encode_messages(
         enable_thinking=enable_thinking,
         add_generation_prompt=add_generation_prompt,
     )
-    ids: list[int] = []
+    pieces: list[Piece] = []
     for trusted, piece in tokenizer.split_control(rendered):
-        if trusted:
-            ids.append(tokenizer.control_id(piece))
+        if not trusted:
+            pieces.append((False, veil.lift(piece)))
         else:
-            ids += tokenizer.encode(veil.lift(piece))
+            pieces += [(True, piece)] if expand is None else expand(piece)
+    ids: list[int] = []
+    for trusted, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
+        texts = [text for _, text in run]
+        if trusted:
+            ids += map(tokenizer.control_id, texts)
+        else:
+            ids += tokenizer.encode("".join(texts))
     return ids
 
 

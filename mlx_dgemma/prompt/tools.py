@@ -69,6 +69,11 @@ def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
     return ()
 
 
+def is_tool_name(name: str) -> bool:
+    """Whether a call of this name can be read back."""
+    return _NAME.fullmatch(name) is not None and not name.startswith("call:")
+
+
 def bare_call_end(text: str) -> int | None:
     """Where the bracket closes that a call outside the markers opens; None when it does not yet.
 
