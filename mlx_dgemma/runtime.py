@@ -15,7 +15,7 @@ import atexit
 import contextlib
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
@@ -126,13 +126,31 @@ class Runtime:
                 self.model, self.tokenizer, prompt, drafts=drafts, cancel=cancel, **options
             )
 
-        stream = events()
+        self.take_turns(
+            events(), deliver, cancel, turn_ends=lambda event: isinstance(event, Commit)
+        )
+        return cancel
+
+    def take_turns(
+        self,
+        steps: Iterable[Any],
+        deliver: Callable[[Any], None],
+        cancel: threading.Event,
+        *,
+        turn_ends: Callable[[Any], bool] = lambda _: True,
+    ) -> None:
+        """Queues any work in steps; `deliver` gets each, as in `submit`.
+
+        cancel: set when the runtime closes; the steps must end soon after. turn_ends: behind
+            which steps another request may have its turn.
+        """
+        remaining = iter(steps)
 
         def advance() -> None:
             try:
-                for event in stream:
-                    deliver(event)
-                    if isinstance(event, Commit) and self._requeue(advance):
+                for step in remaining:
+                    deliver(step)
+                    if turn_ends(step) and self._requeue(advance):
                         return
             except BaseException as error:
                 deliver(error)
@@ -141,7 +159,6 @@ class Runtime:
 
         self._running.add(cancel)
         self._submit(advance)
-        return cancel
 
     def stream(
         self,

@@ -1,6 +1,6 @@
 """Filling holes and editing spans: what a canvas can do and a left-to-right model cannot."""
 
-from mlx_dgemma.filling.infill import edit, infill, refine, regenerate
+from mlx_dgemma.filling.infill import edit, infill, infill_turns, refine, regenerate
 from mlx_dgemma.filling.results import Filling, Infill, TokenInfo, uncertain_spans
 
 __all__ = [
@@ -9,6 +9,7 @@ __all__ = [
     "TokenInfo",
     "edit",
     "infill",
+    "infill_turns",
     "refine",
     "regenerate",
     "uncertain_spans",

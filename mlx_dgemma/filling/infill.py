@@ -7,7 +7,7 @@ print(result.text)
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import TypedDict, Unpack
 
@@ -47,7 +47,10 @@ class InfillOptions(TypedDict, total=False):
 
 
 def infill(
-    model: Model, tokenizer: Tokenizer, text: str, **options: Unpack[InfillOptions]
+    model: Model,
+    tokenizer: Tokenizer,
+    text: str | Sequence[str | Hole],
+    **options: Unpack[InfillOptions],
 ) -> Infill:
     """Fills every <hole> of `text`, seeing what stands before and behind it.
 
@@ -55,9 +58,25 @@ def infill(
     Characters outside the holes stay exactly as they are. Text that reaches past one canvas
     is filled hole by hole, with as much right context as fits; `Infill.unseen` counts the rest.
 
+    text: may also be given in parts, literals and Holes by turns, a literal first and last.
+
     Raises InputError for a text without a hole, a hole or pinned text longer than the canvas.
     """
-    return _fill(model, tokenizer, parse_holes(text), options)
+    return _whole(infill_turns(model, tokenizer, text, **options))
+
+
+def infill_turns(
+    model: Model,
+    tokenizer: Tokenizer,
+    text: str | Sequence[str | Hole],
+    **options: Unpack[InfillOptions],
+) -> Generator[int | Infill, None, None]:
+    """`infill` for a thread that others wait for: pauses behind every few canvases.
+
+    Yields how many decoder passes there were so far, and the Infill at last.
+    """
+    parts = parse_holes(text) if isinstance(text, str) else list(text)
+    return _fill(model, tokenizer, parts, options)
 
 
 def edit(
@@ -82,7 +101,7 @@ def edit(
         raise InputError("A strength below 1 keeps the length: leave length out.")
     parts = cut_spans(text, spans, length)
     old = [text[start:end] for start, end in spans]
-    return _fill(model, tokenizer, parts, options, old=old, strength=strength)
+    return _whole(_fill(model, tokenizer, parts, options, old=old, strength=strength))
 
 
 def regenerate(
@@ -110,6 +129,12 @@ def refine(
     return edit(model, tokenizer, result.text, spans, **options) if spans else result
 
 
+def _whole(turns: Generator[int | Infill, None, None]) -> Infill:
+    *_, result = turns
+    assert isinstance(result, Infill)
+    return result
+
+
 def _fill(
     model: Model,
     tokenizer: Tokenizer,
@@ -118,7 +143,7 @@ def _fill(
     *,
     old: Sequence[str] = (),
     strength: float = 1.0,
-) -> Infill:
+) -> Generator[int | Infill, None, None]:
     n = options.get("n", 1)
     if n < 1:
         raise InputError(f"n={n!r} is not possible: ask for at least one alternative.")
@@ -149,6 +174,6 @@ def _fill(
         old=tuple(old),
         strength=strength,
     )
-    results = Filler(job).fill([check_seed(seed + index) for index in range(n)])
+    results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
     best, *others = sorted(results, key=lambda result: -result.score)
-    return replace(best, alternatives=tuple(others))
+    yield replace(best, alternatives=tuple(others))

@@ -8,13 +8,15 @@ the same characters whatever is filled in.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from mlx_dgemma.decoding.canvas import Pins
+from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 
 
@@ -56,14 +58,23 @@ class Layout:
     before[i], after[i]: the text of the tokens that hole i took over on its left and right.
     """
 
-    def __init__(self, tokenizer: Tokenizer, literals: Sequence[str]) -> None:
-        self.texts = TokenTexts(tokenizer)
+    def __init__(
+        self, tokenizer: Tokenizer, literals: Sequence[str], holes: Sequence[Hole] = ()
+    ) -> None:
+        self.texts = token_texts(tokenizer)
         self.literals = [tokenizer.encode(literal) for literal in literals]
         self.before: list[str] = []
         self.after: list[str] = []
         for index in range(len(literals) - 1):
             self.before.append(self._take_last(self.literals[index], literals[index]))
             self.after.append(self._take_first(self.literals[index + 1], literals[index + 1]))
+        edges = zip(self.before, holes, self.after, strict=False)
+        # The choices of each hole as ids, edges included.
+        self.choices = [
+            [tokenizer.encode(f"{before}{choice}{after}") for choice in hole.choices]
+            for before, hole, after in edges
+        ]
+        self.alphabets = [hole.alphabet for hole in holes]
 
     def least(self, hole: int) -> int:
         """The fewest tokens a hole can have: its two edges may not fit into one token."""
@@ -77,13 +88,29 @@ class Layout:
     def allowed(self, hole: int, slot: Slot) -> dict[int, np.ndarray]:
         """What the edges of a hole may hold, so that the literals' text survives."""
         before, after = self.before[hole], self.after[hole]
-        if slot.end - slot.start == 1 and before and after:
+        last = slot.end - 1
+        if self.choices and self.choices[hole]:
+            rows = [row for row in self.choices[hole] if len(row) == slot.end - slot.start]
+            columns = enumerate(zip(*rows, strict=True), start=slot.start)
+            return {position: np.array(sorted(set(ids)), np.int32) for position, ids in columns}
+        if self.alphabets and (alphabet := self.alphabets[hole]) is not None:
+            fitting = {
+                position: self.texts.fitting(
+                    alphabet,
+                    before if position == slot.start else "",
+                    after if position == last else "",
+                    slot.start < last,
+                )
+                for position in range(slot.start, slot.end)
+            }
+            return {position: ids for position, ids in fitting.items() if ids.size}
+        if slot.start == last and before and after:
             return {slot.start: self.texts.spanning(before, after)}
         edges = {}
         if before:
             edges[slot.start] = self.texts.starting(before)
         if after:
-            edges[slot.end - 1] = self.texts.ending(after)
+            edges[last] = self.texts.ending(after)
         return edges
 
     def template(
@@ -142,6 +169,7 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
+        self.fitting = lru_cache(maxsize=64)(self._fitting)
 
     def __getitem__(self, token: int) -> str:
         return self._texts[token]
@@ -170,6 +198,28 @@ class TokenTexts:
             lambda text: len(text) >= shortest and text.startswith(prefix) and text.endswith(suffix)
         )
 
+    def _fitting(self, alphabet: str, prefix: str, suffix: str, bare: bool) -> np.ndarray:
+        """Tokens that hold nothing but the alphabet between one text and another; those that
+        hold nothing there at all if `bare`."""
+        inside = re.compile(alphabet, re.ASCII)
+        return self._where(
+            lambda text: (
+                len(text) >= len(prefix) + len(suffix)
+                and text.startswith(prefix)
+                and text.endswith(suffix)
+                and (
+                    (bare and text == prefix + suffix)
+                    or inside.fullmatch(text, len(prefix), len(text) - len(suffix)) is not None
+                )
+            )
+        )
+
     def _where(self, test: Callable[[str], bool]) -> np.ndarray:
         found = [token for token, text in enumerate(self._texts) if text and test(text)]
         return np.array(found, dtype=np.int32)
+
+
+@lru_cache(maxsize=2)
+def token_texts(tokenizer: Tokenizer) -> TokenTexts:
+    """Read once: a vocabulary has a quarter of a million tokens."""
+    return TokenTexts(tokenizer)

@@ -8,8 +8,9 @@ begins behind it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -29,6 +30,9 @@ from mlx_dgemma.prompt.holes import Hole
 LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 # Canvases denoised side by side; bounds the logits to this many times [C, V].
 BATCH = 8
+# Work that pauses behind each batch of canvases, saying how many decoder passes there were so far.
+T = TypeVar("T")
+Turns = Generator[int, None, T]
 
 
 @dataclass(frozen=True)
@@ -84,21 +88,21 @@ class Filler:
         self.job = job
         self.model, self.tokenizer = job.model, job.tokenizer
         self.limit = job.model.config.canvas_length
-        self.layout = Layout(job.tokenizer, job.literals)
+        self.layout = Layout(job.tokenizer, job.literals, job.holes)
         self.old = self._old_ids()
         self.ranges = [self._lengths(hole) for hole in range(len(job.holes))]
         self.forwards = 0
 
-    def fill(self, seeds: Sequence[int]) -> list[Infill]:
+    def fill(self, seeds: Sequence[int]) -> Turns[list[Infill]]:
         """One Infill per seed; the prompt and what the first canvas needs are read once."""
         cache = self.model.make_cache()
         self.model.prefill(mx.array(list(self.job.prompt))[None], cache)
         window = self._window(0)
         self._enter(cache, window)
         start = cache.snapshot()
-        first = self._choose_lengths(cache, window, seeds[0])
+        first = yield from self._choose_lengths(cache, window, seeds[0])
         lengths = [slot.end - slot.start for slot in first.template.slots]
-        others = self._denoise(cache, window, [(lengths, seed) for seed in seeds[1:]])
+        others = yield from self._denoise(cache, window, [(lengths, seed) for seed in seeds[1:]])
         drafts = [(window, filled) for filled in [first, *others]]
         results = []
         for seed, (_, filled) in zip(seeds, drafts, strict=True):
@@ -108,7 +112,8 @@ class Filler:
                 self._leave(cache, *chain[-1])
                 following = self._window(done)
                 self._enter(cache, following)
-                chain.append((following, self._choose_lengths(cache, following, seed)))
+                filled = yield from self._choose_lengths(cache, following, seed)
+                chain.append((following, filled))
             results.append(self._assemble(chain, seed))
         return results
 
@@ -123,6 +128,8 @@ class Filler:
         """The numbers of tokens to try in a hole."""
         asked, least = self.job.holes[hole], self.layout.least(hole)
         joined = self.layout.joined(hole)
+        if asked.choices:
+            return self._choice_lengths(hole)
         if asked.low is not None and asked.high is not None:
             if asked.low > self.limit:
                 raise InputError(
@@ -141,6 +148,15 @@ class Filler:
             return _spread(max(count - 2, least), min(count + 2, self.limit))
         most = max(self.limit // 2, least)
         return [length for length in LENGTHS if least <= length <= most]
+
+    def _choice_lengths(self, hole: int) -> list[int]:
+        lengths = sorted({len(ids) for ids in self.layout.choices[hole]})
+        if lengths[-1] > self.limit:
+            raise InputError(
+                f"A choice of {lengths[-1]} tokens is longer than the canvas of {self.limit}: "
+                "make it shorter."
+            )
+        return lengths
 
     def _window(self, first: int) -> _Window:
         """As many holes as fit at their longest; then as much of both sides as there is room."""
@@ -180,7 +196,7 @@ class Filler:
         end = filled.template.slots[-1].end
         self.model.prefill(mx.array(filled.result.ids[:end])[None], cache)
 
-    def _choose_lengths(self, cache: ContextCache, window: _Window, seed: int) -> _Filled:
+    def _choose_lengths(self, cache: ContextCache, window: _Window, seed: int) -> Turns[_Filled]:
         """Tries the lengths of one hole after the other, the others as they are."""
         ranges = self.ranges[window.first : window.first + window.count]
         lengths = [choices[min(2, len(choices) - 1)] for choices in ranges]
@@ -189,7 +205,7 @@ class Filler:
             if len(choices) == 1 and best is not None:
                 continue
             tries = [[*lengths[:hole], length, *lengths[hole + 1 :]] for length in choices]
-            filled = self._denoise(cache, window, [(option, seed) for option in tries])
+            filled = yield from self._denoise(cache, window, [(option, seed) for option in tries])
             best = max(filled, key=lambda canvas: canvas.score)
             lengths = [slot.end - slot.start for slot in best.template.slots]
         assert best is not None
@@ -197,7 +213,7 @@ class Filler:
 
     def _denoise(
         self, cache: ContextCache, window: _Window, rows: Sequence[tuple[Sequence[int], int]]
-    ) -> list[_Filled]:
+    ) -> Turns[list[_Filled]]:
         """Denoises (lengths, seed) rows side by side, those of one canvas length together."""
         templates = [self._template(window, lengths) for lengths, _ in rows]
         order = sorted(range(len(rows)), key=lambda row: templates[row].length(self.limit))
@@ -210,6 +226,7 @@ class Filler:
             results = self._run(cache, window, requests, length)
             for row, result in zip(batch, results, strict=True):
                 filled[row] = _Filled(templates[row], result)
+            yield self.forwards
         return [filled[row] for row in range(len(rows))]
 
     def _request(self, window: _Window, template: Template, seed: int) -> CanvasRequest:

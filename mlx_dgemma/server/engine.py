@@ -11,13 +11,14 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
+from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError
-from mlx_dgemma.filling import Infill, infill
+from mlx_dgemma.filling import Infill, infill_turns
+from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
@@ -38,8 +39,8 @@ class Model(Protocol):
         """(prompt, deliver, **options) -> the event that cancels the request."""
 
     @property
-    def call(self) -> Callable[..., Any]:
-        """Runs a function on the model's thread."""
+    def take_turns(self) -> Callable[..., None]:
+        """(steps, deliver, cancel): any other work on the model's thread, step by step."""
 
     def close(self) -> None: ...
 
@@ -74,7 +75,9 @@ class Ended:
     notes: tuple[str, ...] = ()
 
 
-Source = Callable[["Engine", Call], AsyncGenerator[Draft | Commit | Ended, None]]
+Deliver = Callable[[Any], None]
+# (engine, call, deadline of time.monotonic) -> the call's events
+Source = Callable[["Engine", Call, float], AsyncGenerator[Draft | Commit | Ended, None]]
 
 
 class Engine:
@@ -123,32 +126,58 @@ class Engine:
         """The events of one call. Leaving the generator cancels it within a denoising step."""
         deadline = time.monotonic() + self.settings.max_seconds
         async with self._place():
-            source = (
-                self._stream(call, deadline) if call.source is None else call.source(self, call)
-            )
-            async with contextlib.aclosing(source) as events:
+            source = Engine.stream if call.source is None else call.source
+            async with contextlib.aclosing(source(self, call, deadline)) as events:
                 async for event in events:
                     yield event
 
-    async def fill(self, call: Call, text: str, seed: int) -> Infill:
-        """`text` with its holes filled as an answer to the call's prompt; for a `source`."""
+    async def stream(
+        self, call: Call, deadline: float
+    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        """The block loop's events; at the deadline it ends with what it has."""
+        lease = self._prefixes.lease(call.prompt_ids)
+
+        def start(deliver: Deliver, cancel: threading.Event) -> None:
+            def pass_on(item: Any) -> None:
+                if item is None or isinstance(item, BaseException):
+                    # The model's thread is done with the context: the next request may have it.
+                    lease.give_back(item is None)
+                deliver(item)
+
+            options = {"drafts": call.drafts, "cache": lease.cache, **call.options}
+            self.runtime.submit(call.prompt, pass_on, cancel=cancel, **options)
+
+        async with contextlib.aclosing(self._arrivals(start, deadline)) as events:
+            async for event in events:
+                if isinstance(event, Finish):
+                    self.metrics.finished(event, lease.cached_tokens)
+                    timed_out = event.reason == "cancelled" and time.monotonic() >= deadline
+                    yield Ended(event, lease.cached_tokens, timed_out)
+                else:
+                    yield event
+
+    async def fill(
+        self, call: Call, parts: Sequence[str | Hole], seed: int, deadline: float
+    ) -> Infill:
+        """A text with its holes filled as an answer to the call's prompt; for a `source`."""
         names = ("temp", "sampler", "max_denoising_steps", "entropy_bound")
         options: dict[str, Any] = {n: call.options[n] for n in names if n in call.options}
-        cancel = threading.Event()
-        self._cancels.add(cancel)
-        options |= {"prompt": call.prompt_ids, "seed": seed, "cancel": cancel}
-        runtime = self.runtime
+        options |= {"prompt": call.prompt_ids, "seed": seed}
+        model, tokenizer = self.runtime.model, self.tokenizer
+        result = None
+
+        def start(deliver: Deliver, cancel: threading.Event) -> None:
+            turns = infill_turns(model, tokenizer, parts, cancel=cancel, **options)
+            self.runtime.take_turns(turns, deliver, cancel)
+
         try:
-            async with asyncio.timeout(self.settings.max_seconds):
-                return await asyncio.to_thread(
-                    runtime.call,
-                    lambda: infill(runtime.model, runtime.tokenizer, text, **options),
-                )
-        except (TimeoutError, CancelledError):
+            async with contextlib.aclosing(self._arrivals(start, deadline)) as turns:
+                async for turn in turns:
+                    result = turn
+        except CancelledError:
             raise ApiError(503, "The request ran out of time; try again later.") from None
-        finally:
-            cancel.set()
-            self._cancels.discard(cancel)
+        assert isinstance(result, Infill)
+        return result
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
@@ -175,17 +204,17 @@ class Engine:
         for cancel in list(self._cancels):
             cancel.set()
 
-    async def _stream(
-        self, call: Call, deadline: float
-    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
-        lease = self._prefixes.lease(call.prompt_ids)
+    async def _arrivals(
+        self, start: Callable[[Deliver, threading.Event], None], deadline: float
+    ) -> AsyncGenerator[Any, None]:
+        """What the model's thread delivers of the work that `start` gives it.
 
-        def deliver(item: Event | BaseException | None) -> None:
-            if item is None or isinstance(item, BaseException):
-                # The model's thread is done with the context: the next request may have it.
-                lease.give_back(item is None)
+        The work is cancelled when the generator is left, and at the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        arrived: asyncio.Queue[Any] = asyncio.Queue()
+
+        def deliver(item: Any) -> None:
             with contextlib.suppress(RuntimeError):  # the loop ended before the request did
                 loop.call_soon_threadsafe(arrived.put_nowait, item)
 
@@ -193,23 +222,11 @@ class Engine:
         self._cancels.add(cancel)
         out_of_time = loop.call_later(max(deadline - time.monotonic(), 0), cancel.set)
         try:
-            self.runtime.submit(
-                call.prompt,
-                deliver,
-                drafts=call.drafts,
-                cancel=cancel,
-                cache=lease.cache,
-                **call.options,
-            )
-            while (event := await arrived.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
-                if isinstance(event, Finish):
-                    self.metrics.finished(event, lease.cached_tokens)
-                    timed_out = event.reason == "cancelled" and time.monotonic() >= deadline
-                    yield Ended(event, lease.cached_tokens, timed_out)
-                else:
-                    yield event
+            start(deliver, cancel)
+            while (item := await arrived.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                yield item
         finally:
             out_of_time.cancel()
             cancel.set()

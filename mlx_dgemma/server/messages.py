@@ -5,68 +5,47 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from mlx_dgemma.prompt.messages import check_tools
 from mlx_dgemma.server.drafts import DraftWriter
-from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.sampling import (
-    MAX_STOP_STRINGS,
-    check_model,
-    decoding_options,
-    make_call,
-    read_seed,
-    read_warnings,
-)
+from mlx_dgemma.server.requests import Asked, read_request, respond
 from mlx_dgemma.server.segments import Segment, Segments, Step, follow
-from mlx_dgemma.server.streams import EventStream, data, unless_gone
+from mlx_dgemma.server.streams import data
+from mlx_dgemma.server.tool_choice import ToolUse, force
+
+# Fields about versions and storage, which change no reply.
+SILENT = (
+    "anthropic_version", "anthropic_beta", "betas", "output_config", "container",
+    "context_management",
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class MessagesRequest:
-    model: str
-    call: Call
-    stream: bool
-    one_call: bool
-
-
-async def read_messages(engine: Engine, fields: Fields, *, counting: bool) -> MessagesRequest:
-    model = check_model(engine, fields)
+async def read_messages(engine: Engine, fields: Fields, *, counting: bool = False) -> Asked:
     messages = openai_messages(fields)
-    tools, one_call = _tools(fields)
     max_tokens = fields.integer("max_tokens", 1)
     if max_tokens is None and not counting:
         raise fields.fail("max_tokens", "given as a whole number, at least 1")
-    options = {
-        **decoding_options(engine, fields, max_tokens),
-        "stop": fields.strings("stop_sequences", MAX_STOP_STRINGS),
-    }
     thinking = fields.object("thinking")
     mode = thinking.text("type", ("enabled", "adaptive", "disabled")) if thinking else None
-    stream = fields.flag("stream") or False
-    drafts = stream and bool((fields.object("stream_options") or Fields({})).flag("include_drafts"))
-    seed = read_seed(fields)
-    for silent in ("anthropic_version", "anthropic_beta", "betas", "output_config", "container",
-                   "context_management"):  # fmt: skip
+    for silent in SILENT:
         fields.raw(silent)
-    warnings = read_warnings(engine, fields, max_tokens)
-    call = await make_call(
+    return await read_request(
         engine,
+        fields,
         messages,
-        tools,
-        options,
+        _tools(fields),
+        max_tokens=max_tokens,
+        stop="stop_sequences",
         thinking=mode in ("enabled", "adaptive"),
-        drafts=drafts,
-        seed=seed,
-        warnings=warnings,
     )
-    return MessagesRequest(model, call, stream, one_call)
 
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
@@ -75,19 +54,19 @@ async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
 
 
 async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked = await read_messages(engine, fields, counting=False)
-    release = engine.admit(1)
-    if asked.stream:
-        return EventStream(_events(engine, asked), release)
-    try:
-        return JSONResponse(await unless_gone(request, _message(engine, asked)))
-    finally:
-        release()
+    asked = await read_messages(engine, fields)
+    return await respond(
+        engine,
+        request,
+        asked,
+        whole=lambda: _message(engine, asked),
+        events=lambda: _events(engine, asked),
+    )
 
 
-async def _message(engine: Engine, asked: MessagesRequest) -> dict[str, Any]:
-    reply, segments = Reply(), Segments()
-    async for _ in follow(engine, asked.call, reply, segments, one_call=asked.one_call):
+async def _message(engine: Engine, asked: Asked) -> dict[str, Any]:
+    reply, segments = Reply(one_call=asked.one_call), Segments()
+    async for _ in follow(engine, asked.call, reply, segments):
         pass
     return {
         **_head(asked),
@@ -100,17 +79,17 @@ async def _message(engine: Engine, asked: MessagesRequest) -> dict[str, Any]:
     }
 
 
-async def _events(engine: Engine, asked: MessagesRequest) -> AsyncGenerator[bytes, None]:
+async def _events(engine: Engine, asked: Asked) -> AsyncGenerator[bytes, None]:
     def event(kind: str, **body: Any) -> bytes:
         return data({"type": kind, **body}, kind)
 
-    reply, segments, drafts = Reply(), Segments(), DraftWriter(engine.tokenizer)
+    reply, segments = Reply(one_call=asked.one_call), Segments()
+    drafts = DraftWriter(engine.tokenizer)
     counts = {"input_tokens": len(asked.call.prompt_ids), "output_tokens": 0}
     started = {**_head(asked), "content": [], "stop_reason": None, "stop_sequence": None}
     yield event("message_start", message={**started, "usage": counts})
     try:
-        opened = follow(engine, asked.call, reply, segments, one_call=asked.one_call)
-        async with contextlib.aclosing(opened) as steps:
+        async with contextlib.aclosing(follow(engine, asked.call, reply, segments)) as steps:
             async for step in steps:
                 if step.draft is not None:
                     yield event("x_draft", **drafts.write(step.draft))
@@ -154,7 +133,7 @@ def _block(segment: Segment) -> dict[str, Any]:
     return {"type": "tool_use", "id": segment.id, "name": segment.name, "input": arguments}
 
 
-def _head(asked: MessagesRequest) -> dict[str, Any]:
+def _head(asked: Asked) -> dict[str, Any]:
     return {"id": new_id("msg"), "type": "message", "role": "assistant", "model": asked.model}
 
 
@@ -177,16 +156,9 @@ def _usage(reply: Reply) -> dict[str, int]:
     }
 
 
-def _tools(fields: Fields) -> tuple[list[Any], bool]:
-    """Declarations in OpenAI's form, and whether one call is the most that is wanted."""
+def _tools(fields: Fields) -> ToolUse:
     choice = fields.object("tool_choice")
     kind = choice.text("type", ("auto", "any", "tool", "none")) if choice else "auto"
-    if kind in ("any", "tool"):
-        raise ApiError(
-            400,
-            "tool_choice can be 'auto' or 'none': this server cannot force a call.",
-            param="tool_choice",
-        )
     declared = []
     for i, tool in enumerate(fields.items("tools") or []):
         entry = Fields(tool, f"tools[{i}]")
@@ -198,8 +170,20 @@ def _tools(fields: Fields) -> tuple[list[Any], bool]:
             "parameters": entry.raw("input_schema") or {},
         }
         declared.append({"type": "function", "function": function})
-    one_call = bool(choice.flag("disable_parallel_tool_use")) if choice else False
-    return ([] if kind == "none" else declared), one_call
+    declared = check_tools(declared)
+    if choice is None:
+        return ToolUse(declared)
+    one_call = bool(choice.flag("disable_parallel_tool_use"))
+    if kind == "none":
+        return ToolUse()
+    if kind == "any":
+        return force(declared, None, one_call)
+    if kind == "tool":
+        name = choice.text("name")
+        if name is None:
+            raise choice.fail("name", "given as a string")
+        return force(declared, name, one_call)
+    return ToolUse(declared, (), one_call)
 
 
 def openai_messages(fields: Fields) -> list[dict[str, Any]]:

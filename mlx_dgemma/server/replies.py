@@ -16,13 +16,16 @@ from mlx_dgemma.server.errors import ApiError
 
 @dataclass
 class Reply:
-    """Everything one call has produced so far."""
+    """Everything one call has produced so far. one_call: tool calls behind the first are dropped,
+    and said to be."""
 
+    one_call: bool = False
     text: str = ""
     thinking: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     malformed_calls: list[str] = field(default_factory=list)
     logprobs: list[tuple[int, float]] = field(default_factory=list)
+    dropped_calls: int = 0
     ended: Ended | None = None
 
     def add(self, event: Draft | Commit | Ended) -> list[dict[str, Any]]:
@@ -37,6 +40,10 @@ class Reply:
         self.malformed_calls += event.malformed_calls
         self.logprobs += zip(event.ids, event.logprobs, strict=False)
         calls = [{"id": new_id("call"), **call} for call in event.tool_calls]
+        if self.one_call:
+            wanted = calls[: 0 if self.tool_calls else 1]
+            self.dropped_calls += len(calls) - len(wanted)
+            calls = wanted
         self.tool_calls += calls
         return calls
 
@@ -62,6 +69,8 @@ class Reply:
                 f"{len(unconverged)} of {finish.blocks} blocks used every denoising step without "
                 "converging; raise max_denoising_steps if the text is poor"
             )
+        if self.dropped_calls:
+            found.append(f"tool calls left out behind the first: {self.dropped_calls}")
         if self.malformed_calls:
             found.append("a malformed tool call was returned as content")
         if self.end.timed_out:
@@ -84,24 +93,21 @@ class Reply:
         }
 
 
-async def collect(engine: Engine, calls: Sequence[Call]) -> list[Reply]:
+async def collect(engine: Engine, calls: Sequence[Call], *, one_call: bool = False) -> list[Reply]:
     """All replies, whole."""
 
     async def one(call: Call) -> Reply:
-        reply = Reply()
+        reply = Reply(one_call=one_call)
         async with contextlib.aclosing(engine.run(call)) as events:
             async for event in events:
                 reply.add(event)
         return reply
 
-    release = engine.admit(len(calls))
     try:
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(call)) for call in calls]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    finally:
-        release()
     return [task.result() for task in tasks]
 
 

@@ -5,43 +5,24 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mlx_dgemma.server.drafts import DraftWriter
-from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.sampling import (
-    check_model,
-    decoding_options,
-    make_call,
-    read_seed,
-    read_thinking,
-    read_tools,
-    read_warnings,
-)
+from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.segments import Segment, Segments, Step, follow
-from mlx_dgemma.server.streams import EventStream, data, unless_gone
-from mlx_dgemma.server.structured import pinned, read_format, refuse_together
+from mlx_dgemma.server.streams import data
+from mlx_dgemma.server.structured import read_format
+from mlx_dgemma.server.tool_choice import read_tools
 
 
-@dataclass(frozen=True)
-class ResponsesRequest:
-    """A request, read. echoed: fields that the response object repeats."""
-
-    call: Call
-    stream: bool
-    one_call: bool
-    echoed: dict[str, Any]
-
-
-async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
-    model = check_model(engine, fields)
+async def read_response(engine: Engine, fields: Fields) -> Asked:
     for name in ("previous_response_id", "conversation", "prompt", "background"):
         if fields.raw(name):
             raise ApiError(
@@ -56,65 +37,59 @@ async def read_response(engine: Engine, fields: Fields) -> ResponsesRequest:
     messages = chat_messages(items)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    form = fields.object("text")
-    wanted = None if form is None else read_format(form, "format")
-    declared = fields.items("tools") or []
-    tools, warnings = read_tools(fields)
-    tools = [_declaration(tool, i) for i, tool in enumerate(tools)]
-    max_tokens = fields.integer("max_output_tokens", 1)
-    options = decoding_options(engine, fields, max_tokens)
-    stream = fields.flag("stream") or False
-    streaming = fields.object("stream_options") or Fields({})
-    parallel = fields.flag("parallel_tool_calls")
-    thinking = read_thinking(fields)
-    seed = read_seed(fields)
-    metadata = fields.raw("metadata") or {}
-    temperature = fields.raw("temperature")
-    warnings += read_warnings(engine, fields, max_tokens)
-    refuse_together(wanted, tools=tools)
-    call = await make_call(
+    return await read_request(
         engine,
+        fields,
         messages,
-        tools,
-        options,
-        thinking=thinking,
-        drafts=stream and bool(streaming.flag("include_drafts")),
-        seed=seed,
-        warnings=warnings,
-        source=None if wanted is None else pinned(wanted),
+        read_tools(fields, _declaration),
+        max_tokens=fields.integer("max_output_tokens", 1),
+        stop=None,
+        thinking=read_thinking(fields),
+        schema=read_format(fields.object("text"), "format"),
     )
-    echoed = {
-        "model": model,
-        "instructions": instructions,
-        "max_output_tokens": max_tokens,
-        "metadata": metadata,
-        "parallel_tool_calls": parallel is not False,
+
+
+def _echoed(asked: Asked, fields: Fields) -> dict[str, Any]:
+    """What the response object repeats of the request."""
+    temperature = fields.raw("temperature")
+    return {
+        "model": asked.model,
+        "instructions": fields.raw("instructions"),
+        "max_output_tokens": fields.raw("max_output_tokens"),
+        "metadata": fields.raw("metadata") or {},
+        "parallel_tool_calls": not asked.one_call,
         "temperature": 1.0 if temperature is None else temperature,
-        "text": form.body if form is not None else {"format": {"type": "text"}},
+        "text": fields.raw("text") or {"format": {"type": "text"}},
         "tool_choice": fields.raw("tool_choice") or "auto",
-        "tools": declared,
+        "tools": fields.raw("tools") or [],
         "top_p": None,
         "store": False,
     }
-    return ResponsesRequest(call, stream, parallel is False, echoed)
 
 
 async def responses(engine: Engine, fields: Fields, request: Request) -> Any:
     asked = await read_response(engine, fields)
-    release = engine.admit(1)
-    if asked.stream:
-        return EventStream(_events(engine, asked), release)
-    try:
-        return JSONResponse(await unless_gone(request, _response(engine, asked)))
-    finally:
-        release()
+    head = {
+        "id": new_id("resp"),
+        "object": "response",
+        "created_at": int(time.time()),
+        "error": None,
+        "incomplete_details": None,
+        **_echoed(asked, fields),
+    }
+    return await respond(
+        engine,
+        request,
+        asked,
+        whole=lambda: _response(engine, asked, head),
+        events=lambda: _events(engine, asked, head),
+    )
 
 
-async def _response(engine: Engine, asked: ResponsesRequest) -> dict[str, Any]:
-    reply, segments, ids = Reply(), Segments(), _Ids()
-    async for _ in follow(engine, asked.call, reply, segments, one_call=asked.one_call):
+async def _response(engine: Engine, asked: Asked, head: dict[str, Any]) -> dict[str, Any]:
+    reply, segments, ids = Reply(one_call=asked.one_call), Segments(), _Ids()
+    async for _ in follow(engine, asked.call, reply, segments):
         pass
-    head = _head(asked)
     return {**head, **_finished(engine, asked, reply, segments, ids)}
 
 
@@ -129,7 +104,9 @@ class _Ids:
         return self._known.setdefault(index, new_id(prefix))
 
 
-async def _events(engine: Engine, asked: ResponsesRequest) -> AsyncGenerator[bytes, None]:
+async def _events(
+    engine: Engine, asked: Asked, head: dict[str, Any]
+) -> AsyncGenerator[bytes, None]:
     number = -1
 
     def event(kind: str, **body: Any) -> bytes:
@@ -137,15 +114,13 @@ async def _events(engine: Engine, asked: ResponsesRequest) -> AsyncGenerator[byt
         number += 1
         return data({"type": kind, "sequence_number": number, **body}, kind)
 
-    reply, segments, ids = Reply(), Segments(), _Ids()
+    reply, segments, ids = Reply(one_call=asked.one_call), Segments(), _Ids()
     drafts = DraftWriter(engine.tokenizer)
-    head = _head(asked)
     started = {**head, "status": "in_progress", "output": [], "usage": None}
     yield event("response.created", response=started)
     yield event("response.in_progress", response=started)
     try:
-        opened = follow(engine, asked.call, reply, segments, one_call=asked.one_call)
-        async with contextlib.aclosing(opened) as steps:
+        async with contextlib.aclosing(follow(engine, asked.call, reply, segments)) as steps:
             async for step in steps:
                 if step.draft is not None:
                     yield event("response.x_draft", **drafts.write(step.draft))
@@ -214,19 +189,8 @@ def _item(segment: Segment, id_: str, status: str, *, empty: bool = False) -> di
     }
 
 
-def _head(asked: ResponsesRequest) -> dict[str, Any]:
-    return {
-        "id": new_id("resp"),
-        "object": "response",
-        "created_at": int(time.time()),
-        "error": None,
-        "incomplete_details": None,
-        **asked.echoed,
-    }
-
-
 def _finished(
-    engine: Engine, asked: ResponsesRequest, reply: Reply, segments: Segments, ids: _Ids
+    engine: Engine, asked: Asked, reply: Reply, segments: Segments, ids: _Ids
 ) -> dict[str, Any]:
     finish = reply.end.finish
     whole = finish.reason == "stop"

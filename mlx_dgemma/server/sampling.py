@@ -1,4 +1,4 @@
-"""What the endpoints share of a request: the model, the sampling fields, tools, thinking."""
+"""What the endpoints share of a request: the model, the sampling fields, thinking, the prompt."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
-from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
 from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS
 from mlx_dgemma.server.engine import Call, Engine, Source
@@ -55,6 +55,7 @@ def decoding_options(engine: Engine, fields: Fields, max_tokens: int | None) -> 
     options: dict[str, Any] = {
         "max_tokens": min(max_tokens or limit, limit),
         "temp": fields.number("temperature", 0, 2),
+        "preset": fields.text("preset", tuple(PRESETS)) or engine.settings.preset,
         "max_denoising_steps": fields.integer("max_denoising_steps", 1, 1024),
         "entropy_bound": fields.number("entropy_bound", 0, 1e6),
         "t_min": fields.number("t_min", 0, 100),
@@ -104,21 +105,6 @@ def read_thinking(fields: Fields) -> bool:
     if template is not None and asked is None:
         asked = template.flag("enable_thinking")
     return asked if asked is not None else effort not in (None, "none")
-
-
-def read_tools(fields: Fields) -> tuple[list[Any], tuple[str, ...]]:
-    """The declared tools the model may use, and warnings."""
-    tools = fields.items("tools") or []
-    choice = fields.raw("tool_choice")
-    if choice == "none":
-        return [], ()
-    if choice not in (None, "auto"):
-        raise ApiError(
-            400,
-            "tool_choice can be 'auto' or 'none': this server cannot force a call.",
-            param="tool_choice",
-        )
-    return tools, ()
 
 
 async def make_call(

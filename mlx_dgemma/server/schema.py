@@ -1,45 +1,37 @@
 """JSON schemas as text with holes, and the check of what came to stand in them.
 
 What a schema fixes, braces, keys and punctuation, is pinned on the canvas; what it leaves open
-is a hole. Required properties are written, in the schema's order, or all when none is required.
+is a hole, which may take just the enum's values, or digits, where the schema says so. Required
+properties are written, in the schema's order, or all when none is required.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable
 from typing import Any
 
-from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.prompt.holes import Hole
+from mlx_dgemma.server.patterns import parse_pattern
+from mlx_dgemma.server.validation import Rules
 
-HOLE = "<hole>"
-_MAX_DEPTH = 16
-_TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
-_ANNOTATIONS = (
-    *("title", "description", "default", "examples", "format", "deprecated", "readOnly"),
-    *("writeOnly", "$schema", "$id", "$comment", "$defs", "definitions", "strict"),
-)
-_CHECKED = (
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items"),
-    *("minItems", "maxItems", "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"),
-    *("minLength", "maxLength", "anyOf", "oneOf", "$ref"),
-)
+Parts = list[str | Hole]
+_DIGITS = 10  # tokens of a number, at most
+_MOST_ITEMS = 64  # of an array that is written out
+_NUMBERS = {"integer": r"[-\d]+", "number": r"[-+.eE\d]+"}
 
 
-def escape(text: str) -> str:
-    """Text that holds no hole, whatever it spells."""
-    return text.replace("<hole", "\\<hole")
+class Schema(Rules):
+    """A schema this server can pin; ApiError 400 names what it cannot. where: its field.
 
-
-class Schema:
-    """A schema this server can pin; ApiError 400 names what it cannot. where: its field."""
+    parts: literals and holes by turns, as `infill` takes them.
+    """
 
     def __init__(self, schema: Any, where: str) -> None:
-        self._root = schema
-        self._where = where
-        self.template = self._skeleton(schema, where, 0)
-        if HOLE not in self.template.replace("\\<hole", ""):
-            raise self._cannot(where, "leaves nothing open")
+        super().__init__(schema, where)
+        self.parts = _joined(self._skeleton(schema, where))
+        if len(self.parts) == 1:
+            raise self.refuse(where, "leaves nothing open")
 
     def problem(self, text: str) -> str | None:
         """Why `text` does not satisfy the schema, in a few words; None when it does."""
@@ -47,165 +39,102 @@ class Schema:
             value = json.loads(text)
         except (ValueError, RecursionError):
             return "it is not valid JSON"
-        return self._violation(value, self._root, "$")
+        return self.violation(value)
 
-    # The skeleton
-
-    def _skeleton(self, schema: Any, where: str, depth: int) -> str:
-        schema = self._checked(schema, where, depth)
-        if "const" in schema:
-            return escape(json.dumps(schema["const"], ensure_ascii=False))
+    def _skeleton(self, schema: Any, where: str) -> Parts:
+        if schema is True:
+            return [Hole()]
+        schema = self.plain(schema, where)
+        values = self._values(schema, where)
+        if values is not None:
+            return _one_of(values)
         kind = schema.get("type")
-        if kind == "object" and schema.get("properties"):
-            properties = schema["properties"]
-            names = [n for n in properties if n in schema.get("required", ())] or list(properties)
-            members = []
-            for name in names:
-                inner = self._skeleton(properties[name], f"{where}.properties.{name}", depth + 1)
-                members.append(f"{escape(json.dumps(name, ensure_ascii=False))}: {inner}")
-            return "{" + ", ".join(members) + "}"
+        if isinstance(kind, list):
+            kind = kind[0] if len(kind) == 1 else None
         if kind == "object":
-            return "{" + HOLE + "}"
+            return self._object(schema, where)
         if kind == "array":
-            self._skeleton(schema.get("items", {}), f"{where}.items", depth + 1)
-            return "[" + HOLE + "]"
-        if kind == "string" or (
-            "enum" in schema and all(isinstance(v, str) for v in schema["enum"])
-        ):
-            return f'"{HOLE}"'
-        return "null" if kind == "null" else HOLE
+            return self._array(schema, where)
+        if kind == "string":
+            inside = parse_pattern(schema["pattern"]) if "pattern" in schema else [Hole()]
+            assert inside is not None  # the rules were checked
+            return ['"', *(_dumped(p)[1:-1] if isinstance(p, str) else p for p in inside), '"']
+        if kind in _NUMBERS:
+            return [Hole(1, _DIGITS, alphabet=_NUMBERS[kind])]
+        return ["null"] if kind == "null" else [Hole()]
 
-    def _checked(self, schema: Any, where: str, depth: int) -> Mapping[str, Any]:
-        if depth > _MAX_DEPTH:
-            raise self._cannot(where, f"is nested more than {_MAX_DEPTH} levels deep")
-        if not isinstance(schema, Mapping):
-            raise self._cannot(where, "is not an object")
-        unknown = [key for key in schema if key not in _ANNOTATIONS + _CHECKED]
-        if unknown:
-            raise self._cannot(where, f"uses {unknown[0]!r}")
-        if "$ref" in schema:
-            return self._checked(self._resolved(schema, where), where, depth + 1)
-        self._check_shapes(schema, where)
+    def _values(self, schema: dict[str, Any], where: str) -> list[Any] | None:
+        """Everything the value can be, where the schema lists it."""
+        if "const" in schema:
+            return [schema["const"]]
+        if "enum" in schema:
+            return list(schema["enum"])
+        if schema.get("type") == "boolean":
+            return [True, False]
         for name in ("anyOf", "oneOf"):
-            for i, option in enumerate(schema.get(name, ())):
-                self._skeleton(option, f"{where}.{name}[{i}]", depth + 1)
-        return schema
-
-    def _check_shapes(self, schema: Mapping[str, Any], where: str) -> None:
-        kinds = schema.get("type", [])
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        shapes: dict[str, Any] = {
-            "type": all(kind in _TYPES for kind in kinds),
-            "enum": isinstance(schema.get("enum", [0]), list) and schema.get("enum", [0]),
-            "properties": isinstance(schema.get("properties", {}), Mapping),
-            "required": _is_list_of(schema.get("required", []), str),
-            "additionalProperties": isinstance(schema.get("additionalProperties", True), bool),
-        }
-        for name in ("anyOf", "oneOf"):
-            shapes[name] = isinstance(schema.get(name, [0]), list) and schema.get(name, [0])
-        for name in ("minItems", "maxItems", "minLength", "maxLength"):
-            shapes[name] = type(schema.get(name, 0)) is int
-        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"):
-            shapes[name] = type(schema.get(name, 0)) in (int, float)
-        for name, sound in shapes.items():
-            if not sound:
-                raise self._cannot(where, f"has a {name!r} it cannot use")
-        missing = [n for n in schema.get("required", ()) if n not in schema.get("properties", {})]
-        if missing:
-            raise self._cannot(where, f"requires {missing[0]!r} without describing it")
-
-    def _resolved(self, schema: Mapping[str, Any], where: str) -> Any:
-        """What a reference inside the same schema points at."""
-        target, reference = self._root, schema["$ref"]
-        steps = reference.split("/") if isinstance(reference, str) else [""]
-        for step in steps[1:]:
-            target = target.get(step) if isinstance(target, Mapping) else None
-        if steps[0] != "#" or target is None:
-            raise self._cannot(where, f"refers to {reference!r}, which is not in it")
-        return target
-
-    def _cannot(self, where: str, why: str) -> ApiError:
-        return ApiError(400, f"{where} {why}: this server cannot pin it.", param=self._where)
-
-    # The check
-
-    def _violation(self, value: Any, schema: Any, at: str) -> str | None:
-        if "$ref" in schema:
-            return self._violation(value, self._resolved(schema, at), at)
-        if "const" in schema and not _equal(value, schema["const"]):
-            return f"{at} is not the constant"
-        if "enum" in schema and not any(_equal(value, option) for option in schema["enum"]):
-            return f"{at} is none of the enum's values"
-        kinds = schema.get("type", [])
-        kinds = kinds if isinstance(kinds, list) else [kinds]
-        if kinds and not any(_is(value, kind) for kind in kinds):
-            return f"{at} is not of type {' or '.join(kinds)}"
-        for name, wanted in (("anyOf", range(1, 10**6)), ("oneOf", range(1, 2))):
             if name in schema:
-                fitting = [s for s in schema[name] if self._violation(value, s, at) is None]
-                if len(fitting) not in wanted:
-                    return f"{at} fits {len(fitting)} of the options of {name}"
-        if isinstance(value, dict):
-            return self._in_object(value, schema, at)
-        if isinstance(value, list):
-            return self._in_array(value, schema, at)
-        return _out_of_bounds(value, schema, at)
+                listed = [self._values(self.plain(s, where), where) for s in schema[name]
+                          if s is not True]  # fmt: skip
+                if len(listed) == len(schema[name]) and None not in listed:
+                    return [value for values in listed for value in values or ()]
+        return None
 
-    def _in_object(self, value: dict[str, Any], schema: Any, at: str) -> str | None:
+    def _object(self, schema: dict[str, Any], where: str) -> Parts:
         properties = schema.get("properties", {})
-        for name in schema.get("required", ()):
-            if name not in value:
-                return f"{at} has no {name!r}"
-        for name, inner in value.items():
-            if name not in properties:
-                if schema.get("additionalProperties", True) is False:
-                    return f"{at} has an additional {name!r}"
-                continue
-            problem = self._violation(inner, properties[name], f"{at}.{name}")
-            if problem:
-                return problem
-        return None
+        missing = [name for name in schema.get("required", ()) if name not in properties]
+        if missing:
+            raise self.refuse(where, f"requires {missing[0]!r} without describing it")
+        if not properties:
+            return ["{", Hole(), "}"]
+        names = [n for n in properties if n in schema.get("required", ())] or list(properties)
+        members = []
+        for name in names:
+            inner = self._skeleton(properties[name], f"{where}.properties.{name}")
+            members.append([f"{_dumped(name)}: ", *inner])
+        return ["{", *_separated(members), "}"]
 
-    def _in_array(self, value: list[Any], schema: Any, at: str) -> str | None:
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return f"{at} has {len(value)} items"
-        for i, inner in enumerate(value):
-            problem = self._violation(inner, schema.get("items", {}), f"{at}[{i}]")
-            if problem:
-                return problem
-        return None
-
-
-def _out_of_bounds(value: Any, schema: Any, at: str) -> str | None:
-    if isinstance(value, str):
-        low, high = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        return None if low <= len(value) <= high else f"{at} has {len(value)} characters"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        inside = (
-            value >= schema.get("minimum", value)
-            and value <= schema.get("maximum", value)
-            and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
-            and ("exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"])
-        )
-        return None if inside else f"{at} is out of bounds"
-    return None
+    def _array(self, schema: dict[str, Any], where: str) -> Parts:
+        first = schema.get("prefixItems", [])
+        count = schema.get("minItems", 0)
+        # So many and no more, either by number or because no rule is left for another.
+        if count != schema.get("maxItems"):
+            if not first or schema.get("items", True) is not False:
+                return ["[", Hole(), "]"]
+            count = len(first)
+        if not 1 <= count <= _MOST_ITEMS:
+            return ["[", "]"] if count == 0 else ["[", Hole(), "]"]
+        rules = [*first, *[schema.get("items", True)] * count][:count]
+        if any(rule is False for rule in rules):
+            raise self.refuse(where, "asks for more items than it describes")
+        return ["[", *_separated([self._skeleton(rule, where) for rule in rules]), "]"]
 
 
-def _is(value: Any, kind: str) -> bool:
-    if kind == "integer":
-        return (
-            not isinstance(value, bool) and isinstance(value, int | float) and value == int(value)
-        )
-    if kind == "number":
-        return not isinstance(value, bool) and isinstance(value, int | float)
-    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return isinstance(value, types[kind])
+def _one_of(values: list[Any]) -> Parts:
+    written = list(dict.fromkeys(map(_dumped, values)))
+    if len(written) == 1:
+        return [written[0]]
+    if all(isinstance(value, str) and value for value in values):
+        return ['"', Hole(choices=tuple(text[1:-1] for text in written)), '"']
+    return [Hole(choices=tuple(written))]
 
 
-def _equal(value: Any, wanted: Any) -> bool:
-    """JSON's equality: true is not 1."""
-    return type(value) is type(wanted) and bool(value == wanted)
+def _separated(members: Iterable[Parts]) -> Parts:
+    parts: Parts = []
+    for member in members:
+        parts += [", ", *member] if parts else member
+    return parts
 
 
-def _is_list_of(value: Any, kind: type) -> bool:
-    return isinstance(value, list) and all(isinstance(inner, kind) for inner in value)
+def _joined(parts: Parts) -> Parts:
+    """Literals and holes by turns, a literal (maybe empty) first and last."""
+    joined: Parts = [""]
+    for part in parts:
+        if isinstance(part, str):
+            joined[-1] = f"{joined[-1]}{part}"
+        else:
+            joined += [part, ""]
+    return joined
+
+
+def _dumped(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)

@@ -75,10 +75,9 @@ class Segments:
 
 
 async def follow(
-    engine: Engine, call: Call, reply: Reply, segments: Segments, *, one_call: bool = False
+    engine: Engine, call: Call, reply: Reply, segments: Segments
 ) -> AsyncGenerator[Step, None]:
     """The steps of one call as they come; `reply` and `segments` are filled on the way."""
-    made = False
     async with contextlib.aclosing(interleave(engine, [call])) as events:
         async for _, event in events:
             calls = reply.add(event)
@@ -91,9 +90,6 @@ async def follow(
             for step in segments.words("text", event.text):
                 yield step
             for tool_call in calls:
-                if made and one_call:
-                    continue
-                made = True
                 arguments = json.dumps(tool_call["arguments"], ensure_ascii=False)
                 for step in segments.call(tool_call["id"], tool_call["name"], arguments):
                     yield step

@@ -1,67 +1,59 @@
 """Replies that stand around holes: `response_format` pins what a schema fixes and checks the rest,
-`suffix` pins both sides. Either is one canvas job, and its text comes in one piece."""
+`suffix` pins both sides. Their text comes in one piece, and they take turns like any reply."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncGenerator
-from dataclasses import dataclass
 from typing import Any
 
-from mlx_dgemma.decoding.draws import MAX_SEED
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.filling import Infill
+from mlx_dgemma.prompt.holes import Hole
+from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.schema import HOLE, Schema, escape
+from mlx_dgemma.server.schema import Schema
 
-ATTEMPTS = 4  # the first one, and three with new seeds
-SEED_STRIDE = 1_000_003  # keeps retries apart from the seeds of other choices
 _ANY_OBJECT = {"type": "object"}
 
 
-@dataclass(frozen=True)
-class Format:
-    """What every reply must satisfy."""
-
-    schema: Schema
-
-
-def read_format(fields: Fields, name: str = "response_format") -> Format | None:
+def read_format(fields: Fields | None, name: str = "response_format") -> Schema | None:
     """None for plain text; ApiError 400 for a format or schema that cannot be pinned."""
-    wanted = fields.object(name)
-    if wanted is None:
+    wanted = None if fields is None else fields.object(name)
+    if fields is None or wanted is None:
         return None
     kind = wanted.text("type", ("text", "json_object", "json_schema"))
     if kind in (None, "text"):
         return None
     if kind == "json_object":
-        return Format(Schema(_ANY_OBJECT, fields.path(name)))
+        return Schema(_ANY_OBJECT, fields.path(name))
     # Chat completions nest the schema, the responses endpoint does not.
     inner = wanted.object("json_schema") or wanted
     schema = inner.raw("schema")
     if schema is None:
         raise inner.fail("schema", "given as a JSON schema")
-    return Format(Schema(schema, inner.path("schema")))
+    return Schema(schema, inner.path("schema"))
 
 
-def refuse_together(format: Format | None, **others: Any) -> None:
+def refuse_together(schema: Schema | None, **others: Any) -> None:
     """A pinned reply is no run of the block loop: what needs that loop cannot go with it."""
     for name, asked in others.items():
-        if format is not None and asked:
+        if schema is not None and asked:
             raise ApiError(400, f"{name} cannot be combined with response_format.", param=name)
 
 
-def pinned(format: Format) -> Source:
+def pinned(schema: Schema) -> Source:
     """Fills the schema's holes until the text satisfies it; the last attempt stands as it is."""
 
-    async def source(engine: Engine, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
+    async def source(
+        engine: Engine, call: Call, deadline: float
+    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
         results: list[Infill] = []
         problem: str | None = None
         for attempt in range(ATTEMPTS):
-            seed = (call.options["seed"] + attempt * SEED_STRIDE) % MAX_SEED
-            results.append(await engine.fill(call, format.schema.template, seed))
-            problem = format.schema.problem(results[-1].text)
+            results.append(await engine.fill(call, schema.parts, seed_of(call, attempt), deadline))
+            problem = schema.problem(results[-1].text)
             if problem is None:
                 break
         text = results[-1].text
@@ -79,10 +71,10 @@ def pinned(format: Format) -> Source:
 def between(prompt: str, suffix: str) -> Source:
     """What belongs between two texts, which both stay as they are."""
 
-    async def source(engine: Engine, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        result = await engine.fill(
-            call, escape(prompt) + HOLE + escape(suffix), call.options["seed"]
-        )
+    async def source(
+        engine: Engine, call: Call, deadline: float
+    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        result = await engine.fill(call, [prompt, Hole(), suffix], call.options["seed"], deadline)
         (filling,) = result.fillings
         yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
         yield ended(engine, call, [result], filling.text, ())

@@ -8,7 +8,7 @@ import functools
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -60,8 +60,18 @@ class Script:
         ).start()
         return options["cancel"]
 
-    def call(self, function: Callable[[], Any]) -> Any:
-        return function()
+    def take_turns(
+        self, steps: Iterable[Any], deliver: Callable[[Any], None], cancel: threading.Event
+    ) -> None:
+        def work() -> None:
+            try:
+                for step in steps:
+                    deliver(step)
+            except Exception as error:
+                deliver(error)
+            deliver(None)
+
+        threading.Thread(target=work, daemon=True).start()
 
     def close(self) -> None:
         self.closed = True

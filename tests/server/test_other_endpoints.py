@@ -204,6 +204,9 @@ def test_message_tool_results_become_tool_messages(serve: Open) -> None:
      {"messages": user([{"type": "image", "source": {}}]), "max_tokens": 3},
      {"messages": user([{"type": "smell"}]), "max_tokens": 3},
      {"messages": user(), "max_tokens": 3, "tool_choice": {"type": "any"}},
+     {"messages": user(), "max_tokens": 3, "tool_choice": {"type": "tool"}, "tools": [ANTHROPIC]},
+     {"messages": user(), "max_tokens": 3, "tool_choice": {"type": "tool", "name": "x"},
+      "tools": [ANTHROPIC]},
      {"messages": user(), "max_tokens": 3, "tools": [{"type": "computer_1"}]},
      {"messages": user(), "max_tokens": 3, "thinking": {"type": "maybe"}}],
 )  # fmt: skip

@@ -1,17 +1,17 @@
 """Replies around holes: what a schema pins, what is checked, retried and reported; `suffix`."""
 
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
 from mlx_dgemma.filling import Filling, Infill
-from mlx_dgemma.prompt.holes import parse_holes
+from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server import engine as engine_module
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.schema import Schema, escape
+from mlx_dgemma.server.schema import Schema
+from mlx_dgemma.server.validation import Rules
 
 from .conftest import Open, Script, user
 
@@ -37,24 +37,68 @@ def schema(value: Any) -> Schema:
     return Schema(value, "response_format")
 
 
+def shape(parts: list[str | Hole]) -> str:
+    """The text with each hole as _, or as its choices, or as its alphabet."""
+    assert all(isinstance(part, Hole) == bool(i % 2) for i, part in enumerate(parts))
+    return "".join(
+        part if isinstance(part, str) else f"({'|'.join(part.choices)})" if part.choices
+        else f"<{part.alphabet}>" if part.alphabet else "_"
+        for part in parts
+    )  # fmt: skip
+
+
 def test_the_fixed_part_is_pinned() -> None:
-    assert schema(PERSON).template == (
-        '{"name": "<hole>", "age": <hole>, "kind": "<hole>", '
-        '"home": {"city": <hole>}, "tags": [<hole>], "v": 1}'
+    assert shape(schema(PERSON).parts) == (
+        '{"name": "_", "age": <[-\\d]+>, "kind": "(cat|dog)", '
+        '"home": {"city": _}, "tags": [_], "v": 1}'
     )
-    assert schema({"type": "object"}).template == "{<hole>}"
-    assert schema({"type": "array", "items": {"type": "number"}}).template == "[<hole>]"
+    assert shape(schema({"type": "object"}).parts) == "{_}"
+    assert shape(schema({"type": "array", "items": {"type": "number"}}).parts) == "[_]"
+
+
+@pytest.mark.parametrize(
+    ("value", "pinned"),
+    [
+        ({"enum": [1, "a", None]}, '(1|"a"|null)'),
+        ({"type": "boolean"}, "(true|false)"),
+        ({"anyOf": [{"const": "x"}, {"enum": ["y", "z"]}]}, '"(x|y|z)"'),
+        ({"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
+         '["_", "_"]'),
+        ({"type": "array", "prefixItems": [{"const": 1}, {"type": "string"}], "items": False},
+         '[1, "_"]'),
+        ({"type": "string", "pattern": "^[A-C]{2}-\\d+$"},
+         """"<(?:(?!["\\\\\\x00-\\x1f])[A-C])+>-<(?:(?!["\\\\\\x00-\\x1f])\\d)+>\""""),
+        ({"allOf": [{"type": "object", "properties": {"a": {"type": "string"}}},
+                    {"properties": {"a": {"const": "x"}, "b": True}, "required": ["b", "a"]}]},
+         '{"a": "x", "b": _}'),
+        ({"type": "object", "additionalProperties": {"type": "integer"}}, "{_}"),
+        ({"type": ["string"]}, '"_"'),
+    ],
+)  # fmt: skip
+def test_what_each_keyword_pins(value: Any, pinned: str) -> None:
+    assert shape(schema({"type": "array", "prefixItems": [value], "items": False}).parts) == (
+        f"[{pinned}]"
+    )
 
 
 def test_a_name_that_spells_a_hole_is_a_name() -> None:
     spelled = schema({"type": "object", "properties": {"a<hole>b\\": {"type": "string"}}})
-    literals = parse_holes(spelled.template)
-    assert "".join(part for part in literals if isinstance(part, str)) == '{"a<hole>b\\\\": ""}'
+    assert shape(spelled.parts) == '{"a<hole>b\\\\": "_"}'
 
 
-@given(st.text("<hole>:1-4\\ x", max_size=20))
-def test_escaped_text_holds_no_hole(text: str) -> None:
-    assert parse_holes(escape(text) + "|<hole>")[0] == text + "|"
+@pytest.mark.parametrize(
+    ("value", "wrong", "says"),
+    [
+        ({"pattern": "^[A-C]{2}-\\d+$"}, "AD-1", "does not match its pattern"),
+        ({"uniqueItems": True}, [1, 1], "repeats an item"),
+        ({"multipleOf": 0.5}, 0.7, "is no multiple of 0.5"),
+        ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, 2, "out of bounds"),
+        ({"prefixItems": [{"const": 1}], "items": False}, [1, 2], "has 2 items"),
+        ({"additionalProperties": {"type": "integer"}}, {"a": "b"}, "$.a is not of type integer"),
+    ],
+)
+def test_rules_find_what_breaks_them(value: Any, wrong: Any, says: str) -> None:
+    assert says in (Rules(value, "here").violation(wrong) or "")
 
 
 def test_a_right_reply_passes() -> None:
@@ -88,7 +132,7 @@ def test_wrong_replies_are_found(old: str, new: str, says: str) -> None:
 def test_any_of_and_one_of() -> None:
     both = [{"type": "integer"}, {"type": "number", "minimum": 5}]
     choice = schema({"type": "object", "properties": {"a": {"anyOf": both}, "b": {"oneOf": both}}})
-    assert choice.template == '{"a": <hole>, "b": <hole>}'
+    assert shape(choice.parts) == '{"a": _, "b": _}'
     assert choice.problem('{"a": 7, "b": 1}') is None
     assert "$.b fits 2" in (choice.problem('{"a": 7, "b": 7}') or "")
     assert "$.a fits 0" in (choice.problem('{"a": "x", "b": 1}') or "")
@@ -97,9 +141,13 @@ def test_any_of_and_one_of() -> None:
 @pytest.mark.parametrize(
     "value",
     [
-        3, {"type": "tree"}, {"pattern": "a"}, {"const": 1}, {"type": "null"}, {"$ref": "#/x"},
+        3, {"type": "tree"}, {"pattern": "a"}, {"pattern": "^(a+)+$"}, {"pattern": "^a*$"},
+        {"pattern": "^\\d+\\d+\\d+\\d+\\d+$"}, {"pattern": "^[[a]$"}, {"pattern": 3},
+        {"const": 1}, {"type": "null"}, {"$ref": "#/x"},
         {"$ref": "other.json"}, {"$ref": "#"}, {"enum": []}, {"type": "object", "properties": 3},
         {"type": "object", "required": ["a"]}, {"minLength": "2"}, {"anyOf": []},
+        {"allOf": [{"type": "string"}, {"type": "array"}]}, {"multipleOf": 0}, {"not": {}},
+        {"allOf": [{"additionalProperties": False}, {"properties": {"a": True}}]},
         {"anyOf": [{"pattern": "a"}]}, {"type": "object", "required": "a"},
         {"type": "array", "items": {"format": "x", "allOf": []}},
     ],
@@ -117,12 +165,13 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
     def script(*texts: str) -> list[tuple[str, Any]]:
         asked: list[tuple[str, Any]] = []
 
-        def infill(_model: Any, _tokenizer: Any, text: str, **options: Any) -> Infill:
-            asked.append((text, options))
+        def infill_turns(_m: Any, _t: Any, parts: Any, **options: Any) -> Iterator[Any]:
+            asked.append((shape(parts), options))
             given = texts[min(len(asked), len(texts)) - 1]
-            return Infill(given, (Filling(given, (0, len(given)), 1, ()),), 0.0, 0, 3, True, 5)
+            yield 5
+            yield Infill(given, (Filling(given, (0, len(given)), 1, ()),), 0.0, 0, 3, True, 5)
 
-        monkeypatch.setattr(engine_module, "infill", infill)
+        monkeypatch.setattr(engine_module, "infill_turns", infill_turns)
         return asked
 
     return script
@@ -143,7 +192,7 @@ def test_chat_retries_with_new_seeds_until_it_fits(serve: Open, filled: Any) -> 
     assert len({options["seed"] for _, options in asked}) == 3
     assert asked[0][1]["seed"] == 5
     assert asked[0][1]["temp"] == 0
-    assert asked[0][0] == schema(PERSON).template
+    assert asked[0][0] == shape(schema(PERSON).parts)
 
 
 def test_a_reply_that_never_fits_is_reported(serve: Open, filled: Any) -> None:
@@ -173,4 +222,4 @@ def test_suffix_fills_between_both_sides(serve: Open, filled: Any) -> None:
     body = {"prompt": "left <hole> ", "suffix": " right"}
     got = serve(Script("unused")).post("/v1/completions", json=body).json()
     assert got["choices"][0]["text"] == "middle"
-    assert asked[0][0] == "left \\<hole> <hole> right"
+    assert asked[0][0] == "left <hole> _ right"

@@ -1,0 +1,138 @@
+"""From a request's fields to the replies it asks for, and back to an HTTP answer.
+
+An endpoint reads what only its dialect has; the rest is read, refused and answered here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+
+from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.sampling import (
+    check_model,
+    decoding_options,
+    make_call,
+    read_seed,
+    read_warnings,
+)
+from mlx_dgemma.server.schema import Schema
+from mlx_dgemma.server.streams import EventStream, unless_gone
+from mlx_dgemma.server.structured import pinned, refuse_together
+from mlx_dgemma.server.tool_choice import ToolUse, forced_call
+
+MAX_STOP_STRINGS = 16
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request, read. calls: one per choice. one_call: replies keep their first tool call."""
+
+    model: str
+    calls: list[Call]
+    stream: bool
+    include_usage: bool = False
+    logprobs: bool = False
+    one_call: bool = False
+
+    @property
+    def call(self) -> Call:
+        """The first choice; the only one in dialects without choices."""
+        return self.calls[0]
+
+
+@dataclass(frozen=True)
+class Streaming:
+    """Whether and how a reply is streamed."""
+
+    stream: bool
+    drafts: bool
+    include_usage: bool
+
+
+def read_streaming(fields: Fields) -> Streaming:
+    stream = fields.flag("stream") or False
+    options = fields.object("stream_options") or Fields({})
+    drafts = bool(options.flag("include_drafts"))
+    return Streaming(stream, stream and drafts, bool(options.flag("include_usage")))
+
+
+async def read_request(
+    engine: Engine,
+    fields: Fields,
+    messages: list[Any],
+    tools: ToolUse,
+    *,
+    max_tokens: int | None,
+    stop: str | None,
+    thinking: bool,
+    schema: Schema | None = None,
+    choices: int = 1,
+    logprobs: bool = False,
+) -> Asked:
+    """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
+
+    stop: the name of the field with stop strings. Call it last: it warns of every field that
+    nobody has read.
+    """
+    model = check_model(engine, fields)
+    options = decoding_options(engine, fields, max_tokens)
+    if stop is not None:
+        options["stop"] = fields.strings(stop, MAX_STOP_STRINGS)
+    if logprobs:
+        options["logprobs"] = True
+    streaming = read_streaming(fields)
+    seed = read_seed(fields, choices)
+    warnings = read_warnings(engine, fields, max_tokens)
+    refuse_together(schema, tools=tools.declared, stop=options.get("stop"), logprobs=logprobs)
+    source = None
+    if schema is not None:
+        source = pinned(schema)
+    elif tools.forced:
+        source, unchecked = forced_call(engine.tokenizer, tools)
+        warnings += unchecked
+    if source is not None and thinking:
+        what = "response_format" if schema is not None else "a forced tool_choice"
+        thinking, warnings = False, (*warnings, f"thinking was left out for {what}")
+    call = await make_call(
+        engine,
+        messages,
+        tools.declared,
+        options,
+        thinking=thinking,
+        drafts=streaming.drafts,
+        seed=seed,
+        warnings=warnings,
+        source=source,
+    )
+    return Asked(
+        model=model,
+        calls=[call.with_seed(seed + i) for i in range(choices)],
+        stream=streaming.stream,
+        include_usage=streaming.include_usage,
+        logprobs=logprobs,
+        one_call=tools.one_call,
+    )
+
+
+async def respond(
+    engine: Engine,
+    request: Request,
+    asked: Asked,
+    *,
+    whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
+    events: Callable[[], AsyncGenerator[bytes, None]],
+) -> Any:
+    """The answer in one piece or as a stream; 429 when there is no room for it."""
+    release = engine.admit(len(asked.calls))
+    if asked.stream:
+        return EventStream(events(), release)
+    try:
+        return JSONResponse(await unless_gone(request, whole()))
+    finally:
+        release()
