@@ -11,71 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from mlx_dgemma.benchmark.synthetic import published_config
 from mlx_dgemma.convert.shards import Output, Shard, index_of, plan_shards
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
 
-SLIDING, FULL = "sliding_attention", "full_attention"
-
-
-def published_config() -> dict[str, Any]:
-    """The sizes of the published checkpoint, as its config.json gives them."""
-    layers = 30
-    return {
-        "architectures": ["DiffusionGemmaForBlockDiffusion"],
-        "model_type": "diffusion_gemma",
-        "dtype": "bfloat16",
-        "canvas_length": 256,
-        "image_token_id": 258_880,
-        "boi_token_id": 255_999,
-        "eoi_token_id": 258_882,
-        "eos_token_id": [1, 106, 50],
-        "tie_word_embeddings": True,
-        "text_config": {
-            "model_type": "diffusion_gemma_text",
-            "dtype": "bfloat16",
-            "vocab_size": 262_144,
-            "hidden_size": 2816,
-            "intermediate_size": 2112,
-            "moe_intermediate_size": 704,
-            "num_experts": 128,
-            "top_k_experts": 8,
-            "num_hidden_layers": layers,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 8,
-            "head_dim": 256,
-            "num_global_key_value_heads": 2,
-            "global_head_dim": 512,
-            "layer_types": [FULL if (i + 1) % 6 == 0 else SLIDING for i in range(layers)],
-            "sliding_window": 1024,
-            "max_position_embeddings": 262_144,
-            "use_bidirectional_attention": "vision",
-            "final_logit_softcapping": 30.0,
-            "rope_parameters": {
-                SLIDING: {"rope_type": "default", "rope_theta": 10_000.0},
-                FULL: {
-                    "rope_type": "proportional",
-                    "rope_theta": 1_000_000.0,
-                    "partial_rotary_factor": 0.25,
-                },
-            },
-        },
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            "dtype": "bfloat16",
-            "hidden_size": 1152,
-            "intermediate_size": 4304,
-            "num_hidden_layers": 27,
-            "num_attention_heads": 16,
-            "num_key_value_heads": 16,
-            "head_dim": 72,
-            "global_head_dim": 72,
-            "patch_size": 16,
-            "pooling_kernel_size": 3,
-            "position_embedding_size": 10_240,
-            "standardize": True,
-        },
-    }
+__all__ = ["fill", "published_config", "random_bfloat16", "write_sparse"]
 
 
 def write_sparse(folder: Path, config: dict[str, Any], *, layout: str = "hf") -> list[Shard]:

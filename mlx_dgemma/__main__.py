@@ -14,6 +14,7 @@ VERBS = {
     "infill": "fill the holes of a text, or rewrite parts of it",
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
+    "benchmark": "time, memory and quality of a model on this machine",
     "doctor": "this machine: memory, what fits, kernels",
 }
 

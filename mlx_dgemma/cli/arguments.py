@@ -6,11 +6,12 @@ import argparse
 from typing import Any, get_args
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.decoding.settings import SamplerName, UnconvergedPolicy
+from mlx_dgemma.decoding.settings import PRESETS, SamplerName, UnconvergedPolicy
 from mlx_dgemma.hub import COMMUNITY
 
 # Flags that `stream_generate` takes by the same name; None leaves the checkpoint's own value.
 SETTINGS = (
+    "preset",
     "max_tokens",
     "temp",
     "sampler",
@@ -45,8 +46,18 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_preset(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--preset",
+        choices=tuple(PRESETS),
+        help="named settings: reference (the checkpoint's own), or balanced or fast, which take "
+        "fewer steps for some accuracy (default: reference)",
+    )
+
+
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
+    add_preset(group)
     group.add_argument(
         "--max-tokens",
         "-m",
@@ -128,6 +139,17 @@ def add_display(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="show every step at least this long (default: 0.25 for the demo checkpoint, else 0)",
     )
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1."""
+    try:
+        value = int(text)
+    except ValueError:
+        value = 0
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return value
 
 
 def pace(text: str) -> float:

@@ -58,6 +58,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="MB",
         help="memory for contexts kept between requests (default: 2048; 0 keeps none)",
     )
+    flags.add_preset(parser)
     parser.add_argument(
         "--log-prompts", action="store_true", help="let the log hold prompts (default: it does not)"
     )
@@ -109,6 +110,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         "max_concurrent": arguments.max_concurrent,
         "max_waiting": arguments.max_waiting,
         "max_seconds": arguments.max_seconds,
+        "preset": arguments.preset,
         "prefix_cache_bytes": None
         if arguments.prefix_cache_mb is None
         else arguments.prefix_cache_mb << 20,

@@ -12,6 +12,15 @@ SamplerName = Literal["entropy-bound", "confidence-threshold"]
 UnconvergedPolicy = Literal["commit", "warn", "refuse"]
 EmptyReplyPolicy = Literal["reroll", "suppress", "allow"]
 Conditioning = Literal["auto", "dense", "sparse"]
+PresetName = Literal["reference", "balanced", "fast"]
+
+# Named settings. The reference is the checkpoint's own generation config; the others trade accuracy
+# for fewer denoising steps (benchmarks/README.md has both, measured).
+PRESETS: dict[str, dict[str, int | float]] = {
+    "reference": {},
+    "balanced": {"confidence_threshold": 0.05, "max_denoising_steps": 32},
+    "fast": {"confidence_threshold": 0.05, "max_denoising_steps": 16, "stability_threshold": 0},
+}
 
 
 class GenerationDefaults(Protocol):
@@ -107,11 +116,12 @@ class DecodingSettings:
     def from_defaults(
         cls, defaults: GenerationDefaults, overrides: dict[str, object]
     ) -> DecodingSettings:
-        """Takes the checkpoint's generation config, then whatever the caller set (not None).
+        """Takes the checkpoint's generation config, then what the override `preset` names, then
+        whatever else the caller set (not None).
 
         Raises InputError for a keyword that is no setting or a value out of range.
         """
-        known = {field.name for field in fields(cls)}
+        known = {field.name for field in fields(cls)} | {"preset"}
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise InputError(
@@ -127,6 +137,10 @@ class DecodingSettings:
             confidence_threshold=defaults.confidence_threshold,
         )
         given = {name: value for name, value in overrides.items() if value is not None}
+        preset = given.pop("preset", "reference")
+        if preset not in PRESETS:
+            raise InputError(f"preset={preset!r} is not known: use {' or '.join(PRESETS)}.")
+        given = {**PRESETS[str(preset)], **given}
         try:
             return replace(base, **given)  # type: ignore[arg-type]
         except TypeError as error:

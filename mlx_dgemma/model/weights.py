@@ -142,21 +142,31 @@ def load_model(
         merge_parameters(parameters, adapter, config, read=not lazy)
     fill(model, parameters)
     if not lazy:
-        widened = on_cpu and model.dtype == mx.float32
-        small = widened and _dense_bytes(config) <= EXPAND_BYTES
-        with mx.stream(unbound):
-            if small:
-                expand(model)
-            if small or not widened:  # else 16-bit weights stay: twice their size is too much
-                cast(model)
-        model.prepare()
-        if small:
-            for module in model.model.decoder.modules():
-                if isinstance(module, Matrix):
-                    module.store_transposed()
-        mx.eval(model.model.decoder.parameters())
-        mx.eval(model.model.encoder.language_model.parameters())
+        settle(model, unbound)
     return model
+
+
+def settle(model: Model, unbound: mx.Stream | None = None) -> None:
+    """Bring a filled model into the form that this backend computes in, and read its weights.
+
+    On the CPU backend in float32 a small model becomes dense, laid out for its matrix product, and
+    a large one keeps its 16-bit weights: twice their size is too much.
+    unbound: where tensors that stay unread are converted once somebody reads them.
+    """
+    widened = mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
+    small = widened and _dense_bytes(model.config) <= EXPAND_BYTES
+    with mx.stream(unbound or mx.new_thread_unsafe_stream(mx.cpu)):
+        if small:
+            expand(model)
+        if small or not widened:
+            cast(model)
+    model.prepare()
+    if small:
+        for module in model.model.decoder.modules():
+            if isinstance(module, Matrix):
+                module.store_transposed()
+    mx.eval(model.model.decoder.parameters())
+    mx.eval(model.model.encoder.language_model.parameters())
 
 
 def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from dataclasses import dataclass, field
 
+from mlx_dgemma.decoding.settings import PresetName
 from mlx_dgemma.errors import InputError
 
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
@@ -22,6 +23,7 @@ class ServerSettings:
     max_concurrent: requests that take turns on the model. max_waiting: requests that may wait
         beside them; more get 429. max_seconds: of a request; it then ends with what it has.
     prefix_cache_bytes: contexts kept for later requests; 0 keeps none.
+    preset: the decoding preset of requests that name none.
     log_prompts: whether the log may hold prompts and replies.
     """
 
@@ -38,6 +40,7 @@ class ServerSettings:
     max_waiting: int = 64
     max_seconds: float = 600.0
     prefix_cache_bytes: int = 2 << 30
+    preset: PresetName = "reference"
     log_prompts: bool = False
 
     def __post_init__(self) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -18,7 +19,7 @@ from mlx_dgemma.decoding.sampler import (
     make_sampler,
 )
 from mlx_dgemma.decoding.schedule import temperature
-from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
 from mlx_dgemma.decoding.stopping import StableAndConfident, cut_at_stop
 from mlx_dgemma.errors import InputError
 
@@ -201,6 +202,19 @@ def test_impossible_settings_are_named(name, value):
 def test_unknown_settings_are_named():
     with pytest.raises(InputError, match="top_k"):
         DecodingSettings.from_defaults(DecodingSettings(), {"top_k": 4})
+
+
+def test_a_preset_lies_between_the_checkpoint_and_the_caller():
+    own = DecodingSettings(entropy_bound=0.2)
+    assert DecodingSettings.from_defaults(own, {}) == own
+    assert DecodingSettings.from_defaults(own, {"preset": "reference"}) == own
+    for name, values in PRESETS.items():
+        made = DecodingSettings.from_defaults(own, {"preset": name, "t_max": None})
+        assert made == replace(own, **values)
+    fast = DecodingSettings.from_defaults(own, {"preset": "fast", "max_denoising_steps": 40})
+    assert fast == replace(own, **{**PRESETS["fast"], "max_denoising_steps": 40})
+    with pytest.raises(InputError, match="reference or balanced or fast"):
+        DecodingSettings.from_defaults(own, {"preset": "turbo"})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "7", True])

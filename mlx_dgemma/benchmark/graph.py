@@ -1,0 +1,235 @@
+"""What one denoising step asks of the device, counted from the graph that MLX builds for it.
+
+A launch is a primitive that computes; views (reshape, transpose, slice, ...) cost none, and MLX's
+own RMSNorm, softmax and logsumexp count one each, as on Metal. MLX may copy or join a little
+differently when it runs, so these are counts of the program, the same on every machine. They do
+not depend on widths: a model of the same depth, vocabulary and experts but narrow layers is
+counted, and nothing is computed.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma import kernels
+from mlx_dgemma.decoding.draws import Place, SeededDraws
+from mlx_dgemma.decoding.logits import WholeLogits
+from mlx_dgemma.decoding.sampler import EntropyBoundSampler, StepInput
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.kernels import registry
+from mlx_dgemma.model import ContextCache, Model
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.weights import fill
+
+_VIEWS = {
+    "AsStrided",
+    "Broadcast",
+    "BroadcastAxes",
+    "Contiguous",  # of tables that are so already
+    "Depends",
+    "ExpandDims",
+    "Flatten",
+    "NumberOfElements",
+    "Reshape",
+    "Slice",
+    "Split",
+    "Squeeze",
+    "StopGradient",
+    "Transpose",
+    "Unflatten",
+    "View",
+}
+_LABEL = re.compile(r'label ="([^"]*)"')
+_TEMPERATURE = 0.6
+_CONTEXT = 64
+
+
+def launches(outputs: Sequence[mx.array]) -> Counter[str]:
+    """Primitive -> how often it occurs in what must still be computed for `outputs`."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *outputs)
+    names = (name.split(" ")[0] for name in _LABEL.findall(text.getvalue()))
+    found: Counter[str] = Counter()
+    for name in names:
+        if name not in _VIEWS:
+            found["Compiled" if name.startswith("Compiled") else name] += 1
+    return found
+
+
+def count_step(config: ModelConfig) -> dict[str, dict[str, Any]]:
+    """Way of computing a step -> {"launches": n, "by_primitive": {...}}; one canvas, mid-block.
+
+    "written out": the contract `model.denoise` and the sampler's rules, with nothing joined.
+    "twins": joined matrices and the fused operations in plain MLX.
+    "kernels": the same with every fused operation as its Metal kernels.
+    """
+    model = _hollow(thin(config))
+    found = {"written out": _count(_written_out, model)}
+    model.prepare()
+    found["twins"] = _count(_step, model)
+    found["kernels"] = _count(_step, model, as_kernels=True)
+    return {
+        way: {"launches": counter.total(), "by_primitive": dict(counter.most_common())}
+        for way, counter in found.items()
+    }
+
+
+def thin(config: ModelConfig) -> ModelConfig:
+    """The same depth, experts, vocabulary and packing in layers 64 wide."""
+    text = replace(
+        config.text,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=64,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=64,
+        num_global_key_value_heads=1,
+        global_head_dim=64,
+    )
+    return replace(config, text=text, vision=None)
+
+
+def _hollow(config: ModelConfig) -> Model:
+    """A model of zeros."""
+    model = Model(config, getattr(mx, config.text.dtype))
+    fill(
+        model,
+        {
+            name: mx.zeros(shape, getattr(mx, dtype))
+            for name, (shape, dtype) in parameter_shapes(config).items()
+        },
+    )
+    mx.eval(model.parameters())
+    return model
+
+
+def _context(model: Model) -> ContextCache:
+    cache, text = model.make_cache(), model.config.text
+    for index, layer in enumerate(cache.layers):
+        shape = (1, text.kv_heads_of(index), _CONTEXT, text.head_dim_of(index))
+        layer.reset(0, (mx.zeros(shape, model.dtype), mx.zeros(shape, model.dtype)))
+    mx.eval(cache.arrays)
+    return cache
+
+
+_Build = Callable[[Model, ContextCache], list[mx.array]]
+
+
+def _count(build: _Build, model: Model, *, as_kernels: bool = False) -> Counter[str]:
+    tally: Counter[str] = Counter()
+    cache = _context(model)
+    with ExitStack() as stack:
+        for module, name in ((mx.fast, "rms_norm"), (mx, "softmax"), (mx, "logsumexp")):
+            stack.enter_context(_swapped(module, name, _one(tally, name, getattr(module, name))))
+        if as_kernels:
+            stack.enter_context(_swapped(registry, "use", lambda _, __, supported: supported))
+            stack.enter_context(_swapped(registry, "launch", _launch(tally)))
+        outputs = build(model, cache)
+    return tally + launches(outputs)
+
+
+def _one(tally: Counter[str], name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
+    def call(x: mx.array, *arguments: Any, **keywords: Any) -> mx.array:
+        tally[name] += 1
+        shape = real(mx.zeros(x.shape, x.dtype), *arguments, **keywords).shape
+        return _placeholder([(shape, x.dtype)], [x])[0]
+
+    return call
+
+
+def _launch(tally: Counter[str]) -> Callable[..., list[mx.array]]:
+    def call(
+        kernel: registry.Kernel,
+        inputs: Sequence[mx.array],
+        *,
+        outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]],
+        **_: Any,
+    ) -> list[mx.array]:
+        tally[f"Metal: {kernel.name}"] += 1
+        return _placeholder(outputs, inputs)
+
+    return call
+
+
+def _placeholder(
+    outputs: Sequence[tuple[tuple[int, ...], mx.Dtype]], inputs: Sequence[mx.array]
+) -> list[mx.array]:
+    """Arrays that need `inputs` computed and nothing else."""
+    empty = [mx.zeros(shape, dtype) for shape, dtype in outputs]
+    mx.eval(empty)
+    return mx.depends(empty, list(inputs))
+
+
+@contextmanager
+def _swapped(module: Any, name: str, new: Any) -> Iterator[None]:
+    real = getattr(module, name)
+    setattr(module, name, new)
+    try:
+        yield
+    finally:
+        setattr(module, name, real)
+
+
+def _written_out(model: Model, cache: ContextCache) -> list[mx.array]:
+    """A step as the reference writes it: arrays as long as the vocabulary, one after another."""
+    length, vocabulary = model.config.canvas_length, model.config.text.vocab_size
+    canvas = mx.zeros((1, length), mx.int32)
+    before = mx.zeros((1, length, vocabulary), model.dtype)
+    mx.eval(canvas, before)
+    tempered = model.denoise(canvas, cache, before) / _TEMPERATURE
+    draft = tempered.argmax(axis=-1)
+    sample = mx.random.categorical(tempered, key=mx.random.key(0))
+    log_p = tempered - mx.logsumexp(tempered, axis=-1, keepdims=True)
+    entropy = -(mx.exp(log_p) * log_p).sum(axis=-1)
+    order = mx.argsort(entropy, axis=-1)
+    ascending = mx.take_along_axis(entropy, order, axis=-1)
+    within = mx.cumsum(ascending, axis=-1) - ascending <= 0.1
+    accepted = mx.put_along_axis(mx.zeros_like(within), order, within, axis=-1)
+    fresh = mx.random.randint(0, vocabulary, canvas.shape, key=mx.random.key(1))
+    renoised = mx.where(accepted, sample, fresh)
+    return [renoised, (draft == canvas).all(), entropy.mean(), tempered.astype(model.dtype)]
+
+
+def _step(model: Model, cache: ContextCache) -> list[mx.array]:
+    """The loop's step: the signal of the step before, decoder pass, statistics, next canvas."""
+    config, draws, place = model.config, SeededDraws(0), Place(0, 0, 2)
+    length, vocabulary = config.canvas_length, config.text.vocab_size
+    canvas, rows = mx.zeros((1, length), mx.int32), (length, kernels.CAPACITY)
+    counts, dropped = mx.zeros((length,), mx.int32), mx.zeros((length,))
+    survivors = kernels.Survivors(mx.zeros(rows, mx.int32), mx.zeros(rows), counts, dropped)
+    mx.eval(canvas, survivors)
+    signal = kernels.gather_soft_embeddings(
+        survivors, model.embedding_matrix, width=64, scale=model.embed_scale
+    )
+    hidden = model.hidden(canvas, cache, signal[None])
+    logits = WholeLogits(model, hidden, np.zeros(0, np.int32))
+    stats = logits.statistics(_TEMPERATURE, draws.sample(place, length), 1.0)
+    decision = EntropyBoundSampler(DecodingSettings()).decide(
+        StepInput(
+            canvas=canvas,
+            entropy=stats.entropy[None],
+            draft=stats.argmax[None],
+            sample=stats.sample[None],
+            sample_probability=stats.entropy[None],
+            fresh=draws.renoise(place, length, vocabulary)[None],
+            previous_draft=canvas,
+            pinned=None,
+        ),
+        last=False,
+    )
+    few = logits.survivors(stats, _TEMPERATURE)
+    report = mx.concatenate(
+        [decision.status.reshape(-1), few.dropped.max()[None], few.counts.max()[None]]
+    )
+    return [decision.canvas, report, few.ids, few.weights]

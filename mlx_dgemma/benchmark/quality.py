@@ -1,0 +1,107 @@
+"""Is it right, and in how many decoder passes: fixed questions that a program can judge.
+
+The questions are the demo's held-out ones, drawn from one seed, so that two machines, models,
+presets or precisions answer the same. The demo knows their forms; a large model may know the answer
+and miss the form, which counts as wrong here.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+from mlx_dgemma.api import stream_generate
+from mlx_dgemma.decoding.events import Commit, Finish
+from mlx_dgemma.demo.tasks import TASKS, Example, held_out
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.model import Model
+from mlx_dgemma.prompt import Tokenizer
+
+SEED = 2026
+MAX_TOKENS = 200
+
+
+class Answer(NamedTuple):
+    """One question's outcome."""
+
+    right: bool
+    steps: tuple[int, ...]
+    tokens: int
+    seconds: float
+
+
+def ask(model: Model, tokenizer: Tokenizer, example: Example, **options: Any) -> Answer:
+    """One question through `stream_generate`, judged by its own verifier."""
+    events = list(
+        stream_generate(
+            model,
+            tokenizer,
+            example.messages,
+            tools=example.tools,
+            enable_thinking=example.enable_thinking,
+            **options,
+        )
+    )
+    commits = [event for event in events if isinstance(event, Commit)]
+    finish = events[-1]
+    assert isinstance(finish, Finish)
+    text = "".join(commit.text for commit in commits)
+    thought = "".join(commit.thinking for commit in commits)
+    if any(commit.tool_calls for commit in commits):
+        text = tokenizer.decode([token for commit in commits for token in commit.ids])
+    right = example.verify(text, thought) if thought else example.verify(text)
+    return Answer(right, finish.steps_per_block, finish.generated_tokens, finish.denoise_seconds)
+
+
+def measure(
+    model: Model,
+    tokenizer: Tokenizer,
+    *,
+    prompts: int = 20,
+    tasks: Sequence[str] | None = None,
+    track: Callable[[Sequence[str]], Iterable[str]] = iter,
+    **options: Any,
+) -> dict[str, Any]:
+    """Task -> share right with its standard error, denoising steps per block, tokens per forward.
+
+    prompts: questions per task. tasks: all by default. track: wraps the tasks, to show progress.
+    options: keywords of `stream_generate`. Raises InputError for an unknown task.
+    """
+    chosen = list(TASKS) if tasks is None else list(tasks)
+    for task in chosen:
+        if task not in TASKS:
+            raise InputError(f"There is no task {task!r}; the tasks are {', '.join(TASKS)}.")
+    found: dict[str, Any] = {}
+    for task in track(chosen):
+        answers = [
+            ask(model, tokenizer, example, seed=seed, max_tokens=MAX_TOKENS, **options)
+            for seed, example in enumerate(held_out(task, prompts, seed=SEED))
+        ]
+        found[task] = _figures(answers)
+    return found
+
+
+def overall(figures: dict[str, Any]) -> dict[str, float]:
+    """The mean over tasks of every figure; its error as if the tasks were independent."""
+    count = len(figures)
+    means = {
+        name: statistics.fmean(task[name] for task in figures.values())
+        for name in ("right", "steps", "tokens_per_forward")
+    }
+    error = sum(task["error"] ** 2 for task in figures.values()) ** 0.5 / count
+    return {**means, "error": error, "n": sum(task["n"] for task in figures.values())}
+
+
+def _figures(answers: Sequence[Answer]) -> dict[str, float]:
+    count = len(answers)
+    share = statistics.fmean(answer.right for answer in answers)
+    steps = [step for answer in answers for step in answer.steps]
+    return {
+        "right": share,
+        "error": (share * (1 - share) / count) ** 0.5,
+        "steps": statistics.fmean(steps),
+        "tokens_per_forward": sum(answer.tokens for answer in answers) / max(1, sum(steps)),
+        "seconds": sum(answer.seconds for answer in answers),
+        "n": count,
+    }

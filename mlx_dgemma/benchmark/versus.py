@@ -1,0 +1,172 @@
+"""The same checkpoint and canvas through mlx-vlm, side by side.
+
+Each runtime steps in a process of its own, so that neither's memory counts for the other, and the
+two take turns, so that a busy machine slows both alike. mlx-vlm runs its own generator with the
+reference's sampler ("entropy-bound"), a full canvas, and nothing that lets a block end early.
+
+    python -m mlx_dgemma.benchmark.versus RUNTIME FOLDER STEPS PROMPT_TOKENS
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.errors import InputError, ResourceError
+
+OURS, THEIRS = "mlx_dgemma", "mlx-vlm"
+
+
+def compare(
+    folder: Path, *, steps: int, prompt_tokens: int, rounds: int = 3
+) -> dict[str, dict[str, float]]:
+    """Runtime -> seconds of a step with self-conditioning (median) and bytes above the weights.
+
+    Raises InputError when mlx-vlm is not installed, ResourceError when a run fails.
+    """
+    if importlib.util.find_spec("mlx_vlm") is None:
+        raise InputError("mlx-vlm is not installed: pip install mlx-vlm, or leave out --compare.")
+    samples: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
+    for number in range(rounds):
+        order = (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS)
+        for runtime in order:
+            samples[runtime].append(_run(runtime, folder, steps, prompt_tokens))
+    return {
+        runtime: {
+            "step_seconds": statistics.median(s for run in runs for s in run["steps"]),
+            "fastest_step_seconds": min(s for run in runs for s in run["steps"]),
+            "slowest_step_seconds": max(s for run in runs for s in run["steps"]),
+            "bytes_above_weights": statistics.median(run["above_weights"] for run in runs),
+            "weights_bytes": runs[0]["weights"],
+        }
+        for runtime, runs in samples.items()
+    }
+
+
+def _run(runtime: str, folder: Path, steps: int, prompt_tokens: int) -> dict[str, Any]:
+    command = [sys.executable, "-m", __name__, runtime, str(folder), str(steps), str(prompt_tokens)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        lines = done.stderr.strip().splitlines() or ["no message"]
+        raise ResourceError(f"The run of {runtime} failed: {lines[-1]}")
+    found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    return found
+
+
+def main(arguments: Sequence[str]) -> int:
+    """One runtime's run; prints {"steps": [seconds], "above_weights": bytes, "weights": bytes}."""
+    runtime, folder, steps, prompt_tokens = arguments
+    run = _ours if runtime == OURS else _theirs
+    times: list[float] = []
+    weights = peak = 0
+    for kind, value in run(Path(folder), int(steps), int(prompt_tokens)):
+        if kind == "weights":
+            weights = value
+        elif kind == "step":
+            times.append(value)
+    peak = mx.get_peak_memory()
+    # The first step conditions on nothing and the second compiles: neither is counted.
+    print(json.dumps({"steps": times[2:], "above_weights": peak - weights, "weights": weights}))
+    return 0
+
+
+def _prompt(vocabulary: int, count: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, vocabulary, (1, count), dtype=np.int32)
+
+
+def _loaded() -> tuple[str, Any]:
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    return "weights", mx.get_active_memory()
+
+
+def _ours(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str, Any]]:
+    from mlx_dgemma.benchmark.passes import steps as timed_steps
+    from mlx_dgemma.decoding.settings import DecodingSettings
+    from mlx_dgemma.model import load_model
+
+    model = load_model(folder)
+    yield _loaded()
+    cache = model.make_cache()
+    model.prefill(_prompt(model.config.text.vocab_size, prompt_tokens), cache)
+    for seconds in timed_steps(model, cache, DecodingSettings(), steps):
+        yield "step", seconds
+
+
+def _theirs(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str, Any]]:
+    from mlx_vlm.generate.diffusion import stream_diffusion_generate
+    from mlx_vlm.utils import load_model
+
+    model = load_model(folder)
+    if mx.default_device() == mx.Device(mx.cpu):
+        model.set_dtype(mx.float32)  # what we compute in there, and all that MLX's experts can
+    mx.eval(model.parameters())
+    yield _loaded()
+    vocabulary = int(model.config.text_config.vocab_size)
+    model.config.generation_config = {  # a block that cannot become confident runs every step
+        "stability_threshold": 1,
+        "confidence_threshold": 0.0,
+    }
+    tokenizer: Any = _Silent()
+    events = stream_diffusion_generate(
+        model,
+        tokenizer,
+        tokenizer,
+        mx.array(_prompt(vocabulary, prompt_tokens)),
+        None,
+        None,
+        max_tokens=model.config.canvas_length,
+        skip_special_token_ids=[],
+        temperature=1.0,
+        max_denoising_steps=steps + 1,
+        diffusion_full_canvas=True,
+        diffusion_sampler="entropy-bound",
+        diffusion_show_unmasking=True,  # an event per step, which is how a step is timed
+    )
+    started = None
+    for event in events:
+        now = time.perf_counter()
+        if not getattr(event, "is_draft", False):
+            return
+        if started is not None:
+            yield "step", now - started
+        started = now
+
+
+class _Silent:
+    """A tokenizer that never stops a reply and writes nothing."""
+
+    bos_token = eos_token = None
+    all_special_ids: tuple[int, ...] = ()
+    clean_up_tokenization_spaces = False
+
+    def __init__(self) -> None:
+        self.tokenizer = self
+        self.detokenizer = SimpleNamespace(
+            reset=lambda: None,
+            add_token=lambda *_, **__: None,
+            finalize=lambda: None,
+            last_segment="",
+            text="",
+        )
+
+    def stopping_criteria(self, _: int) -> bool:
+        return False
+
+    def decode(self, *_: Any, **__: Any) -> str:
+        return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,77 @@
+"""Counted work against figures reckoned by hand, and the graph's launches."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from mlx_dgemma.benchmark.chips import CHIPS, known
+from mlx_dgemma.benchmark.costs import floor_seconds, prefill_costs, step_costs, total
+from mlx_dgemma.benchmark.graph import count_step
+from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.model.config import ModelConfig
+
+
+@pytest.fixture(scope="module")
+def published() -> ModelConfig:
+    return ModelConfig.from_dict(synthetic_config("26b-4bit"))
+
+
+def test_a_step_of_the_published_shapes(published: ModelConfig) -> None:
+    """TFLOP by hand: 2 x 256 rows x parameters; attention 4 x rows x keys x heads x width."""
+    costs = step_costs(published, 1024)
+    sliding = 2816 * (16 + 8 + 8 + 16) * 256
+    full = 2816 * (16 + 2 + 16) * 512
+    projections = 2 * 256 * (25 * sliding + 5 * full)
+    mixing = 4 * 256 * 16 * (25 * (1023 + 256) * 256 + 5 * (1024 + 256) * 512)
+    assert costs["attention"].flops == projections + mixing
+    assert costs["dense"].flops == 2 * 256 * 30 * 3 * 2816 * 2112
+    assert costs["experts"].flops == 2 * 256 * 30 * 8 * 3 * 2816 * 704
+    assert costs["head"].flops == 2 * 256 * 262_144 * 2816
+    assert total(costs).flops == pytest.approx(2.53e12, rel=0.01)
+    # 4.5 bits per expert weight, every expert touched
+    assert costs["experts"].nbytes == pytest.approx(30 * 128 * 3 * 2816 * 704 * 4.5 / 8, rel=1e-3)
+
+
+def test_sparse_and_missing_self_conditioning_cost_less(published: ModelConfig) -> None:
+    kinds = ("none", "sparse", "dense")
+    costs = [step_costs(published, 1024, conditioning=kind)["self-conditioning"] for kind in kinds]  # type: ignore[arg-type]
+    assert costs[0].flops == costs[0].nbytes == 0
+    assert costs[1].flops < costs[2].flops / 10
+
+
+def test_few_rows_touch_few_experts(published: ModelConfig) -> None:
+    one = prefill_costs(published, 1)["experts"].nbytes
+    many = prefill_costs(published, 256)["experts"].nbytes
+    assert one == pytest.approx(many * 8 / 128, rel=0.01)
+
+
+def test_floors_follow_the_chip(published: ModelConfig) -> None:
+    costs = step_costs(published, 1024)
+    floors = {name: floor_seconds(costs, chip) for name, chip in CHIPS.items()}
+    assert floors["Apple M1"] > floors["Apple M4 Max"] > floors["Apple M5 Max"]
+    # arithmetic alone, the slowest part of everything before M5
+    assert floors["Apple M4 Max"] >= total(costs).flops / CHIPS["Apple M4 Max"].flops
+    assert known("Apple M4 Max") is CHIPS["Apple M4 Max"]
+    assert known("AMD EPYC") is None
+
+
+def test_fused_operations_need_fewer_launches() -> None:
+    counted = count_step(ModelConfig.from_dict(synthetic_config("26b-4bit", 2)))
+    written, fused = counted["written out"], counted["kernels"]
+    assert fused["launches"] < written["launches"]
+    assert fused["by_primitive"]["Metal: row_statistics"] == 1
+    assert fused["by_primitive"]["Metal: experts"] == 2 * 2
+    # nothing as long as the vocabulary but the raw logits: no softmax over it, no random numbers
+    assert "logsumexp" in written["by_primitive"]
+    assert "logsumexp" not in fused["by_primitive"]
+    json.dumps(counted)
+
+
+def test_a_synthetic_name_that_is_none() -> None:
+    with pytest.raises(InputError, match="26b-4bit"):
+        synthetic_config("27b")
+    with pytest.raises(InputError, match="at least 1"):
+        synthetic_config("medium", 0)
