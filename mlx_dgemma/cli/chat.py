@@ -15,11 +15,15 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli import media
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, print_summary, receive
 from mlx_dgemma.cli.session import Session, check_writable, open_session
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
+from mlx_dgemma.prompt.images import ImageProcessor
+from mlx_dgemma.prompt.media import Medium
+from mlx_dgemma.prompt.pictures import open_picture
 from mlx_dgemma.prompt_cache import PromptCache
 
 PROMPT = "› "
@@ -29,6 +33,7 @@ HELP = """\
 /help           this list
 /reset          forget the conversation
 /system TEXT    set the system prompt and start anew (no TEXT: none)
+/image FILE     show the model a picture with the next message (or a URL)
 /think          let the model think before it answers, or no longer
 /seed N         repeat replies with this seed (no N: a fresh one every time)
 /save FILE      write the conversation and its context to a file
@@ -47,6 +52,7 @@ class Conversation:
     thinking: bool = False
     stop: list[str] = field(default_factory=list)
     messages: list[dict[str, Any]] = field(default_factory=list)
+    shown: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def turns(self) -> int:
@@ -62,8 +68,18 @@ class Conversation:
         system = {"role": "system", "content": system_prompt}
         self.messages = [system] if system_prompt else []
 
+    def show(self, source: str) -> Medium:
+        """Reads a picture for the next message. It is prepared once for all turns."""
+        model = self.session.model
+        if "://" not in source[:16]:
+            source = str(Path(source).expanduser().absolute())
+        image = ImageProcessor.from_config(model.config).prepare(open_picture(source))
+        self.shown.append({"type": "image", "image": image, "path": source})
+        return Medium.of(image)
+
     def save(self, path: str | Path) -> None:
-        self.cache.cache.metadata[MESSAGES] = json.dumps(self.messages)
+        """Images are saved by where they came from; the context holds what was read of them."""
+        self.cache.cache.metadata[MESSAGES] = json.dumps(self.messages, default=lambda _: None)
         self.cache.save(path)
 
     def load(self, path: str | Path) -> None:
@@ -71,13 +87,17 @@ class Conversation:
         messages = json.loads(cache.cache.metadata.get(MESSAGES, "null"))
         if not isinstance(messages, list):
             raise InputError(f"{path} holds a context without a conversation; /save writes both.")
+        for part in _image_parts(messages):
+            processor = ImageProcessor.from_config(self.session.model.config)
+            part["image"] = processor.prepare(open_picture(part["path"]))
         self.cache, self.messages = cache, messages
 
     def ask(self, text: str, console: Console, live: bool) -> Reply:
         """One turn. A reply that was stopped before its first block leaves no trace."""
         from mlx_dgemma.api import stream_generate
 
-        asked = [*self.messages, {"role": "user", "content": text}]
+        said = media.message(self.shown, text) if self.shown else {"role": "user", "content": text}
+        asked = [*self.messages, said]
         with stop_on_interrupt() as cancel:
             events = stream_generate(
                 self.session.model,
@@ -94,6 +114,7 @@ class Conversation:
             reply = receive(events, self.session, console, live=live)
         if reply.text or reply.finish is None or reply.finish.reason != "cancelled":
             self.messages = [*asked, {"role": "assistant", "content": reply.text}]
+            self.shown = []
         return reply
 
 
@@ -149,9 +170,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _answer(talk: Conversation, line: str, console: Console, live: bool) -> None:
+    shown = [Medium.of(part["image"]) for part in talk.shown]
     reply = talk.ask(line, console, live)
     if console.is_terminal:
-        print_summary(reply, console)
+        print_summary(reply, console, shown)
         console.print()
 
 
@@ -163,6 +185,7 @@ def _obey(talk: Conversation, line: str, messages: Console) -> bool:
         "/help": lambda: HELP,
         "/reset": lambda: _reset(talk, talk.system_prompt),
         "/system": lambda: _reset(talk, rest or None),
+        "/image": lambda: _image(talk, rest),
         "/think": lambda: _think(talk, rest),
         "/seed": lambda: _seed(talk, rest),
         "/save": lambda: _save(talk, rest),
@@ -179,6 +202,17 @@ def _obey(talk: Conversation, line: str, messages: Console) -> bool:
 def _reset(talk: Conversation, system_prompt: str | None) -> str:
     talk.reset(system_prompt)
     return f"A new conversation{', with the system prompt' if system_prompt else ''}."
+
+
+def _image(talk: Conversation, rest: str) -> str:
+    if not rest:
+        raise InputError("/image takes a file name or a URL.")
+    return f"With the next message: {talk.show(rest)}."
+
+
+def _image_parts(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    contents = [m["content"] for m in messages if isinstance(m.get("content"), list)]
+    return [part for content in contents for part in content if part["type"] == "image"]
 
 
 def _think(talk: Conversation, rest: str) -> str:

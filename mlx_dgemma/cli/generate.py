@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
-from mlx_dgemma.cli import summary
+from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
 from mlx_dgemma.cli.session import Session, check_writable, open_session
@@ -22,6 +22,7 @@ from mlx_dgemma.errors import InputError
 if TYPE_CHECKING:
     from mlx_dgemma.api import Prompt
     from mlx_dgemma.demo.tasks import Example
+    from mlx_dgemma.prompt.media import PreparedPrompt
 
 DEFAULT_TASK = "sudoku"
 
@@ -45,6 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--replay", metavar="FILE", help="run a recorded generation again from its trace"
     )
     flags.add_prompting(parser)
+    media.add_media(parser)
     parser.add_argument(
         "--ignore-chat-template", action="store_true", help="take the prompt as raw text"
     )
@@ -85,12 +87,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.prompt_cache_file, "prompt cache")
     example = _example(arguments)
     prompt: Prompt = example.messages if example else _read_prompt(arguments)
-    text_size = len(prompt) if isinstance(prompt, str) else 0
-    session = open_session(arguments, messages, context=text_size + (arguments.max_tokens or 256))
+    shown = media.parts(arguments)
+    size = len(prompt) if isinstance(prompt, str) else 0
+    size += media.guessed_tokens(arguments) + (arguments.max_tokens or 256)
+    session = open_session(arguments, messages, context=size)
     options = _options(arguments, session, example)
     if arguments.ignore_chat_template and isinstance(prompt, str):
         bos = session.model.config.text.bos_token_id
         prompt = [bos, *session.tokenizer.encode(prompt)]
+    elif shown:
+        prompt = [media.message(shown, str(prompt))]
+    prepared = _prepare(prompt, example, arguments, session, options)
 
     # 2. The reply, shown as it comes
     on_terminal = console.is_terminal and not arguments.json
@@ -102,7 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         from mlx_dgemma.api import stream_generate
 
         events = stream_generate(
-            session.model, session.tokenizer, prompt, drafts=live, cancel=cancel, **options
+            session.model, session.tokenizer, prepared, drafts=live, cancel=cancel, **options
         )
         show = not arguments.json
         reply = receive(events, session, console, live=live) if show else collect(events)
@@ -112,12 +119,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         options["cache"].save(arguments.prompt_cache_file)
     right = None if example is None else _is_right(example, reply, session)
     if arguments.json:
-        print(json.dumps(_record(session, reply, right), ensure_ascii=False))
+        print(json.dumps(_record(session, reply, right, prepared), ensure_ascii=False))
     else:
         if right is not None:
             _print_verdict(right, console if console.is_terminal else messages)
         if on_terminal if arguments.verbose is None else arguments.verbose:
-            print_summary(reply, console if on_terminal else messages)
+            print_summary(reply, console if on_terminal else messages, prepared.media)
     cancelled = reply.finish is not None and reply.finish.reason == "cancelled"
     return INTERRUPTED if cancelled else 0
 
@@ -154,6 +161,12 @@ def _read_stdin() -> str:
 def _example(arguments: argparse.Namespace) -> Example | None:
     """A held-out question of the demo, when one is asked for or nothing else is given."""
     asked = arguments.prompt is not None or arguments.prompt_file is not None
+    if arguments.image or arguments.video:
+        if arguments.demo is not None:
+            raise InputError("--demo brings its own picture: leave --image and --video out.")
+        if arguments.ignore_chat_template:
+            raise InputError("Images need the chat template: leave --ignore-chat-template out.")
+        return None
     if arguments.demo is None and (asked or arguments.model is not None):
         return None
     from mlx_dgemma.demo.tasks import TASKS, held_out
@@ -187,8 +200,32 @@ def _options(
     return options
 
 
+def _prepare(
+    prompt: Prompt,
+    example: Example | None,
+    arguments: argparse.Namespace,
+    session: Session,
+    options: dict[str, Any],
+) -> PreparedPrompt:
+    """The prompt's ids, its images read."""
+    from mlx_dgemma.api import prepare_prompt
+
+    drawn = None if example is None or example.picture is None else [example.picture.draw()]
+    asked = ("system_prompt", "tools", "enable_thinking")
+    return prepare_prompt(
+        session.model,
+        session.tokenizer,
+        prompt,
+        images=drawn,
+        image_tokens=arguments.image_tokens,
+        **{name: options[name] for name in asked if name in options},
+    )
+
+
 def _print_question(example: Example, console: Console) -> None:
     question = next(m["content"] for m in reversed(example.messages) if m["role"] == "user")
+    if not isinstance(question, str):
+        question = " ".join(part["text"] for part in question if part["type"] == "text")
     console.print(Text(question, "bold"), soft_wrap=True)
     console.print()
 
@@ -206,7 +243,9 @@ def _print_verdict(right: bool, console: Console) -> None:
     console.print(Text(verdict, "green" if right else "red"))
 
 
-def _record(session: Session, reply: Reply, right: bool | None) -> dict[str, Any]:
+def _record(
+    session: Session, reply: Reply, right: bool | None, prepared: PreparedPrompt
+) -> dict[str, Any]:
     assert reply.finish is not None
     more: dict[str, Any] = {"model": session.name, "text": reply.text}
     if reply.thinking:
@@ -216,6 +255,8 @@ def _record(session: Session, reply: Reply, right: bool | None) -> dict[str, Any
     if reply.tokens:
         pieces = session.pieces
         more["tokens"] = [{"text": pieces(token["id"]), **token} for token in reply.tokens]
+    if prepared.media:
+        more["images"] = media.records(prepared.media)
     if right is not None:
         more["right"] = right
     return summary.record(reply.finish, **more)

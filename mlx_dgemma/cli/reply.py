@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import IO, Any, Protocol
 
@@ -16,6 +16,7 @@ from mlx_dgemma.cli.command import quiet_keyboard
 from mlx_dgemma.cli.live import LiveView, describe_call, fit
 from mlx_dgemma.cli.session import Session
 from mlx_dgemma.decoding.events import Commit, Event, Finish
+from mlx_dgemma.prompt.media import Medium
 
 
 class View(Protocol):
@@ -129,10 +130,12 @@ def _follow(events: Iterable[Event], reply: Reply, view: View) -> None:
         view.show(event)
 
 
-def print_summary(reply: Reply, console: Console) -> None:
-    """One dim line, or two where it does not fit."""
+def print_summary(reply: Reply, console: Console, media: Sequence[Medium] = ()) -> None:
+    """One dim line, or two where it does not fit; above it one per image or video."""
     if reply.finish is None:
         return
+    for medium in media:
+        console.print(Text(printable(str(medium)), "dim"), soft_wrap=True)
     rest = summary.parts(reply.finish, reply.held_seconds)
     while rest:
         line = fit(rest, console.size.width)

@@ -84,7 +84,8 @@ def fetch(
         except (OSError, http.client.HTTPException, ValueError) as error:
             if time.monotonic() >= deadline:
                 raise InputError(f"{shown} did not answer within {seconds:g} seconds.") from error
-            raise InputError(f"{shown} cannot be read: {str(error) or 'no answer'}.") from error
+            reason = " ".join(str(error).split()).rstrip(".") or "no answer"
+            raise InputError(f"{shown} cannot be read: {reason}.") from error
         if isinstance(found, bytes):
             if len(found) > max_bytes:
                 raise InputError(f"{shown} is larger than {max_bytes >> 20} MB.")

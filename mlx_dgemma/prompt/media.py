@@ -35,6 +35,10 @@ class Medium:
     soft_tokens: int
     frames: int = 0
 
+    @classmethod
+    def of(cls, image: PreparedImage) -> Medium:
+        return cls(image.name, image.width, image.height, image.soft_tokens)
+
     def __str__(self) -> str:
         size = f"{self.name} {self.width}x{self.height}"
         if not self.frames:
@@ -258,7 +262,7 @@ class _Reader:
             source = processor.prepare(picture, self._image_tokens)
         elif source.values.shape[1] != 3 * processor.patch_size**2:
             raise InputError(f"{source.name} was prepared for another model: give the picture.")
-        self.media.append(Medium(source.name, source.width, source.height, source.soft_tokens))
+        self.media.append(Medium.of(source))
         return self._block(source, "image")
 
     def _read_video(

@@ -38,6 +38,8 @@ _UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION = 0x0112
+# What 8-bit RGB can be made of without a profile.
+_COLOURS = ("1", "L", "P", "RGB", "RGBA", "RGBX", "LA", "PA", "CMYK", "YCbCr", "HSV")
 _SHOWN = 80
 # Pillow reports through warnings, whose filters are global: one decoding at a time.
 _decoding = threading.Lock()
@@ -148,7 +150,7 @@ def decoding(name: str) -> Iterator[None]:
         except Image.DecompressionBombError:
             raise too_large(name) from None
         except Exception as error:  # decoders of strangers' bytes raise whatever comes
-            reason = str(error).strip().rstrip(".") or type(error).__name__
+            reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"{name} is damaged or truncated: {reason}.") from error
 
 
@@ -191,23 +193,16 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     if image.mode.startswith("I;16") or deep_png:
         # The high byte, as Pillow itself reads 16-bit RGB.
         image = Image.fromarray((np.array(image).astype(np.uint32) >> 8).astype(np.uint8))
-    if image.mode in ("I", "F"):
-        raise _strange(image, name)
-    try:
-        if "A" in image.getbands() or image.info.get("transparency") is not None:
-            image = image.convert("RGBA")
-            white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-            image = Image.alpha_composite(white, image)
-        return image.convert("RGB")
-    except ValueError:
-        raise _strange(image, name) from None
-
-
-def _strange(image: Image.Image, name: str) -> InputError:
-    return InputError(
-        f"{name} has the colour space {image.mode}, which is not supported: save it as RGB with "
-        "8 bits per channel."
-    )
+    if image.mode not in _COLOURS:
+        raise InputError(
+            f"{name} has the colour space {image.mode}, which is not supported: save it as RGB "
+            "with 8 bits per channel."
+        )
+    if "A" in image.getbands() or image.info.get("transparency") is not None:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, image)
+    return image.convert("RGB")
 
 
 def _upright(image: Image.Image) -> Image.Image:

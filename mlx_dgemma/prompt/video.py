@@ -161,7 +161,7 @@ def _from_file(content: bytes | Path, sampling: Sampling, name: str) -> Video:
     except InputError:
         raise
     except Exception as error:  # decoders of strangers' bytes raise whatever comes
-        reason = str(getattr(error, "strerror", None) or error).rstrip(".")
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
         raise InputError(f"{name} is not a video that can be read: {reason}.") from error
     if not frames:
         raise InputError(f"{name} is damaged: none of its frames can be decoded.")
