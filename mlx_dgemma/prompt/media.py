@@ -129,7 +129,7 @@ def prepare_messages(
     unused = sum(1 for _ in reader.given)
     if unused:
         raise InputError(
-            f"{unused} more images are given than the messages have places for: add a "
+            f"{unused} of the given images have no place in the messages: add a "
             "{'type': 'image'} part for each."
         )
     ids = encode_messages(
@@ -235,8 +235,8 @@ class _Reader:
         left = sum(map(len, self._blocks.values()))
         if left:
             raise InputError(
-                f"The chat template leaves {left} images or videos out: put them into the messages "
-                "of the user."
+                f"The chat template leaves out {left} of the images and videos: put them into "
+                "messages of the user."
             )
 
     def _processor(self, kind: str) -> ImageProcessor:
