@@ -1,66 +1,117 @@
-"""Attention of a canvas over key segments, merged online; for head_dim 512, which MLX does not
-fuse.
+"""Attention over key segments, chunk by chunk, merged online; for head_dim 512 and long contexts,
+which MLX does not fuse.
 
 Keys come in segments: the context's cached prefix, one for every canvas of a batch, and the
-canvas's own keys. Nothing is concatenated and nothing is masked: every query sees every key it is
-given. The query heads of a key head are folded into rows, and so is the batch where a segment is
-shared, so that keys are read once and each product is one matrix multiplication over `chunk` keys.
-Scores, softmax and the accumulated output are float32.
+canvas's own keys. Nothing is concatenated. Without a mask every query sees every key it is given;
+a sliding window is a slice of the keys. The query heads of a key head are folded into rows, and so
+is the batch where a segment is shared, so that keys are read once and each product is one matrix
+multiplication over `chunk` keys.
+
+A chunk's weights are divided by their own sum before they meet the values, so that the product
+stays within the values' range in any dtype. Softmax and the accumulated output are float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 
+from mlx_dgemma.kernels import registry
+
+CHUNK = 4096  # keys per product; also the most that the kernel's threadgroups hold
 _LOWEST = -3e38  # below every score and, unlike -Inf, safe to subtract
 
 Segment = tuple[mx.array, mx.array]
 
 
+class _Part(NamedTuple):
+    """Attention over some keys: float32 [B, heads, L, 1], [B, heads, L, 1], [B, heads, L, D]."""
+
+    maximum: mx.array
+    total: mx.array
+    output: mx.array  # times `total`
+
+
 def attend(
-    queries: mx.array, segments: Sequence[Segment], *, scale: float = 1.0, chunk: int = 4096
+    queries: mx.array,
+    segments: Sequence[Segment],
+    *,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+    mask: mx.array | None = None,
 ) -> mx.array:
     """Attention output [B, heads, L, head_dim] over all keys of all segments.
 
     `queries` [B, heads, L, head_dim]; a segment is (keys, values) [B or 1, kv heads, S, head_dim].
+    `mask` bool [L, keys of all segments]; every query must see some key.
     """
-    return twin(queries, segments, scale=scale, chunk=chunk)
+    run = twin
+    if registry.use(OPERATION, _shape(queries, segments), supported(queries, chunk)):
+        run = metal
+    return run(queries, segments, scale=scale, chunk=chunk, mask=mask)
 
 
 def twin(
-    queries: mx.array, segments: Sequence[Segment], *, scale: float = 1.0, chunk: int = 4096
+    queries: mx.array,
+    segments: Sequence[Segment],
+    *,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+    mask: mx.array | None = None,
 ) -> mx.array:
     """The same in plain MLX operations: two products and an online merge per chunk of keys."""
-    batch, heads, length, _ = queries.shape
-    shape = (batch, heads, length)
-    maximum = mx.full((*shape, 1), _LOWEST, dtype=mx.float32)
-    total = mx.zeros((*shape, 1), dtype=mx.float32)
-    output = mx.zeros((*shape, segments[0][1].shape[-1]), dtype=mx.float32)
+    shape = queries.shape[:3]
+    merged: _Part | None = None
+    for keys, values, folded, visible, _ in _chunks(queries, segments, scale, chunk, mask):
+        scores = (folded @ keys.swapaxes(2, 3)).astype(mx.float32)
+        if visible is not None:
+            seen = mx.tile(visible, (scores.shape[2] // visible.shape[0], 1))
+            scores = mx.where(seen, scores, _LOWEST)
+        maximum = scores.max(axis=-1, keepdims=True)
+        weights = mx.exp(scores - maximum)
+        if visible is not None:
+            weights = mx.where(seen, weights, 0.0)
+        total = weights.sum(axis=-1, keepdims=True)
+        weights = (weights / mx.maximum(total, 1e-30)).astype(values.dtype)
+        output = (weights @ values).astype(mx.float32) * total
+        shared = keys.shape[0] < shape[0]
+        part = _Part(*(_unfold(rows, shape, shared) for rows in (maximum, total, output)))
+        merged = part if merged is None else _merge(merged, part)
+    assert merged is not None
+    return (merged.output / merged.total).astype(queries.dtype)
+
+
+def _chunks(
+    queries: mx.array,
+    segments: Sequence[Segment],
+    scale: float,
+    chunk: int,
+    mask: mx.array | None,
+) -> Iterator[tuple[mx.array, mx.array, mx.array, mx.array | None, int]]:
+    """Keys, values and folded queries of every chunk, its part of the mask and its first key."""
+    first = 0
     for keys, values in segments:
-        shared = keys.shape[0] == 1 and batch > 1
-        folded = _fold(queries * scale, keys.shape[1], shared)
+        folded = _fold(queries * scale if scale != 1.0 else queries, keys)
         for start in range(0, keys.shape[2], chunk):
             k, v = keys[:, :, start : start + chunk], values[:, :, start : start + chunk]
-            scores = (folded @ k.swapaxes(2, 3)).astype(mx.float32)
-            local = scores.max(axis=-1, keepdims=True)
-            weights = mx.exp(scores - local)
-            local_total = weights.sum(axis=-1, keepdims=True)
-            local_output = (weights.astype(v.dtype) @ v).astype(mx.float32)
-            parts = (_unfold(part, shape, shared) for part in (local, local_total, local_output))
-            maximum, total, output = _merge((maximum, total, output), tuple(parts))
-    return (output / total).astype(queries.dtype)
+            count = k.shape[2]
+            visible = None if mask is None else mask[:, first : first + count]
+            yield k, v, folded, visible, first
+            first += count
 
 
-def _fold(queries: mx.array, kv_heads: int, shared: bool) -> mx.array:
+def _fold(queries: mx.array, keys: mx.array) -> mx.array:
     """[B, heads, L, D] -> [B, kv heads, group * L, D], or [1, kv heads, B * group * L, D]."""
     batch, heads, length, head_dim = queries.shape
+    kv_heads = keys.shape[1]
     folded = queries.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
-    if shared:
+    if keys.shape[0] < batch:
         folded = folded.swapaxes(0, 1).reshape(1, kv_heads, -1, head_dim)
     return folded
 
 
-def _unfold(rows: mx.array, shape: tuple[int, int, int], shared: bool) -> mx.array:
+def _unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
     batch, heads, length = shape
     if shared:
         kv_heads = rows.shape[1]
@@ -68,9 +119,138 @@ def _unfold(rows: mx.array, shape: tuple[int, int, int], shared: bool) -> mx.arr
     return rows.reshape(batch, heads, length, -1)
 
 
-def _merge(
-    one: tuple[mx.array, ...], two: tuple[mx.array, ...]
-) -> tuple[mx.array, mx.array, mx.array]:
-    maximum = mx.maximum(one[0], two[0])
-    left, right = mx.exp(one[0] - maximum), mx.exp(two[0] - maximum)
-    return maximum, one[1] * left + two[1] * right, one[2] * left + two[2] * right
+def _merge(one: _Part, two: _Part) -> _Part:
+    maximum = mx.maximum(one.maximum, two.maximum)
+    left, right = mx.exp(one.maximum - maximum), mx.exp(two.maximum - maximum)
+    return _Part(
+        maximum,
+        one.total * left + two.total * right,
+        one.output * left + two.output * right,
+    )
+
+
+_THREADS = 256
+_SOFTMAX = registry.Kernel(
+    "chunk_softmax", inputs=("scores", "mask", "place"), outputs=("weights", "maximum", "total")
+)
+_MERGE = registry.Kernel(
+    "merge_attention",
+    inputs=("maximum", "total", "output", "chunk_maximum", "chunk_total", "chunk_output", "dims"),
+    outputs=("new_maximum", "new_total", "new_output"),
+)
+
+
+def supported(queries: mx.array, chunk: int = CHUNK) -> bool:
+    """Whether the kernels take these queries."""
+    floats = (mx.float32, mx.float16, mx.bfloat16)
+    return queries.dtype in floats and queries.size > 0 and 0 < chunk <= CHUNK
+
+
+def metal(
+    queries: mx.array,
+    segments: Sequence[Segment],
+    *,
+    scale: float = 1.0,
+    chunk: int = CHUNK,
+    mask: mx.array | None = None,
+) -> mx.array:
+    """The same with everything between MLX's two products as two Metal kernels."""
+    batch, heads, length, head_dim = queries.shape
+    rows = batch * heads * length
+    maximum = mx.full((rows,), _LOWEST, dtype=mx.float32)
+    total, output = mx.zeros((rows,)), mx.zeros((rows, head_dim))
+    for keys, values, folded, _, first in _chunks(queries, segments, scale, chunk, None):
+        scores = folded @ keys.swapaxes(2, 3)
+        weights, local_maximum, local_total = _softmax(scores, mask, length, first)
+        local = (weights @ values).reshape(rows, head_dim)
+        kv_heads = keys.shape[1]
+        maximum, total, output = registry.launch(
+            _MERGE,
+            [
+                maximum,
+                total,
+                output,
+                local_maximum,
+                local_total,
+                local,
+                mx.array([batch, kv_heads, heads // kv_heads * length], dtype=mx.int32),
+            ],
+            template=[("T", local.dtype), ("SHARED", keys.shape[0] < batch)],
+            grid=(head_dim, rows, 1),
+            threadgroup=(min(head_dim, _THREADS), 1, 1),
+            outputs=[
+                ((rows,), mx.float32),
+                ((rows,), mx.float32),
+                ((rows, head_dim), mx.float32),
+            ],
+        )
+    mixed = (output / total[:, None]).astype(queries.dtype)
+    return mixed.reshape(queries.shape)
+
+
+def _softmax(scores: mx.array, mask: mx.array | None, length: int, first: int) -> list[mx.array]:
+    """Normalised weights like scores [.., rows, S], and per row the maximum and the sum."""
+    count = scores.shape[-1]
+    rows = scores.size // count
+    all_keys = 0 if mask is None else mask.shape[1]
+    weights, maximum, total = registry.launch(
+        _SOFTMAX,
+        [
+            scores.reshape(1, rows, count),
+            mx.zeros((1,), dtype=mx.bool_) if mask is None else mask,
+            mx.array([length, first, all_keys], dtype=mx.int32),
+        ],
+        template=[
+            ("T", scores.dtype),
+            ("TG", _THREADS),
+            ("PER", CHUNK // _THREADS),
+            ("HAS_MASK", mask is not None),
+        ],
+        grid=(_THREADS, rows, 1),
+        threadgroup=(_THREADS, 1, 1),
+        outputs=[
+            ((1, rows, count), scores.dtype),
+            ((rows,), mx.float32),
+            ((rows,), mx.float32),
+        ],
+    )
+    return [weights.reshape(scores.shape), maximum, total]
+
+
+def _shape(queries: mx.array, segments: Sequence[Segment]) -> registry.Shape:
+    return {
+        "dtype": str(queries.dtype),
+        "length": queries.shape[2],
+        "heads": queries.shape[1],
+        "kv_heads": segments[0][0].shape[1],
+        "head_dim": queries.shape[3],
+    }
+
+
+_PROBED_KEYS = 2 * CHUNK + 256  # two whole chunks and a canvas
+
+
+def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    heads, kv_heads = int(shape["heads"]), int(shape["kv_heads"])
+    head_dim = int(shape["head_dim"])
+    for length, counts, masked in ((3, (5,), True), (int(shape["length"]), (_PROBED_KEYS,), False)):
+        keys = mx.random.split(mx.random.key(length), 3)
+        queries = mx.random.normal((1, heads, length, head_dim), key=keys[0]) * head_dim**-0.5
+        segments = [
+            tuple(
+                mx.random.normal((1, kv_heads, count, head_dim), key=key).astype(dtype)
+                for key in keys[1:]
+            )
+            for count in counts
+        ]
+        mask = mx.arange(5)[None, :] <= mx.arange(length)[:, None] + 1 if masked else None
+        arguments = (queries.astype(dtype), segments)
+        yield registry.Probe(
+            partial(metal, *arguments, mask=mask),
+            partial(twin, *arguments, mask=mask),
+            tolerance=1e-4 if dtype == mx.float32 else 2e-2,
+        )
+
+
+OPERATION = registry.Operation("attention", (_SOFTMAX, _MERGE), _probes)

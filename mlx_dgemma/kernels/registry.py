@@ -111,13 +111,14 @@ def _verdict(name: str, shape: tuple[tuple[str, int | str], ...]) -> bool:
 def operations() -> dict[str, Operation]:
     """Every operation by name."""
     from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
+    from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
     from mlx_dgemma.kernels.moe import OPERATION as MOE
     from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
     from mlx_dgemma.kernels.router import OPERATION as ROUTER
     from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
     from mlx_dgemma.kernels.soft_embeddings import GATHER, SELECT
 
-    found = (ROW_STATISTICS, ACCEPT, SELECT, GATHER, ROUTER, MOE, NORMED_HEADS)
+    found = (ROW_STATISTICS, ACCEPT, SELECT, GATHER, ROUTER, MOE, NORMED_HEADS, ATTENTION)
     return {operation.name: operation for operation in found}
 
 

@@ -30,6 +30,13 @@ def published_shapes() -> dict[str, registry.Shape]:
             "head_dim": 256,
             "rope": 1,
         },
+        "attention": {
+            "dtype": dtype,
+            "length": 256,
+            "heads": 16,
+            "kv_heads": 2,
+            "head_dim": 512,
+        },
         "router": {"dtype": dtype, "tokens": 256, "experts": 128, "top_k": 8},
         "moe": {
             "dtype": dtype,

@@ -20,7 +20,7 @@ from mlx_dgemma.model.rope import Table
 # Queries of one encoder chunk that attend at a time, so that a sliding layer reads only the keys
 # near them.
 QUERY_BLOCK = 512
-# Keys a canvas attends to at once; the results of longer contexts are merged.
+# Keys attended to at once; the results of longer contexts are merged.
 KEY_CHUNK = 4096
 # Attention scores held at once (256 MB of them in 16 bits); more queries are taken in turns.
 SCORES = 1 << 27
@@ -71,13 +71,10 @@ class Attention(nn.Module):
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)
         if x.shape[0] == 1:
-            keys, values = context.with_canvas(keys, values)
-            if keys.shape[2] <= KEY_CHUNK:
-                return self.o_proj(attend(queries, keys, values))
-            segments = [(keys, values)]
-        else:  # the context is shared; no row of the batch gets a copy of it
-            shared = context.visible()
-            segments = [(keys, values)] if shared is None else [shared, (keys, values)]
+            return self.o_proj(attend(queries, *context.with_canvas(keys, values)))
+        # The context is shared: no row of the batch gets a copy of it.
+        shared = context.visible()
+        segments = [(keys, values)] if shared is None else [shared, (keys, values)]
         mixed = kernels.attend(queries, segments, chunk=KEY_CHUNK).transpose(0, 2, 1, 3)
         return self.o_proj(mixed.reshape(*x.shape[:2], -1))
 
@@ -128,7 +125,7 @@ def attend(
     The queries that share a key head are folded into one matrix, so keys are never repeated.
     mask: bool [L, K].
     """
-    turns = _turns(queries, keys.shape[2])
+    turns = _turns(queries, min(keys.shape[2], KEY_CHUNK))
     if len(turns) > 1:
         return mx.concatenate(
             [
@@ -137,6 +134,9 @@ def attend(
             ],
             axis=1,
         )
+    if keys.shape[2] > KEY_CHUNK:
+        mixed = kernels.attend(queries, [(keys, values)], chunk=KEY_CHUNK, mask=mask)
+        return mixed.transpose(0, 2, 1, 3).reshape(queries.shape[0], queries.shape[2], -1)
     grouped = _fold(queries, keys.shape[1])
     scores = grouped @ keys.swapaxes(-1, -2)
     if mask is not None:

@@ -11,6 +11,7 @@ from msl.wrapper import Body
 
 from mlx_dgemma.kernels import Matrix, choose_experts
 from mlx_dgemma.kernels.accept import metal as accept
+from mlx_dgemma.kernels.attention import metal as attention
 from mlx_dgemma.kernels.moe import ROW_TILES
 from mlx_dgemma.kernels.moe import metal as moe
 from mlx_dgemma.kernels.qkv import metal as normed_heads
@@ -83,6 +84,11 @@ def _network_operations(dtype: mx.Dtype) -> None:
     for weight in (None, mx.zeros((64,), dtype)):
         for rope in (None, tables):
             normed_heads(heads, weight, rope, 1e-6)
+    for length in (1, 9):
+        queries, keys = mx.zeros((2, 2, length, 8), dtype), mx.zeros((1, 1, 9, 8), dtype)
+        for mask in (None, mx.zeros((length, 9), mx.bool_)):
+            attention(queries, [(keys, keys)], mask=mask)
+        attention(queries, [(mx.zeros((2, 1, 9, 8), dtype),) * 2])
     for tokens in (1, 20):
         router(mx.zeros((tokens, 5), dtype), mx.zeros((5,)), 2)
         routing = choose_experts(mx.zeros((tokens, 5)), mx.ones((5,)), 2)

@@ -107,8 +107,11 @@ def rope(x: np.ndarray, positions: np.ndarray, inverse_frequencies: np.ndarray) 
     )
 
 
-def attention(queries: np.ndarray, keys: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """[B, heads, L, D] over [B, kv heads, S, D], no mask, scale 1."""
+def attention(
+    queries: np.ndarray, keys: np.ndarray, values: np.ndarray, mask: np.ndarray | None = None
+) -> np.ndarray:
+    """[B, heads, L, D] over [B, kv heads, S, D], scale 1; mask [L, S], True where visible."""
     group = queries.shape[1] // keys.shape[1]
     keys, values = np.repeat(keys, group, axis=1), np.repeat(values, group, axis=1)
-    return softmax(queries @ keys.swapaxes(-1, -2)) @ values
+    scores = queries @ keys.swapaxes(-1, -2)
+    return softmax(scores if mask is None else np.where(mask, scores, -np.inf)) @ values

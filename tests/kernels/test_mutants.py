@@ -4,6 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import test_metal_accept
+import test_metal_attention
 import test_metal_moe
 import test_metal_qkv
 import test_metal_router
@@ -69,6 +70,14 @@ def experts():
 
 def heads():
     test_metal_qkv.check(mx.float32, 64, "checked", weight=True, rope=True)
+
+
+def attention():
+    test_metal_attention.check(mx.float32, "checked", counts=(37, 300), chunk=48, masked=True)
+
+
+def shared_attention():
+    test_metal_attention.check(mx.float32, "checked", counts=(40,), chunk=16, batch=2)
 
 
 RACE = {"race-threadgroup", "uninit-threadgroup"}
@@ -159,6 +168,18 @@ MUTANTS = [
     (heads, "normed_heads", "* heads + head) * length + l", "* length + l) * heads + head", VALUE),
     (heads, "normed_heads", "thread_position_in_grid.z / length", "thread_position_in_grid.z",
      {"out-of-bounds"}),
+    # attention
+    (attention, "chunk_softmax", BARRIER + "\n    float highest", "float highest", RACE),
+    (attention, "chunk_softmax", BARRIER + "\n    float whole", "float whole", RACE),
+    (attention, "chunk_softmax", "simd_max(top)", "top", VALUE),
+    (attention, "chunk_softmax", "simd_sum(sum)", "sum", VALUE),
+    (attention, "chunk_softmax", "mask[line + i]", "mask[i]", VALUE),
+    (attention, "chunk_softmax", "held[j] = LOWEST;", "held[j] = 9.0f;", VALUE),
+    (attention, "chunk_softmax", "whole > 0.0f ? 1.0f / whole : 0.0f", "1.0f", VALUE),
+    (attention, "merge_attention", "chunk_total[chunk_row] * ", "", VALUE),
+    (attention, "merge_attention", "total[row] * keep + add", "total[row] + add", VALUE),
+    (attention, "merge_attention", "output[at] * keep", "output[at]", VALUE),
+    (shared_attention, "merge_attention", "SHARED ? ", "false ? ", VALUE),
     (experts, "combine", "weights[pair]", "weights[token]", VALUE),
 ]  # fmt: skip
 

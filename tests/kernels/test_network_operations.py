@@ -82,6 +82,18 @@ def test_norm_and_rope_agree_with_float64(with_weight, with_rope):
 
 
 @pytest.mark.parametrize("chunk", [3, 4096])
+def test_masked_attention_agrees_with_float64(chunk):
+    """Whole chunks are hidden from some queries, the first among them."""
+    mx.random.seed(4)
+    q, k, v = (mx.random.normal((1, heads, n, 16)) for heads, n in ((4, 5), (2, 12), (2, 12)))
+    i, j = np.arange(5)[:, None] + 7, np.arange(12)[None, :]
+    mask = (j <= i) & (j > i - 4)
+    found = attend(q, [(k, v)], chunk=chunk, mask=mx.array(mask))
+    expected = ref.attention(ref.numpy(q), ref.numpy(k), ref.numpy(v), mask)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("chunk", [3, 4096])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_attention_over_a_shared_prefix_agrees_with_float64(batch, chunk):
     mx.random.seed(3)
