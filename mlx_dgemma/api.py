@@ -286,7 +286,13 @@ def _stream(
         keys = prepared.keys
         read = len(keys) - len(cache.align(keys))
         context = cache.cache
-        request = replace(request, prompt=prompt[read:], prefilled=partial(cache.mark, keys))
+        request = replace(
+            request,
+            prompt=prompt[read:],
+            prefilled=partial(cache.mark, keys),
+            stops=cache.stops(keys),
+            reached=cache.reached,
+        )
     unread = [image.patches for image in prepared.images_after(read)]
     request = replace(request, images=unread)
     blocks = generate_blocks(model, context, request)

@@ -42,6 +42,13 @@ class PromptCache:
         self.cache.restore(self._snapshot)
         return prompt[len(self.ids) :]
 
+    def stops(self, prompt: Sequence[int]) -> Sequence[int]:
+        """Offsets in `prompt` at which an encoder pass must end; `reached` is then called."""
+        return ()
+
+    def reached(self, offset: int) -> None:
+        """The cache holds `prompt` up to one of the stops."""
+
     def mark(self, prompt: Sequence[int]) -> None:
         """Notes that the cache now holds exactly `prompt`, and remembers this moment."""
         self.ids = list(prompt)

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich.console import Console
 
@@ -59,6 +60,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for contexts kept between requests (default: 2048; 0 keeps none)",
     )
     flags.add_preset(parser)
+    limits.add_argument(
+        "--prompt-cache-dir",
+        type=Path,
+        metavar="DIR",
+        help="keep contexts there as well, for the next start (default: nothing on disk)",
+    )
+    limits.add_argument(
+        "--prompt-cache-dir-mb", type=int, metavar="MB", help="of that directory (default: 8192)"
+    )
     parser.add_argument(
         "--log-prompts", action="store_true", help="let the log hold prompts (default: it does not)"
     )
@@ -114,6 +124,9 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         "prefix_cache_bytes": None
         if arguments.prefix_cache_mb is None
         else arguments.prefix_cache_mb << 20,
+        "prompt_cache_dir": arguments.prompt_cache_dir,
+        "prompt_cache_dir_bytes": arguments.prompt_cache_dir_mb
+        and arguments.prompt_cache_dir_mb << 20,
     }
     return ServerSettings(
         host=arguments.host,

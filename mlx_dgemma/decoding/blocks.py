@@ -44,7 +44,8 @@ class Request:
     seed: reported in Finish; `draws`, made from it, give every random number.
     stop_ids: end the reply, anywhere on a canvas. opening: how the reply must begin.
     drafts: yield a Draft per denoising step. logprobs: score committed ids.
-    cancel: checked between steps. prefilled: called once the prompt is in the cache.
+    cancel: checked between steps. prefilled: called once the prompt is in the cache. stops:
+        offsets of the cache at which an encoder pass must end; `reached` is called there.
     observe: called with every step while it is on the device.
     """
 
@@ -59,6 +60,8 @@ class Request:
     logprobs: bool = False
     cancel: threading.Event | None = None
     prefilled: Callable[[], None] | None = None
+    stops: Sequence[int] = ()
+    reached: Callable[[int], None] | None = None
     observe: Callable[[Step], None] | None = None
 
     @property
@@ -161,16 +164,33 @@ def generate_blocks(
 
 def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
     """Prefills the prompt, a chunk of the absolute grid at a time, so that it can be cancelled."""
-    prompt = mx.array(list(request.prompt), dtype=mx.int32)[None]
-    if request.images and prompt.size:  # a chunk must not cut an image: the model decides
-        model.prefill(prompt, cache, images=request.images, cancelled=lambda: request.cancelled)
-        prompt = prompt[:, :0]
-    start = 0
-    while start < prompt.size and not request.cancelled:
-        stop = min(prompt.size, start + CHUNK - cache.offset % CHUNK)
-        model.prefill(prompt[:, start:stop], cache)
-        start = stop
+    prompt = np.array(list(request.prompt), dtype=np.int32)
+    images = list(request.images)
+    first = cache.offset
+    end = first + prompt.size
+    for stop in [*sorted(at for at in request.stops if first < at < end), end]:
+        part = prompt[cache.offset - first : stop - first]
+        if images and (count := _image_runs(part, model)):
+            # A chunk must not cut an image: the model decides.
+            some, images = images[:count], images[count:]
+            model.prefill(part[None], cache, images=some, cancelled=lambda: request.cancelled)
+            part = part[:0]
+        start = 0
+        while start < part.size and not request.cancelled:
+            upto = min(part.size, start + CHUNK - cache.offset % CHUNK)
+            model.prefill(mx.array(part[start:upto])[None], cache)
+            start = upto
+        if request.cancelled:
+            break
+        if request.reached is not None and stop in request.stops:
+            request.reached(stop)
     mx.eval(cache.arrays)  # so that the time of the prompt is not counted as denoising
+
+
+def _image_runs(ids: np.ndarray, model: Model) -> int:
+    """How many images stand in the ids."""
+    here = ids == model.config.image_token_id
+    return int(np.count_nonzero(here & ~np.concatenate([[False], here[:-1]])))
 
 
 def _check_room(prompt: int, length: int, offset: int, limit: int) -> None:

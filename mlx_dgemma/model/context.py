@@ -167,6 +167,21 @@ class Snapshot:
         return sum(k.nbytes + v.nbytes for k, v in (pair for pair in pairs if pair is not None))
 
 
+@dataclass(frozen=True, eq=False)
+class Frozen:
+    """A context by itself, with arrays of its own: whatever happens to the one it was taken from.
+
+    tails: per layer, the position of its first key, and keys and values.
+    """
+
+    offset: int
+    tails: tuple[tuple[int, Pair | None], ...]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(k.nbytes + v.nbytes for k, v in (pair for _, pair in self.tails if pair))
+
+
 class ContextCache:
     """The committed tokens' keys and values of one conversation (batch 1)."""
 
@@ -174,7 +189,7 @@ class ContextCache:
         self.layers = [LayerContext(window, slack) for window in windows]
         self.slack = slack
         self.metadata: dict[str, str] = {}
-        self._fingerprint = fingerprint
+        self.fingerprint = fingerprint
         self._snapshots: list[Snapshot] = []
 
     @property
@@ -239,6 +254,17 @@ class ContextCache:
                 layer.reset(*tail)
         self._forget_snapshots_after(snapshot.offset)
 
+    def freeze(self) -> Frozen:
+        """A copy of this moment that other contexts can begin from."""
+        tails = [_copied(layer.tail()) for layer in self.layers]
+        return Frozen(self.offset, tuple(tail for tail in tails if tail is not None))
+
+    def thaw(self, frozen: Frozen) -> None:
+        """Hold exactly what was frozen, of this model; snapshots of before are void."""
+        self._snapshots = []
+        for layer, (base, pair) in zip(self.layers, frozen.tails, strict=True):
+            layer.reset(base, pair)
+
     def save(self, path: str | Path) -> None:
         """Write the context to a safetensors file; the file appears only when it is complete."""
         path = Path(path)
@@ -252,7 +278,7 @@ class ContextCache:
                 tensors[f"layers.{index}.values"] = mx.contiguous(pair[1])
         header = {
             "format": _FORMAT,
-            "fingerprint": self._fingerprint(),
+            "fingerprint": self.fingerprint(),
             "offset": str(self.offset),
             "bases": json.dumps(bases),
             "metadata": json.dumps(self.metadata),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hmac
 import json
@@ -81,8 +82,7 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
-        engine.cancel_all()
-        runtime.close()
+        await asyncio.to_thread(engine.close)
 
     return Starlette(
         routes=routes,

@@ -20,6 +20,7 @@ from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.filling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.disk_cache import DiskCache
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
 from mlx_dgemma.server.prefix_cache import PrefixCache
@@ -91,7 +92,10 @@ class Engine:
         self._places = asyncio.Semaphore(settings.max_concurrent)
         self._admitted = 0
         self._cancels: set[threading.Event] = set()
-        self._prefixes = PrefixCache(runtime, settings.prefix_cache_bytes)
+        disk = None
+        if settings.prompt_cache_dir is not None:
+            disk = DiskCache(settings.prompt_cache_dir, settings.prompt_cache_dir_bytes)
+        self._prefixes = PrefixCache(runtime, settings.prefix_cache_bytes, disk)
 
     @property
     def room(self) -> int:
@@ -135,24 +139,19 @@ class Engine:
         self, call: Call, deadline: float
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
         """The block loop's events; at the deadline it ends with what it has."""
-        lease = self._prefixes.lease(call.prompt_ids)
+        context = self._prefixes.lease()
 
         def start(deliver: Deliver, cancel: threading.Event) -> None:
-            def pass_on(item: Any) -> None:
-                if item is None or isinstance(item, BaseException):
-                    # The model's thread is done with the context: the next request may have it.
-                    lease.give_back(item is None)
-                deliver(item)
-
-            options = {"drafts": call.drafts, "cache": lease.cache, **call.options}
-            self.runtime.submit(call.prompt, pass_on, cancel=cancel, **options)
+            options = {"drafts": call.drafts, "cache": context, **call.options}
+            self.runtime.submit(call.prompt, deliver, cancel=cancel, **options)
 
         async with contextlib.aclosing(self._arrivals(start, deadline)) as events:
             async for event in events:
                 if isinstance(event, Finish):
-                    self.metrics.finished(event, lease.cached_tokens)
+                    cached = 0 if context is None else context.cached_tokens
+                    self.metrics.finished(event, cached)
                     timed_out = event.reason == "cancelled" and time.monotonic() >= deadline
-                    yield Ended(event, lease.cached_tokens, timed_out)
+                    yield Ended(event, cached, timed_out)
                 else:
                     yield event
 
@@ -199,10 +198,23 @@ class Engine:
         if as_api_error(error).status >= 500:
             log.error("a request failed", exc_info=error)
 
-    def cancel_all(self) -> None:
-        """Ends every running request after its current denoising step."""
+    def close(self) -> None:
+        """Ends every request after its current denoising step, keeps the contexts that are to be
+        kept, and closes the runtime. Blocks."""
         for cancel in list(self._cancels):
             cancel.set()
+        if self._prefixes.disk is not None:
+            written = threading.Event()
+
+            def deliver(item: Any) -> None:
+                if isinstance(item, BaseException):
+                    self.report(item)
+                elif item is None:
+                    written.set()
+
+            self.runtime.take_turns(self._prefixes.flush(), deliver, threading.Event())
+            written.wait()
+        self.runtime.close()
 
     async def _arrivals(
         self, start: Callable[[Deliver, threading.Event], None], deadline: float

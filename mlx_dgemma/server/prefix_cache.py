@@ -1,71 +1,197 @@
-"""Contexts kept from request to request: an agent's system prompt and turns are read once.
+"""Contexts kept for later requests: an agent's system prompt, tools and turns are read once.
 
-A context is reused only where a request's ids begin with all the ids it was kept for, which is
-the end of an earlier prompt: keys computed in another division of the same ids differ by
-rounding, and a reply would depend on what was asked before.
+A prompt is read in pieces that end before a turn, a thought or a call begins, wherever the
+piece is long enough. Where the pieces end depends on the ids before it alone, so prompts that
+begin alike are divided alike, and a context kept at such an end holds, bit for bit, what
+reading that prompt afresh would give. (Keys computed in another division differ by rounding,
+enough to flip what a canvas accepts.)
+
+Everything here but the constructor runs on the model's thread. `keys` are prompt ids in which an
+image's placeholders carry its content: `PreparedPrompt.keys`.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Sequence
+import hashlib
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+import numpy as np
+
+from mlx_dgemma.model.context import ContextCache, Frozen
+from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.prompt_cache import PromptCache
+from mlx_dgemma.server.disk_cache import DiskCache
+
+MARKERS = ("sot", "soc", "stc")
+LEAST = 32  # tokens of a piece: a shorter encoder pass costs more than it can save
+_REMEMBERED = 64  # prompts compared with new ones to learn what they share
 
 
 class Owner(Protocol):
     model: Any
+    tokenizer: Tokenizer
 
 
-class Lease:
-    """One request's context. cached_tokens: how much of its prompt was already there."""
+@dataclass(frozen=True)
+class Entry:
+    """A context that holds a prompt's first keys.
 
-    def __init__(self, cache: PromptCache | None, cached: int, keep: Callable[[PromptCache], None]):
-        self.cache = cache
-        self.cached_tokens = cached
-        self._keep = keep
+    name: their digest. shared: the beginning of several conversations, or likely to be;
+    otherwise one conversation's latest turn, which its next one replaces.
+    """
 
-    def give_back(self, intact: bool) -> None:
-        """Called once, on the model's thread; a context whose request failed is dropped."""
-        cache, self.cache = self.cache, None
-        if cache is not None and intact and cache.ids:
-            self._keep(cache)
+    name: str
+    keys: Sequence[int]
+    frozen: Frozen
+    shared: bool
 
 
 class PrefixCache:
-    """Idle contexts, the most recently used last; the oldest go when the budget is exceeded."""
+    """Contexts by their keys, the most recently used last; the oldest go when memory or, with a
+    directory, disk is full."""
 
-    def __init__(self, owner: Owner, budget_bytes: int) -> None:
-        self._owner = owner
+    def __init__(self, owner: Owner, budget_bytes: int, disk: DiskCache | None = None) -> None:
+        self.owner = owner
+        self.disk = disk
         self._budget = budget_bytes
-        self._idle: list[PromptCache] = []
-        self._lock = threading.Lock()
+        self._markers = frozenset(
+            owner.tokenizer.ids[name] for name in MARKERS if name in owner.tokenizer.ids
+        )
+        self._loops_on = owner.tokenizer.ids.get("etr")
+        self._entries: dict[str, Entry] = {}
+        self._recent: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
 
-    def lease(self, prompt: Sequence[int]) -> Lease:
-        """The longest kept context that `prompt` continues, or a new one; any thread."""
-        if not self._budget:
-            return Lease(None, 0, self._keep)
-        with self._lock:
-            fitting = [kept for kept in self._idle if _continues(prompt, kept.ids)]
-            if fitting:
-                best = max(fitting, key=lambda kept: len(kept.ids))
-                self._idle.remove(best)
-                return Lease(best, len(best.ids), self._keep)
-        return Lease(PromptCache(self._owner.model), 0, self._keep)
+    def lease(self) -> SharedContext | None:
+        """One request's context; None when nothing is to be kept. Any thread."""
+        return SharedContext(self) if self._budget else None
 
     @property
     def nbytes(self) -> int:
-        with self._lock:
-            return sum(kept.cache.nbytes for kept in self._idle)
+        return sum(entry.frozen.nbytes for entry in self._entries.values())
 
-    def _keep(self, cache: PromptCache) -> None:
-        with self._lock:
-            self._idle.append(cache)
-            while self._idle and sum(kept.cache.nbytes for kept in self._idle) > self._budget:
-                self._idle.pop(0)
+    def divisions(self, keys: Sequence[int]) -> list[int]:
+        """Where the pieces of a prompt end."""
+        found, last = [], 0
+        for position, key in enumerate(keys):
+            if key in self._markers and position - last >= LEAST:
+                found.append(position)
+                last = position
+        return found
+
+    def find(self, keys: Sequence[int], names: dict[int, str]) -> Entry | None:
+        """The longest kept context that `keys` continues, from memory or disk.
+
+        names: digests of the keys up to every division, and of all of them.
+        """
+        for length, name in sorted(names.items(), reverse=True):
+            entry = self._entries.get(name)
+            if entry is None and self.disk is not None:
+                loaded = self.disk.load(name, keys[:length], self.owner.model)
+                if loaded is not None:
+                    entry = Entry(name, keys[:length], loaded.freeze(), True)
+            if entry is not None:
+                self.keep(entry)
+                return entry
+        return None
+
+    def worth_keeping(self, keys: Sequence[int], divisions: Sequence[int]) -> dict[int, bool]:
+        """The divisions of a new prompt to keep a context at -> whether others may share it.
+
+        The first, behind the system prompt and the tools; the longest that an earlier prompt
+        shares; and the last, from which the conversation goes on. A tool loop goes on from its
+        very end.
+        """
+        now = np.array(keys, dtype=np.int64)
+        shared = max((_common(now, before) for before in self._recent), default=0)
+        self._recent.append(now)
+        going_on = len(keys) if keys and keys[-1] == self._loops_on else None
+        chosen = {}
+        if going_on is None:
+            chosen = dict.fromkeys(divisions[-1:], False)
+        elif going_on - (divisions[-1] if divisions else 0) >= LEAST:
+            chosen = {going_on: False}
+        learned = [at for at in divisions if at <= shared]
+        return chosen | dict.fromkeys([*divisions[:1], *learned[-1:]], True)
+
+    def keep(self, entry: Entry, instead_of: Entry | None = None) -> None:
+        """Adds a context as the most recently used one."""
+        if instead_of is not None and not instead_of.shared:
+            self._entries.pop(instead_of.name, None)
+        self._entries.pop(entry.name, None)
+        self._entries[entry.name] = entry
+        while self._entries and self.nbytes > self._budget:
+            oldest = next(iter(self._entries))
+            self._write(self._entries.pop(oldest))
+
+    def flush(self) -> Iterator[int]:
+        """Writes what is only in memory to disk, if there is one; yields after each context."""
+        for number, entry in enumerate(list(self._entries.values())):
+            self._write(entry)
+            yield number
+
+    def _write(self, entry: Entry) -> None:
+        if self.disk is not None:
+            context: ContextCache = self.owner.model.make_cache()
+            context.thaw(entry.frozen)
+            self.disk.save(entry.name, entry.keys, context)
 
 
-def _continues(prompt: Sequence[int], ids: Sequence[int]) -> bool:
-    # Strictly longer: the model needs at least one new token to go on from.
-    return len(ids) <= len(prompt) and list(prompt[: len(ids)]) == list(ids)
+class SharedContext(PromptCache):
+    """The context of one request, begun from a kept one. cached_tokens: how much that saved."""
+
+    def __init__(self, store: PrefixCache) -> None:
+        super().__init__(store.owner.model)
+        self._store = store
+        self._divisions: list[int] = []
+        self._names: dict[int, str] = {}
+        self._chosen: dict[int, bool] = {}
+        self._begun: Entry | None = None
+        self.cached_tokens = 0
+
+    def align(self, prompt: Sequence[int]) -> list[int]:
+        self.ids = list(prompt)
+        self._divisions = self._store.divisions(self.ids)
+        self._names = _names(self.ids, self._divisions)
+        self._begun = self._store.find(self.ids, self._names)
+        if self._begun is not None:
+            self.cached_tokens = len(self._begun.keys)
+            self.cache.thaw(self._begun.frozen)
+        chosen = self._store.worth_keeping(self.ids, self._divisions)
+        self._chosen = {at: shared for at, shared in chosen.items() if at > self.cached_tokens}
+        if self._begun is not None and chosen.get(self.cached_tokens):
+            self._begun = replace(self._begun, shared=True)
+            self._store.keep(self._begun)
+        return self.ids[self.cached_tokens :]
+
+    def stops(self, prompt: Sequence[int]) -> Sequence[int]:
+        return self._divisions
+
+    def reached(self, offset: int) -> None:
+        shared = self._chosen.get(offset)
+        if shared is not None:
+            frozen = self.cache.freeze()
+            entry = Entry(self._names[offset], self.ids[:offset], frozen, shared)
+            self._store.keep(entry, None if shared else self._begun)
+
+    def mark(self, prompt: Sequence[int]) -> None:
+        self.reached(len(prompt))
+
+
+def _names(keys: Sequence[int], divisions: Sequence[int]) -> dict[int, str]:
+    """Digests of the keys up to each division, and of all."""
+    names = {}
+    digest, start = hashlib.sha256(), 0
+    for stop in [*divisions, len(keys)]:
+        digest.update(np.array(keys[start:stop], dtype=np.int64).tobytes())
+        names[stop], start = digest.hexdigest(), stop
+    return names
+
+
+def _common(one: np.ndarray, other: np.ndarray) -> int:
+    """How many keys two prompts begin with alike."""
+    length = min(len(one), len(other))
+    different = np.flatnonzero(one[:length] != other[:length])
+    return int(different[0]) if different.size else length

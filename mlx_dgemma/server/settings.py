@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from mlx_dgemma.decoding.settings import PresetName
 from mlx_dgemma.errors import InputError
@@ -22,7 +23,9 @@ class ServerSettings:
         are cut to it, with a warning. max_choices: the largest `n`.
     max_concurrent: requests that take turns on the model. max_waiting: requests that may wait
         beside them; more get 429. max_seconds: of a request; it then ends with what it has.
-    prefix_cache_bytes: contexts kept for later requests; 0 keeps none.
+    prefix_cache_bytes: contexts kept in memory for later requests; 0 keeps none.
+    prompt_cache_dir: a directory for contexts that memory has no room for, and for those of the
+        last run; None keeps nothing on disk. prompt_cache_dir_bytes: of its files together.
     preset: the decoding preset of requests that name none.
     log_prompts: whether the log may hold prompts and replies.
     """
@@ -40,6 +43,8 @@ class ServerSettings:
     max_waiting: int = 64
     max_seconds: float = 600.0
     prefix_cache_bytes: int = 2 << 30
+    prompt_cache_dir: Path | None = None
+    prompt_cache_dir_bytes: int = 8 << 30
     preset: PresetName = "reference"
     log_prompts: bool = False
 
@@ -51,9 +56,13 @@ class ServerSettings:
         for name in ("max_body_bytes", "max_output_tokens", "max_choices", "max_concurrent"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use at least 1.")
-        for name in ("max_waiting", "prefix_cache_bytes"):
+        for name in ("max_waiting", "prefix_cache_bytes", "prompt_cache_dir_bytes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use 0 or more.")
+        if self.prompt_cache_dir is not None and not self.prefix_cache_bytes:
+            raise InputError(
+                "prompt_cache_dir needs prefix_cache_bytes: contexts go through memory."
+            )
         if not self.max_seconds > 0:
             raise InputError(f"max_seconds={self.max_seconds} is not possible: use more than 0.")
 

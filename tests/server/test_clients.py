@@ -1,10 +1,12 @@
 """The official clients, unmodified, over a real socket: scripted replies, then the demo model."""
 
+import json
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -13,6 +15,7 @@ import openai
 import pytest
 import uvicorn
 
+from mlx_dgemma.demo.tasks.tools import DECLARATIONS
 from mlx_dgemma.runtime import Runtime
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import ServerSettings
@@ -229,27 +232,50 @@ def test_ids_do_not_depend_on_who_else_asks(demo: str) -> None:
     assert [together[i] for i in range(8)] == alone * 2
 
 
-def test_a_conversation_reuses_its_context(demo: str) -> None:
+def test_a_conversation_reuses_its_context(demo: str, tmp_path: Path) -> None:
     client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
-    system: Any = {"role": "system", "content": "You know a secret: " + "x" * 40}
-    first: Any = [system, *user("Reverse: abcd")]
+    system: Any = {"role": "system", "content": "You know a secret: " + "x " * 40}
+    first: Any = [system, *user("Reverse: abcd " + "or not " * 20)]
     second = [*first, {"role": "assistant", "content": "dcba"}, *user("Reverse: efgh")]
 
-    def ask(messages: Any) -> Any:
+    def ask(client: Any, messages: Any) -> Any:
         return client.chat.completions.create(
             model="default", messages=messages, seed=1, max_tokens=8, extra_body=QUICK
         )
 
-    opening = ask(first).usage
-    assert opening.prompt_tokens_details.cached_tokens == 0
-    follow = ask(second)
-    assert follow.usage.prompt_tokens_details.cached_tokens == opening.prompt_tokens
-    with running(Runtime(), prefix_cache_bytes=0) as url:
-        fresh = openai.OpenAI(base_url=f"{url}/v1", api_key="none").chat.completions.create(
-            model="default", messages=second, seed=1, max_tokens=8, extra_body=QUICK
-        )
-    assert fresh.usage.prompt_tokens_details.cached_tokens == 0
-    assert fresh.choices[0].message.content == follow.choices[0].message.content
+    def cached(reply: Any) -> int:
+        tokens: int = reply.usage.prompt_tokens_details.cached_tokens
+        return tokens
+
+    opening = ask(client, first)
+    assert cached(opening) == 0
+    follow = ask(client, second)
+    # All but the turn that the reply was written in.
+    assert opening.usage.prompt_tokens - 8 < cached(follow) < opening.usage.prompt_tokens
+    assert cached(ask(client, [system, *user("Sort: c b")])) > 40
+    # Read afresh by another server, which leaves its contexts to a third.
+    for expected in (0, cached(follow)):
+        with running(Runtime(), prompt_cache_dir=tmp_path) as url:
+            other = openai.OpenAI(base_url=f"{url}/v1", api_key="none")
+            again = ask(other, second)
+        assert (cached(again) > 0) == (expected > 0)
+        assert again.choices[0].message.content == follow.choices[0].message.content
+
+
+def test_the_demo_model_makes_the_call_it_must(demo: str) -> None:
+    client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
+    tools: Any = list(DECLARATIONS.values())
+    for choice in (
+        {"type": "function", "function": {"name": "get_time"}},
+        "required",
+    ):
+        reply = client.chat.completions.create(
+            model="default", messages=user("What is the weather in Rome?"), tools=tools, seed=1,
+            tool_choice=choice,
+        )  # fmt: skip
+        (call,) = reply.choices[0].message.tool_calls
+        assert call.function.name in (("get_time",) if choice != "required" else DECLARATIONS)
+        assert isinstance(json.loads(call.function.arguments)["city"], str)
 
 
 def test_a_short_request_does_not_wait_for_a_long_one(demo: str) -> None:

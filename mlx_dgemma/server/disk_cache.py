@@ -1,0 +1,96 @@
+"""Contexts in a directory, which outlive the server that read them.
+
+A file names the model it belongs to and the versions that computed it, and counts only for
+exactly those. It holds keys, values and token ids of a prompt, so it is its owner's alone.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+
+from mlx_dgemma._version import __version__
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.model.context import ContextCache
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import Model
+
+log = logging.getLogger("mlx_dgemma.server")
+_KEYS, _MADE_BY = "keys", "made_by"
+
+
+class DiskCache:
+    """Files `context-*.safetensors` in `directory`, at most `budget_bytes` of them together; the
+    least recently used go first."""
+
+    def __init__(self, directory: Path, budget_bytes: int) -> None:
+        try:
+            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise InputError(
+                f"The prompt cache cannot be kept in {directory}: {error.strerror}."
+            ) from error
+        self._directory = directory
+        self._budget = budget_bytes
+        self._made_by = f"mlx_dgemma {__version__}, mlx {mx.__version__}"
+
+    def load(self, name: str, keys: Sequence[int], model: Model) -> ContextCache | None:
+        """The context that holds exactly `keys`; None when there is none that can be trusted.
+
+        name: a digest of the keys.
+        """
+        path = self._path(name, model)
+        if not path.exists():
+            return None
+        try:
+            context = ContextCache.load(path, model)
+            known = json.loads(context.metadata.get(_KEYS, "null"))
+            if known != list(keys) or context.metadata.get(_MADE_BY) != self._made_by:
+                raise CheckpointError(f"{path} does not hold what its name says.")
+            os.utime(path)
+        except (CheckpointError, OSError, ValueError, KeyError) as error:
+            log.warning(
+                json.dumps({"event": "prompt cache", "dropped": path.name, "why": str(error)})
+            )
+            path.unlink(missing_ok=True)
+            return None
+        return context
+
+    def save(self, name: str, keys: Sequence[int], context: ContextCache) -> None:
+        """Writes a context, unless it is there; a full disk is logged and no more."""
+        path = self._path(name, context)
+        if path.exists():
+            os.utime(path)
+            return
+        context.metadata |= {_KEYS: json.dumps(list(keys)), _MADE_BY: self._made_by}
+        before = os.umask(0o077)
+        try:
+            context.save(path)
+        except ResourceError as error:
+            log.warning(json.dumps({"event": "prompt cache", "why": str(error)}))
+        finally:
+            os.umask(before)
+        self._shrink()
+
+    def _path(self, name: str, model: Model | ContextCache) -> Path:
+        """Named by everything that must agree, so that models and versions can share a folder."""
+        whole = f"{self._made_by}\n{model.fingerprint()}\n{name}"
+        digest = hashlib.sha256(whole.encode()).hexdigest()
+        return self._directory / f"context-{digest[:40]}.safetensors"
+
+    def _shrink(self) -> None:
+        files = [(path.stat(), path) for path in self._directory.glob("context-*.safetensors")]
+        total = sum(status.st_size for status, _ in files)
+        for status, path in sorted(files, key=lambda file: file[0].st_mtime):
+            if total <= self._budget:
+                return
+            total -= status.st_size
+            path.unlink(missing_ok=True)
