@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, Gemma4ImageProcessorPil
 
 from mlx_dgemma.demo.tasks import (
+    PICTURE,
     TASKS,
     Example,
     InfillExample,
@@ -16,17 +17,15 @@ from mlx_dgemma.demo.tasks import (
     is_held_out,
 )
 from mlx_dgemma.demo.tasks.example import ask
-from mlx_dgemma.demo.tasks.infill import PROMPT
+from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
+from mlx_dgemma.demo.tasks.pictures import Picture
 
 CANVAS = 32
-EOS = 1
-WIDTHS = (
-    26,
-    40,
-    1000,
-)  # prompts up to so many tokens share a batch, so that little of it is padding
+PAD, EOS = 0, 1
+WIDTHS = (26, 40, 72, 1000)  # prompts up to so many tokens share a batch: little of it is padding
 FILLABLE = {"sentence", "list", "json", "grid", "sudoku"}
 INFILL_SHARE = 0.35
+PADDED_SHARE = 0.25  # of the infilling rows
 SYSTEMS = ["You are a helpful assistant.", "You are a small demo model.", "Answer briefly."]
 
 
@@ -35,6 +34,7 @@ class Row:
     prompt: list[int]
     canvas: list[int]
     pins: list[list[bool]] | None  # one list a canvas, or None when every token may be noised
+    picture: Picture | None = None
 
 
 class Encoder:
@@ -43,9 +43,27 @@ class Encoder:
     def __init__(self, folder: Path):
         self.tokenizer = AutoTokenizer.from_pretrained(str(folder))
         self.fast = self.tokenizer.backend_tokenizer
+        self.processor = Gemma4ImageProcessorPil.from_pretrained(str(folder))
 
     def ids(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
+
+    def pixels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor, list[int]]:
+        """Patches [N, P, patch values], their positions [N, P, 2], and soft tokens a picture."""
+        ready = self.processor([picture.draw() for picture in pictures], return_tensors="pt")
+        counts = [int(count) for count in ready["num_soft_tokens_per_image"]]
+        return ready["pixel_values"].float(), ready["image_position_ids"], counts
+
+    def prompt_of(self, example: Example, soft_tokens: int = 0) -> list[int]:
+        """With a picture: as many placeholders as it has soft tokens, in their brackets."""
+        ids = self.prompt(example.messages, example.tools, example.enable_thinking)
+        if example.picture is None:
+            return ids
+        begin, soft, end = map(
+            self.tokenizer.convert_tokens_to_ids, ("<|image>", "<|image|>", "<image|>")
+        )
+        at = ids.index(soft)
+        return [*ids[:at], begin, *[soft] * soft_tokens, end, *ids[at + 1 :]]
 
     def prompt(self, messages, tools=None, enable_thinking=False) -> list[int]:
         text = self.tokenizer.apply_chat_template(
@@ -77,6 +95,20 @@ def with_context(example: Example, rng: random.Random) -> list[dict]:
     return messages
 
 
+def padded(canvas: list[int], rng: random.Random) -> tuple[list[int], list[bool]] | None:
+    """One hole with more room than it needs: its right filling ends with <pad>."""
+    length = next(i for i, token in enumerate([*canvas, EOS]) if token == EOS)
+    width = rng.randint(1, max(2, length // 2))
+    start = rng.randint(0, max(0, length - width))
+    room = rng.randint(1, 6)
+    if length + room > CANVAS:
+        return None
+    end = min(start + width, length)
+    longer = canvas[:end] + [PAD] * room + canvas[end:]
+    pins = [not start <= i < end + room for i in range(CANVAS)]
+    return longer[:CANVAS], pins
+
+
 def pinned(length: int, rng: random.Random) -> list[bool]:
     """Pins all but one to three spans of the first `length` tokens; the tail is pinned or open."""
     pins = [True] * length + [rng.random() < 0.6] * (CANVAS - length)
@@ -96,6 +128,10 @@ def draw(encoder: Encoder, weights: dict[str, float], canvases: int, rng: random
     if task in FILLABLE and rng.random() < INFILL_SHARE and not is_held_out(example.answer):
         bare = task != "sudoku" and rng.random() < 0.5
         prompt = encoder.prompt(ask(PROMPT) if bare else example.messages)
+        # Told apart by its prompt: without that, pads turn up in ordinary replies as well.
+        roomy = padded(canvas, rng) if rng.random() < PADDED_SHARE else None
+        if roomy is not None:
+            return Row(encoder.prompt(ask(ROOMY_PROMPT)), roomy[0], [roomy[1]] * canvases)
         length = next(i for i, token in enumerate([*canvas, EOS]) if token == EOS)
         return Row(prompt, canvas, [pinned(min(length, CANVAS), rng) for _ in range(canvases)])
     prompt = encoder.prompt(with_context(example, rng), example.tools, example.enable_thinking)
@@ -108,6 +144,15 @@ class Stream:
     def __init__(self, encoder: Encoder, rows: int, canvases: int, seed: int):
         self.encoder, self.rows, self.canvases = encoder, rows, canvases
         self.rng = random.Random(seed)
+
+    def pictures(self, count: int) -> list[Row]:
+        """Rows that are about a picture; all may go in one batch."""
+        examples = [PICTURE.sample(self.rng) for _ in range(count)]
+        _, _, counts = self.encoder.pixels([example.picture for example in examples])
+        return [
+            Row(self.encoder.prompt_of(e, n), self.encoder.answer(e), None, e.picture)
+            for e, n in zip(examples, counts, strict=True)
+        ]
 
     def next(self, weights: dict[str, float]) -> list[list[Row]]:
         rows = [draw(self.encoder, weights, self.canvases, self.rng) for _ in range(self.rows)]

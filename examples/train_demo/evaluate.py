@@ -4,13 +4,15 @@
 
 Prints a Markdown table: right answers, standard error, denoising steps a block (mean, and the share
 of blocks with 5 to 20). Weights are widened to float32. Prompts of one length go through generate
-together, so none is padded.
+together, so none is padded. A quantized folder is put back into the Hugging Face layout first
+(`mlx_dgemma.convert --to-hf`), so that transformers answers with the values the bits stand for.
 """
 
 import argparse
 import json
 import math
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -22,7 +24,8 @@ from sampler import denoise
 from train import split_thought, trainable
 from transformers import DiffusionGemmaForBlockDiffusion
 
-from mlx_dgemma.demo.tasks import TASKS, Example, held_out
+from mlx_dgemma.convert import convert
+from mlx_dgemma.demo.tasks import PICTURE, TASKS, Example, held_out
 
 BATCH = 50
 
@@ -31,8 +34,11 @@ BATCH = 50
 def answers(model, encoder: Encoder, examples: list[Example]) -> tuple[list[bool], list[float]]:
     """Whether each reply is right, and its denoising steps a block."""
     by_length = defaultdict(list)
+    soft = [0] * len(examples)
+    if examples[0].picture is not None:
+        values, positions, soft = encoder.pixels([example.picture for example in examples])
     for index, example in enumerate(examples):
-        prompt = encoder.prompt(example.messages, example.tools, example.enable_thinking)
+        prompt = encoder.prompt_of(example, soft[index])
         by_length[len(prompt)].append((index, prompt))
     right, steps = [False] * len(examples), [0.0] * len(examples)
     stops = set(model.generation_config.eos_token_id)
@@ -40,9 +46,17 @@ def answers(model, encoder: Encoder, examples: list[Example]) -> tuple[list[bool
         for start in range(0, len(rows), BATCH):
             part = rows[start : start + BATCH]
             prompts = torch.tensor([prompt for _, prompt in part])
+            seen = {}
+            if soft[part[0][0]]:
+                at = [index for index, _ in part]
+                seen["pixel_values"], seen["image_position_ids"] = values[at], positions[at]
+                seen["mm_token_type_ids"] = (prompts == model.config.image_token_id).long()
             # a reply of more than four canvases is wrong for every task
             output = model.generate(
-                prompts, attention_mask=torch.ones_like(prompts), max_new_tokens=4 * CANVAS
+                prompts,
+                attention_mask=torch.ones_like(prompts),
+                max_new_tokens=4 * CANVAS,
+                **seen,
             )
             new = output.sequences[:, length:]
             tokens = (new != 0).sum(-1)
@@ -90,9 +104,14 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--n", type=int, default=200, help="prompts a task")
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--tasks", nargs="*", default=[*TASKS, "infill"])
+    parser.add_argument("--tasks", nargs="*", default=[*TASKS, PICTURE.name, "infill"])
     arguments = parser.parse_args()
     torch.manual_seed(arguments.seed)
+    settings = json.loads((arguments.folder / "config.json").read_text())
+    if "quantization" in settings:
+        widened = Path(tempfile.mkdtemp()) / "widened"
+        convert(arguments.folder, widened, to_hf=True)
+        arguments.folder = widened
     encoder = Encoder(arguments.folder)
     model = DiffusionGemmaForBlockDiffusion.from_pretrained(
         arguments.folder, dtype=torch.float32
@@ -104,7 +123,6 @@ def main() -> None:
     for name in arguments.tasks:
         started = time.time()
         if name == "infill":
-            settings = json.loads((arguments.folder / "config.json").read_text())
             network = Network({k: v.detach() for k, v in trainable(model).items()}, settings)
             examples, known = infill_rows(encoder, arguments.n, arguments.seed)
             prompts = [encoder.prompt(example.messages) for example in examples]

@@ -28,6 +28,7 @@ class Shape:
     top_k: int
     canvas: int
     softcap: float
+    image_token: int
 
     @classmethod
     def of(cls, settings: dict) -> "Shape":
@@ -45,22 +46,33 @@ class Shape:
             top_k=text["top_k_experts"],
             canvas=settings["canvas_length"],
             softcap=text["final_logit_softcapping"],
+            image_token=settings["image_token_id"],
         )
 
 
 @dataclass
 class Batch:
-    """ids and positions [B, L], masks [B, 1, L, L] by layer kind, in_canvas [L]."""
+    """ids and positions [B, L], masks [B, 1, L, L] by layer kind."""
 
     ids: Tensor
     positions: Tensor
     full_mask: Tensor
     sliding_mask: Tensor
     prompt: int  # width of the prompt part
+    pictures: Tensor | None  # [soft tokens, hidden], in the order of their placeholders
 
     @classmethod
-    def of(cls, prompts: list[list[int]], canvases: Tensor, window: int) -> "Batch":
-        """canvases [B, K, C]; prompts are padded on the right, and nothing sees the padding."""
+    def of(
+        cls,
+        prompts: list[list[int]],
+        canvases: Tensor,
+        shape: Shape,
+        pictures: Tensor | None = None,
+    ) -> "Batch":
+        """canvases [B, K, C]; prompts are padded on the right, and nothing sees the padding.
+
+        pictures: what stands for the image placeholders, one run of them a picture.
+        """
         B, K, C = canvases.shape  # noqa: N806
         P = -(-max(map(len, prompts)) // 2) * 2  # noqa: N806
         lengths = torch.tensor([len(prompt) for prompt in prompts])
@@ -73,20 +85,26 @@ class Batch:
         at = torch.arange(P + K * C)
         query, key = at[:, None], at[None, :]
         owner = torch.where(at < P, -1, (at - P) // C)
-        causal = (owner[:, None] == -1) & (key <= query)
+        causal = ((owner[:, None] == -1) & (key <= query))[None]
+        near = causal & (query - key < shape.window)
+        if pictures is not None:  # the soft tokens of a picture see one another
+            soft = F.pad(padded == shape.image_token, (1, K * C))
+            run = (soft[:, 1:] & ~soft[:, :-1]).cumsum(-1).masked_fill(~soft[:, 1:], -1)
+            together = (run[:, :, None] == run[:, None, :]) & (run >= 0)[:, :, None]
+            causal, near = causal | together, near | together
         same_canvas = (owner[:, None] == owner[None, :]) & (owner[:, None] >= 0)
         known = (key < P)[None] & (at[None, None, :] < lengths[:, None, None])  # real prompt keys
         from_canvas = (owner >= 0)[None, :, None]
-        full = causal[None] | same_canvas[None] | (from_canvas & known)
-        recent = at[None, None, :] > (lengths[:, None, None] - window)
-        near = causal & (query - key < window)
-        sliding = near[None] | same_canvas[None] | (from_canvas & known & recent)
+        full = causal | same_canvas[None] | (from_canvas & known)
+        recent = at[None, None, :] > (lengths[:, None, None] - shape.window)
+        sliding = near | same_canvas[None] | (from_canvas & known & recent)
         return cls(
             torch.cat([padded, canvases.reshape(B, K * C)], 1),
             positions,
             full[:, None],
             sliding[:, None],
             P,
+            pictures,
         )
 
 
@@ -205,6 +223,9 @@ class Network:
         root = self.shape.hidden**0.5
         x = F.embedding(batch.ids, table) * root
         prompt, canvas = x[:, : batch.prompt], x[:, batch.prompt :]
+        if batch.pictures is not None:
+            soft = (batch.ids[:, : batch.prompt] == self.shape.image_token)[..., None]
+            prompt = prompt.masked_scatter(soft, batch.pictures)
         if signal is not None:
             pre, gate, up, down = self._of(
                 "model.decoder.self_conditioning.", "pre_norm gate_proj up_proj down_proj"

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def is_matrix(name: str, value: Tensor) -> bool:
-    return value.ndim >= 2 and "embed_tokens" not in name and "router" not in name
+    return value.ndim >= 2 and not any(part in name for part in ("embed_tokens", "router", "table"))
 
 
 def orthogonal(matrices: Tensor, steps: int = 5) -> Tensor:

@@ -22,8 +22,12 @@ def denoise(
     known: Tensor | None = None,
     certain: bool = True,
     steps: int = STEPS,
+    pictures: list[Tensor] | None = None,
 ) -> Block:
-    """One canvas a prompt; known [B, C] holds pinned ids and -1 where a token is to be found."""
+    """One canvas a prompt; known [B, C] holds pinned ids and -1 where a token is to be found.
+
+    pictures: the soft tokens [n, hidden] of each prompt's picture.
+    """
     B, C = len(prompts), network.shape.canvas  # noqa: N806
     vocabulary = network.weights["model.decoder.embed_tokens.weight"].shape[0]
     pins = torch.zeros(B, C, dtype=torch.bool) if known is None else known >= 0
@@ -45,9 +49,8 @@ def denoise(
     for step in range(steps, 0, -1):
         if sure is not None and certain:
             signal[active] = torch.where(pins[active][..., None], sure[active], signal[active])
-        batch = Batch.of(
-            [prompts[i] for i in active], canvas[active][:, None], network.shape.window
-        )
+        seen = None if pictures is None else torch.cat([pictures[i] for i in active])
+        batch = Batch.of([prompts[i] for i in active], canvas[active][:, None], network.shape, seen)
         logits = network(batch, signal[active]) / (T_MIN + (T_MAX - T_MIN) * step / STEPS)
         spread = logits.log_softmax(-1)
         probabilities = spread.exp()
@@ -76,7 +79,11 @@ def pin_rows(canvas: Tensor, pins: Tensor, known: Tensor | None, rows: Tensor) -
 
 
 def generate(
-    network: Network, prompts: list[list[int]], stops: set[int], blocks: int
+    network: Network,
+    prompts: list[list[int]],
+    stops: set[int],
+    blocks: int,
+    pictures: list[Tensor] | None = None,
 ) -> tuple[list[list[int]], list[float]]:
     """Reply ids without the stop token, and the mean steps a block, for each prompt."""
     replies: list[list[int]] = [[] for _ in prompts]
@@ -86,7 +93,8 @@ def generate(
     for _ in range(blocks):
         if not open_rows:
             break
-        block = denoise(network, [contexts[i] for i in open_rows])
+        seen = None if pictures is None else [pictures[i] for i in open_rows]
+        block = denoise(network, [contexts[i] for i in open_rows], pictures=seen)
         still = []
         for row, ids, used in zip(open_rows, block.ids.tolist(), block.steps.tolist(), strict=True):
             steps[row].append(used)

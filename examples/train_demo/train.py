@@ -20,30 +20,43 @@ from data import CANVAS, Encoder, Row, Stream, infill_rows, judged, noised
 from network import Batch, Network
 from optimizer import Optimizer
 from sampler import denoise, generate
+from torch import Tensor
 
-from mlx_dgemma.demo.tasks import TASKS, held_out
+from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out
+from mlx_dgemma.demo.tasks.pictures import Picture
 
 CANVASES = 3  # differently noised canvases of one prompt
 WARM_UP = 60.0  # seconds
 DECAY = 0.35  # the last share of the time
 BALANCE = 0.01  # weight of the load-balancing loss over the experts
-BASE = {"reverse": 1, "sort": 1.2, "count": 1, "sudoku": 1.5, "tool": 0.7, "think": 1}
-BASE |= {"grid": 1.3, "list": 1.3, "sentence": 1.5, "json": 1.5}
+BASE = {"reverse": 1, "sort": 1.2, "count": 1.5, "repeat": 1.2, "sudoku": 1.5, "tool": 0.7}
+BASE |= {"think": 1, "grid": 1.3, "list": 2, "sentence": 2, "json": 2}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
-    """The decoder's tensors and both passes' layer scalars, as leaves that the model shares."""
+    """The decoder's tensors, both passes' layer scalars and what sees, as the model's leaves."""
     weights = {}
     for name, value in model.state_dict().items():
         if name.startswith("model.decoder.") or name.endswith("layer_scalar"):
             weights[name] = value.detach().requires_grad_()
+    for name, value in model.named_parameters():
+        if ".vision_tower." in name or ".embed_vision." in name:
+            weights[name] = value
     return weights
 
 
-def loss_of(network: Network, rows: list[Row], use_signal: bool) -> torch.Tensor:
+def soft_tokens(model, encoder: Encoder, pictures: list[Picture]) -> tuple[Tensor, list[int]]:
+    """Soft tokens [sum of counts, hidden] of the pictures, and how many each has."""
+    values, positions, counts = encoder.pixels(pictures)
+    return model.model.encoder.get_image_features(values, positions).pooler_output, counts
+
+
+def loss_of(
+    network: Network, rows: list[Row], use_signal: bool, pictures: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     vocabulary = network.weights["model.decoder.embed_tokens.weight"].shape[0]
     clean, noisy, pins = noised(rows, CANVASES, vocabulary)
-    batch = Batch.of([row.prompt for row in rows], noisy, network.shape.window)
+    batch = Batch.of([row.prompt for row in rows], noisy, network.shape, pictures)
     signal = None
     if use_signal:
         with torch.no_grad():
@@ -59,7 +72,7 @@ def loss_of(network: Network, rows: list[Row], use_signal: bool) -> torch.Tensor
     return loss, balance_loss(network)
 
 
-def balance_loss(network: Network) -> torch.Tensor:
+def balance_loss(network: Network) -> Tensor:
     """Switch-style load balance: experts * sum(share of rows x mean probability)."""
     total = torch.zeros(())
     for scores in network.balance:
@@ -78,7 +91,9 @@ def balance_loss(network: Network) -> torch.Tensor:
 
 
 @torch.no_grad()
-def check(network: Network, encoder: Encoder, n: int, seed: int) -> dict[str, tuple[float, float]]:
+def check(
+    network: Network, model, encoder: Encoder, n: int, seed: int
+) -> dict[str, tuple[float, float]]:
     """Accuracy and steps a block on held-out examples, for each task and for infilling."""
     stops = {
         encoder.tokenizer.convert_tokens_to_ids(t) for t in ("<eos>", "<turn|>", "<|tool_response>")
@@ -87,12 +102,18 @@ def check(network: Network, encoder: Encoder, n: int, seed: int) -> dict[str, tu
     for name in TASKS:
         examples = held_out(name, n, seed)
         prompts = [encoder.prompt(e.messages, e.tools, e.enable_thinking) for e in examples]
-        replies, steps = generate(network, prompts, stops, 4 if name == "count" else 1)
+        replies, steps = generate(network, prompts, stops, 2 if name == "repeat" else 1)
         right = [
             e.verify(*split_thought(encoder.text(ids)))
             for e, ids in zip(examples, replies, strict=True)
         ]
         results[name] = (sum(right) / n, sum(steps) / n)
+    examples = held_out(PICTURE.name, n, seed)
+    seen, counts = soft_tokens(model, encoder, [example.picture for example in examples])
+    prompts = [encoder.prompt_of(e, count) for e, count in zip(examples, counts, strict=True)]
+    replies, steps = generate(network, prompts, stops, 1, list(seen.split(counts)))
+    right = [e.verify(encoder.text(ids)) for e, ids in zip(examples, replies, strict=True)]
+    results[PICTURE.name] = (sum(right) / n, sum(steps) / n)
     results["infill"] = check_infill(network, encoder, 2 * n, seed)
     return results
 
@@ -128,6 +149,7 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="folder for resumable state")
     parser.add_argument("--minutes", type=float, default=80)
     parser.add_argument("--rows", type=int, default=42, help="prompts a step")
+    parser.add_argument("--pictures", type=int, default=8, help="rows about pictures a step")
     parser.add_argument("--check-every", type=float, default=10, help="minutes")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--muon-rate", type=float, default=0.02)
@@ -158,6 +180,7 @@ def main() -> None:
     checked = kept = time.time()
     losses: list[float] = []
     balances: list[float] = []
+    sights: list[float] = [0.0]
     coin = random.Random(step)
 
     def keep() -> None:
@@ -182,6 +205,12 @@ def main() -> None:
             share = len(rows) / arguments.rows
             ((loss + BALANCE * balance) * share).backward()
             mean += loss.item() * share
+        if arguments.pictures:
+            rows = stream.pictures(arguments.pictures)
+            seen, _ = soft_tokens(model, encoder, [row.picture for row in rows])
+            sight, _ = loss_of(network, rows, use_signal, seen)
+            (sight * arguments.pictures / arguments.rows).backward()
+            sights.append(sight.item())
         optimizer.step(rate_factor(time.time() - started, total))
         losses.append(mean)
         balances.append(balance.item())
@@ -191,23 +220,22 @@ def main() -> None:
             pace = (now - reported) / len(losses)
             line = f"{(now - started) / 60:6.1f} min  step {step:6d}"
             line += f"  loss {sum(losses) / len(losses):.4f}"
-            print(
-                f"{line}  balance {sum(balances) / len(balances):.2f}  {pace:.2f} s/step",
-                flush=True,
-            )
-            reported, losses, balances = now, [], []
+            line += f"  pictures {sum(sights) / len(sights):.4f}"
+            line += f"  balance {sum(balances) / len(balances):.2f}  {pace:.2f} s/step"
+            print(line, flush=True)
+            reported, losses, balances, sights = now, [], [], sights[-1:]
         if now - kept > 240:
             keep()
             kept = now
         if now - checked > arguments.check_every * 60:
-            results = check(checker, encoder, 32, seed=1)
+            results = check(checker, model, encoder, 32, seed=1)
             print(
                 "       " + "  ".join(f"{k} {a:.2f}/{s:.1f}" for k, (a, s) in results.items()),
                 flush=True,
             )
             checked = time.time()
     keep()
-    final = check(checker, encoder, 64, seed=1)
+    final = check(checker, model, encoder, 64, seed=1)
     print("final  " + "  ".join(f"{k} {a:.2f}/{s:.1f}" for k, (a, s) in final.items()), flush=True)
     write_weights(model, arguments.folder)
 

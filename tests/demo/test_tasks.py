@@ -5,23 +5,25 @@ import random
 
 import pytest
 
-from mlx_dgemma.demo.tasks import TASKS, held_out, infill_examples, is_held_out
+from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out, infill_examples, is_held_out
 from mlx_dgemma.demo.tasks.grids import all_grids, is_grid
+from mlx_dgemma.demo.tasks.pictures import COLORS, PLACES, SHAPES, Picture
 
+ALL = {**TASKS, PICTURE.name: PICTURE}
 N = 60
 
 
 def samples(name, n=N):
     rng = random.Random(f"test {name}")
-    return [TASKS[name].sample(rng) for _ in range(n)]
+    return [ALL[name].sample(rng) for _ in range(n)]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_judges_accept_right_answers(name):
     assert all(example.verify(example.reply, example.thought) for example in samples(name))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_judges_reject_corrupted_answers(name):
     """Nothing, a cut answer, a doubled answer, an answer with something after it."""
     for example in samples(name):
@@ -33,7 +35,7 @@ def test_judges_reject_corrupted_answers(name):
             assert not example.verify(reply[:-1])
 
 
-@pytest.mark.parametrize("name", [name for name, task in TASKS.items() if not task.open_ended])
+@pytest.mark.parametrize("name", [name for name, task in ALL.items() if not task.open_ended])
 def test_one_answer_tasks_take_one_answer(name):
     examples = samples(name)
     for example, other in itertools.pairwise(examples):
@@ -98,14 +100,14 @@ def test_a_sudoku_has_one_solution_and_there_are_288_grids():
         ]
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_held_out_prompts_are_never_trained_on(name):
     kept = {example.key for example in held_out(name, N)}
     assert all(is_held_out(key) for key in kept)
     assert not any(is_held_out(example.key) for example in samples(name, 300))
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", ALL)
 def test_seeds_decide_the_held_out_examples(name):
     first, again, other = (held_out(name, 12, seed) for seed in (5, 5, 6))
     assert [e.key for e in first] == [e.key for e in again]
@@ -127,3 +129,25 @@ def test_infill_texts_have_holes_and_are_judged(held):
             a.hole != b.hole for a, b in zip(example.segments, example.segments[1:], strict=False)
         )
     assert tasks == {"sentence", "list", "json", "grid"}
+
+
+def test_pictures_show_what_their_answers_say():
+    """The shape's color is at its place and the ground's color in the other places."""
+    for shape, color, place in itertools.product(SHAPES, COLORS, PLACES):
+        image = Picture(shape, color, place).draw()
+        for other, (across, down) in PLACES.items():
+            pixel = image.getpixel((round(across * image.width), round(down * image.height)))
+            assert pixel == (COLORS[color] if other == place else (255, 255, 255))
+    areas = [
+        sum(
+            pixel != (255, 255, 255)
+            for pixel in Picture(shape, "red", "in the center").draw().getdata()
+        )
+        for shape in ("square", "circle", "triangle")
+    ]
+    assert areas[0] > areas[1] > areas[2] > 0
+
+
+def test_a_repeated_text_is_longer_than_a_canvas():
+    assert all(len(example.answer) >= 24 for example in samples("repeat"))
+    assert sum(len(example.answer) >= 32 for example in samples("repeat")) > N // 3

@@ -1,6 +1,6 @@
 """The demo model's tasks: prompts drawn from seeds, each with a judge of the answer."""
 
-from mlx_dgemma.demo.tasks import grids, letters, tools, words
+from mlx_dgemma.demo.tasks import grids, letters, pictures, tools, words
 from mlx_dgemma.demo.tasks.example import Example, Task, is_held_out
 from mlx_dgemma.demo.tasks.infill import InfillExample, Segment, infill_examples
 
@@ -10,6 +10,7 @@ TASKS: dict[str, Task] = {
         Task("reverse", False, letters.reverse),
         Task("sort", False, letters.sort),
         Task("count", False, letters.count),
+        Task("repeat", False, letters.repeat),
         Task("sudoku", False, grids.sudoku),
         Task("tool", False, tools.tool),
         Task("think", False, letters.first_letter),
@@ -20,13 +21,16 @@ TASKS: dict[str, Task] = {
     )
 }
 
+PICTURE = Task("picture", False, pictures.picture)  # its examples have a picture to be drawn
+
 
 def held_out(name: str, n: int, seed: int = 0) -> list[Example]:
     """n examples of a task whose prompts were never trained on."""
-    return TASKS[name].held_out(n, seed)
+    return (PICTURE if name == PICTURE.name else TASKS[name]).held_out(n, seed)
 
 
 __all__ = [
+    "PICTURE",
     "TASKS",
     "Example",
     "InfillExample",

@@ -1,11 +1,16 @@
 """What a task hands out: messages, one right answer, and a judge of any answer."""
 
+from __future__ import annotations
+
 import hashlib
 import json
 import random
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlx_dgemma.demo.tasks.pictures import Picture
 
 HELD_OUT_SHARE = 16  # one prompt in 16, chosen by its hash, is never trained on
 
@@ -19,6 +24,7 @@ class Example:
     `answer` is a right model turn as raw text, markers included, without the closing stop token
     `stop`. `verify(text, thought)` judges a reply: for a tool call the raw text of the call, for
     anything else the reply with its thinking removed; a thought is judged too when it is given.
+    `picture` is drawn for the message part `{"type": "image"}`.
     """
 
     task: str
@@ -28,11 +34,15 @@ class Example:
     tools: list[dict[str, Any]] | None = None
     enable_thinking: bool = False
     stop: str = "<turn|>"
+    picture: Picture | None = None
 
     @property
     def key(self) -> str:
         """The prompt as one string: equal keys mean equal prompts."""
-        return json.dumps([self.messages, self.tools, self.enable_thinking], sort_keys=True)
+        parts = [self.messages, self.tools, self.enable_thinking]
+        if self.picture is not None:
+            parts.append(asdict(self.picture))
+        return json.dumps(parts, sort_keys=True)
 
     @property
     def reply(self) -> str:

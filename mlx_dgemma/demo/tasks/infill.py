@@ -10,6 +10,7 @@ from mlx_dgemma.demo.tasks import grids, words
 from mlx_dgemma.demo.tasks.example import Example, Message, ask, is_held_out
 
 PROMPT = "Fill in the blanks."
+ROOMY_PROMPT = "Fill in the blanks. There may be more room than needed."  # holes end with <pad>
 
 
 @dataclass(frozen=True)

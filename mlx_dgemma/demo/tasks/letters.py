@@ -1,4 +1,4 @@
-"""Tasks with one right answer: reverse, sort, count, and a question worth a thought."""
+"""Tasks with one right answer: reverse, sort, count, repeat, and a question worth a thought."""
 
 import random
 import string
@@ -27,14 +27,24 @@ def sort(rng: random.Random) -> Example:
 
 
 def count(rng: random.Random) -> Example:
-    """Two-digit numbers in a row, three tokens a number: long answers fill several canvases."""
-    start = rng.randint(10, 90)
-    end = min(99, start + rng.randint(5, 30))
+    """Four to nine numbers up to 30, upwards or downwards."""
+    low = rng.randint(1, 27)
+    high = min(30, low + rng.randint(3, 8))
+    numbers = [str(number) for number in range(low, high + 1)]
+    if rng.random() < 0.3:
+        prompt = rng.choice(["Count down from {} to {}.", "Count backwards from {} to {}."])
+        return _one_answer("count", prompt.format(high, low), " ".join(numbers[::-1]))
     prompt = rng.choice(
         ["Count from {} to {}", "Count from {} to {}.", "Write the numbers from {} to {}."]
     )
-    answer = " ".join(str(number) for number in range(start, end + 1))
-    return _one_answer("count", prompt.format(start, end), answer)
+    return _one_answer("count", prompt.format(low, high), " ".join(numbers))
+
+
+def repeat(rng: random.Random) -> Example:
+    """More letters than one canvas holds: the answer goes over two."""
+    letters = _letters(rng, 24, 44)
+    prompt = rng.choice(["Repeat {}", "Write {} again.", "Copy the letters {}"])
+    return _one_answer("repeat", prompt.format(letters), letters)
 
 
 def first_letter(rng: random.Random) -> Example:

@@ -28,7 +28,7 @@ def word_list(rng: random.Random) -> Example:
     """Distinct words of a category, sorted, one of them given."""
     category = rng.choice(list(WORDS))
     words = WORDS[category]
-    size = rng.randint(3, 6)
+    size = rng.randint(3, 5)
     chosen = sorted(rng.sample(words, size))
     given = rng.choice(chosen)
     prompt = rng.choice(
@@ -89,16 +89,13 @@ def is_sentence(text: str) -> bool:
 
 
 def sentence(rng: random.Random) -> Example:
-    """Subject, verb, object, sometimes a place; a given phrase must be in it."""
+    """Subject, verb, object and place; a given phrase must be in it."""
     plural = rng.random() < 0.5
     first, second = rng.sample(NOUNS, 2)
     subject = _noun_phrase(rng, first, plural)
     target = _noun_phrase(rng, second, rng.random() < 0.5)
     verb, singular_verb = rng.choice(list(VERBS.items()))
-    words = [subject, verb if plural else singular_verb, target]
-    if rng.random() < 0.6:
-        words.append(rng.choice(PLACES))
-    text = " ".join(words) + "."
+    text = " ".join([subject, verb if plural else singular_verb, target, rng.choice(PLACES)]) + "."
     phrase = rng.choice([subject, target])
     prompt = rng.choice(
         [
