@@ -39,8 +39,8 @@ def build_parser() -> argparse.ArgumentParser:
     prompt.add_argument(
         "--demo",
         metavar="TASK",
-        help="ask the demo checkpoint a held-out question: reverse, sort, count, sudoku, tool, "
-        "think, grid, list, sentence or json; the answer is checked",
+        help="ask the demo checkpoint a held-out question: reverse, sort, count, repeat, "
+        "sudoku, tool, think, grid, list, sentence, json or picture; the answer is checked",
     )
     prompt.add_argument(
         "--replay", metavar="FILE", help="run a recorded generation again from its trace"
@@ -169,11 +169,11 @@ def _example(arguments: argparse.Namespace) -> Example | None:
         return None
     if arguments.demo is None and (asked or arguments.model is not None):
         return None
-    from mlx_dgemma.demo.tasks import TASKS, held_out
+    from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out
 
-    task = arguments.demo or DEFAULT_TASK
-    if task not in TASKS:
-        raise InputError(f"--demo knows no task {task!r}; the tasks are {', '.join(TASKS)}.")
+    task, known = arguments.demo or DEFAULT_TASK, [*TASKS, PICTURE.name]
+    if task not in known:
+        raise InputError(f"--demo knows no task {task!r}; the tasks are {', '.join(known)}.")
     if arguments.seed is None:
         from mlx_dgemma.decoding.draws import fresh_seed
 
