@@ -84,14 +84,15 @@ _EXPERTS = registry.Kernel(
 )
 _COMBINE = registry.Kernel("combine", inputs=("rows", "weights"), outputs=("y",))
 ROW_TILES = (8, 16, 32)
+_PACKED = (("affine", 4), ("affine", 8), ("mxfp4", 4))
 
 
 def supported(x: mx.array, gate_up: Matrix, down: Matrix) -> bool:
-    """Whether the kernels take these experts: dense, or affine with 4 or 8 bits."""
+    """Whether the kernels take these experts: dense, affine with 4 or 8 bits, or mxfp4."""
     return x.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(
         matrix.columns % 32 == 0
         and matrix.dtype == x.dtype
-        and (not matrix.quantized or (matrix.mode == "affine" and matrix.bits in (4, 8)))
+        and (not matrix.quantized or (matrix.mode, matrix.bits) in _PACKED)
         for matrix in (gate_up, down)
     )
 
@@ -147,6 +148,7 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
             ("T", x.dtype),
             ("TM", tile),
             ("BITS", matrix.bits if matrix.quantized else 0),
+            ("FP4", matrix.mode == "mxfp4"),
             ("GROUP", matrix.group_size),
             ("GLU", glu),
             ("EXPERTS", experts),
@@ -168,6 +170,7 @@ def _shape(x: mx.array, routing: Routing, gate_up: Matrix) -> registry.Shape:
         "top_k": routing.experts.shape[1],
         "bits": gate_up.bits if gate_up.quantized else 0,
         "group_size": gate_up.group_size,
+        "mode": gate_up.mode,
     }
 
 
@@ -177,12 +180,13 @@ _PROBED_EXPERTS = 32  # enough to spill every cache, and a quarter of the publis
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
     dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
-    size = {name: int(value) for name, value in shape.items() if name != "dtype"}
+    size = {name: int(value) for name, value in shape.items() if name not in ("dtype", "mode")}
+    mode = str(shape["mode"])
     count = min(size["experts"], _PROBED_EXPERTS)
     top_k, width, hidden = min(size["top_k"], count), size["width"], size["hidden"]
     keys = mx.random.split(mx.random.key(0), 2)
-    up = _random_experts((count, 2 * width, hidden), keys[0], dtype, size)
-    down = _random_experts((count, hidden, width), keys[1], dtype, size)
+    up = _random_experts((count, 2 * width, hidden), keys[0], dtype, size, mode)
+    down = _random_experts((count, hidden, width), keys[1], dtype, size, mode)
     for tokens in (1, 5, max(1, size["tokens"] * count // size["experts"])):
         x = mx.random.normal((tokens, hidden), key=mx.random.key(tokens)).astype(dtype)
         scores = mx.random.normal((tokens, count), key=mx.random.key(tokens + 1))
@@ -195,7 +199,7 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
 
 
 def _random_experts(
-    shape: tuple[int, int, int], key: mx.array, dtype: mx.Dtype, size: dict[str, int]
+    shape: tuple[int, int, int], key: mx.array, dtype: mx.Dtype, size: dict[str, int], mode: str
 ) -> Matrix:
     count, rows, columns = shape
     bits, group_size = size["bits"], size["group_size"]
@@ -203,6 +207,9 @@ def _random_experts(
         return Matrix((mx.random.normal(shape, key=key) * columns**-0.5).astype(dtype))
     words = (count, rows, columns * bits // 32)
     packed: mx.array = mx.random.bits(words, key=key)  # type: ignore[operator]
+    if mode != "affine":
+        scales = mx.full((count, rows, columns // group_size), 120, dtype=mx.uint8)
+        return Matrix(packed, scales, None, group_size, bits, mode, dtype)
     spread = columns**-0.5 / 2 ** (bits - 2)  # codes are uniform: unit variance in, about that out
     scales = mx.full((count, rows, columns // group_size), spread, dtype=dtype)
     return Matrix(packed, scales, scales * -(2 ** (bits - 1)), group_size, bits)

@@ -47,6 +47,7 @@ def published_shapes() -> dict[str, registry.Shape]:
             "top_k": 8,
             "bits": 4,
             "group_size": 64,
+            "mode": "affine",
         },
     }
 

@@ -92,7 +92,7 @@ def _network_operations(dtype: mx.Dtype) -> None:
     for tokens in (1, 20):
         router(mx.zeros((tokens, 5), dtype), mx.zeros((5,)), 2)
         routing = choose_experts(mx.zeros((tokens, 5)), mx.ones((5,)), 2)
-        for bits in (0, 4, 8):
+        for bits in (0, 4, 8, "mxfp4"):
             for tile in ROW_TILES:
                 x = mx.zeros((tokens, 64), dtype)
                 up, down = (_matrix((5, 128, 64), bits, dtype), _matrix((5, 64, 64), bits, dtype))
@@ -106,6 +106,8 @@ def _accept(length: int) -> None:
             accept(ids, entropy, ids, ids, ids, previous, 0.1, pinned=pinned)
 
 
-def _matrix(shape: tuple[int, ...], bits: int, dtype: mx.Dtype) -> Matrix:
+def _matrix(shape: tuple[int, ...], bits: int | str, dtype: mx.Dtype) -> Matrix:
     weight = mx.zeros(shape, dtype)
+    if bits == "mxfp4":
+        return Matrix(*mx.quantize(weight, mode=bits), None, 32, 4, bits, dtype)
     return Matrix(*mx.quantize(weight, bits=bits), 64, bits) if bits else Matrix(weight)

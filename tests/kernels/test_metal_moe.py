@@ -17,6 +17,10 @@ def experts(count, rows, columns, bits, group, dtype, key):
     weight = weight.astype(dtype)
     if bits == 0:
         return Matrix(weight), ref.numpy(weight)
+    if bits == "mxfp4":
+        packed, scales = mx.quantize(weight, group_size=32, bits=4, mode="mxfp4")
+        back = mx.dequantize(packed, scales, group_size=32, bits=4, mode="mxfp4")
+        return Matrix(packed, scales, None, 32, 4, "mxfp4", dtype), ref.numpy(back)
     packed = mx.quantize(weight, group_size=group, bits=bits)
     wide = [part.astype(mx.float32) for part in packed[1:]]
     back = mx.dequantize(packed[0], *wide, group_size=group, bits=bits)
@@ -47,7 +51,7 @@ def test_four_bits(dtype, setting):
     check(dtype, 4, setting, tokens=9, hidden=64, width=64, count=5, top_k=2)
 
 
-@pytest.mark.parametrize("bits", [0, 8])
+@pytest.mark.parametrize("bits", [0, 8, "mxfp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dense_and_eight_bits(dtype, bits):
     check(dtype, bits, "checked", tokens=6, hidden=96, width=32, count=4, top_k=3)
@@ -66,7 +70,7 @@ def test_tiles_empty_and_overfull_experts(tile, setting):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("bits", [4, 8, "mxfp4"])
 def test_the_real_inner_widths(bits):
     check(
         mx.bfloat16, bits, "in order", tokens=2, hidden=2816, width=704, count=3, top_k=2

@@ -68,6 +68,12 @@ def experts():
     )  # fmt: skip
 
 
+def floats():
+    test_metal_moe.check(
+        mx.float32, "mxfp4", "checked", tokens=5, hidden=64, width=32, count=3, top_k=2, tile=8
+    )
+
+
 def heads():
     test_metal_qkv.check(mx.float32, 64, "checked", weight=True, rope=True)
 
@@ -160,6 +166,8 @@ MUTANTS = [
     (experts, "experts", "(packed >> (j * (32 / PER_WORD)))", "(packed >> j)", VALUE),
     (experts, "experts", "if (sg == 0) {", "if (sg == 0 && lane < 31) {",
      {"simd-divergence", "simd-lane", "value", "barrier"}),
+    (floats, "experts", "stored - 127.0f", "stored - 126.0f", VALUE),
+    (floats, "experts", "(code & 8u) != 0 ? -", "false ? -", VALUE),
     # norm and rope
     (heads, "normed_heads", "simd_sum(squares)", "squares", VALUE),
     (heads, "normed_heads", "first * c - second * s", "first * c + second * s", VALUE),

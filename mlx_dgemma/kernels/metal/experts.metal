@@ -1,9 +1,13 @@
 // One expert matrix times the rows routed to it: a tile of TM rows by 32 (GLU) or 64 output columns.
 // GLU: rows are gathered from tokens, gate and up are multiplied side by side, gelu(gate) * up is
 // written in sorted order. Otherwise rows are read in sorted order and written at their pair's place.
-// Template: T activations, TM rows, BITS 0 (dense), 4 or 8, GROUP, GLU, EXPERTS, TOP_K.
+// Template: T activations, TM rows, BITS 0 (dense), 4 or 8, FP4 (mxfp4 codes in 4 bits), GROUP, GLU,
+// EXPERTS, TOP_K.
 // Four SIMD-groups; each owns all rows of the tile and two blocks of 8 columns, so that no weight is
 // unpacked twice and GeGLU stays in registers.
+
+// Magnitudes of a four-bit float with two exponent bits and one of mantissa.
+constant constexpr float MAGNITUDES[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
 
 METAL_FUNC float gelu_tanh(float x) {
   return 0.5f * x * (1.0f + metal::precise::tanh(0.7978845608028654f * (x + 0.044715f * x * x * x)));
@@ -94,13 +98,18 @@ METAL_FUNC float gelu_tanh(float x) {
         constexpr int PER_WORD = BITS == 8 ? 4 : 8;
         constexpr uint MASK = BITS == 8 ? 0xffu : 0xfu;
         const ulong group = (weight_row * K + k0) / GROUP;
-        const float scale = static_cast<float>(scales[group]);
-        const float bias = static_cast<float>(biases[group]);
+        const float stored = static_cast<float>(scales[group]);
+        const float scale = FP4 ? metal::precise::exp2(stored - 127.0f) : stored;
+        const float bias = FP4 ? 0.0f : static_cast<float>(biases[group]);
         for (int word = 0; word < 16 / PER_WORD; word++) {
           const uint packed = static_cast<uint>(w[(weight_row * K + k0 + half_k) / PER_WORD + word]);
           for (int j = 0; j < PER_WORD; j++) {
             const uint code = (packed >> (j * (32 / PER_WORD))) & MASK;
-            mine[word * PER_WORD + j] = static_cast<T>(scale * static_cast<float>(code) + bias);
+            float value = static_cast<float>(code);
+            if (FP4) {
+              value = (code & 8u) != 0 ? -MAGNITUDES[code & 7u] : MAGNITUDES[code & 7u];
+            }
+            mine[word * PER_WORD + j] = static_cast<T>(scale * value + bias);
           }
         }
       }
