@@ -4,8 +4,9 @@
 
 Writes a sparse stand-in for the 52 GB checkpoint, converts it in a child process, and samples
 that process's anonymous memory (RssAnon; file-backed pages belong to the system's cache). The
-plain loop reads and quantizes the tensors of the layers with real numbers and writes nothing.
-Needs free disk for the output (17 GB for 4bit) and, with real layers, 1.6 GB for each.
+plain loop reads and quantizes the tensors of the first layer and writes nothing. Says on standard
+error how far it is. Needs free disk for the output (17 GB for 4bit) and, with real layers, 1.6 GB
+for each.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from mlx_dgemma.convert.recipes import recipe_named
 from mlx_dgemma.convert.source import dense_shapes, open_source
 from mlx_dgemma.model.config import ModelConfig
 
+SAY_SECONDS = 30
+
 
 def resident(pid: int, field: str) -> int:
     """A field of /proc/PID/status in bytes; 0 when it cannot be read."""
@@ -42,13 +45,20 @@ def resident(pid: int, field: str) -> int:
 
 
 def work(source: str, target: str, recipe: str, answer) -> None:
-    began = time.perf_counter()
-    report = convert(source, target, recipe=recipe)
+    began = said = time.perf_counter()
+
+    def say(what: str, done: int, total: int) -> None:
+        nonlocal said
+        if time.perf_counter() - said > SAY_SECONDS:
+            said = time.perf_counter()
+            print(f"{what} {done / 1e9:.1f} of {total / 1e9:.1f} GB", file=sys.stderr, flush=True)
+
+    report = convert(source, target, recipe=recipe, progress=say)
     answer.put({"seconds": time.perf_counter() - began, **report.as_dict()})
 
 
 def measured(source: Path, target: Path, recipe: str) -> dict:
-    """Convert in a child process and sample its memory every 10 ms."""
+    """Convert in a child process and sample its memory every 50 ms."""
     context = multiprocessing.get_context("spawn")
     answer = context.Queue()
     child = context.Process(target=work, args=(str(source), str(target), recipe, answer))
@@ -57,8 +67,13 @@ def measured(source: Path, target: Path, recipe: str) -> dict:
     done = threading.Event()
 
     def sample() -> None:
-        while not done.wait(0.01):
+        said = time.perf_counter()
+        while not done.wait(0.05):
             peak["RssAnon"] = max(peak["RssAnon"], resident(child.pid, "RssAnon"))
+            if time.perf_counter() - said > SAY_SECONDS:
+                said = time.perf_counter()
+                so_far = peak["RssAnon"] / 1e6
+                print(f"peak RssAnon so far {so_far:.0f} MB", file=sys.stderr, flush=True)
 
     sampler = threading.Thread(target=sample)
     sampler.start()
