@@ -36,7 +36,7 @@ class Schema(Rules):
     def problem(self, text: str) -> str | None:
         """Why `text` does not satisfy the schema, in a few words; None when it does."""
         try:
-            value = json.loads(text)
+            value = json.loads(text, parse_constant=_no_constant)
         except (ValueError, RecursionError):
             return "it is not valid JSON"
         return self.violation(value)
@@ -134,6 +134,10 @@ def _joined(parts: Parts) -> Parts:
         else:
             joined += [part, ""]
     return joined
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a JSON value")
 
 
 def _dumped(value: Any) -> str:

@@ -238,7 +238,7 @@ def _text_or_number(value: Any, schema: Any, at: str) -> str | None:
         if not inside:
             return f"{at} is out of bounds"
         step = schema.get("multipleOf")
-        if step is not None and not math.isclose(value / step, round(value / step), abs_tol=1e-9):
+        if step is not None and not _is_multiple(value, step):
             return f"{at} is no multiple of {step}"
     return None
 
@@ -263,9 +263,19 @@ def _common_kinds(ours: list[str], theirs: list[str]) -> list[str]:
 def _is(value: Any, kind: str) -> bool:
     if kind in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (kind == "number" or value == int(value))
+        return number and (kind == "number" or isinstance(value, int) or value.is_integer())
     types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     return isinstance(value, types[kind])
+
+
+def _is_multiple(value: float, step: float) -> bool:
+    if isinstance(value, int) and isinstance(step, int):
+        return value % step == 0
+    try:
+        count = value / step
+        return math.isclose(count, round(count), rel_tol=1e-9)
+    except OverflowError:  # beyond what a float can hold
+        return False
 
 
 def _equal(value: Any, wanted: Any) -> bool:
