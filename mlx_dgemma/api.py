@@ -167,6 +167,8 @@ def stream_generate(
     if trace is not None:
         if opening is not None:
             raise InputError("A trace cannot hold an opening: leave one of the two out.")
+        if prepared.images:
+            raise InputError("A trace records text alone: leave it or the images out.")
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
         draws = RecordingDraws(draws, record)
     request = Request(

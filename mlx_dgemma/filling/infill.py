@@ -9,14 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Generator, Sequence
 from dataclasses import replace
-from typing import TypedDict, Unpack
+from typing import Any, TypedDict, Unpack
 
-from mlx_dgemma.api import Prompt, encode_prompt
+from mlx_dgemma.api import Prompt, prepare_prompt
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.filling.results import Infill, Span, uncertain_spans
-from mlx_dgemma.filling.windows import Filler, Job
+from mlx_dgemma.filling.windows import Filler, Job, LengthChoice
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
@@ -27,21 +27,25 @@ DEFAULT_PROMPT = "Fill in the blanks."
 class InfillOptions(TypedDict, total=False):
     """Keywords that `infill`, `edit`, `regenerate` and `refine` share.
 
-    prompt: what the user asked for, as in `generate`; system_prompt with it.
+    prompt: what the user asked for, as in `generate`; system_prompt and images with it.
     n: alternatives, from seed, seed + 1, ...; seed: drawn when None.
     temp, sampler, max_denoising_steps, entropy_bound: as in `stream_generate`.
+    lengths: how a hole without a fixed length finds its own: candidates are tried ("try"), or
+        the network ends it with pads ("pad"), for networks trained to, as the demo is.
     final: whether the text ends the reply; then the stop id and filler behind it are pinned.
     cancel: ends the request between two denoising steps; raises CancelledError.
     """
 
     prompt: Prompt
     system_prompt: str | None
+    images: Sequence[Any] | None
     n: int
     seed: int | None
     temp: float
     sampler: SamplerName
     max_denoising_steps: int | None
     entropy_bound: float | None
+    lengths: LengthChoice
     final: bool
     cancel: threading.Event | None
 
@@ -149,9 +153,11 @@ def _fill(
         raise InputError(f"n={n!r} is not possible: ask for at least one alternative.")
     seed = options.get("seed")
     seed = fresh_seed() if seed is None else check_seed(seed)
-    prompt = encode_prompt(
+    prompt = prepare_prompt(
+        model,
         tokenizer,
         options.get("prompt", DEFAULT_PROMPT),
+        images=options.get("images"),
         system_prompt=options.get("system_prompt"),
     )
     job = Job(
@@ -166,10 +172,12 @@ def _fill(
                 "entropy_bound": options.get("entropy_bound"),
             },
         ),
-        prompt=prompt,
+        prompt=prompt.network_ids(model.config.image_token_id),
+        images=[image.patches for image in prompt.images],
         literals=tuple(part for part in parts if isinstance(part, str)),
         holes=tuple(part for part in parts if isinstance(part, Hole)),
         final=options.get("final", True),
+        lengths=options.get("lengths", "try"),
         cancel=options.get("cancel"),
         old=tuple(old),
         strength=strength,

@@ -8,31 +8,39 @@ begins behind it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas import CanvasRequest, Start
 from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
-from mlx_dgemma.decoding.draws import SeededDraws
+from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import CancelledError, InputError
+from mlx_dgemma.filling.lengths import (
+    FINALISTS,
+    LENGTHS,
+    belief,
+    roomy,
+    spread,
+    without_pads,
+)
 from mlx_dgemma.filling.results import Filling, Infill, TokenInfo
 from mlx_dgemma.filling.template import Layout, Slot, Template
-from mlx_dgemma.model import ContextCache, Model
+from mlx_dgemma.model import ContextCache, ImagePatches, Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole
 
-# Lengths tried for a hole whose length is left to the model; never more than the canvas holds.
-LENGTHS = (1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
 # Canvases denoised side by side; bounds the logits to this many times [C, V].
 BATCH = 8
 # Work that pauses behind each batch of canvases, saying how many decoder passes there were so far.
 T = TypeVar("T")
 Turns = Generator[int, None, T]
+# How a hole finds its length: candidates are tried, or the network ends it with pads.
+LengthChoice = Literal["try", "pad"]
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,7 @@ class Job:
     """One text to fill. literals: the pieces around the holes, one more than holes.
 
     old: what each hole held before, if it is an edit. strength: how much of it to give up.
+    images: one per run of image placeholders in the prompt. lengths: how a hole finds its own.
     """
 
     model: Model
@@ -52,6 +61,8 @@ class Job:
     cancel: threading.Event | None = None
     old: tuple[str, ...] = ()
     strength: float = 1.0
+    images: Sequence[ImagePatches] = ()
+    lengths: LengthChoice = "try"
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ class _Filled:
 
     @property
     def score(self) -> float:
-        """Mean log-probability (nats) of the filled tokens: see benchmarks/README.md."""
+        """Mean log-probability (nats) of the filled tokens."""
         assert self.result.logprobs is not None
         filled = [self.result.logprobs[slot.start : slot.end] for slot in self.template.slots]
         return float(np.concatenate(filled).mean())
@@ -88,7 +99,8 @@ class Filler:
         self.job = job
         self.model, self.tokenizer = job.model, job.tokenizer
         self.limit = job.model.config.canvas_length
-        self.layout = Layout(job.tokenizer, job.literals, job.holes)
+        self.pad = self._pad()
+        self.layout = Layout(job.tokenizer, job.literals, job.holes, right=self.pad is None)
         self.old = self._old_ids()
         self.ranges = [self._lengths(hole) for hole in range(len(job.holes))]
         self.forwards = 0
@@ -96,7 +108,8 @@ class Filler:
     def fill(self, seeds: Sequence[int]) -> Turns[list[Infill]]:
         """One Infill per seed; the prompt and what the first canvas needs are read once."""
         cache = self.model.make_cache()
-        self.model.prefill(mx.array(list(self.job.prompt))[None], cache)
+        prompt = mx.array(list(self.job.prompt))[None]
+        self.model.prefill(prompt, cache, images=self.job.images)
         window = self._window(0)
         self._enter(cache, window)
         start = cache.snapshot()
@@ -119,6 +132,13 @@ class Filler:
 
     # Planning
 
+    def _pad(self) -> int | None:
+        """The id that ends a hole early, if that is how holes find their length."""
+        restricted = any(hole.choices or hole.alphabet is not None for hole in self.job.holes)
+        if self.job.lengths == "try" or restricted:
+            return None
+        return self.tokenizer.ids.get("pad", self.model.config.generation.pad_token_id)
+
     def _old_ids(self) -> list[list[int]]:
         """What each hole held, with the edges it took over, as ids."""
         edges = zip(self.layout.before, self.job.old, self.layout.after, strict=False)
@@ -136,7 +156,7 @@ class Filler:
                     f"A hole of {asked.low} tokens is longer than the canvas of {self.limit}: "
                     "make it shorter."
                 )
-            return _spread(max(asked.low, least), max(min(asked.high + joined, self.limit), least))
+            return spread(max(asked.low, least), max(min(asked.high + joined, self.limit), least))
         if self.old:
             count = len(self.old[hole])
             if count > self.limit:
@@ -145,7 +165,7 @@ class Filler:
                 )
             if self.job.strength < 1:
                 return [count]
-            return _spread(max(count - 2, least), min(count + 2, self.limit))
+            return spread(max(count - 2, least), min(count + 2, self.limit))
         most = max(self.limit // 2, least)
         return [length for length in LENGTHS if least <= length <= most]
 
@@ -199,31 +219,110 @@ class Filler:
     def _choose_lengths(self, cache: ContextCache, window: _Window, seed: int) -> Turns[_Filled]:
         """Tries the lengths of one hole after the other, the others as they are."""
         ranges = self.ranges[window.first : window.first + window.count]
+        if self.pad is not None and any(len(choices) > 1 for choices in ranges):
+            found = yield from self._end_early(cache, window, ranges, seed)
+            if found is not None:
+                return found
         lengths = [choices[min(2, len(choices) - 1)] for choices in ranges]
         best: _Filled | None = None
         for hole, choices in enumerate(ranges):
             if len(choices) == 1 and best is not None:
                 continue
             tries = [[*lengths[:hole], length, *lengths[hole + 1 :]] for length in choices]
+            tries = yield from self._promising(cache, window, tries, seed)
             filled = yield from self._denoise(cache, window, [(option, seed) for option in tries])
-            best = max(filled, key=lambda canvas: canvas.score)
+            best = yield from self._most_believed(cache, filled)
             lengths = [slot.end - slot.start for slot in best.template.slots]
         assert best is not None
         return best
 
+    def _end_early(
+        self, cache: ContextCache, window: _Window, ranges: Sequence[list[int]], seed: int
+    ) -> Turns[_Filled | None]:
+        """Holes with room to spare, ended by the network with pads; None if none suits."""
+        assert self.pad is not None
+        widths = [roomy(choices) for choices in ranges]
+        most = max(map(len, widths))
+        tries = [[width[min(row, len(width) - 1)] for width in widths] for row in range(most)]
+        rows = [(option, seed) for option in tries]
+        roomy_ones = yield from self._denoise(cache, window, rows, pad=self.pad)
+        filled = [_Filled(*without_pads(one.template, one.result, self.pad)) for one in roomy_ones]
+        suiting = [
+            one
+            for one in filled
+            if all(
+                choices[0] <= slot.end - slot.start <= choices[-1]
+                for slot, choices in zip(one.template.slots, ranges, strict=True)
+            )
+        ]
+        if not suiting:
+            return None
+        return (yield from self._most_believed(cache, suiting))
+
+    def _promising(
+        self, cache: ContextCache, window: _Window, tries: list[list[int]], seed: int
+    ) -> Turns[list[list[int]]]:
+        """Of many lengths the few worth filling, by one look at each with noise in the holes."""
+        templates = [self._template(window, lengths) for lengths in tries]
+        if any(not template.unseen for template in templates):  # what lets the whole text be seen
+            tries = [tries[row] for row, template in enumerate(templates) if not template.unseen]
+            templates = [template for template in templates if not template.unseen]
+        if len(tries) <= FINALISTS:
+            return tries
+        noisy = []
+        for template in templates:
+            length = template.length(self.limit)
+            request = self._request(window, template, seed)
+            start = Place(window.first, 0, 0)
+            canvas = request.initial(start, length, self.model.config.text.vocab_size)
+            known = template.pins(self.limit).mask & (np.arange(length) < len(template.ids))
+            noisy.append((np.array(canvas), known))
+        beliefs = yield from self._beliefs(cache, noisy)
+        best = sorted(range(len(tries)), key=lambda row: -beliefs[row])[:FINALISTS]
+        return [tries[row] for row in sorted(best)]
+
+    def _most_believed(self, cache: ContextCache, filled: Sequence[_Filled]) -> Turns[_Filled]:
+        """The canvas whose finished text the network believes most."""
+        if len(filled) == 1:
+            return filled[0]
+        finished = []
+        for one in filled:
+            length = len(one.result.ids)
+            finished.append((one.result.ids, np.arange(length) < len(one.template.ids)))
+        beliefs = yield from self._beliefs(cache, finished)
+        return filled[int(np.argmax(beliefs))]
+
+    def _beliefs(
+        self, cache: ContextCache, canvases: Sequence[tuple[np.ndarray, np.ndarray]]
+    ) -> Turns[list[float]]:
+        """`belief` of (ids, counted positions) pairs, in batches."""
+        found: dict[int, float] = {}
+        for batch in _batches([len(ids) for ids, _ in canvases]):
+            ids, counted = zip(*(canvases[row] for row in batch), strict=True)
+            values = belief(self.model, cache, self.job.settings, ids, counted)
+            found.update(zip(batch, values, strict=True))
+            self.forwards += len(batch)
+            yield self.forwards
+        return [found[row] for row in range(len(canvases))]
+
     def _denoise(
-        self, cache: ContextCache, window: _Window, rows: Sequence[tuple[Sequence[int], int]]
+        self,
+        cache: ContextCache,
+        window: _Window,
+        rows: Sequence[tuple[Sequence[int], int]],
+        *,
+        pad: int | None = None,
     ) -> Turns[list[_Filled]]:
-        """Denoises (lengths, seed) rows side by side, those of one canvas length together."""
+        """Denoises (lengths, seed) rows side by side, those of one canvas length together.
+
+        pad: a control token that the holes may take all the same.
+        """
         templates = [self._template(window, lengths) for lengths, _ in rows]
-        order = sorted(range(len(rows)), key=lambda row: templates[row].length(self.limit))
         filled: dict[int, _Filled] = {}
-        while order:
-            length = templates[order[0]].length(self.limit)
-            batch = [row for row in order if templates[row].length(self.limit) == length][:BATCH]
-            order = [row for row in order if row not in batch]
+        for batch in _batches([template.length(self.limit) for template in templates]):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]
-            results = self._run(cache, window, requests, length)
+            length = templates[batch[0]].length(self.limit)
+            results = self._run(cache, window, requests, length, pad)
             for row, result in zip(batch, results, strict=True):
                 filled[row] = _Filled(templates[row], result)
             yield self.forwards
@@ -244,6 +343,7 @@ class Filler:
         window: _Window,
         requests: Sequence[CanvasRequest],
         length: int,
+        pad: int | None,
     ) -> list[BlockResult]:
         steps = denoise_block(
             self.model,
@@ -253,7 +353,7 @@ class Filler:
             block=window.first,
             length=length,
             logprobs=True,
-            banned=sorted(self.tokenizer.control_ids),
+            banned=sorted(self.tokenizer.control_ids - {pad}),
         )
         while True:
             if self.job.cancel is not None and self.job.cancel.is_set():
@@ -315,8 +415,8 @@ class Filler:
         return Filling(text, (at, at + len(text)), slot.end - slot.start, tuple(tokens), replaced)
 
 
-def _spread(low: int, high: int) -> list[int]:
-    """Every length from low to high, or those of LENGTHS among them when that is many."""
-    if high - low < len(LENGTHS):
-        return list(range(low, high + 1))
-    return [low, *(length for length in LENGTHS if low < length < high), high]
+def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
+    """Rows of one canvas length together, at most BATCH at a time."""
+    for length in sorted(set(lengths)):
+        rows = [row for row, found in enumerate(lengths) if found == length]
+        yield from (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))

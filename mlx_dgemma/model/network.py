@@ -175,6 +175,8 @@ class Model(nn.Module):
         if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
             raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
         blocks = self._image_blocks(tokens, images)
+        if cancelled is not None and cancelled():
+            return
         soft = self._soft_tokens(blocks, images)
         for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
             if cancelled is not None and cancelled():

@@ -64,6 +64,10 @@ class FeatureCache:
             self._known.popitem(last=False)
         return features
 
+    def clear(self) -> None:
+        """Forgets them all."""
+        self._known.clear()
+
 
 class ClippableLinear(nn.Module):
     """A linear map whose input and output are clamped, where the checkpoint has bounds."""

@@ -13,18 +13,25 @@ from mlx_vlm.models.diffusion_gemma import Model, ModelConfig
 class VlmReference:
     """One Hugging Face checkpoint folder and one context, driven like our own model."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, vision: bool = False):
         self.model = Model(ModelConfig.from_dict(json.loads((folder / "config.json").read_text())))
         weights = self.model.sanitize(mx.load(str(folder / "model.safetensors")))
-        text_only = [item for item in weights.items() if ".vision_tower." not in item[0]]
-        self.model.load_weights(text_only, strict=False)
+        wanted = [item for item in weights.items() if vision or ".vision_tower." not in item[0]]
+        self.model.load_weights(wanted, strict=False)
         self.reset()
 
     def reset(self) -> None:
         self.cache = self.model.make_cache()
 
-    def prefill(self, ids: np.ndarray) -> None:
-        self.model.diffusion_prefill_cache(mx.array(ids), cache=self.cache)
+    def prefill(self, ids: np.ndarray, pixels: np.ndarray | None = None) -> None:
+        """pixels: one image [1, 3, height, width], behind the prompt's image tokens."""
+        is_image = mx.array((ids == self.model.config.image_token_id).astype(np.int32))
+        self.model.diffusion_prefill_cache(
+            mx.array(ids),
+            cache=self.cache,
+            pixel_values=None if pixels is None else mx.array(pixels),
+            mm_token_type_ids=None if pixels is None else is_image,
+        )
 
     def denoise(
         self, canvas: np.ndarray, self_conditioning_logits: np.ndarray | None = None

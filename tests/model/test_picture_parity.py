@@ -1,0 +1,167 @@
+"""From the picture file to logits: transformers' and mlx-vlm's whole path against ours.
+
+A random checkpoint with the demo's tokenizer and chat template, so that messages can be asked.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from PIL import Image
+from random_checkpoint import Dims, write
+from transformers_oracle import Reference, assert_close
+
+from mlx_dgemma.api import load, prepare_prompt
+from mlx_dgemma.demo import CHECKPOINT
+from tests.prompt.drawings import photograph, screenshot
+
+TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+IDS = ("image_token_id", "boi_token_id", "eoi_token_id")
+PATCH, POOLING, BUDGET = 4, 3, 70
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    demo = json.loads((CHECKPOINT / "config.json").read_text())
+    folder = write(
+        tmp_path_factory.mktemp("pictures"), Dims(vocabulary=demo["text_config"]["vocab_size"])
+    )
+    path = folder / "config.json"
+    config = json.loads(path.read_text()) | {name: demo[name] for name in IDS}
+    config["vision_config"]["default_output_length"] = BUDGET  # mlx-vlm pads to it
+    path.write_text(json.dumps(config))
+    sizes = {"max_soft_tokens": BUDGET, "patch_size": PATCH, "pooling_kernel_size": POOLING}
+    (folder / "processor_config.json").write_text(json.dumps({"image_processor": sizes}))
+    for name in TOKENIZER:
+        shutil.copy(CHECKPOINT / name, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(folder):
+    return load(folder)
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    photograph(90, 70).save(folder / "photo.jpg")
+    screenshot(300, 160).save(folder / "screen.png")
+    photograph(20, 60, 1).quantize(16).save(folder / "palette.gif")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def reference(folder):
+    return Reference(folder)
+
+
+def conversation(files):
+    """Pictures before, between and behind words, in two turns."""
+    picture = lambda name: {"type": "image", "image": str(files / name)}  # noqa: E731
+    text = lambda words: {"type": "text", "text": words}  # noqa: E731
+    return [
+        {"role": "user", "content": [picture("photo.jpg"), text("Sort "), picture("screen.png")]},
+        {"role": "assistant", "content": "abc"},
+        {"role": "user", "content": [text("Count from 3"), picture("palette.gif")]},
+    ]
+
+
+def reference_ids(folder, messages, counts):
+    """The template, the placeholders and the tokenizer as transformers brings them."""
+    from transformers import AutoTokenizer
+    from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|x|>"}
+    counted = {"num_soft_tokens_per_image": counts}
+    for index in range(len(counts)):
+        block = Gemma4Processor.replace_image_token(SimpleNamespace(**names), counted, index)
+        text = text.replace("<|image|>", block, 1)
+    ids = tokenizer(text.replace("<|x|>", "<|image|>"), add_special_tokens=False)["input_ids"]
+    return np.array([ids])
+
+
+def reference_pictures(names):
+    from transformers.image_utils import load_image
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    processor = Gemma4ImageProcessorPil(
+        max_soft_tokens=BUDGET, patch_size=PATCH, pooling_kernel_size=POOLING
+    )
+    return processor([load_image(str(name)) for name in names], return_tensors="np")
+
+
+def canvas_of(seed=0):
+    return np.random.default_rng(seed).integers(0, 800, (1, Dims().canvas))
+
+
+@pytest.mark.parametrize("chunk_size", [1, 50, 2048])
+def test_a_conversation_with_pictures(folder, loaded, reference, files, chunk_size):
+    messages = conversation(files)
+    names = [files / name for name in ("photo.jpg", "screen.png", "palette.gif")]
+    pictures = reference_pictures(names)
+    ids = reference_ids(folder, messages, pictures["num_soft_tokens_per_image"])
+    reference.reset()
+    reference.prefill_with_images(
+        ids, pictures["pixel_values"], pictures["image_position_ids"].astype(np.int64)
+    )
+    model, tokenizer = loaded
+    ours = prepare_prompt(model, tokenizer, messages)
+    assert ours.ids == ids[0].tolist()
+    cache = model.make_cache()
+    model.prefill(ours.ids, cache, [image.patches for image in ours.images], chunk_size)
+    canvas = canvas_of()
+    assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
+
+
+def test_a_video_is_its_frames(folder, loaded, reference):
+    """The reference network knows images alone; a video's frames are images to it."""
+    frames = [photograph(64, 48, seed) for seed in range(4)]
+    video = {"type": "video", "video": frames, "num_frames": 3, "source_fps": 1}
+    messages = [{"role": "user", "content": [video, {"type": "text", "text": "What moves?"}]}]
+    model, tokenizer = loaded
+    ours = prepare_prompt(model, tokenizer, messages)
+    network = ours.network_ids(model.config.image_token_id)
+    assert len(ours.images) == 3
+
+    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
+
+    processor = Gemma4ImageProcessorPil(
+        max_soft_tokens=70, patch_size=PATCH, pooling_kernel_size=POOLING
+    )
+    sampled = processor([frames[0], frames[1], frames[2]], return_tensors="np")
+    reference.reset()
+    reference.prefill_with_images(
+        np.array([network]), sampled["pixel_values"], sampled["image_position_ids"].astype(np.int64)
+    )
+    cache = model.make_cache()
+    model.prefill(network, cache, [image.patches for image in ours.images])
+    canvas = canvas_of(1)
+    assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
+
+
+def test_mlx_vlm_sees_the_same(folder, loaded, files):
+    from mlx_vlm.models.gemma4.processing_gemma4 import Gemma4ImageProcessor
+    from mlx_vlm_oracle import VlmReference
+
+    model, tokenizer = loaded
+    path = files / "screen.png"
+    prompt = prepare_prompt(model, tokenizer, "What is this?", images=[path])
+    processor = Gemma4ImageProcessor(
+        max_soft_tokens=BUDGET, patch_size=PATCH, pooling_kernel_size=POOLING
+    )
+    data, counts = processor.preprocess([Image.open(path)])
+    assert counts == [prompt.images[0].soft_tokens]
+    other = VlmReference(folder, vision=True)
+    other.prefill(np.array([prompt.ids]), data["pixel_values"])
+    cache = model.make_cache()
+    model.prefill(prompt.ids, cache, [prompt.images[0].patches])
+    canvas = canvas_of(2)
+    assert_close(model.denoise(mx.array(canvas), cache), other.denoise(canvas))
