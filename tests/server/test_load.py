@@ -1,9 +1,13 @@
 """Many clients at once: some leave, some send nonsense; nobody else notices."""
 
+import json
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import httpx2
@@ -90,3 +94,15 @@ def _settled(url: str) -> None:
             return
         time.sleep(0.1)
     raise AssertionError("requests are left over")
+
+
+def test_the_load_script_finds_nothing_wrong() -> None:
+    """The demo model under a few seconds of what benchmarks/server_load.py does for minutes."""
+    script = Path(__file__).parents[2] / "benchmarks" / "server_load.py"
+    command = [sys.executable, str(script), "--seconds", "4", "--clients", "16"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
+    assert done.stdout, done.stderr
+    result = json.loads(done.stdout)
+    assert result["problems"] == []
+    assert result["outcomes"]["answered"] > 0
+    assert result["growth"] < 0.25  # a few seconds warm up less than a few minutes
