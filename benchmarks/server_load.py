@@ -133,24 +133,27 @@ def server() -> Iterator[tuple[int, int]]:
     command = [sys.executable, "-m", "mlx_dgemma", "server", "--port", str(port)]
     command += ["--max-body-mb", str(MAX_BODY >> 20), "--prefix-cache-mb", "16"]
     command += ["--max-waiting", "40"]
-    log = tempfile.TemporaryFile()
-    process = subprocess.Popen(command, stderr=log)
-    try:
-        while True:
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
+    with tempfile.TemporaryFile() as log:
+        process = subprocess.Popen(command, stderr=log)
+        try:
+            while not _listens(port):
                 if process.poll() is not None:
                     log.seek(0)
                     said = log.read()[-2000:].decode(errors="replace")
-                    raise SystemExit(f"The server did not start: {said}") from None
+                    raise SystemExit(f"The server did not start: {said}")
                 time.sleep(0.1)
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.wait(60)
-        log.close()
+            yield port, process.pid
+        finally:
+            process.terminate()
+            process.wait(60)
+
+
+def _listens(port: int) -> bool:
+    try:
+        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def settled(port: int) -> bool:
