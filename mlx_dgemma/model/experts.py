@@ -13,8 +13,9 @@ from mlx_dgemma.model.layers import Linear, Matrix, gated_gelu
 class Router(nn.Module):
     """Chooses `top_k` experts per position from the raw residual stream."""
 
-    def __init__(self, text: TextConfig):
+    def __init__(self, text: TextConfig, dtype: mx.Dtype):
         super().__init__()
+        self.dtype = dtype
         self.eps = text.rms_norm_eps
         self.top_k = text.top_k_experts
         self.root = text.hidden_size**-0.5
@@ -23,13 +24,16 @@ class Router(nn.Module):
     def __call__(self, x: mx.array) -> tuple[mx.array, mx.array]:
         """x [T, H] -> (experts int32 [T, K], weights float32 [T, K])."""
         normed = mx.fast.rms_norm(x, None, self.eps) * self.scale * self.root
-        return route(self.proj(normed), self.per_expert_scale, self.top_k)
+        return route(self._scores(normed), self.per_expert_scale, self.top_k)
 
     def fused(self, x: mx.array) -> kernels.Routing:
         """The same by the fused operations, with the choices sorted for the experts."""
         return kernels.route(
-            x, self.scale, self.proj, self.per_expert_scale, self.top_k, eps=self.eps
+            x, self.scale, self._scores, self.per_expert_scale, self.top_k, eps=self.eps
         )
+
+    def _scores(self, normed: mx.array) -> mx.array:
+        return self.proj(normed.astype(self.dtype))
 
 
 def route(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> tuple[mx.array, mx.array]:

@@ -30,11 +30,15 @@ CHUNK = 2048  # prompt tokens per encoder pass
 
 
 class Layer(nn.Module):
-    """Attention, then a dense and an expert branch side by side."""
+    """Attention, then a dense and an expert branch side by side.
 
-    def __init__(self, text: TextConfig, index: int):
+    The residual stream may be wider than `dtype`, in which every matrix product runs.
+    """
+
+    def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
         super().__init__()
         eps = text.rms_norm_eps
+        self.dtype = dtype
         self.kind = text.layer_types[index]
         self.fused = False
         self.self_attn = Attention(text, index)
@@ -43,7 +47,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(eps)
         self.pre_feedforward_layernorm = RMSNorm(eps)
         self.post_feedforward_layernorm = RMSNorm(eps)
-        self.router = Router(text)
+        self.router = Router(text, dtype)
         self.experts = Experts()
         self.post_feedforward_layernorm_1 = RMSNorm(eps)
         self.post_feedforward_layernorm_2 = RMSNorm(eps)
@@ -57,25 +61,31 @@ class Layer(nn.Module):
         blocks: np.ndarray | None,
         scalar: mx.array,
     ) -> mx.array:
-        mixed = self.self_attn.encode(self.input_layernorm(x), rope, context, blocks)
-        return self._feed_forward(x + self.post_attention_layernorm(mixed)) * scalar
+        mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
+        return self._feed_forward(self._after_attention(x, mixed)) * scalar
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        mixed = self.self_attn.decode(self.input_layernorm(x), rope, context)
-        return self._feed_forward(x + self.post_attention_layernorm(mixed)) * self.layer_scalar
+        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
+        return self._feed_forward(self._after_attention(x, mixed)) * self.layer_scalar
+
+    def attention_input(self, x: mx.array) -> mx.array:
+        return self.input_layernorm(x).astype(self.dtype)
+
+    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
+        return x + self.post_attention_layernorm(mixed.astype(x.dtype))
 
     def _feed_forward(self, residual: mx.array) -> mx.array:
         """The two branches; the router reads the raw residual."""
-        dense = self.post_feedforward_layernorm_1(
-            self.mlp(self.pre_feedforward_layernorm(residual))
-        )
+        wide = residual.dtype
+        dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
+        dense = self.post_feedforward_layernorm_1(dense.astype(wide))
         flat = residual.reshape(-1, residual.shape[-1])
-        normed = self.pre_feedforward_layernorm_2(flat)
+        normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
         if self.fused:
             mixed = self.experts.fused(normed, self.router.fused(flat))
         else:
             mixed = self.experts(normed, *self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape))
+        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
         return residual + self.post_feedforward_layernorm(dense + sparse)
 
 
@@ -97,10 +107,10 @@ class SelfConditioning(GatedMLP):
 class Decoder(nn.Module):
     """Every text weight; the encoder pass borrows them."""
 
-    def __init__(self, text: TextConfig):
+    def __init__(self, text: TextConfig, dtype: mx.Dtype):
         super().__init__()
         self.embed_tokens = Embedding()
-        self.layers = [Layer(text, index) for index in range(text.num_hidden_layers)]
+        self.layers = [Layer(text, index, dtype) for index in range(text.num_hidden_layers)]
         self.norm = RMSNorm(text.rms_norm_eps)
         self.self_conditioning = SelfConditioning(text.rms_norm_eps)
 
@@ -125,9 +135,9 @@ class Encoder(nn.Module):
 
 
 class Backbone(nn.Module):
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype):
         super().__init__()
-        self.decoder = Decoder(config.text)
+        self.decoder = Decoder(config.text, dtype)
         self.encoder = Encoder(config)
 
 
@@ -136,13 +146,17 @@ class Model(nn.Module):
 
     sqrt(hidden) is rounded to that dtype before it multiplies an embedding, as the reference does
     when it is loaded in it: 53.0 in bfloat16, 53.066 in float32, for the published width.
+
+    In float16 the residual stream stays in float32, since it can pass 65,504: float16 is for the
+    operands of matrix products alone, which come from norms.
     """
 
     def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
         super().__init__()
         self.config = config
         self.dtype = dtype
-        self.model = Backbone(config)
+        self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
+        self.model = Backbone(config, dtype)
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
@@ -209,12 +223,12 @@ class Model(nn.Module):
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it."""
         decoder = self.model.decoder
-        embedded = self.embedding_rows(canvas) * self.embed_scale
+        embedded = self.embedding_rows(canvas).astype(self.residual_dtype) * self.embed_scale
         x = decoder.self_conditioning.condition(embedded, soft_embeddings)
         rope = self.rope.span(cache.offset, canvas.shape[1])
         for layer, context in zip(decoder.layers, cache.layers, strict=True):
             x = layer.decode(x, rope[layer.kind], context)
-        return decoder.norm(x)
+        return decoder.norm(x).astype(self.dtype)
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         """[B, C, V] of the tied head, in the activation dtype, before float32 and softcap."""
@@ -283,12 +297,13 @@ class Model(nn.Module):
         ):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
         last = layers[-1]  # its output is never used, only its keys and values
-        last.self_attn.extend(last.input_layernorm(x), rope[last.kind], cache.layers[-1])
+        last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
 
     def _embed(
         self, tokens: np.ndarray, blocks: np.ndarray | None, soft: list[mx.array]
     ) -> mx.array:
-        embedded = self.embedding_rows(mx.array(tokens)) * self.embed_scale
+        embedded = self.embedding_rows(mx.array(tokens)).astype(self.residual_dtype)
+        embedded = embedded * self.embed_scale
         if blocks is not None:
             for block in np.unique(blocks[blocks >= 0]):
                 first, count = int(np.argmax(blocks == block)), int((blocks == block).sum())
