@@ -37,6 +37,8 @@ from mlx_dgemma.decoding.trace import (
 )
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.memory import set_limits
 from mlx_dgemma.model import Model, load_model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
@@ -67,6 +69,7 @@ def load(
         from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(path_or_hf_repo, revision=revision)
+    set_limits(machine())
     model = load_model(folder, lazy=lazy, adapter_path=adapter_path)
     return model, load_tokenizer(folder, model.config.stop_ids)
 

@@ -27,42 +27,58 @@ ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1,
 # Left to macOS and other programs; below this a Mac pages and everything crawls.
 SYSTEM_RESERVE = 3_000_000_000
 CONTEXT_STEP = 256  # contexts grow in multiples of this
-PREFILL_CHUNK = 512
+PREFILL_CHUNK = 2048  # tokens per encoder pass
+QUERY_BLOCK = 512  # of which so many attend at a time
+KEY_CHUNK = 4096  # to so many keys
+VOCABULARY_SLICE = 16384  # columns of the sliced head
+# What MLX may keep of freed buffers; it would otherwise grow to the whole machine.
+CACHE_LIMIT = 2_000_000_000
 MAX_HEADER = 100_000_000  # the safetensors format's own limit
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Bytes by purpose for one model at one context length."""
+    """Bytes by purpose for one model at one context length.
+
+    sliced_head: the logits of a canvas are never held whole, which costs time and saves memory.
+    """
 
     weights: int
     context: int
     working: int
     context_tokens: int
+    sliced_head: bool = False
 
     @property
     def total(self) -> int:
         return self.weights + self.context + self.working
 
-    def record(self) -> dict[str, int]:
+    def record(self) -> dict[str, int | bool]:
         return {
             "weights_bytes": self.weights,
             "context_bytes": self.context,
             "working_bytes": self.working,
             "total_bytes": self.total,
             "context_tokens": self.context_tokens,
+            "sliced_head": self.sliced_head,
         }
 
     def __str__(self) -> str:
+        head = ", the head in slices" if self.sliced_head else ""
         return (
             f"{gigabytes(self.total)} ({gigabytes(self.weights)} weights, "
             f"{gigabytes(self.context)} context of {self.context_tokens:,} tokens, "
-            f"{gigabytes(self.working)} working memory)"
+            f"{gigabytes(self.working)} working memory{head})"
         )
 
 
 def plan(
-    config: ModelConfig, *, context_tokens: int, weights: int | None = None, canvases: int = 1
+    config: ModelConfig,
+    *,
+    context_tokens: int,
+    weights: int | None = None,
+    canvases: int = 1,
+    sliced_head: bool = False,
 ) -> Plan:
     """The plan for a context of `context_tokens`, prompt and replies together.
 
@@ -72,9 +88,44 @@ def plan(
     return Plan(
         weights=weight_bytes(config) if weights is None else weights,
         context=context_bytes(config, context_tokens),
-        working=working_bytes(config, context_tokens, canvases),
+        working=working_bytes(config, context_tokens, canvases, sliced_head=sliced_head),
         context_tokens=context_tokens,
+        sliced_head=sliced_head,
     )
+
+
+def plan_for(
+    machine: Machine, config: ModelConfig, *, context_tokens: int, weights: int | None = None
+) -> Plan:
+    """The plan that suits a machine: with the head in slices only where that makes it fit.
+
+    What the GPU keeps resident by default is tried first, then all that can be used; a plan that
+    fits neither is for `check_fits` to refuse.
+    """
+    whole, sliced = (
+        plan(config, context_tokens=context_tokens, weights=weights, sliced_head=in_slices)
+        for in_slices in (False, True)
+    )
+    room = usable(machine)
+    if room is None:
+        return whole
+    resident = min(room, machine.limit or room) if machine.metal else room
+    for bound in (resident, room):
+        for candidate in (whole, sliced):
+            if candidate.total <= bound:
+                return candidate
+    return whole
+
+
+def set_limits(machine: Machine) -> None:
+    """Tell MLX what it may keep: weights resident up to the GPU's working set, and few freed
+    buffers. Does nothing without Metal."""
+    if not machine.metal or machine.working_set is None:
+        return
+    import mlx.core as mx
+
+    mx.set_wired_limit(machine.working_set)
+    mx.set_cache_limit(min(CACHE_LIMIT, machine.working_set // 8))
 
 
 def weight_bytes(
@@ -99,24 +150,29 @@ def context_bytes(config: ModelConfig, tokens: int) -> int:
     return total * ITEM_SIZE[text.dtype]
 
 
-def working_bytes(config: ModelConfig, tokens: int, canvases: int = 1) -> int:
+def working_bytes(
+    config: ModelConfig, tokens: int, canvases: int = 1, *, sliced_head: bool = False
+) -> int:
     """An upper estimate of what a denoising step or a prefill chunk adds to weights and context.
 
-    A step holds the raw logits and, while statistics are taken, one float32 array of their
-    size; the widest layer needs its experts' rows and the attention scores over the context.
+    A step holds the raw logits, or a slice of them, and while statistics are taken one float32
+    array of their size; the widest layer needs its experts' rows and the attention scores over
+    the context.
     """
     text = config.text
     rows = canvases * config.canvas_length
-    logits = rows * text.vocab_size * (ITEM_SIZE[text.dtype] + 4)
-    step = logits + _layer_bytes(text, rows, tokens)
-    return max(step, _layer_bytes(text, PREFILL_CHUNK, tokens))
+    columns = min(text.vocab_size, VOCABULARY_SLICE) if sliced_head else text.vocab_size
+    logits = rows * columns * (ITEM_SIZE[text.dtype] + 4)
+    step = logits + _layer_bytes(text, rows, rows, tokens)
+    return max(step, _layer_bytes(text, PREFILL_CHUNK, QUERY_BLOCK, tokens))
 
 
-def _layer_bytes(text: TextConfig, rows: int, tokens: int) -> int:
-    """Activations of the widest layer for `rows` tokens that attend to `tokens` others."""
+def _layer_bytes(text: TextConfig, rows: int, queries: int, tokens: int) -> int:
+    """Activations of the widest layer for `rows` tokens, `queries` of them attending at a time to
+    `tokens` others."""
     routed = rows * text.top_k_experts
     experts = routed * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
-    scores = text.num_attention_heads * rows * min(tokens + rows, 2 * text.sliding_window)
+    scores = text.num_attention_heads * queries * min(tokens + rows, KEY_CHUNK)
     residual = rows * text.hidden_size * 8
     return (experts + residual) * ITEM_SIZE[text.dtype] + scores * 4
 

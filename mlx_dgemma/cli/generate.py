@@ -16,8 +16,15 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
-from mlx_dgemma.cli.session import Session, check_writable, open_session
+from mlx_dgemma.cli.session import (
+    DEMO_NAME,
+    Session,
+    check_writable,
+    memory_plan,
+    open_session,
+)
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.hub import resolve_model
 
 if TYPE_CHECKING:
     from mlx_dgemma.api import Prompt
@@ -60,6 +67,11 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --json: each token's log-probability, entropy and the step that settled it",
     )
+    output.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the memory that the model would take, and load nothing",
+    )
     output.add_argument("--trace", metavar="FILE", help="record seed, draws and drafts as JSON")
     output.add_argument(
         "--verbose",
@@ -80,14 +92,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.replay is not None:
         return _replay(arguments, messages)
 
+    if arguments.dry_run:
+        return _plan(arguments)
+
     # 1. What is asked, before anything slow
     if arguments.trace is not None:
         check_writable(arguments.trace, "trace")
     if arguments.prompt_cache_file is not None:
         check_writable(arguments.prompt_cache_file, "prompt cache")
     example = _example(arguments)
-    prompt: Prompt = example.messages if example else _read_prompt(arguments)
     shown = media.parts(arguments)
+    prompt: Prompt = example.messages if example else _read_prompt(arguments)
     size = len(prompt) if isinstance(prompt, str) else 0
     size += media.guessed_tokens(arguments) + (arguments.max_tokens or 256)
     session = open_session(arguments, messages, context=size)
@@ -127,6 +142,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_summary(reply, console if on_terminal else messages, prepared.media)
     cancelled = reply.finish is not None and reply.finish.reason == "cancelled"
     return INTERRUPTED if cancelled else 0
+
+
+def _plan(arguments: argparse.Namespace) -> int:
+    folder = resolve_model(arguments.model, revision=arguments.revision)
+    wanted, advice = memory_plan(arguments, folder, arguments.max_tokens or 0)
+    if arguments.json:
+        print(json.dumps({"model": str(arguments.model or DEMO_NAME), **wanted.record()}))
+    else:
+        print(f"{arguments.model or DEMO_NAME} needs {wanted}")
+    if advice:
+        print(advice, file=sys.stderr)
+    return 0
 
 
 def _read_prompt(arguments: argparse.Namespace) -> str:

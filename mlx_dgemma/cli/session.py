@@ -17,7 +17,7 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.hub import COMMUNITY, demo_path, resolve_model
-from mlx_dgemma.memory import check_fits, plan, stored_bytes
+from mlx_dgemma.memory import Plan, check_fits, plan_for, stored_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer
@@ -66,6 +66,19 @@ def check_writable(path: str | Path, what: str) -> None:
         raise InputError(f"The {what} file {path} cannot be written.")
 
 
+def memory_plan(
+    arguments: argparse.Namespace, folder: Path, context: int
+) -> tuple[Plan, str | None]:
+    """What the model will need here, and advice where that is tight.
+
+    Raises ResourceError when it cannot fit.
+    """
+    config, this = ModelConfig.from_folder(folder), machine()
+    tokens = min(max(context, PLANNED_CONTEXT), config.text.max_position_embeddings)
+    wanted = plan_for(this, config, context_tokens=tokens, weights=stored_bytes(folder))
+    return wanted, check_fits(wanted, this, name=str(arguments.model or DEMO_NAME))
+
+
 def open_session(arguments: argparse.Namespace, messages: Console, context: int = 0) -> Session:
     """Finds, checks and loads the model; notices go to `messages` (standard error).
 
@@ -82,9 +95,9 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
         check_seed(arguments.seed)
     decoding = DecodingSettings.from_defaults(config.generation, options)
     name = DEMO_NAME if demo else str(arguments.model)
-    tokens = min(max(context, PLANNED_CONTEXT), config.text.max_position_embeddings)
-    wanted = plan(config, context_tokens=tokens, weights=stored_bytes(folder))
-    advice = check_fits(wanted, machine(), name=name)
+    wanted, advice = memory_plan(arguments, folder, context)
+    if wanted.sliced_head:
+        options["sliced_head"] = True
     if demo:
         messages.print(DEMO_NOTICE, style="dim", highlight=False, soft_wrap=True)
     if advice:

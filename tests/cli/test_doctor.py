@@ -14,7 +14,7 @@ from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
 from mlx_dgemma.hardware import Machine, machine
 
 GIB = 1 << 30
-BIT4 = 17_567_565_528
+BIT4 = 17_601_119_960
 
 
 def mac(gibibytes: int, **changed: object) -> Machine:

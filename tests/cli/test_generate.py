@@ -87,6 +87,21 @@ def test_without_a_prompt_the_demo_answers_a_held_out_question(
     assert record["right"] in (True, False)
 
 
+def test_a_dry_run_prints_the_plan_and_loads_nothing(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_dgemma.api.load", lambda *_, **__: pytest.fail("loaded"))
+    code, out, _ = run(capsys, "--dry-run")
+    assert code == 0
+    assert "demo needs" in out
+    assert "context of 8,192 tokens" in out
+    record = json.loads(run(capsys, "--dry-run", "--json", "--max-tokens", "16000")[1])
+    assert record["context_tokens"] == 8192  # the demo has no room for more
+    assert record["total_bytes"] == sum(
+        record[f"{part}_bytes"] for part in ("weights", "context", "working")
+    )
+
+
 def test_a_trace_replays_to_the_same_text(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

@@ -67,6 +67,64 @@ def test_context_grows_only_in_full_layers(real: ModelConfig) -> None:
     )
 
 
+def test_the_plan_reckons_with_the_networks_own_blocks() -> None:
+    from mlx_dgemma.kernels.row_statistics import SLICE
+    from mlx_dgemma.model import attention
+    from mlx_dgemma.model.network import CHUNK
+
+    assert memory.PREFILL_CHUNK == CHUNK
+    assert (memory.QUERY_BLOCK, memory.KEY_CHUNK) == (attention.QUERY_BLOCK, attention.KEY_CHUNK)
+    assert memory.VOCABULARY_SLICE == SLICE
+
+
+@needs_assets
+def test_the_longest_context_takes_flat_working_memory(real: ModelConfig) -> None:
+    short, long = (memory.plan(real, context_tokens=tokens) for tokens in (8192, 262_144))
+    assert long.working == short.working
+    assert long.context == pytest.approx(5.7e9, rel=0.01)
+
+
+@needs_assets
+def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> None:
+    whole = memory.plan(real, context_tokens=8192)
+    sliced = memory.plan(real, context_tokens=8192, sliced_head=True)
+    between = (whole.total + sliced.total) // 2
+    for working_set, in_slices in (
+        (whole.total, False),
+        (between, True),
+        (sliced.total - 1, False),
+    ):
+        chosen = memory.plan_for(mac(24, working_set), real, context_tokens=8192)
+        assert chosen.sliced_head is in_slices
+    assert "the head in slices" in str(sliced)
+
+
+def test_mlx_is_told_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, int] = {}
+    for name in ("set_wired_limit", "set_cache_limit"):
+        monkeypatch.setattr(mx, name, lambda size, name=name: told.update({name: size}))
+    memory.set_limits(replace(mac(24, 16 * GIB), metal=False))
+    assert told == {}
+    memory.set_limits(mac(24, 16 * GIB))
+    assert told == {"set_wired_limit": 16 * GIB, "set_cache_limit": 2_000_000_000}
+
+
+def test_fifty_generations_end_with_the_memory_of_the_first() -> None:
+    from mlx_dgemma import generate, load
+
+    model, tokenizer = load()
+    held = []
+    for seed in range(50):
+        generate(
+            model, tokenizer, "Sort the letters CAB", seed=seed, max_tokens=8, max_denoising_steps=2
+        )
+        mx.clear_cache()
+        held.append(mx.get_active_memory())
+    # The tables of the last positions and a block's small arrays come and go.
+    assert max(held[2:]) - min(held[2:]) < 1 << 20
+    assert held[-1] - held[2] < 1 << 18
+
+
 def test_the_plan_covers_what_a_context_really_takes() -> None:
     model = load_model(demo_path())
     config = model.config
