@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -19,9 +19,10 @@ import numpy as np
 from mlx_dgemma import kernels
 from mlx_dgemma.benchmark.costs import Cost, loaded_bytes, prefill_costs, step_costs, total
 from mlx_dgemma.decoding.canvas import CanvasRequest
-from mlx_dgemma.decoding.denoise import denoise_block
+from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.model import ContextCache, Model
 
 _TEMPERATURE = 0.6
@@ -104,11 +105,7 @@ def steps(
     model: Model, cache: ContextCache, settings: DecodingSettings, count: int, *, seed: int = 0
 ) -> list[float]:
     """Seconds of each of a block's first `count` steps; nothing stops before."""
-    # A mean entropy is never below 0, so the block cannot converge; one step more keeps the last
-    # counted step from being the schedule's last, which conditions nothing.
-    endless = replace(settings, max_denoising_steps=count + 1, confidence_threshold=0.0)
-    request = CanvasRequest(SeededDraws(seed))
-    block = denoise_block(model, cache, endless, [request])
+    block = endless(model, cache, settings, count, seed=seed)
     mx.eval(cache.arrays)
     seconds, started = [], time.perf_counter()
     for _ in zip(range(count), block, strict=False):
@@ -117,6 +114,17 @@ def steps(
         started = now
     block.close()
     return seconds
+
+
+def endless(
+    model: Model, cache: ContextCache, settings: DecodingSettings, count: int, *, seed: int = 0
+) -> Generator[Step, None, list[BlockResult]]:
+    """A block that takes `count` steps and more: a mean entropy is never below 0.
+
+    It ends one step later, so that no counted step is the last, which conditions nothing.
+    """
+    without_end = replace(settings, max_denoising_steps=count + 1, confidence_threshold=0.0)
+    return denoise_block(model, cache, without_end, [CanvasRequest(SeededDraws(seed))])
 
 
 def time_components(model: Model, load: Workload) -> dict[str, Timing]:

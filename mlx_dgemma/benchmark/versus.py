@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 
 from mlx_dgemma.errors import InputError, ResourceError
 
-OURS, THEIRS = "mlx_dgemma", "mlx-vlm"
+OURS, SLICED, THEIRS = "mlx_dgemma", "mlx_dgemma, head in slices", "mlx-vlm"
 
 
 def compare(
@@ -33,20 +34,23 @@ def compare(
 ) -> dict[str, dict[str, float]]:
     """Runtime -> seconds of a step with self-conditioning (median) and bytes above the weights.
 
+    The processor's own seconds are counted too: on the CPU backend they hardly depend on what else
+    the machine does.
+
     Raises InputError when mlx-vlm is not installed, ResourceError when a run fails.
     """
     if importlib.util.find_spec("mlx_vlm") is None:
         raise InputError("mlx-vlm is not installed: pip install mlx-vlm, or leave out --compare.")
-    samples: dict[str, list[dict[str, Any]]] = {OURS: [], THEIRS: []}
+    samples: dict[str, list[dict[str, Any]]] = {OURS: [], SLICED: [], THEIRS: []}
     for number in range(rounds):
-        order = (OURS, THEIRS) if number % 2 == 0 else (THEIRS, OURS)
-        for runtime in order:
+        for runtime in list(samples)[:: -1 if number % 2 else 1]:
             samples[runtime].append(_run(runtime, folder, steps, prompt_tokens))
     return {
         runtime: {
             "step_seconds": statistics.median(s for run in runs for s in run["steps"]),
             "fastest_step_seconds": min(s for run in runs for s in run["steps"]),
             "slowest_step_seconds": max(s for run in runs for s in run["steps"]),
+            "step_cpu_seconds": statistics.median(s for run in runs for s in run["cpu"]),
             "bytes_above_weights": statistics.median(run["above_weights"] for run in runs),
             "weights_bytes": runs[0]["weights"],
         }
@@ -65,19 +69,22 @@ def _run(runtime: str, folder: Path, steps: int, prompt_tokens: int) -> dict[str
 
 
 def main(arguments: Sequence[str]) -> int:
-    """One runtime's run; prints {"steps": [seconds], "above_weights": bytes, "weights": bytes}."""
+    """One runtime's run; prints {"steps": [seconds], "cpu": [seconds], "above_weights": bytes,
+    "weights": bytes}."""
     runtime, folder, steps, prompt_tokens = arguments
-    run = _ours if runtime == OURS else _theirs
-    times: list[float] = []
-    weights = peak = 0
-    for kind, value in run(Path(folder), int(steps), int(prompt_tokens)):
-        if kind == "weights":
-            weights = value
-        elif kind == "step":
-            times.append(value)
+    run = _theirs if runtime == THEIRS else _ours
+    moments: list[tuple[float, float]] = []
+    weights = 0
+    for event in run(Path(folder), int(steps), int(prompt_tokens), runtime == SLICED):
+        if event is None:
+            moments.append((time.perf_counter(), time.process_time()))
+        else:
+            weights = event
     peak = mx.get_peak_memory()
     # The first step conditions on nothing and the second compiles: neither is counted.
-    print(json.dumps({"steps": times[2:], "above_weights": peak - weights, "weights": weights}))
+    wall, cpu = ([b - a for a, b in pairwise(clock)][2:] for clock in zip(*moments, strict=True))
+    found = {"steps": wall, "cpu": cpu, "above_weights": peak - weights, "weights": weights}
+    print(json.dumps(found))
     return 0
 
 
@@ -85,14 +92,18 @@ def _prompt(vocabulary: int, count: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, vocabulary, (1, count), dtype=np.int32)
 
 
-def _loaded() -> tuple[str, Any]:
+def _loaded() -> int:
     mx.clear_cache()
     mx.reset_peak_memory()
-    return "weights", mx.get_active_memory()
+    weights: int = mx.get_active_memory()
+    return weights
 
 
-def _ours(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str, Any]]:
-    from mlx_dgemma.benchmark.passes import steps as timed_steps
+_Events = Iterator[int | None]  # bytes of the weights once they are loaded, then None per moment
+
+
+def _ours(folder: Path, steps: int, prompt_tokens: int, sliced: bool) -> _Events:
+    from mlx_dgemma.benchmark.passes import endless
     from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import load_model
 
@@ -100,11 +111,14 @@ def _ours(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str, A
     yield _loaded()
     cache = model.make_cache()
     model.prefill(_prompt(model.config.text.vocab_size, prompt_tokens), cache)
-    for seconds in timed_steps(model, cache, DecodingSettings(), steps):
-        yield "step", seconds
+    block = endless(model, cache, DecodingSettings(sliced_head=sliced), steps)
+    mx.eval(cache.arrays)
+    yield None
+    for _ in zip(range(steps), block, strict=False):
+        yield None
 
 
-def _theirs(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str, Any]]:
+def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool) -> _Events:
     from mlx_vlm.generate.diffusion import stream_diffusion_generate
     from mlx_vlm.utils import load_model
 
@@ -134,14 +148,10 @@ def _theirs(folder: Path, steps: int, prompt_tokens: int) -> Iterator[tuple[str,
         diffusion_sampler="entropy-bound",
         diffusion_show_unmasking=True,  # an event per step, which is how a step is timed
     )
-    started = None
     for event in events:
-        now = time.perf_counter()
         if not getattr(event, "is_draft", False):
             return
-        if started is not None:
-            yield "step", now - started
-        started = now
+        yield None
 
 
 class _Silent:
