@@ -168,6 +168,7 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
     images = list(request.images)
     first = cache.offset
     end = first + prompt.size
+    cache.expect(prompt.size)
     for stop in [*sorted(at for at in request.stops if first < at < end), end]:
         part = prompt[cache.offset - first : stop - first]
         if images and (count := _image_runs(part, model)):

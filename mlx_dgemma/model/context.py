@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _FORMAT = "mlx_dgemma context 1"
 _STEP = 256  # buffers grow to a multiple of this many positions
+_MOST_SPARE = 2048  # positions that a growing full layer gets beyond what it needs now
 Pair = tuple[mx.array, mx.array]
 
 
@@ -39,6 +40,7 @@ class LayerContext:
         self.values: mx.array | None = None
         self.base = 0
         self.used = 0
+        self.expected = 0  # positions there will be soon, by `ContextCache.expect`
 
     @property
     def offset(self) -> int:
@@ -127,7 +129,7 @@ class LayerContext:
         kept = self.kept
         wanted = kept + count + self.slack
         if self.window is None:
-            wanted += kept // 8
+            wanted = max(wanted + min(kept // 8, _MOST_SPARE), self.expected + self.slack)
         capacity = -(-wanted // _STEP) * _STEP
         self.keys = _grown(self.keys, keys, self.used - kept, self.used, capacity)
         self.values = _grown(self.values, values, self.used - kept, self.used, capacity)
@@ -206,6 +208,12 @@ class ContextCache:
     def nbytes(self) -> int:
         """Bytes of all buffers, spare room included."""
         return sum(a.nbytes for a in self.arrays)
+
+    def expect(self, count: int) -> None:
+        """Announce `count` more tokens, so that layers which keep them all grow once, not often:
+        growing holds the old buffer beside the new one."""
+        for layer in self.layers:
+            layer.expected = max(layer.expected, layer.offset + count)
 
     def trim(self, count: int) -> None:
         """Forget the last `count` tokens, exactly.

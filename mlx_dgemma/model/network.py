@@ -192,6 +192,7 @@ class Model(nn.Module):
         if cancelled is not None and cancelled():
             return
         soft = self._soft_tokens(blocks, images)
+        cache.expect(tokens.size)
         for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
             if cancelled is not None and cancelled():
                 return

@@ -246,3 +246,16 @@ def test_a_canvas_longer_than_the_configured_one(model):
 def test_ids_outside_the_vocabulary(model):
     with pytest.raises(InputError, match="between 0 and 96"):
         model.prefill(np.array([[3, 97]]), model.make_cache())
+
+
+def test_an_announced_prompt_is_given_its_room_once(model):
+    cache = model.make_cache()
+    cache.expect(3000)
+    full = next(layer for layer in cache.layers if layer.window is None)
+    capacities = set()
+    for start in range(0, 3000, 500):
+        model.prefill(np.arange(start, start + 500)[None] % 90, cache)
+        capacities.add(full.capacity)
+    assert capacities == {-(-(3000 + cache.slack) // 256) * 256}
+    model.prefill(np.arange(500)[None] % 90, cache)  # nobody announced these
+    assert full.offset == 3500 <= full.capacity <= 3500 + cache.slack + 3000 // 8 + 256

@@ -1,0 +1,111 @@
+"""What does not grow: prefill's working memory with the prompt, a step's cost with the blocks.
+
+    python benchmarks/flat.py                    # 4k to 64k tokens, 20 blocks; minutes on a CPU
+    python benchmarks/flat.py --tokens 4096 16384 --blocks 5
+
+A small synthetic network with the published pattern of layers: five that see a window, one that
+sees everything. A step is timed in the processor's own seconds, which other programs hardly
+disturb, once with all layers and once with none that sees everything: there nothing may grow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from mlx_dgemma.benchmark.passes import endless
+from mlx_dgemma.benchmark.synthetic import SLIDING, medium_config, synthetic_model
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.model import ContextCache, Model
+
+
+def small(*, full_layers: bool = True) -> Model:
+    """Six narrow layers over a vocabulary of 1,024, canvases of 64, a window of 256."""
+    raw = medium_config()
+    text = raw["text_config"] | {"vocab_size": 1024, "hidden_size": 64, "sliding_window": 256}
+    if not full_layers:  # the last layer must see everything, and the others need not
+        text["layer_types"] = [SLIDING] * 11 + text["layer_types"][-1:]
+        text["num_hidden_layers"] = 12
+    return synthetic_model(raw | {"text_config": text, "canvas_length": 64, "vision_config": None})
+
+
+def prefill_memory(model: Model, tokens: int) -> dict[str, float]:
+    """Bytes that reading a prompt took at its height, above weights and the finished context."""
+    cache = model.make_cache()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    model.prefill(_ids(tokens), cache)
+    mx.eval(cache.arrays)
+    peak = mx.get_peak_memory() - before
+    return {"tokens": tokens, "context": cache.nbytes, "working": peak - cache.nbytes}
+
+
+def step_costs(model: Model, blocks: int, prompt: int = 512, repeats: int = 5) -> list[float]:
+    """Median processor seconds of a step in each block of one growing context."""
+    cache = model.make_cache()
+    model.prefill(_ids(prompt), cache)
+    seconds = []
+    for _ in range(blocks):
+        seconds.append(_step_seconds(model, cache, repeats))
+        model.prefill(_ids(model.config.canvas_length), cache)
+    return seconds
+
+
+def _step_seconds(model: Model, cache: ContextCache, repeats: int) -> float:
+    mx.eval(cache.arrays)
+    moments = [time.process_time()]
+    block = endless(model, cache, DecodingSettings(), repeats + 2)
+    for _ in zip(range(repeats + 2), block, strict=False):
+        moments.append(time.process_time())
+    block.close()
+    return statistics.median(b - a for a, b in zip(moments[2:], moments[3:], strict=False))
+
+
+def _ids(count: int) -> np.ndarray:
+    return np.random.default_rng(count).integers(0, 1024, (1, count), dtype=np.int32)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16_384, 65_536])
+    parser.add_argument("--blocks", type=int, default=20)
+    parser.add_argument("--json", type=Path, help="also write the figures to a file")
+    arguments = parser.parse_args()
+    found: dict[str, Any] = {"prefill": [], "steps": {}}
+    table = Table("prompt", "context MB", "working MB")
+    model = small()
+    for tokens in arguments.tokens:
+        values = prefill_memory(model, tokens)
+        found["prefill"].append(values)
+        table.add_row(
+            f"{tokens:,}", f"{values['context'] / 1e6:.1f}", f"{values['working'] / 1e6:.1f}"
+        )
+    console = Console()
+    console.print(table)
+    for name, network in (
+        ("one layer of six sees all", model),
+        ("one of twelve", small(full_layers=False)),
+    ):
+        seconds = step_costs(network, arguments.blocks)
+        found["steps"][name] = seconds
+        first, last = statistics.median(seconds[:3]), statistics.median(seconds[-3:])
+        console.print(
+            f"{name}: a step takes {first * 1e3:.1f} CPU ms in the first blocks, {last * 1e3:.1f} in "
+            f"the last ({last / first - 1:+.0%})"
+        )
+    if arguments.json:
+        arguments.json.write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()
