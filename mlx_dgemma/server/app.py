@@ -97,7 +97,7 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
 
     async def file(_: Request) -> Response:
         headers = {
-            "content-security-policy": "default-src 'self'; "
+            "content-security-policy": "default-src 'self'; img-src 'self' data:; "
             "frame-ancestors 'none'; base-uri 'none'; form-action 'none'",
             "x-content-type-options": "nosniff",
             "cache-control": "no-cache",

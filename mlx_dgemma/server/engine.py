@@ -19,6 +19,7 @@ from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.filling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
+from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.server.disk_cache import DiskCache
 from mlx_dgemma.server.errors import ApiError, as_api_error
@@ -50,7 +51,7 @@ class Model(Protocol):
 class Call:
     """One reply to generate.
 
-    prompt: messages or ids, as `stream_generate` takes them. prompt_ids: what they encode to.
+    prompt: as `stream_generate` takes it. prompt_ids: what they encode to.
     options: its keywords. drafts: whether Draft events are wanted. warnings: what the request
     asked for and does not get. source: where the events come from, if not from the block loop.
     """
@@ -161,7 +162,8 @@ class Engine:
         """A text with its holes filled as an answer to the call's prompt; for a `source`."""
         names = ("temp", "sampler", "max_denoising_steps", "entropy_bound")
         options: dict[str, Any] = {n: call.options[n] for n in names if n in call.options}
-        options |= {"prompt": call.prompt_ids, "seed": seed}
+        seen = isinstance(call.prompt, PreparedPrompt)
+        options |= {"prompt": call.prompt if seen else call.prompt_ids, "seed": seed}
         model, tokenizer = self.runtime.model, self.tokenizer
         result = None
 

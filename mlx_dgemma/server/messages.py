@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -216,15 +216,42 @@ def _user(blocks: list[Fields], role: str | None) -> list[dict[str, Any]]:
         kind = block.text("type")
         if kind == "tool_result":
             result = {"role": "tool", "tool_call_id": block.text("tool_use_id")}
-            body = _texts(block.raw("content") or "", block.path("content"))
+            body = _result(block.raw("content") or "", block.path("content"))
             results.append({**result, "content": body})
         elif kind == "text":
             parts.append({"type": "text", "text": block.text("text") or ""})
         elif kind == "image":
-            parts.append({"type": "image"})
+            parts.append(_image(block))
         else:
             raise block.fail("type", "text, image or tool_result")
     return results + ([{"role": role, "content": parts}] if parts or not results else [])
+
+
+def _result(value: Any, where: str) -> str | list[dict[str, Any]]:
+    """What a tool gave: text, or parts when there is an image among them."""
+    blocks = value if isinstance(value, list) else []
+    kinds = [block.get("type") if isinstance(block, Mapping) else None for block in blocks]
+    if "image" not in kinds:
+        return _texts(value, where)
+    parts = []
+    for i, item in enumerate(value):
+        block = Fields(item, f"{where}[{i}]")
+        if block.text("type", ("text", "image")) == "image":
+            parts.append(_image(block))
+        else:
+            parts.append({"type": "text", "text": block.text("text") or ""})
+    return parts
+
+
+def _image(block: Fields) -> dict[str, Any]:
+    """An image block as OpenAI's part."""
+    source = block.object("source")
+    if source is None:
+        raise block.fail("source", "given as {'type': 'base64', ...} or {'type': 'url', ...}")
+    if source.text("type", ("base64", "url")) == "url":
+        return {"type": "image", "url": source.text("url") or ""}
+    kind = source.text("media_type") or "image/png"
+    return {"type": "image", "url": f"data:{kind};base64,{source.text('data') or ''}"}
 
 
 def _assistant(blocks: list[Fields]) -> list[dict[str, Any]]:

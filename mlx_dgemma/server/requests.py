@@ -12,6 +12,7 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
+from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.sampling import (
@@ -88,6 +89,7 @@ async def read_request(
         options["logprobs"] = True
     streaming = read_streaming(fields)
     seed = read_seed(fields, choices)
+    image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
     warnings = read_warnings(engine, fields, max_tokens)
     refuse_together(schema, tools=tools.declared, stop=options.get("stop"), logprobs=logprobs)
     source = None
@@ -109,6 +111,7 @@ async def read_request(
         seed=seed,
         warnings=warnings,
         source=source,
+        image_tokens=image_tokens,
     )
     return Asked(
         model=model,

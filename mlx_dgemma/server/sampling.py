@@ -9,10 +9,10 @@ from typing import Any
 from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
 from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
 from mlx_dgemma.prompt import encode_messages
-from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS
 from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.images import count_images, prepare_images
 
 MAX_STOP_STRINGS = 16
 # Fields that steer autoregressive sampling, and the value that asks for nothing.
@@ -118,13 +118,18 @@ async def make_call(
     seed: int,
     warnings: tuple[str, ...],
     source: Source | None = None,
+    image_tokens: int | None = None,
 ) -> Call:
     """A chat call, encoded once here so that a bad request fails before it waits."""
-    refuse_media(messages)
     keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
-    ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
+    prompt: Any = messages
+    if count_images(messages):
+        prompt = await prepare_images(engine, messages, image_tokens, keywords)
+        ids = prompt.ids
+    else:
+        ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
     check_room(engine, ids, "messages")
-    return Call(messages, ids, {**options, **keywords, "seed": seed}, drafts, warnings, source)
+    return Call(prompt, ids, {**options, **keywords, "seed": seed}, drafts, warnings, source)
 
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:
@@ -135,16 +140,3 @@ def check_room(engine: Engine, ids: list[int], param: str) -> None:
             param=param,
             code="context_length_exceeded",
         )
-
-
-def refuse_media(messages: list[Any]) -> None:
-    for i, message in enumerate(messages):
-        content = message.get("content") if isinstance(message, Mapping) else None
-        for j, part in enumerate(content if isinstance(content, list) else []):
-            kind = part.get("type") if isinstance(part, Mapping) else None
-            if kind in IMAGE_PARTS + VIDEO_PARTS:
-                raise ApiError(
-                    400,
-                    f"messages[{i}].content[{j}] is an image or a video; this server reads text.",
-                    param=f"messages[{i}].content[{j}]",
-                )

@@ -8,7 +8,11 @@ from pathlib import Path
 
 from mlx_dgemma.decoding.settings import PresetName
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.prompt.download import public_address
+from mlx_dgemma.prompt.pictures import Access
 
+# Images come in the request itself or from the public internet.
+SERVER_ACCESS = Access(files=False, resolve=public_address, max_bytes=24 << 20)
 LOOPBACK_NAMES = ("localhost", "127.0.0.1", "::1")
 
 
@@ -28,6 +32,7 @@ class ServerSettings:
         last run; None keeps nothing on disk. prompt_cache_dir_bytes: of its files together.
     preset: the decoding preset of requests that name none.
     log_prompts: whether the log may hold prompts and replies.
+    image_access: where images of requests may come from.
     """
 
     host: str = "127.0.0.1"
@@ -47,6 +52,7 @@ class ServerSettings:
     prompt_cache_dir_bytes: int = 8 << 30
     preset: PresetName = "reference"
     log_prompts: bool = False
+    image_access: Access = SERVER_ACCESS
 
     def __post_init__(self) -> None:
         if not self.loopback and not self.api_key:

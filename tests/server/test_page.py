@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from tests.prompt.drawings import photograph
+
 from .conftest import Open, Script
 from .test_clients import running
 
@@ -93,6 +95,37 @@ def test_a_conversation_in_the_browser(browser: Any, tmp_path: Path) -> None:
         assert (tmp_path / "page.png").stat().st_size > 5000
         assert problems == []
         assert all(address.startswith(url) for address in asked)
+
+
+def test_a_picture_is_attached_and_dropped(browser: Any, tmp_path: Path) -> None:
+    script = Script("A dog.")
+    photograph(50, 40).save(tmp_path / "dog.png")
+    with running(script, prefix_cache_bytes=0) as url:
+        page = browser.new_page()
+        page.set_default_timeout(PATIENCE)
+        problems: list[str] = []
+        page.on(
+            "console", lambda message: message.type == "error" and problems.append(message.text)
+        )
+        page.goto(url)
+        page.locator("#files").set_input_files(str(tmp_path / "dog.png"))
+        page.get_by_role("button", name="Remove dog.png").wait_for()
+        files = "[new File(['hi'], 'letter.txt', {type: 'text/plain'})]"
+        dropped = page.evaluate_handle(
+            f"() => {{ const d = new DataTransfer(); {files}.map(f => d.items.add(f)); return d; }}"
+        )
+        page.dispatch_event("#composer", "drop", {"dataTransfer": dropped})
+        page.get_by_text("letter.txt is not an image.").wait_for()
+        page.get_by_label("Message", exact=True).fill("What is this?")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_text("Reply complete.").wait_for()
+        (image,) = script.seen[0]["prompt"].images
+        assert (image.width, image.height) == (50, 40)
+        shown = page.locator(".user img")
+        assert shown.get_attribute("alt") == "dog.png"
+        assert shown.evaluate("image => image.naturalWidth") == 50  # its policy lets it show
+        assert page.locator("#attached li").count() == 0
+        assert problems == []
 
 
 def test_errors_and_stopping_are_shown(browser: Any) -> None:

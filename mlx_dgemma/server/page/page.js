@@ -3,7 +3,16 @@
 
 const $ = (id) => document.getElementById(id);
 const history = [];
+const attached = []; // {name, url} of the next message's images
 let running = null;
+
+// Follows the reply as long as the reader has not scrolled away from the end.
+function following(change) {
+  const page = document.documentElement;
+  const atEnd = page.scrollTop + page.clientHeight >= page.scrollHeight - 40;
+  change();
+  if (atEnd) page.scrollTop = page.scrollHeight;
+}
 
 function number(id) {
   const value = $(id).value.trim();
@@ -45,14 +54,49 @@ async function* events(response) {
   }
 }
 
-function addUser(text) {
+function picture({ name, url }) {
+  const shown = document.createElement("img");
+  shown.src = url;
+  shown.alt = name;
+  return shown;
+}
+
+async function attach(files) {
+  for (const file of files) {
+    if (!file.type.startsWith("image/")) {
+      $("status").textContent = `${file.name} is not an image.`;
+      continue;
+    }
+    const reader = new FileReader();
+    const read = new Promise((done, failed) => { reader.onload = done; reader.onerror = failed; });
+    reader.readAsDataURL(file);
+    await read;
+    attached.push({ name: file.name, url: reader.result });
+  }
+  showAttached();
+}
+
+function showAttached() {
+  const items = attached.map((image, index) => {
+    const item = document.createElement("li");
+    const remove = document.createElement("button");
+    remove.type = "button";
+    remove.textContent = `Remove ${image.name}`;
+    remove.addEventListener("click", () => { attached.splice(index, 1); showAttached(); });
+    item.append(picture(image), remove);
+    return item;
+  });
+  $("attached").replaceChildren(...items);
+}
+
+function addUser(text, images) {
   const article = document.createElement("article");
   article.className = "user";
   const title = document.createElement("h2");
   title.textContent = "You";
   const words = document.createElement("p");
   words.textContent = text;
-  article.append(title, words);
+  article.append(title, ...images.map(picture), words);
   $("log").append(article);
 }
 
@@ -133,9 +177,14 @@ class Reply {
 }
 
 async function ask(text) {
-  history.push({ role: "user", content: text });
-  addUser(text);
+  const before = history.length;
+  const images = attached.splice(0);
+  showAttached();
+  const parts = images.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  history.push({ role: "user", content: parts.length ? [...parts, { type: "text", text }] : text });
+  addUser(text, images);
   const reply = new Reply();
+  document.documentElement.scrollTop = document.documentElement.scrollHeight;
   let facts, usage, warnings = [];
   running = new AbortController();
   busy(true);
@@ -146,23 +195,28 @@ async function ask(text) {
     if (!response.ok) throw new Error((await response.json()).error.message);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
-      if (event.x_draft) reply.addDraft(event.x_draft);
       usage = event.usage || usage;
       warnings = event.x_warnings || warnings;
-      for (const choice of event.choices || []) {
-        facts = choice.x_diffusion || facts;
-        if (choice.delta.content) reply.addText(choice.delta.content);
-        if (choice.delta.reasoning) reply.addThinking(choice.delta.reasoning);
-        for (const call of choice.delta.tool_calls || []) reply.addCall(call);
-      }
+      following(() => {
+        if (event.x_draft) reply.addDraft(event.x_draft);
+        for (const choice of event.choices || []) {
+          facts = choice.x_diffusion || facts;
+          if (choice.delta.content) reply.addText(choice.delta.content);
+          if (choice.delta.reasoning) reply.addThinking(choice.delta.reasoning);
+          for (const call of choice.delta.tool_calls || []) reply.addCall(call);
+        }
+      });
     }
+    history.push({ role: "assistant", content: reply.text });
     $("status").textContent = "Reply complete.";
   } catch (error) {
     if (error.name !== "AbortError") reply.fail(error.message);
     $("status").textContent = error.name === "AbortError" ? "Stopped." : "The request failed.";
+    // A turn without an answer would mislead the next one; what there is of an answer counts.
+    if (reply.text) history.push({ role: "assistant", content: reply.text });
+    else history.length = Math.min(history.length, before);
   }
-  reply.finish(facts, usage, warnings);
-  history.push({ role: "assistant", content: reply.text });
+  following(() => reply.finish(facts, usage, warnings));
   busy(false);
 }
 
@@ -186,10 +240,32 @@ $("prompt").addEventListener("keydown", (event) => {
     $("composer").requestSubmit();
   }
 });
+$("show").addEventListener("click", () => $("files").click());
+$("files").addEventListener("change", () => {
+  attach([...$("files").files]).then(() => { $("files").value = ""; });
+});
+$("composer").addEventListener("dragover", (event) => {
+  event.preventDefault();
+  $("composer").classList.add("over");
+});
+$("composer").addEventListener("dragleave", () => $("composer").classList.remove("over"));
+$("composer").addEventListener("drop", (event) => {
+  event.preventDefault();
+  $("composer").classList.remove("over");
+  attach([...event.dataTransfer.files]);
+});
+$("prompt").addEventListener("paste", (event) => {
+  if (event.clipboardData.files.length) {
+    event.preventDefault();
+    attach([...event.clipboardData.files]);
+  }
+});
 $("stop").addEventListener("click", () => running && running.abort());
 $("clear").addEventListener("click", () => {
   if (running) running.abort();
   history.length = 0;
+  attached.length = 0;
+  showAttached();
   $("log").replaceChildren();
   $("prompt").focus();
 });
