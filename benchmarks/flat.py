@@ -14,6 +14,7 @@ import argparse
 import json
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,15 @@ from mlx_dgemma.model import ContextCache, Model
 def small(*, full_layers: bool = True) -> Model:
     """Six narrow layers over a vocabulary of 1,024, canvases of 64, a window of 256."""
     raw = medium_config()
-    text = raw["text_config"] | {"vocab_size": 1024, "hidden_size": 64, "sliding_window": 256}
+    text = raw["text_config"] | {
+        "vocab_size": 1024,
+        "hidden_size": 64,
+        "sliding_window": 256,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "global_head_dim": 16,
+    }
     if not full_layers:  # the last layer must see everything, and the others need not
         text["layer_types"] = [SLIDING] * 11 + text["layer_types"][-1:]
         text["num_hidden_layers"] = 12
@@ -68,7 +77,7 @@ def _step_seconds(model: Model, cache: ContextCache, repeats: int) -> float:
     for _ in zip(range(repeats + 2), block, strict=False):
         moments.append(time.process_time())
     block.close()
-    return statistics.median(b - a for a, b in zip(moments[2:], moments[3:], strict=False))
+    return statistics.median(b - a for a, b in pairwise(moments[2:]))
 
 
 def _ids(count: int) -> np.ndarray:
@@ -100,8 +109,8 @@ def main() -> None:
         found["steps"][name] = seconds
         first, last = statistics.median(seconds[:3]), statistics.median(seconds[-3:])
         console.print(
-            f"{name}: a step takes {first * 1e3:.1f} CPU ms in the first blocks, {last * 1e3:.1f} in "
-            f"the last ({last / first - 1:+.0%})"
+            f"{name}: a step takes {first * 1e3:.1f} CPU ms in the first blocks, "
+            f"{last * 1e3:.1f} in the last ({last / first - 1:+.0%})"
         )
     if arguments.json:
         arguments.json.write_text(json.dumps(found, indent=1))
