@@ -65,13 +65,11 @@ class Streamed:
         model, text = self._model, self._config.text
         decoder, scalars = model.model.decoder, model.model.encoder.language_model.layers
         contexts = sorted({state.context for state in states})
-        encoded = {
-            ids: model.embedding_rows(mx.array([ids])) * model.embed_scale for ids in contexts
-        }
+        encoded = {ids: model.embedded(mx.array([ids])) for ids in contexts}
         self._load("model.decoder.self_conditioning.", "model.decoder.norm.")
         decoded = []
         for state in states:
-            canvas = model.embedding_rows(mx.array(state.canvas[None])) * model.embed_scale
+            canvas = model.embedded(mx.array(state.canvas[None]))
             signal = None if state.signal is None else mx.array(state.signal[None])
             signal = None if signal is None else signal.astype(self._dtype)
             decoded.append(decoder.self_conditioning.condition(canvas, signal))
@@ -93,7 +91,7 @@ class Streamed:
                 rope = model.rope.span(len(state.context), len(state.canvas))[layer.kind]
                 decoded[number] = layer.decode(decoded[number], rope, kept[state.context])
                 mx.eval(decoded[number])
-            decoder.layers[index] = Layer(text, index)  # lets go of the weights
+            decoder.layers[index] = Layer(text, index, model.dtype)  # lets go of the weights
             mx.clear_cache()
             on_layer()
         return [decoder.norm(x)[0] for x in decoded]

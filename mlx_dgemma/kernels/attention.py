@@ -234,21 +234,15 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
     dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
     heads, kv_heads = int(shape["heads"]), int(shape["kv_heads"])
     head_dim = int(shape["head_dim"])
-    for length, counts, masked in ((3, (5,), True), (int(shape["length"]), (_PROBED_KEYS,), False)):
-        keys = mx.random.split(mx.random.key(length), 3)
-        queries = mx.random.normal((1, heads, length, head_dim), key=keys[0]) * head_dim**-0.5
-        segments = [
-            tuple(
-                mx.random.normal((1, kv_heads, count, head_dim), key=key).astype(dtype)
-                for key in keys[1:]
-            )
-            for count in counts
-        ]
+    for length, count, masked in ((3, 5, True), (int(shape["length"]), _PROBED_KEYS, False)):
+        seeds = mx.random.split(mx.random.key(length), 3)
+        queries = mx.random.normal((1, heads, length, head_dim), key=seeds[0]) * head_dim**-0.5
+        queries, shared = queries.astype(dtype), (1, kv_heads, count, head_dim)
+        keys, values = (mx.random.normal(shared, key=key).astype(dtype) for key in seeds[1:])
         mask = mx.arange(5)[None, :] <= mx.arange(length)[:, None] + 1 if masked else None
-        arguments = (queries.astype(dtype), segments)
         yield registry.Probe(
-            partial(metal, *arguments, mask=mask),
-            partial(twin, *arguments, mask=mask),
+            partial(metal, queries, [(keys, values)], mask=mask),
+            partial(twin, queries, [(keys, values)], mask=mask),
             tolerance=1e-4 if dtype == mx.float32 else 2e-2,
         )
 

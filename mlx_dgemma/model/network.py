@@ -161,6 +161,8 @@ class Model(nn.Module):
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
         self._seen = FeatureCache()
+        # Set by `load_model`: makes the vision tower unread again.
+        self.reread_vision: Callable[[], None] | None = None
 
     # The obvious path, and the contract
 
@@ -224,8 +226,7 @@ class Model(nn.Module):
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it."""
         decoder = self.model.decoder
-        embedded = self.embedding_rows(canvas).astype(self.residual_dtype) * self.embed_scale
-        x = decoder.self_conditioning.condition(embedded, soft_embeddings)
+        x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
         rope = self.rope.span(cache.offset, canvas.shape[1])
         for layer, context in zip(decoder.layers, cache.layers, strict=True):
             x = layer.decode(x, rope[layer.kind], context)
@@ -250,6 +251,10 @@ class Model(nn.Module):
         """[..., H]: rows of the embedding table, unscaled."""
         return self.model.decoder.embed_tokens.rows(ids, self.dtype)
 
+    def embedded(self, ids: mx.array) -> mx.array:
+        """[..., H]: the rows times sqrt(hidden), as they enter the residual stream."""
+        return self.embedding_rows(ids).astype(self.residual_dtype) * self.embed_scale
+
     @property
     def embedding_matrix(self) -> kernels.Matrix:
         """The embedding table as the fused operations take it."""
@@ -259,6 +264,12 @@ class Model(nn.Module):
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
         encoder = self.model.encoder
         return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
+
+    def release_vision(self) -> None:
+        """Free the vision tower's memory; the next image reads it from the files again."""
+        if self.reread_vision is not None:
+            self.reread_vision()
+            mx.clear_cache()
 
     def prepare(self) -> None:
         """Join q/k/v and gate/up into one matrix each, free the originals, and take the fused
@@ -303,8 +314,7 @@ class Model(nn.Module):
     def _embed(
         self, tokens: np.ndarray, blocks: np.ndarray | None, soft: list[mx.array]
     ) -> mx.array:
-        embedded = self.embedding_rows(mx.array(tokens)).astype(self.residual_dtype)
-        embedded = embedded * self.embed_scale
+        embedded = self.embedded(mx.array(tokens))
         if blocks is not None:
             for block in np.unique(blocks[blocks >= 0]):
                 first, count = int(np.argmax(blocks == block)), int((blocks == block).sum())
