@@ -16,14 +16,14 @@ import platform
 import random
 import statistics
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
-import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -156,93 +156,58 @@ def signals(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     return figures
 
 
-Score = Callable[[windows._Filled], float]
-
-
-def _with_following(canvas: windows._Filled) -> float:
-    assert canvas.result.logprobs is not None
-    chosen = [canvas.result.logprobs[slot.start : slot.end + 8] for slot in canvas.template.slots]
-    return float(np.concatenate(chosen).mean())
-
-
-SCORES: dict[str, Score] = {
-    "filled and following tokens": _with_following,
-    "filled tokens": lambda canvas: canvas.score,
-    "lowest mean entropy": lambda canvas: -float(canvas.result.entropy.mean()),
-    "fewest steps": lambda canvas: -float(canvas.result.steps),
-}
-
-
 def lengths(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
-    """One hole of unknown length: is the chosen one right, and is the text?"""
+    """One hole of unknown length: is the text right, and at what cost, by how it is chosen?"""
     single = (
         example
         for example in examples("lengths", 50 * n, model, tokenizer)
         if sum(segment.hole for segment in example.segments) == 1
     )
     chosen = list(islice(single, n))
-    same: dict[str, list[bool]] = defaultdict(list)
-    right: dict[str, list[bool]] = defaultdict(list)
-    forwards = []
-    for seed, example in enumerate(chosen):
-        candidates: list[tuple[windows._Filled, str]] = []
-
-        def every(filler: Any, cache: Any, window: Any, seed: int, found: Any = candidates) -> Any:
-            tries = [([length], seed) for length in filler.ranges[window.first]]
-            filled = filler._denoise(cache, window, tries)
-            found += [
-                (canvas, filler._assemble([(window, canvas)], seed).text) for canvas in filled
-            ]
-            return filled[0]
-
-        with patch.object(windows.Filler, "_choose_lengths", every):
-            text = marked(example, tokenizer, length=False)
-            result = infill(model, tokenizer, text, prompt=example.messages, seed=seed)
-        forwards.append(result.forwards)
-        for name, score in SCORES.items():
-            _, best = max(candidates, key=lambda candidate, score=score: score(candidate[0]))
-            same[name].append(len(best) == len(example.text))
-            right[name].append(example.verify(best))
-    figures: dict[str, Any] = {
-        name: {"text valid": share(right[name]), "as long as the original": share(same[name])}
-        for name in SCORES
-    }
-    figures["forwards"] = statistics.fmean(forwards)
-    early = []
-    for seed, example in enumerate(chosen):
-        early.append(example.verify(early_end(model, tokenizer, example, seed)))
-    figures["one long hole, ended by the first control token"] = {"text valid": share(early)}
+    figures: dict[str, Any] = {}
+    for name, (known, options, changes) in WAYS.items():
+        right, same, forwards = [], [], []
+        with patch.multiple(windows.Filler, **changes) if changes else nullcontext():
+            for seed, example in enumerate(chosen):
+                text = marked(example, tokenizer, length=known)
+                result = infill(
+                    model, tokenizer, text, prompt=example.messages, seed=seed, **options
+                )
+                right.append(example.verify(result.text))
+                same.append(len(result.text) == len(example.text))
+                forwards.append(result.forwards)
+        figures[name] = {
+            "text valid": share(right),
+            "as long as the original": share(same),
+            "forwards": statistics.fmean(forwards),
+        }
     return figures
 
 
-def early_end(model: Any, tokenizer: Any, example: InfillExample, seed: int) -> str:
-    """A hole as long as the canvas allows, cut at the first control id the model writes in it."""
-    before, hole, after = "", False, ""
-    for segment in example.segments:
-        if segment.hole:
-            hole = True
-        elif hole:
-            after += segment.text
-        else:
-            before += segment.text
-    room = model.config.canvas_length - len(tokenizer.encode(before)) - 1
-    room -= len(tokenizer.encode(after))
-    layout = windows.Layout(tokenizer, [before, after])
-    template = layout.template(
-        0, [room], limit=model.config.canvas_length, tail=[tokenizer.ids["eot"]], filler=1
-    )
-    cache = model.make_cache()
-    model.prefill(mx.array(encode_prompt(tokenizer, example.messages))[None], cache)
-    request = CanvasRequest(
-        SeededDraws(seed), template.pins(model.config.canvas_length), None, template.allowed
-    )
-    settings = DecodingSettings.from_defaults(model.config.generation, {})
-    result = _result(denoise_block(model, cache, settings, [request]))
-    (slot,) = template.slots
-    ids = result.ids[slot.start : slot.end].tolist()
-    end = next((i for i, token in enumerate(ids) if token in tokenizer.control_ids), len(ids))
-    whole = tokenizer.decode(ids[:end])
-    return before + whole[len(layout.before[0]) :] + after
+def _every(self: Any, cache: Any, window: Any, tries: Any, *_: Any) -> Any:
+    """Fills every length instead of a few."""
+    yield from ()
+    return tries
+
+
+def _surest(self: Any, cache: Any, window: Any, filled: Any, *_: Any) -> Any:
+    """Takes the filling that is surest of itself."""
+    yield from ()
+    return max(filled, key=lambda canvas: canvas.score)
+
+
+# name -> (is the length told, options of infill, methods of Filler that are changed)
+WAYS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
+    "length given": (True, {}, {}),
+    "by what follows": (False, {}, {}),
+    "every length filled, by what follows": (False, {}, {"_promising": _every}),
+    "every length filled, by its own probability": (
+        False,
+        {},
+        {"_promising": _every, "_best_followed": _surest},
+    ),
+    "ended early with pads": (False, {"lengths": "pad"}, {}),
+}
 
 
 def alternatives(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:

@@ -56,10 +56,16 @@ class Layout:
     """Every literal of a text as ids, with what healing takes off its edges.
 
     before[i], after[i]: the text of the tokens that hole i took over on its left and right.
+    A hole that may end early, with pads, takes over none on its right (`right` False).
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, literals: Sequence[str], holes: Sequence[Hole] = ()
+        self,
+        tokenizer: Tokenizer,
+        literals: Sequence[str],
+        holes: Sequence[Hole] = (),
+        *,
+        right: bool = True,
     ) -> None:
         self.texts = token_texts(tokenizer)
         self.literals = [tokenizer.encode(literal) for literal in literals]
@@ -67,7 +73,8 @@ class Layout:
         self.after: list[str] = []
         for index in range(len(literals) - 1):
             self.before.append(self._take_last(self.literals[index], literals[index]))
-            self.after.append(self._take_first(self.literals[index + 1], literals[index + 1]))
+            following = self.literals[index + 1]
+            self.after.append(self._take_first(following, literals[index + 1]) if right else "")
         edges = zip(self.before, holes, self.after, strict=False)
         # The choices of each hole as ids, edges included.
         self.choices = [

@@ -8,8 +8,8 @@ begins behind it.
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, replace
 from typing import Literal, TypeVar
 
 import mlx.core as mx
@@ -23,13 +23,17 @@ from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.filling.lengths import (
     FINALISTS,
     LENGTHS,
+    alike,
     belief,
+    following,
     roomy,
     spread,
+    suits,
     without_pads,
 )
-from mlx_dgemma.filling.results import Filling, Infill, TokenInfo
-from mlx_dgemma.filling.template import Layout, Slot, Template
+from mlx_dgemma.filling.reading import read_filling
+from mlx_dgemma.filling.results import Filling, Infill
+from mlx_dgemma.filling.template import Layout, Template
 from mlx_dgemma.model import ContextCache, ImagePatches, Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole
@@ -99,6 +103,7 @@ class Filler:
         self.job = job
         self.model, self.tokenizer = job.model, job.tokenizer
         self.limit = job.model.config.canvas_length
+        self.vocabulary = job.model.config.text.vocab_size
         self.pad = self._pad()
         self.layout = Layout(job.tokenizer, job.literals, job.holes, right=self.pad is None)
         self.old = self._old_ids()
@@ -229,9 +234,9 @@ class Filler:
             if len(choices) == 1 and best is not None:
                 continue
             tries = [[*lengths[:hole], length, *lengths[hole + 1 :]] for length in choices]
-            tries = yield from self._promising(cache, window, tries, seed)
+            tries = yield from self._promising(cache, window, tries, hole, seed)
             filled = yield from self._denoise(cache, window, [(option, seed) for option in tries])
-            best = yield from self._most_believed(cache, filled)
+            best = yield from self._best_followed(cache, window, filled, hole, seed)
             lengths = [slot.end - slot.start for slot in best.template.slots]
         assert best is not None
         return best
@@ -247,63 +252,63 @@ class Filler:
         rows = [(option, seed) for option in tries]
         roomy_ones = yield from self._denoise(cache, window, rows, pad=self.pad)
         filled = [_Filled(*without_pads(one.template, one.result, self.pad)) for one in roomy_ones]
-        suiting = [
-            one
-            for one in filled
-            if all(
-                choices[0] <= slot.end - slot.start <= choices[-1]
-                for slot, choices in zip(one.template.slots, ranges, strict=True)
-            )
-        ]
+        suiting = [one for one in filled if suits(one.template, ranges)]
         if not suiting:
             return None
-        return (yield from self._most_believed(cache, suiting))
+        return (yield from self._best_followed(cache, window, suiting, 0, seed))
 
     def _promising(
-        self, cache: ContextCache, window: _Window, tries: list[list[int]], seed: int
+        self, cache: ContextCache, window: _Window, tries: list[list[int]], hole: int, seed: int
     ) -> Turns[list[list[int]]]:
-        """Of many lengths the few worth filling, by one look at each with noise in the holes."""
+        """Of many lengths of a hole the few worth filling, by one look at each with noise in it."""
         templates = [self._template(window, lengths) for lengths in tries]
-        if any(not template.unseen for template in templates):  # what lets the whole text be seen
-            tries = [tries[row] for row, template in enumerate(templates) if not template.unseen]
-            templates = [template for template in templates if not template.unseen]
+        whole = [row for row, template in enumerate(templates) if not template.unseen]
+        if whole:  # what pushes no text off the canvas
+            tries, templates = [tries[row] for row in whole], [templates[row] for row in whole]
         if len(tries) <= FINALISTS:
             return tries
-        noisy = []
+        looks = []
         for template in templates:
             length = template.length(self.limit)
             request = self._request(window, template, seed)
-            start = Place(window.first, 0, 0)
-            canvas = request.initial(start, length, self.model.config.text.vocab_size)
-            known = template.pins(self.limit).mask & (np.arange(length) < len(template.ids))
-            noisy.append((np.array(canvas), known))
-        beliefs = yield from self._beliefs(cache, noisy)
+            noisy = request.initial(Place(window.first, 0, 0), length, self.vocabulary)
+            looks.append((np.array(noisy), np.array(noisy), following(template, hole, length)))
+        beliefs = yield from self._beliefs(cache, looks)
         best = sorted(range(len(tries)), key=lambda row: -beliefs[row])[:FINALISTS]
         return [tries[row] for row in sorted(best)]
 
-    def _most_believed(self, cache: ContextCache, filled: Sequence[_Filled]) -> Turns[_Filled]:
-        """The canvas whose finished text the network believes most."""
+    def _best_followed(
+        self,
+        cache: ContextCache,
+        window: _Window,
+        filled: Sequence[_Filled],
+        hole: int,
+        seed: int,
+    ) -> Turns[_Filled]:
+        """The filling after which the known text behind the hole is most probable."""
         if len(filled) == 1:
             return filled[0]
-        finished = []
+        looks = []
         for one in filled:
-            length = len(one.result.ids)
-            finished.append((one.result.ids, np.arange(length) < len(one.template.ids)))
-        beliefs = yield from self._beliefs(cache, finished)
+            ids = one.result.ids
+            hidden = following(one.template, hole, len(ids))
+            noise = SeededDraws(seed).canvas(Place(window.first, 1, 0), len(ids), self.vocabulary)
+            looks.append((np.where(hidden, np.array(noise), ids), ids, hidden))
+        beliefs = yield from self._beliefs(cache, looks)
         return filled[int(np.argmax(beliefs))]
 
     def _beliefs(
-        self, cache: ContextCache, canvases: Sequence[tuple[np.ndarray, np.ndarray]]
+        self, cache: ContextCache, looks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
     ) -> Turns[list[float]]:
-        """`belief` of (ids, counted positions) pairs, in batches."""
+        """`belief` of (canvas, expected ids, counted positions), in batches."""
         found: dict[int, float] = {}
-        for batch in _batches([len(ids) for ids, _ in canvases]):
-            ids, counted = zip(*(canvases[row] for row in batch), strict=True)
-            values = belief(self.model, cache, self.job.settings, ids, counted)
+        for batch in alike([len(look[0]) for look in looks], BATCH):
+            columns = zip(*(looks[row] for row in batch), strict=True)
+            values = belief(self.model, cache, self.job.settings, *columns)
             found.update(zip(batch, values, strict=True))
             self.forwards += len(batch)
             yield self.forwards
-        return [found[row] for row in range(len(canvases))]
+        return [found[row] for row in range(len(looks))]
 
     def _denoise(
         self,
@@ -319,7 +324,7 @@ class Filler:
         """
         templates = [self._template(window, lengths) for lengths, _ in rows]
         filled: dict[int, _Filled] = {}
-        for batch in _batches([template.length(self.limit) for template in templates]):
+        for batch in alike([template.length(self.limit) for template in templates], BATCH):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]
             length = templates[batch[0]].length(self.limit)
             results = self._run(cache, window, requests, length, pad)
@@ -372,7 +377,10 @@ class Filler:
         fillings: list[Filling] = []
         for window, filled in chain:
             for hole, slot in enumerate(filled.template.slots, start=window.first):
-                filling = self._filling(hole, slot, filled.result, len(text))
+                edges = self.layout.before[hole], self.layout.after[hole]
+                filling = read_filling(self.tokenizer, edges, slot, filled.result, len(text))
+                if self.job.old:
+                    filling = replace(filling, replaced=self.job.old[hole])
                 fillings.append(filling)
                 text += filling.text + self.job.literals[hole + 1]
         logprobs = [token.logprob for filling in fillings for token in filling.tokens]
@@ -386,37 +394,3 @@ class Filler:
             forwards=self.forwards,
             unseen=max(filled.template.unseen for _, filled in chain),
         )
-
-    def _filling(self, hole: int, slot: Slot, result: BlockResult, at: int) -> Filling:
-        """A hole's text without the literal text its edges took over."""
-        ids = result.ids[slot.start : slot.end].tolist()
-        detokenizer = self.tokenizer.detokenizer()
-        pieces = [detokenizer.feed([token]) for token in ids]
-        pieces[-1] += detokenizer.finish()
-        whole = "".join(pieces)
-        low, high = len(self.layout.before[hole]), len(whole) - len(self.layout.after[hole])
-        tokens: list[TokenInfo] = []
-        end = 0
-        for offset, piece in enumerate(pieces, start=slot.start):
-            start, end = end, end + len(piece)
-            visible = min(max(start, low), high), min(max(end, low), high)
-            assert result.logprobs is not None
-            tokens.append(
-                TokenInfo(
-                    text=whole[visible[0] : visible[1]],
-                    span=(at + visible[0] - low, at + visible[1] - low),
-                    logprob=float(result.logprobs[offset]),
-                    entropy=float(result.entropy[offset]),
-                    settled=int(result.settled[offset]),
-                )
-            )
-        text = whole[low:high]
-        replaced = self.job.old[hole] if self.job.old else ""
-        return Filling(text, (at, at + len(text)), slot.end - slot.start, tuple(tokens), replaced)
-
-
-def _batches(lengths: Sequence[int]) -> Iterator[list[int]]:
-    """Rows of one canvas length together, at most BATCH at a time."""
-    for length in sorted(set(lengths)):
-        rows = [row for row, found in enumerate(lengths) if found == length]
-        yield from (rows[start : start + BATCH] for start in range(0, len(rows), BATCH))
