@@ -7,7 +7,7 @@ print(generate(model, tokenizer, "Count from 3 to 9."))
 from __future__ import annotations
 
 import threading
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +38,7 @@ from mlx_dgemma.decoding.trace import (
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.hardware import machine
-from mlx_dgemma.memory import set_limits
+from mlx_dgemma.memory import is_short, set_limits, working_bytes
 from mlx_dgemma.model import Model, load_model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
@@ -299,7 +299,10 @@ def _stream(
             reached=cache.reached,
         )
     unread = [image.patches for image in prepared.images_after(read)]
-    request = replace(request, images=unread)
+    if unread:
+        request = replace(
+            request, images=unread, prefilled=_then_release(model, request.prefilled, len(prompt))
+        )
     blocks = generate_blocks(model, context, request)
     answer: bool | None = None
     last_block = 0
@@ -327,6 +330,20 @@ def _stream(
                 yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
     finally:
         blocks.close()
+
+
+def _then_release(
+    model: Model, prefilled: Callable[[], None] | None, tokens: int
+) -> Callable[[], None]:
+    """Once a prompt with images is read, the vision tower goes if denoising needs its room."""
+
+    def done() -> None:
+        if prefilled is not None:
+            prefilled()
+        if is_short(machine(), working_bytes(model.config, tokens)):
+            model.release_vision()
+
+    return done
 
 
 def draft_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:

@@ -233,6 +233,16 @@ def usable(machine: Machine) -> int | None:
     return machine.memory - min(SYSTEM_RESERVE, machine.memory // 4)
 
 
+def is_short(machine: Machine, needed: int) -> bool:
+    """Whether what MLX holds and `needed` bytes more exceed what this machine keeps resident."""
+    import mlx.core as mx
+
+    room = usable(machine)
+    if room is not None and machine.metal:
+        room = min(room, machine.limit or room)
+    return room is not None and mx.get_active_memory() + needed > room
+
+
 def _way_out(wanted: Plan, room: int) -> str:
     fixed = wanted.weights + wanted.working
     if wanted.context and fixed < room:

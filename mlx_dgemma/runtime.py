@@ -115,6 +115,9 @@ class Runtime:
     ) -> threading.Event:
         """Queues `stream_generate`; options are its keywords. Returns the event that cancels it.
 
+        Images are read on the model's thread too; hand over what `api.prepare_prompt` gives to
+        read them on another.
+
         deliver: called on the model's thread with every event, with the exception if one ends
             the request, and with None at the end. Requests take turns block by block, so a
             short one does not wait for a long one to finish.

@@ -12,10 +12,12 @@ import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model.adapters import merge_parameters, read_adapter
@@ -143,7 +145,23 @@ def load_model(
     fill(model, parameters)
     if not lazy:
         settle(model, unbound)
+    if config.vision is not None:
+        model.reread_vision = partial(_leave_vision_unread, model, sources, headers, not lazy)
     return model
+
+
+def _leave_vision_unread(
+    model: Model, sources: Mapping[str, Source], headers: Mapping[str, Header], settled: bool
+) -> None:
+    """Put the vision tower back on the disk, as it was before the first image."""
+    names = [name for name in sources if name.startswith(VISION_TOWER)]
+    with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+        tensors: dict[str, mx.array] = {}
+        for path in sorted({headers[part].path for n in names for part in sources[n].parts}):
+            tensors.update(_load_shard(path))
+        fill(model, {name: sources[name].read(tensors) for name in names})
+        if settled:
+            _convert(model, model.model.encoder.vision_tower)
 
 
 def settle(model: Model, unbound: mx.Stream | None = None) -> None:
@@ -153,13 +171,8 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
     a large one keeps its 16-bit weights: twice their size is too much.
     unbound: where tensors that stay unread are converted once somebody reads them.
     """
-    widened = mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
-    small = widened and _dense_bytes(model.config) <= EXPAND_BYTES
     with mx.stream(unbound or mx.new_thread_unsafe_stream(mx.cpu)):
-        if small:
-            expand(model)
-        if small or not widened:
-            cast(model)
+        small = _convert(model, model)
     model.prepare()
     if small:
         for module in model.model.decoder.modules():
@@ -167,6 +180,17 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
                 module.store_transposed()
     mx.eval(model.model.decoder.parameters())
     mx.eval(model.model.encoder.language_model.parameters())
+
+
+def _convert(model: Model, part: nn.Module) -> bool:
+    """Bring a part of the model into the form that `settle` describes; True for a small model."""
+    widened = mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
+    small = widened and _dense_bytes(model.config) <= EXPAND_BYTES
+    if small:
+        expand(model, part)
+    if small or not widened:
+        cast(model, part)
+    return small
 
 
 def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
@@ -179,16 +203,17 @@ def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
             module.packing = quantization_of(model.config.quantization, path)
 
 
-def expand(model: Model) -> None:
-    """Make every matrix dense in the activation dtype; what is unread stays unread."""
-    for module in model.modules():
+def expand(model: Model, part: nn.Module | None = None) -> None:
+    """Make every matrix dense in the activation dtype, in the model or a part of it; what is
+    unread stays unread."""
+    for module in (part or model).modules():
         if isinstance(module, Matrix):
             module.dequantize(model.dtype)
 
 
-def cast(model: Model) -> None:
+def cast(model: Model, part: nn.Module | None = None) -> None:
     """Bring every float tensor to the activation dtype, so that none widens the activations."""
-    model.apply(
+    (part or model).apply(
         lambda tensor: (
             tensor.astype(model.dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
         )

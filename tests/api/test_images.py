@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 
 from mlx_dgemma import Finish, PromptCache, Runtime, generate, infill, load, stream_generate
 from mlx_dgemma.api import prepare_prompt
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.memory import is_short, usable
 from tests.prompt.drawings import photograph
 
 QUESTION = "What is in the picture?"
@@ -130,6 +134,35 @@ def test_the_cache_of_pictures_has_a_budget():
     for value in (1, 2, 1, 3, 1, 2):
         get(value)
     assert seen == [1, 2, 3, 2]  # 2 was used longest ago when 3 came
+
+
+def test_the_tower_is_released_when_memory_is_short(demo, encoded, monkeypatch):
+    model, _ = demo
+    picture = photograph(64, 64, 22)
+    ample = generate(*demo, QUESTION, images=[picture], **QUICK)
+    tower = model.model.encoder.vision_tower
+    released = []
+    reread = model.reread_vision
+    monkeypatch.setattr(model, "reread_vision", lambda: released.append(reread()))
+    generate(*demo, QUESTION, images=[photograph(64, 64, 23)], **QUICK)
+    assert released == []  # this machine has room
+    monkeypatch.setattr("mlx_dgemma.api.is_short", lambda *_: True)
+    before = mx.get_active_memory()
+    generate(*demo, QUESTION, images=[photograph(64, 64, 24)], **QUICK)
+    assert len(released) == 1
+    held = sum(array.nbytes for _, array in tree_flatten(tower.parameters()))
+    assert mx.get_active_memory() < before - held // 2  # its weights are unread again
+    model._seen.clear()
+    assert generate(*demo, QUESTION, images=[picture], **QUICK) == ample
+
+
+def test_what_counts_as_short():
+    here = machine()
+    room = usable(here)
+    assert not is_short(replace(here, metal=False), 0)
+    assert is_short(replace(here, metal=False), room + 1)
+    assert is_short(replace(here, metal=True, wired_limit=1), 1 << 20)
+    assert not is_short(replace(here, memory=None), room + 1)
 
 
 def test_a_cancelled_prompt_is_not_read(demo, encoded):

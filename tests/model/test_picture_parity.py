@@ -102,23 +102,28 @@ def canvas_of(seed=0):
     return np.random.default_rng(seed).integers(0, 800, (1, Dims().canvas))
 
 
-@pytest.mark.parametrize("chunk_size", [1, 50, 2048])
-def test_a_conversation_with_pictures(folder, loaded, reference, files, chunk_size):
-    messages = conversation(files)
+@pytest.fixture(scope="module")
+def seen_by_reference(folder, reference, files):
+    """(ids, logits) of transformers' whole path."""
     names = [files / name for name in ("photo.jpg", "screen.png", "palette.gif")]
     pictures = reference_pictures(names)
-    ids = reference_ids(folder, messages, pictures["num_soft_tokens_per_image"])
+    ids = reference_ids(folder, conversation(files), pictures["num_soft_tokens_per_image"])
     reference.reset()
     reference.prefill_with_images(
         ids, pictures["pixel_values"], pictures["image_position_ids"].astype(np.int64)
     )
+    return ids[0].tolist(), reference.denoise(canvas_of())
+
+
+@pytest.mark.parametrize("chunk_size", [7, 2048])
+def test_a_conversation_with_pictures(loaded, seen_by_reference, files, chunk_size):
+    ids, logits = seen_by_reference
     model, tokenizer = loaded
-    ours = prepare_prompt(model, tokenizer, messages)
-    assert ours.ids == ids[0].tolist()
+    ours = prepare_prompt(model, tokenizer, conversation(files))
+    assert ours.ids == ids
     cache = model.make_cache()
     model.prefill(ours.ids, cache, [image.patches for image in ours.images], chunk_size)
-    canvas = canvas_of()
-    assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
+    assert_close(model.denoise(mx.array(canvas_of()), cache), logits)
 
 
 def test_a_video_is_its_frames(folder, loaded, reference):
