@@ -8,6 +8,8 @@ import re
 import shlex
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,8 @@ from mlx_dgemma.__main__ import VERBS
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.hub import KNOWN_REPOSITORIES
 from mlx_dgemma.memory import gigabytes, usable
+from mlx_dgemma.runtime import Runtime
+from tests.server.test_clients import running
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -25,6 +29,7 @@ BLOCK = re.compile(
     r"(?:<!-- not run by the tests: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```",
     re.DOTALL,
 )
+SERVER = "http://127.0.0.1:8080"
 COMMAND = re.compile(r"mlx_dgemma\.([a-z]+)")
 
 
@@ -56,8 +61,19 @@ def test_the_readme_has_blocks_to_run() -> None:
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     assert block.why_not is None
-    exec(compile(block.body, "README.md", "exec"), {"__name__": "readme"})
+    with served(block.body) as body:
+        exec(compile(body, "README.md", "exec"), {"__name__": "readme"})
     assert capsys.readouterr().out.strip()
+
+
+@contextmanager
+def served(body: str) -> Iterator[str]:
+    """A block that asks the server of the lines before it asks one on a free port."""
+    if SERVER not in body:
+        yield body
+        return
+    with running(Runtime()) as url:
+        yield body.replace(SERVER, url)
 
 
 @pytest.mark.parametrize("line", LINES)
