@@ -162,7 +162,7 @@ class Model(nn.Module):
         self.rope = RopeTables(config.text, dtype)
         self._seen = FeatureCache()
         # Set by `load_model`: makes the vision tower unread again.
-        self.reread_vision: Callable[[], None] | None = None
+        self.reread_vision: Callable[[Model], None] | None = None
 
     # The obvious path, and the contract
 
@@ -268,7 +268,7 @@ class Model(nn.Module):
     def release_vision(self) -> None:
         """Free the vision tower's memory; the next image reads it from the files again."""
         if self.reread_vision is not None:
-            self.reread_vision()
+            self.reread_vision(self)
             mx.clear_cache()
 
     def prepare(self) -> None:

@@ -146,7 +146,9 @@ def load_model(
     if not lazy:
         settle(model, unbound)
     if config.vision is not None:
-        model.reread_vision = partial(_leave_vision_unread, model, sources, headers, not lazy)
+        model.reread_vision = partial(
+            _leave_vision_unread, sources=sources, headers=headers, settled=not lazy
+        )
     return model
 
 
@@ -206,14 +208,14 @@ def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
 def expand(model: Model, part: nn.Module | None = None) -> None:
     """Make every matrix dense in the activation dtype, in the model or a part of it; what is
     unread stays unread."""
-    for module in (part or model).modules():
+    for module in (model if part is None else part).modules():
         if isinstance(module, Matrix):
             module.dequantize(model.dtype)
 
 
 def cast(model: Model, part: nn.Module | None = None) -> None:
     """Bring every float tensor to the activation dtype, so that none widens the activations."""
-    (part or model).apply(
+    (model if part is None else part).apply(
         lambda tensor: (
             tensor.astype(model.dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
         )

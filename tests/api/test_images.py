@@ -143,7 +143,7 @@ def test_the_tower_is_released_when_memory_is_short(demo, encoded, monkeypatch):
     tower = model.model.encoder.vision_tower
     released = []
     reread = model.reread_vision
-    monkeypatch.setattr(model, "reread_vision", lambda: released.append(reread()))
+    monkeypatch.setattr(model, "reread_vision", lambda own: released.append(reread(own)))
     generate(*demo, QUESTION, images=[photograph(64, 64, 23)], **QUICK)
     assert released == []  # this machine has room
     monkeypatch.setattr("mlx_dgemma.api.is_short", lambda *_: True)
@@ -154,6 +154,22 @@ def test_the_tower_is_released_when_memory_is_short(demo, encoded, monkeypatch):
     assert mx.get_active_memory() < before - held // 2  # its weights are unread again
     model._seen.clear()
     assert generate(*demo, QUESTION, images=[picture], **QUICK) == ample
+
+
+def test_a_dropped_model_goes_at_once():
+    """Not only when Python next looks for circles: a model may fill the machine."""
+    import gc
+    import weakref
+
+    gc.collect()
+    gc.disable()
+    try:
+        model, _ = load()
+        gone = weakref.ref(model)
+        del model
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_what_counts_as_short():
