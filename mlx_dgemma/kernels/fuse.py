@@ -3,20 +3,23 @@
 import functools
 import shutil
 from collections.abc import Callable
+from typing import TypeVar
 
 import mlx.core as mx
 
+Arrays = TypeVar("Arrays", mx.array, tuple[mx.array, mx.array])
 
-def fused(function: Callable[..., mx.array]) -> Callable[..., mx.array]:
+
+def fused(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
     """Run an elementwise function through mx.compile, for any shape.
 
     MLX's CPU backend compiles by calling a C++ compiler; without one the plain function runs, with
     the same values.
     """
-    compiled: Callable[..., mx.array] = mx.compile(function, shapeless=True)
+    compiled: Callable[..., Arrays] = mx.compile(function, shapeless=True)
 
     @functools.wraps(function)
-    def call(*arrays: mx.array) -> mx.array:
+    def call(*arrays: mx.array) -> Arrays:
         return compiled(*arrays) if _can_compile() else function(*arrays)
 
     return call

@@ -121,6 +121,14 @@ def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
     return softcap * mx.tanh(x / softcap) / divisor + (x - x)
 
 
+@fused
+def _exponentials(values: mx.array, maximum: mx.array) -> tuple[mx.array, mx.array]:
+    """e^(values - maximum), and the same times (values - maximum)."""
+    shifted = values - maximum
+    exponentials = mx.exp(shifted)
+    return exponentials, exponentials * shifted
+
+
 class _Slice(NamedTuple):
     """One slice of every row: [R] each, `weight` in the sampling distribution's own scale."""
 
@@ -138,16 +146,15 @@ def _one_slice(
     values = tempered(raw, mx.array(softcap, dtype=mx.float32), divisor)
     maximum = values.max(axis=1, keepdims=True)
     argmax = values.argmax(axis=1).astype(mx.int32) + start
-    shifted = values - maximum
-    exponentials = mx.exp(shifted)
+    exponentials, products = _exponentials(values, maximum)
     leaves = _leaf_sums(exponentials)
     z = leaves.sum(axis=1)
-    s = _leaf_sums(exponentials * shifted).sum(axis=1)
+    s = _leaf_sums(products).sum(axis=1)
     if temp == 0:
         return _Slice(maximum[:, 0], z, s, argmax, z, argmax)
     weight = z
     if temp != 1:
-        exponentials = mx.exp(shifted / temp)
+        exponentials = mx.exp((values - maximum) / temp)
         leaves = _leaf_sums(exponentials)
         weight = leaves.sum(axis=1)
     candidate = _inverse_cdf(exponentials, leaves, uniform) + start
