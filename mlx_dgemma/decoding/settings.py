@@ -18,8 +18,8 @@ PresetName = Literal["reference", "balanced", "fast"]
 # for fewer denoising steps (benchmarks/README.md has both, measured).
 PRESETS: dict[str, dict[str, int | float]] = {
     "reference": {},
-    "balanced": {"confidence_threshold": 0.05, "max_denoising_steps": 32},
-    "fast": {"confidence_threshold": 0.05, "max_denoising_steps": 16, "stability_threshold": 0},
+    "balanced": {"stability_threshold": 0, "max_denoising_steps": 32},
+    "fast": {"stability_threshold": 0, "max_denoising_steps": 16, "confidence_threshold": 0.05},
 }
 
 
