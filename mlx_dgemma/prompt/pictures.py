@@ -114,7 +114,7 @@ def read_source(source: Any, access: Access = LOCAL) -> bytes | Path:
         found = path.exists()
     except OSError:
         found = False
-    shown = str(source)[:_SHOWN]
+    shown = str(source)[:_SHOWN] or "''"
     raise InputError(f"{shown} is not a file." if found else f"There is no file {shown}.")
 
 

@@ -106,6 +106,7 @@ def test_paths_that_are_none(tmp_path):
     assert "is not a file" in refusal(str(tmp_path))
     assert "There is no file" in refusal("A" * 5000)
     assert "There is no file" in refusal("a\0b")
+    assert "'' is not a file" in refusal("")
     (tmp_path / "empty.png").touch()
     assert "not an image" in refusal(tmp_path / "empty.png")
     (tmp_path / "letter.png").write_text("Dear Sir or Madam")
