@@ -167,8 +167,9 @@ def lengths(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, (known, options, changes) in WAYS.items():
         right, same, forwards = [], [], []
+        texts = chosen[: max(n // 4, 1)] if changes else chosen  # the slow way
         with patch.multiple(windows.Filler, **changes) if changes else nullcontext():
-            for seed, example in enumerate(chosen):
+            for seed, example in enumerate(texts):
                 text = marked(example, tokenizer, length=known)
                 result = infill(
                     model, tokenizer, text, prompt=example.messages, seed=seed, **options
@@ -200,7 +201,6 @@ def _surest(self: Any, cache: Any, window: Any, filled: Any, *_: Any) -> Any:
 WAYS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "length given": (True, {}, {}),
     "by what follows": (False, {}, {}),
-    "every length filled, by what follows": (False, {}, {"_promising": _every}),
     "every length filled, by its own probability": (
         False,
         {},
