@@ -11,6 +11,7 @@ from mlx_dgemma.kernels import (
     select_survivors,
 )
 from mlx_dgemma.kernels.row_statistics import SLICE, supported
+from mlx_dgemma.model import attention as network_attention
 
 pytestmark = emulator_only
 
@@ -57,6 +58,19 @@ def test_sparse_soft_embeddings_take_both_kernels(monkeypatch):
         "dgemma_gather_embeddings",
     ]
     assert mx.allclose(found, expected, atol=1e-4).item()
+
+
+def test_a_long_context_takes_the_attention_kernels(monkeypatch):
+    """A canvas behind more keys than a chunk, through the network's own attention."""
+    monkeypatch.setattr(network_attention, "KEY_CHUNK", 16)
+    queries, (keys, values) = mx.random.normal((1, 4, 5, 16)), mx.random.normal((2, 1, 2, 40, 16))
+    expected = network_attention.attend(queries, keys, values)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    with emulated() as launched:
+        found = network_attention.attend(queries, keys, values)
+    names = [launch.body.name for launch in launched]
+    assert names == ["dgemma_chunk_softmax", "dgemma_merge_attention"] * 3
+    assert mx.allclose(found, expected, atol=1e-5).item()
 
 
 def test_what_a_kernel_does_not_take_goes_to_its_twin(monkeypatch):
