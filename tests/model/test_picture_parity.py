@@ -61,41 +61,56 @@ def reference(folder):
     return Reference(folder)
 
 
+FRAMES = [photograph(64, 48, seed) for seed in range(4)]
+
+
 def conversation(files):
-    """Pictures before, between and behind words, in two turns."""
+    """Pictures before, between and behind words, in two turns, and a video of two frames."""
     picture = lambda name: {"type": "image", "image": str(files / name)}  # noqa: E731
     text = lambda words: {"type": "text", "text": words}  # noqa: E731
+    video = {"type": "video", "video": FRAMES, "num_frames": 2, "source_fps": 0.02}
     return [
         {"role": "user", "content": [picture("photo.jpg"), text("Sort "), picture("screen.png")]},
         {"role": "assistant", "content": "abc"},
-        {"role": "user", "content": [text("Count from 3"), picture("palette.gif")]},
+        {"role": "user", "content": [text("Count from 3"), picture("palette.gif"), video]},
     ]
 
 
 def reference_ids(folder, messages, counts):
-    """The template, the placeholders and the tokenizer as transformers brings them."""
+    """The template, the placeholders and the tokenizer as transformers brings them.
+
+    counts: soft tokens of every image, then of every frame of the one video.
+    """
     from transformers import AutoTokenizer
     from transformers.models.gemma4.processing_gemma4 import Gemma4Processor
+    from transformers.video_utils import VideoMetadata
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    names = {"boi_token": "<|image>", "eoi_token": "<image|>", "image_token": "<|x|>"}
-    counted = {"num_soft_tokens_per_image": counts}
-    for index in range(len(counts)):
-        block = Gemma4Processor.replace_image_token(SimpleNamespace(**names), counted, index)
+    words = SimpleNamespace(
+        boi_token="<|image>", eoi_token="<image|>", image_token="<|x|>", video_token="<|y|>"
+    )
+    images = {"num_soft_tokens_per_image": counts[:-1]}
+    for index in range(len(counts) - 1):
+        block = Gemma4Processor.replace_image_token(words, images, index)
         text = text.replace("<|image|>", block, 1)
-    ids = tokenizer(text.replace("<|x|>", "<|image|>"), add_special_tokens=False)["input_ids"]
-    return np.array([ids])
+    metadata = VideoMetadata(total_num_frames=4, fps=0.02, frames_indices=[0, 2])
+    video = {"num_soft_tokens_per_video": counts[-1:], "video_metadata": [metadata]}
+    text = text.replace("<|video|>", Gemma4Processor.replace_video_token(words, video, 0))
+    text = text.replace("<|x|>", "<|image|>").replace("<|y|>", "<|video|>")
+    return np.array([tokenizer(text, add_special_tokens=False)["input_ids"]])
 
 
 def reference_pictures(names):
+    """What transformers makes of the files and of the video's sampled frames."""
     from transformers.image_utils import load_image
     from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
 
     processor = Gemma4ImageProcessorPil(
         max_soft_tokens=BUDGET, patch_size=PATCH, pooling_kernel_size=POOLING
     )
-    return processor([load_image(str(name)) for name in names], return_tensors="np")
+    files = [load_image(str(name)) for name in names]
+    return processor([*files, FRAMES[0], FRAMES[2]], return_tensors="np")
 
 
 def canvas_of(seed=0):
@@ -104,13 +119,19 @@ def canvas_of(seed=0):
 
 @pytest.fixture(scope="module")
 def seen_by_reference(folder, reference, files):
-    """(ids, logits) of transformers' whole path."""
+    """(ids, logits) of transformers' whole path. Its network knows images alone, so the video's
+    placeholders become an image's before it sees them."""
     names = [files / name for name in ("photo.jpg", "screen.png", "palette.gif")]
     pictures = reference_pictures(names)
-    ids = reference_ids(folder, conversation(files), pictures["num_soft_tokens_per_image"])
+    ids = reference_ids(folder, conversation(files), pictures["num_soft_tokens_per_image"][:-1])
+    spelling = json.loads((folder / "tokenizer.json").read_text())["added_tokens"]
+    names_to_ids = {token["content"]: token["id"] for token in spelling}
+    image, video = names_to_ids["<|image|>"], names_to_ids["<|video|>"]
     reference.reset()
     reference.prefill_with_images(
-        ids, pictures["pixel_values"], pictures["image_position_ids"].astype(np.int64)
+        np.where(ids == video, image, ids),
+        pictures["pixel_values"],
+        pictures["image_position_ids"].astype(np.int64),
     )
     return ids[0].tolist(), reference.denoise(canvas_of())
 
@@ -122,34 +143,9 @@ def test_a_conversation_with_pictures(loaded, seen_by_reference, files, chunk_si
     ours = prepare_prompt(model, tokenizer, conversation(files))
     assert ours.ids == ids
     cache = model.make_cache()
-    model.prefill(ours.ids, cache, [image.patches for image in ours.images], chunk_size)
-    assert_close(model.denoise(mx.array(canvas_of()), cache), logits)
-
-
-def test_a_video_is_its_frames(folder, loaded, reference):
-    """The reference network knows images alone; a video's frames are images to it."""
-    frames = [photograph(64, 48, seed) for seed in range(4)]
-    video = {"type": "video", "video": frames, "num_frames": 3, "source_fps": 1}
-    messages = [{"role": "user", "content": [video, {"type": "text", "text": "What moves?"}]}]
-    model, tokenizer = loaded
-    ours = prepare_prompt(model, tokenizer, messages)
     network = ours.network_ids(model.config.image_token_id)
-    assert len(ours.images) == 3
-
-    from transformers.models.gemma4.image_processing_pil_gemma4 import Gemma4ImageProcessorPil
-
-    processor = Gemma4ImageProcessorPil(
-        max_soft_tokens=70, patch_size=PATCH, pooling_kernel_size=POOLING
-    )
-    sampled = processor([frames[0], frames[1], frames[2]], return_tensors="np")
-    reference.reset()
-    reference.prefill_with_images(
-        np.array([network]), sampled["pixel_values"], sampled["image_position_ids"].astype(np.int64)
-    )
-    cache = model.make_cache()
-    model.prefill(network, cache, [image.patches for image in ours.images])
-    canvas = canvas_of(1)
-    assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
+    model.prefill(network, cache, [image.patches for image in ours.images], chunk_size)
+    assert_close(model.denoise(mx.array(canvas_of()), cache), logits)
 
 
 def test_mlx_vlm_sees_the_same(folder, loaded, files):
