@@ -100,16 +100,8 @@ class Layout:
             rows = [row for row in self.choices[hole] if len(row) == slot.end - slot.start]
             columns = enumerate(zip(*rows, strict=True), start=slot.start)
             return {position: np.array(sorted(set(ids)), np.int32) for position, ids in columns}
-        if self.alphabets and (alphabet := self.alphabets[hole]) is not None:
-            fitting = {
-                position: self.texts.fitting(
-                    alphabet,
-                    before if position == slot.start else "",
-                    after if position == last else "",
-                    slot.start < last,
-                )
-                for position in range(slot.start, slot.end)
-            }
+        if self.alphabets and self.alphabets[hole] is not None:
+            fitting = self._fitting(hole, slot)
             return {position: ids for position, ids in fitting.items() if ids.size}
         if slot.start == last and before and after:
             return {slot.start: self.texts.spanning(before, after)}
@@ -119,6 +111,25 @@ class Layout:
         if after:
             edges[last] = self.texts.ending(after)
         return edges
+
+    def possible(self, hole: int, length: int) -> bool:
+        """Whether a hole's alphabet has a token for every position of such a length."""
+        return all(ids.size for ids in self._fitting(hole, Slot(0, length)).values())
+
+    def _fitting(self, hole: int, slot: Slot) -> dict[int, np.ndarray]:
+        """What each position of a hole may hold by its alphabet, edges included."""
+        alphabet = self.alphabets[hole]
+        assert alphabet is not None
+        last = slot.end - 1
+        return {
+            position: self.texts.fitting(
+                alphabet,
+                self.before[hole] if position == slot.start else "",
+                self.after[hole] if position == last else "",
+                slot.start < last,
+            )
+            for position in range(slot.start, slot.end)
+        }
 
     def template(
         self,

@@ -107,7 +107,7 @@ class Filler:
         self.pad = self._pad()
         self.layout = Layout(job.tokenizer, job.literals, job.holes, right=self.pad is None)
         self.old = self._old_ids()
-        self.ranges = [self._lengths(hole) for hole in range(len(job.holes))]
+        self.ranges = [self._possible(hole) for hole in range(len(job.holes))]
         self.forwards = 0
 
     def fill(self, seeds: Sequence[int]) -> Turns[list[Infill]]:
@@ -173,6 +173,13 @@ class Filler:
             return spread(max(count - 2, least), min(count + 2, self.limit))
         most = max(self.limit // 2, least)
         return [length for length in LENGTHS if least <= length <= most]
+
+    def _possible(self, hole: int) -> list[int]:
+        """The lengths to try, without those for which the vocabulary has no tokens."""
+        lengths = self._lengths(hole)
+        if self.job.holes[hole].alphabet is None:
+            return lengths
+        return [length for length in lengths if self.layout.possible(hole, length)] or lengths
 
     def _choice_lengths(self, hole: int) -> list[int]:
         lengths = sorted({len(ids) for ids in self.layout.choices[hole]})

@@ -3,5 +3,8 @@
 app           routes, keys, limits, one shape for every error
 engine        admits requests, hands them to the model's thread, frees what they held
 chat completions responses messages      one endpoint each
-sampling replies streams fields          what the endpoints share
+requests sampling fields                 what they read alike
+choices replies segments streams drafts  what they answer alike
+tool_choice structured schema            replies that must have a form, and how it is pinned
+prefix_cache disk_cache                  contexts that conversations share
 """

@@ -11,7 +11,7 @@ from typing import Any
 
 from mlx_dgemma.prompt.holes import Hole
 
-_MOST = 32  # tokens of an open repeat
+_MOST = 32  # tokens of a repeat without an end
 # Matching may go back over each open repeat, so a few are quick and many are not.
 _MOST_OPEN = 4
 _ATOM = re.compile(
@@ -55,18 +55,18 @@ def matches(pattern: str, text: str) -> bool:
 
 
 def _hole(atom: re.Match[str]) -> Hole | None:
-    """As many tokens as the class may repeat, at most; a token may hold several characters."""
+    """As many tokens as the class repeats: where that is counted, a token is one character."""
     low = int(atom["low"] or 1)
     high = low
     if atom["open"] or atom["high"] == ",":
         high = _MOST
     elif atom["high"]:
         high = int(atom["high"][1:])
-    alphabet = f"(?:{_SAFE}{atom['members']})+"
-    if not 1 <= low <= high or _SET_OPERATORS.search(alphabet):
+    alphabet = f"(?:{_SAFE}{atom['members']}){'+' if atom['open'] else ''}"
+    if not 1 <= low <= min(high, _MOST) or _SET_OPERATORS.search(alphabet):
         return None
     try:
         re.compile(alphabet, re.ASCII)
     except (re.error, OverflowError):
         return None
-    return Hole(1, min(high, _MOST), alphabet=alphabet)
+    return Hole(low, min(high, _MOST), alphabet=alphabet)

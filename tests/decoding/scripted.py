@@ -23,6 +23,9 @@ class ScriptedCache:
         self.ids: list[int] = []
         self.arrays: list[mx.array] = []
 
+    def expect(self, count: int) -> None:
+        pass
+
 
 class ScriptedModel:
     """Logits come from `script(block, step, canvas) -> float [C, V]`; embeddings are one-hot.

@@ -9,6 +9,8 @@ import pytest
 
 from mlx_dgemma import Commit, Finish, Runtime
 from mlx_dgemma.errors import InputError, ModelNotFoundError
+from mlx_dgemma.filling import Infill, infill_turns
+from mlx_dgemma.prompt.holes import Hole
 
 QUICK: Any = {"max_denoising_steps": 2, "canvas_length": 8, "seed": 4, "empty_reply": "allow"}
 PROMPT = "Reverse: abc"
@@ -107,3 +109,34 @@ def test_closing_ends_everything() -> None:
 def test_a_model_that_cannot_be_loaded_says_so() -> None:
     with pytest.raises(ModelNotFoundError):
         Runtime("/no/such/folder")
+
+
+def test_pinned_jobs_take_turns_too(runtime: Runtime) -> None:
+    """Two texts with holes at once: neither waits for the other to be finished."""
+    order: list[str] = []
+    done = threading.Barrier(3)
+    gate = threading.Event()
+    waiting = threading.Thread(target=lambda: runtime.call(gate.wait))
+    waiting.start()
+
+    def fill(name: str) -> None:
+        def deliver(item: Any) -> None:
+            order.append(name)
+            if isinstance(item, Infill):
+                assert item.text.startswith("the ")
+            elif item is None:
+                threading.Thread(target=done.wait).start()
+
+        cancel = threading.Event()
+        parts = ["the ", Hole(1, 2), " sings in the ", Hole(1, 2), "."]
+        options: Any = {"cancel": cancel, "seed": 1, "max_denoising_steps": 2}
+        turns = infill_turns(runtime.model, runtime.tokenizer, parts, **options)
+        runtime.take_turns(turns, deliver, cancel)
+
+    fill("a")
+    fill("b")
+    gate.set()
+    done.wait(timeout=60)
+    waiting.join()
+    assert order[:6] == ["a", "b"] * 3
+    assert order.count("a") == order.count("b")
