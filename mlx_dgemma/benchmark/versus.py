@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -74,12 +74,11 @@ def main(arguments: Sequence[str]) -> int:
     runtime, folder, steps, prompt_tokens = arguments
     run = _theirs if runtime == THEIRS else _ours
     moments: list[tuple[float, float]] = []
-    weights = 0
-    for event in run(Path(folder), int(steps), int(prompt_tokens), runtime == SLICED):
-        if event is None:
-            moments.append((time.perf_counter(), time.process_time()))
-        else:
-            weights = event
+
+    def mark() -> None:
+        moments.append((time.perf_counter(), time.process_time()))
+
+    weights = run(Path(folder), int(steps), int(prompt_tokens), runtime == SLICED, mark)
     peak = mx.get_peak_memory()
     # The first step conditions on nothing and the second compiles: neither is counted.
     wall, cpu = ([b - a for a, b in pairwise(clock)][2:] for clock in zip(*moments, strict=True))
@@ -99,26 +98,27 @@ def _loaded() -> int:
     return weights
 
 
-_Events = Iterator[int | None]  # bytes of the weights once they are loaded, then None per moment
+_Mark = Callable[[], None]  # called at the beginning of every step, and at the last one's end
 
 
-def _ours(folder: Path, steps: int, prompt_tokens: int, sliced: bool) -> _Events:
+def _ours(folder: Path, steps: int, prompt_tokens: int, sliced: bool, mark: _Mark) -> int:
     from mlx_dgemma.benchmark.passes import endless
     from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import load_model
 
     model = load_model(folder)
-    yield _loaded()
+    weights = _loaded()
     cache = model.make_cache()
     model.prefill(_prompt(model.config.text.vocab_size, prompt_tokens), cache)
     block = endless(model, cache, DecodingSettings(sliced_head=sliced), steps)
     mx.eval(cache.arrays)
-    yield None
+    mark()
     for _ in zip(range(steps), block, strict=False):
-        yield None
+        mark()
+    return weights
 
 
-def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool) -> _Events:
+def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool, mark: _Mark) -> int:
     from mlx_vlm.generate.diffusion import stream_diffusion_generate
     from mlx_vlm.utils import load_model
 
@@ -126,15 +126,15 @@ def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool) -> _Events:
     if mx.default_device() == mx.Device(mx.cpu):
         model.set_dtype(mx.float32)  # what we compute in there, and all that MLX's experts can
     mx.eval(model.parameters())
-    yield _loaded()
+    weights = _loaded()
     vocabulary = int(model.config.text_config.vocab_size)
     model.config.generation_config = {  # a block that cannot become confident runs every step
         "stability_threshold": 1,
         "confidence_threshold": 0.0,
     }
     tokenizer: Any = _Silent()
-    events = stream_diffusion_generate(
-        model,
+    for _event in stream_diffusion_generate(
+        _Watched(model, mark),
         tokenizer,
         tokenizer,
         mx.array(_prompt(vocabulary, prompt_tokens)),
@@ -146,12 +146,23 @@ def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool) -> _Events:
         max_denoising_steps=steps + 1,
         diffusion_full_canvas=True,
         diffusion_sampler="entropy-bound",
-        diffusion_show_unmasking=True,  # an event per step, which is how a step is timed
-    )
-    for event in events:
-        if not getattr(event, "is_draft", False):
-            return
-        yield None
+    ):
+        pass
+    return weights
+
+
+class _Watched:
+    """mlx-vlm's model; every decoder pass is marked. Its loop waits for each step's stop test."""
+
+    def __init__(self, model: Any, mark: _Mark) -> None:
+        self._model, self._mark = model, mark
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+    def diffusion_decoder_logits(self, *arguments: Any, **keywords: Any) -> Any:
+        self._mark()
+        return self._model.diffusion_decoder_logits(*arguments, **keywords)
 
 
 class _Silent:
