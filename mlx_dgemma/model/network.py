@@ -286,10 +286,11 @@ class Model(nn.Module):
         decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
-        """Identifies config and weights, cheaply: a few rows of every layer, hashed."""
+        """Identifies config, weights and dtype, cheaply: a few rows of every layer, hashed."""
         known = getattr(self, "_fingerprint", None)
         if known is None:
             digest = hashlib.sha256(json.dumps(asdict(self.config.text)).encode())
+            digest.update(str(self.dtype).encode())
             for layer in self.model.decoder.layers:
                 for matrix in (layer.self_attn.o_proj.weight, layer.experts.down_proj.weight[0]):
                     digest.update(np.array(matrix[0].view(mx.uint8)).tobytes())

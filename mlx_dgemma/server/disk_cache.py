@@ -11,10 +11,9 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import mlx.core as mx
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
@@ -40,7 +39,7 @@ class DiskCache:
             ) from error
         self._directory = directory
         self._budget = budget_bytes
-        self._made_by = f"mlx_dgemma {__version__}, mlx {mx.__version__}"
+        self._made_by = f"mlx_dgemma {__version__}, mlx {version('mlx')}"
 
     def load(self, name: str, keys: Sequence[int], model: Model) -> ContextCache | None:
         """The context that holds exactly `keys`; None when there is none that can be trusted.

@@ -5,11 +5,14 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import httpx2
 import pytest
 
 from mlx_dgemma.cli import server
+
+from .conftest import user
 
 
 def test_flags_become_settings() -> None:
@@ -44,11 +47,12 @@ def test_mistakes_are_one_sentence(
     assert "Traceback" not in error
 
 
-def test_it_starts_and_ends_when_asked() -> None:
+def test_it_starts_and_ends_when_asked(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     command = [sys.executable, "-m", "mlx_dgemma", "server", "--port", str(port)]
+    command += ["--prompt-cache-dir", str(tmp_path / "contexts")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     try:
         for _ in range(600):
@@ -58,9 +62,16 @@ def test_it_starts_and_ends_when_asked() -> None:
             except httpx2.ConnectError:
                 assert process.poll() is None
                 time.sleep(0.2)
+        asked = {"messages": user("Reverse: " + "abc " * 20), "max_tokens": 4, "canvas_length": 4}
+        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=99)
+        assert answer.status_code == 200
+        assert not list((tmp_path / "contexts").iterdir())
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     finally:
         process.kill()
     assert f"http://127.0.0.1:{port}/v1" in errors
     assert "Traceback" not in errors
+    assert process.returncode in (0, -signal.SIGTERM)
+    # What was read is there for the next start.
+    assert list((tmp_path / "contexts").glob("context-*.safetensors"))
