@@ -74,6 +74,11 @@ def is_tool_name(name: str) -> bool:
     return _NAME.fullmatch(name) is not None and not name.startswith("call:")
 
 
+def is_argument_name(name: str) -> bool:
+    """Whether an argument of this name can be written without quotes and read back."""
+    return _KEY.fullmatch(name) is not None
+
+
 def bare_call_end(text: str) -> int | None:
     """Where the bracket closes that a call outside the markers opens; None when it does not yet.
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
-from mlx_dgemma.errors import CancelledError
+from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.filling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.media import PreparedPrompt
@@ -214,8 +214,9 @@ class Engine:
                 elif item is None:
                     written.set()
 
-            self.runtime.take_turns(self._prefixes.flush(), deliver, threading.Event())
-            written.wait()
+            with contextlib.suppress(InputError):  # someone closed the runtime before us
+                self.runtime.take_turns(self._prefixes.flush(), deliver, threading.Event())
+                written.wait()
         self.runtime.close()
 
     async def _arrivals(

@@ -27,7 +27,7 @@ from mlx_dgemma.server.disk_cache import DiskCache
 
 MARKERS = ("sot", "soc", "stc")
 LEAST = 32  # tokens of a piece: a shorter encoder pass costs more than it can save
-_REMEMBERED = 64  # prompts compared with new ones to learn what they share
+_REMEMBERED = 16  # prompts compared with new ones to learn what they share
 
 
 class Owner(Protocol):

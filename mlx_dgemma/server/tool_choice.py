@@ -1,14 +1,14 @@
 """Which tools a reply may call, and replies that must call one.
 
-The beginning of a forced call, `call:name{`, is pinned on the canvas; with several names to
-choose from, what they share is, and the next token is one of theirs. The rest is denoised as
-ever, checked against the tool's parameters, and tried again with new seeds.
+The beginning of a forced call, `call:name{key:`, is pinned on the canvas; with several tools to
+choose from, what their calls share is, and the next token is one of theirs. The rest is denoised
+as ever, checked against the tool's parameters, and tried again with new seeds.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -17,7 +17,7 @@ from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.events import Commit, Draft
 from mlx_dgemma.prompt.messages import check_tools
 from mlx_dgemma.prompt.tokenizer import Tokenizer
-from mlx_dgemma.prompt.tools import is_tool_name
+from mlx_dgemma.prompt.tools import is_argument_name, is_tool_name
 from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
 from mlx_dgemma.server.errors import ApiError
@@ -93,15 +93,31 @@ def force(declared: list[Any], name: str | None, one_call: bool) -> ToolUse:
     return ToolUse(declared, forced, one_call)
 
 
-def opening(tokenizer: Tokenizer, names: Sequence[str]) -> Opening:
-    """How a reply begins that calls one of the named tools; ApiError 400 without the markers."""
-    if not {"stc", "etc"} <= tokenizer.ids.keys():
+def opening(tokenizer: Tokenizer, tools: Sequence[Any]) -> Opening:
+    """How a reply begins that calls one of the tools; ApiError 400 without the markers."""
+    if not {"stc", "etc", "escape"} <= tokenizer.ids.keys():
         raise ApiError(400, "tool_choice: this checkpoint has no tool calls.", param="tool_choice")
-    rows = [[tokenizer.ids["stc"], *tokenizer.encode(f"call:{name}{{")] for name in names]
+    rows = [_beginning(tokenizer, tool["function"]) for tool in tools]
     columns = takewhile(lambda column: len(set(column)) == 1, zip(*rows, strict=False))
     shared = [column[0] for column in columns]
     following = {row[len(shared)] for row in rows} if min(map(len, rows)) > len(shared) else ()
     return Opening(tuple(shared), tuple(following))
+
+
+def _beginning(tokenizer: Tokenizer, function: Mapping[str, Any]) -> list[int]:
+    """A call up to its first required argument, as the template sorts them, and into a string."""
+    start = f"call:{function['name']}{{"
+    parameters = function.get("parameters") or {}
+    required, properties = parameters.get("required"), parameters.get("properties")
+    key, kind = "", None
+    if isinstance(required, list) and isinstance(properties, Mapping):
+        known = [name for name in required if isinstance(name, str) and is_argument_name(name)]
+        key = min(known, key=str.lower, default="")
+        described = properties.get(key)
+        kind = described.get("type") if isinstance(described, Mapping) else None
+    text = f"{start}{key}:" if key else start
+    quote = [tokenizer.ids["escape"]] if kind == "string" else []
+    return [tokenizer.ids["stc"], *tokenizer.encode(text), *quote]
 
 
 def forced_call(tokenizer: Tokenizer, use: ToolUse) -> tuple[Source, tuple[str, ...]]:
@@ -109,7 +125,8 @@ def forced_call(tokenizer: Tokenizer, use: ToolUse) -> tuple[Source, tuple[str, 
 
     The last attempt stands as it is.
     """
-    begin = opening(tokenizer, use.forced)
+    forced = [tool for tool in use.declared if tool["function"]["name"] in use.forced]
+    begin = opening(tokenizer, forced)
     rules: dict[str, Rules] = {}
     warnings = []
     for tool in use.declared:

@@ -22,15 +22,32 @@ def begun(script: Script, request: int = 0) -> tuple[str, set[str]]:
     return tokenizer().decode(pinned.ids), {tokenizer().decode([i]) for i in pinned.following}
 
 
-@pytest.mark.parametrize("names", [("a",), ("get_weather", "get_time"), ("a", "ab"), ("x", "y")])
-def test_an_opening_begins_every_call_and_no_other(names: tuple[str, ...]) -> None:
-    rows = [[tokenizer().ids["stc"], *tokenizer().encode(f"call:{name}{{")] for name in names]
-    pinned = opening(tokenizer(), names)
-    for row in rows:
-        assert tuple(row[: len(pinned.ids)]) == pinned.ids
-        assert not pinned.following or row[len(pinned.ids)] in pinned.following
-    if len(names) == 1:
-        assert (list(pinned.ids), pinned.following) == (rows[0], ())
+ODD = {"type": "object", "properties": {"a b": {}, "n": {"type": "integer"}}, "required": ["n"]}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "begins"),
+    [
+        (CITY, 'call:a{city:<|"|>'),
+        (ODD, "call:a{n:"),
+        ({**ODD, "required": ["a b"]}, "call:a{"),
+        ({**CITY, "required": 3}, "call:a{"),
+        ({**CITY, "properties": {"city": 3}}, "call:a{city:"),
+        ({}, "call:a{"),
+    ],
+)
+def test_an_opening_reaches_into_the_first_required_argument(parameters: Any, begins: str) -> None:
+    tool = {"type": "function", "function": {"name": "a", "parameters": parameters}}
+    pinned = opening(tokenizer(), [tool])
+    assert tokenizer().decode(pinned.ids) == f"<|tool_call>{begins}"
+    assert pinned.following == ()
+
+
+def test_tools_share_an_opening_as_far_as_it_goes() -> None:
+    pinned = opening(tokenizer(), TOOLS)
+    assert tokenizer().decode(pinned.ids) == "<|tool_call>call:get_"
+    assert {tokenizer().decode([id_]) for id_ in pinned.following} == {"weather", "time"}
+    assert opening(tokenizer(), [*TOOLS, *TOOLS[:1]]) == pinned
 
 
 def test_required_leaves_the_choice_to_the_model(serve: Open) -> None:
@@ -48,7 +65,7 @@ def test_a_call_is_tried_until_it_fits(serve: Open, stream: bool) -> None:
     script = Script(*wrong, RIGHT)
     asked = {"messages": user(), "tools": TOOLS, "tool_choice": NAMED, "stream": stream, "seed": 3}
     text = serve(script).post(CHAT, json=asked).text
-    assert begun(script) == ("<|tool_call>call:get_time{", set())
+    assert begun(script) == ('<|tool_call>call:get_time{city:<|"|>', set())
     assert '{\\"city\\": \\"Oslo\\"}' in text
     assert "weather" not in text
     assert "town" not in text
