@@ -18,7 +18,7 @@ PresetName = Literal["reference", "balanced", "fast"]
 # for fewer denoising steps (benchmarks/README.md has both, measured).
 PRESETS: dict[str, dict[str, int | float]] = {
     "reference": {},
-    "balanced": {"stability_threshold": 0, "max_denoising_steps": 32},
+    "balanced": {"stability_threshold": 0, "max_denoising_steps": 32, "confidence_threshold": 0.02},
     "fast": {"stability_threshold": 0, "max_denoising_steps": 16, "confidence_threshold": 0.05},
 }
 

@@ -26,6 +26,7 @@ from mlx_dgemma.kernels.fuse import fused
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
 _LEAF = 512  # columns per partial sum inside a slice of the twin
+_ROWS = 128  # rows that the twin takes at a time
 
 Head = Callable[[int, int], mx.array]
 
@@ -67,17 +68,29 @@ def twin(
     softcap: float = 30.0,
     temp: float = 1.0,
 ) -> RowStatistics:
-    """The same in plain MLX operations; temporaries never exceed one slice."""
+    """The same in plain MLX operations; temporaries never exceed one slice of `_ROWS` rows."""
     rows, vocabulary = raw_logits.shape
-    return sliced_row_statistics(
-        lambda start, stop: raw_logits[:, start:stop],
-        rows,
-        vocabulary,
-        temperature,
-        uniforms,
-        softcap=softcap,
-        temp=temp,
-    )
+    divisor = mx.broadcast_to(tempering(temperature, rows), (rows, 1))
+    blocks: list[RowStatistics] = []
+    for first in range(0, rows, _ROWS):
+        some = slice(first, first + _ROWS)
+        raw, now, drawn = raw_logits[some], divisor[some], uniforms[some]
+        if blocks:  # one block at a time
+            raw, now, drawn = mx.depends([raw, now, drawn], list(blocks[-1]))
+        blocks.append(
+            sliced_row_statistics(
+                lambda start, stop, raw=raw: raw[:, start:stop],  # type: ignore[misc]
+                raw.shape[0],
+                vocabulary,
+                now,
+                drawn,
+                softcap=softcap,
+                temp=temp,
+            )
+        )
+    if len(blocks) == 1:
+        return blocks[0]
+    return RowStatistics(*(mx.concatenate(list(field)) for field in zip(*blocks, strict=True)))
 
 
 def sliced_row_statistics(

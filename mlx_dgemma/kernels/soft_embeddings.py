@@ -28,6 +28,7 @@ from mlx_dgemma.kernels.row_statistics import SLICE, Head, tempered, tempering
 
 DROPPED_MASS = 2.0**-8
 CAPACITY = 1024
+_COLUMNS = SLICE // 2  # of the table, multiplied at a time by the dense path
 _GATHERED_ROWS = 16384  # embedding rows gathered at a time by the sparse twin
 
 
@@ -92,8 +93,8 @@ def sliced_soft_embeddings(
     divisor = tempering(temperature, log_z.shape[0])
     total = mx.zeros((log_z.shape[0], 1), dtype=mx.float32)
     summed = mx.zeros((log_z.shape[0], matrix.columns), dtype=mx.float32)
-    for start in range(0, matrix.weight.shape[0], SLICE):
-        stop = min(start + SLICE, matrix.weight.shape[0])
+    for start in range(0, matrix.weight.shape[0], _COLUMNS):
+        stop = min(start + _COLUMNS, matrix.weight.shape[0])
         raw = head(start, stop)
         if start:  # one slice in memory at a time
             raw, _ = mx.depends([raw, divisor], [summed, total])
