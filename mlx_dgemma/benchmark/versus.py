@@ -133,8 +133,9 @@ def _theirs(folder: Path, steps: int, prompt_tokens: int, _: bool, mark: _Mark) 
         "confidence_threshold": 0.0,
     }
     tokenizer: Any = _Silent()
+    watched: Any = _Watched(model, mark)
     for _event in stream_diffusion_generate(
-        _Watched(model, mark),
+        watched,
         tokenizer,
         tokenizer,
         mx.array(_prompt(vocabulary, prompt_tokens)),
