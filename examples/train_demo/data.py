@@ -24,7 +24,7 @@ CANVAS = 32
 PAD, EOS = 0, 1
 WIDTHS = (26, 40, 72, 1000)  # prompts up to so many tokens share a batch: little of it is padding
 FILLABLE = {"sentence", "list", "json", "grid", "sudoku"}
-INFILL_SHARE = 0.35
+INFILL_SHARE = 0.2
 PADDED_SHARE = 0.25  # of the infilling rows
 SYSTEMS = ["You are a helpful assistant.", "You are a small demo model.", "Answer briefly."]
 

@@ -29,7 +29,7 @@ CANVASES = 3  # differently noised canvases of one prompt
 WARM_UP = 60.0  # seconds
 DECAY = 0.35  # the last share of the time
 BALANCE = 0.01  # weight of the load-balancing loss over the experts
-BASE = {"reverse": 1, "sort": 1.2, "count": 1.5, "repeat": 1.2, "sudoku": 1.5, "tool": 0.7}
+BASE = {"reverse": 1, "sort": 1.2, "count": 2, "repeat": 1, "sudoku": 1.5, "tool": 0.7}
 BASE |= {"think": 1, "grid": 1.3, "list": 2, "sentence": 2, "json": 2}
 
 

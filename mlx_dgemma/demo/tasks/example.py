@@ -39,7 +39,7 @@ class Example:
     @property
     def key(self) -> str:
         """The prompt as one string: equal keys mean equal prompts."""
-        parts = [self.messages, self.tools, self.enable_thinking]
+        parts: list[Any] = [self.messages, self.tools, self.enable_thinking]
         if self.picture is not None:
             parts.append(asdict(self.picture))
         return json.dumps(parts, sort_keys=True)
