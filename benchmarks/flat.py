@@ -1,4 +1,4 @@
-"""What does not grow: prefill's working memory with the prompt, a step's cost with the blocks.
+"""What must not grow: prefill's working memory with the prompt, a step's cost with the blocks.
 
     python benchmarks/flat.py                    # 4k to 64k tokens, 20 blocks; minutes on a CPU
     python benchmarks/flat.py --tokens 4096 16384 --blocks 5
