@@ -72,7 +72,9 @@ class Terminal:
 
     def leave(self) -> int:
         """Ctrl-D until it is heard: one that comes between two prompts is lost."""
-        while self.process.poll() is None:
+        for _ in range(30):
+            if self.process.poll() is not None:
+                break
             self.type("\x04")
             for _ in range(20):
                 self.read()
