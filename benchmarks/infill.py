@@ -31,6 +31,8 @@ from mlx_dgemma import edit, infill, load
 from mlx_dgemma.api import encode_prompt
 from mlx_dgemma.decoding import CanvasRequest, DecodingSettings, SeededDraws, denoise, denoise_block
 from mlx_dgemma.demo.tasks import InfillExample, infill_examples
+from mlx_dgemma.demo.tasks.example import ask
+from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
 from mlx_dgemma.filling import windows
 
 SEED = 2026
@@ -168,12 +170,13 @@ def lengths(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     for name, (known, options, changes) in WAYS.items():
         right, same, forwards = [], [], []
         texts = chosen[: max(n // 4, 1)] if changes else chosen  # the slow way
+        if "prompt" in options:  # in place of the bare one alone: others tell what to fill in
+            texts = [example for example in texts if example.messages == ask(PROMPT)]
         with patch.multiple(windows.Filler, **changes) if changes else nullcontext():
             for seed, example in enumerate(texts):
                 text = marked(example, tokenizer, length=known)
-                result = infill(
-                    model, tokenizer, text, prompt=example.messages, seed=seed, **options
-                )
+                given = {"prompt": example.messages, **options}
+                result = infill(model, tokenizer, text, seed=seed, **given)
                 right.append(example.verify(result.text))
                 same.append(len(result.text) == len(example.text))
                 forwards.append(result.forwards)
@@ -206,7 +209,7 @@ WAYS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
         {},
         {"_promising": _every, "_best_followed": _surest},
     ),
-    "ended early with pads": (False, {"lengths": "pad"}, {}),
+    "ended early with pads": (False, {"lengths": "pad", "prompt": ROOMY_PROMPT}, {}),
 }
 
 

@@ -14,7 +14,7 @@ ENDINGS = {
     "generate.py": "",
     "stream_drafts.py": "tokens per forward",
     "app_worker.py": "cancelled after",
-    "image.py": "see picture.png",
+    "image.py": "A red circle at the top left.",
 }
 
 

@@ -89,21 +89,24 @@ def is_sentence(text: str) -> bool:
 
 
 def sentence(rng: random.Random) -> Example:
-    """Subject, verb, object and place; a given phrase must be in it."""
+    """Subject, verb, object and place; the phrase asked for must be in it.
+
+    What a sentence is "about" is its subject; what it is "with" or "mentions", its object.
+    """
     plural = rng.random() < 0.5
     first, second = rng.sample(NOUNS, 2)
     subject = _noun_phrase(rng, first, plural)
     target = _noun_phrase(rng, second, rng.random() < 0.5)
     verb, singular_verb = rng.choice(list(VERBS.items()))
     text = " ".join([subject, verb if plural else singular_verb, target, rng.choice(PLACES)]) + "."
-    phrase = rng.choice([subject, target])
-    prompt = rng.choice(
+    phrase, prompt = rng.choice(
         [
-            "Write a sentence about {}.",
-            "Write a sentence with {}.",
-            "Make a sentence that mentions {}.",
+            (subject, "Write a sentence about {}."),
+            (target, "Write a sentence with {}."),
+            (target, "Make a sentence that mentions {}."),
         ]
-    ).format(phrase)
+    )
+    prompt = prompt.format(phrase)
 
     def verify(text: str, thought: str | None = None) -> bool:
         text = text.strip()
