@@ -9,11 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dgemma.api import load, stream_generate
+from mlx_dgemma.api import load, prepare_prompt, stream_generate
 from mlx_dgemma.decoding.events import Commit
+from mlx_dgemma.demo.tasks.pictures import Picture
 from mlx_dgemma.demo.tasks.tools import DECLARATIONS
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt import encode_messages
+from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.server import disk_cache
 from mlx_dgemma.server.disk_cache import DiskCache
 from mlx_dgemma.server.prefix_cache import LEAST, PrefixCache, SharedContext
@@ -36,7 +38,9 @@ def ask(question: str, *turns: dict[str, Any]) -> list[int]:
     return encode_messages(tokenizer(), messages, tools=TOOLS)
 
 
-def run(store: PrefixCache, prompt: list[int], **options: Any) -> tuple[SharedContext, list[int]]:
+def run(
+    store: PrefixCache, prompt: list[int] | PreparedPrompt, **options: Any
+) -> tuple[SharedContext, list[int]]:
     """The context a request used, and the ids it committed."""
     context = store.lease()
     assert context is not None
@@ -128,6 +132,29 @@ def test_what_two_conversations_share_is_learned(owner: Any) -> None:
     cached = [run(store, prompt)[0].cached_tokens for prompt in prompts]
     first, _, told_at, _ = store.divisions(prompts[2])
     assert cached == [0, first, told_at]
+
+
+def test_a_picture_is_shared_by_what_it_shows(owner: Any) -> None:
+    """Pictures of one size have the same placeholders; another picture is another context."""
+
+    def about(color: str, question: str) -> PreparedPrompt:
+        turn = [{"type": "image", "image": Picture("circle", color, "in the center").draw()}]
+        turn += [{"type": "text", "text": question}]
+        answered = [{"role": "user", "content": turn}, {"role": "assistant", "content": "red"}]
+        last = {"role": "user", "content": "Where is the shape?"}
+        return prepare_prompt(owner.model, owner.tokenizer, [SYSTEM, *answered, last])
+
+    store, question = PrefixCache(owner, LARGE), "What color is the shape?"
+    first, other = about("red", question), about("blue", question)
+    assert first.ids == other.ids
+    run(store, first)
+    shared, ids = run(store, about("red", question))
+    apart, _ = run(store, other)
+    picture = first.ids.index(owner.model.config.image_token_id)
+    assert apart.cached_tokens <= picture < shared.cached_tokens
+    fresh, expected = run(PrefixCache(owner, LARGE), first)
+    assert ids == expected
+    assert_same(shared, fresh)
 
 
 def test_the_least_recently_used_goes_first(owner: Any) -> None:
