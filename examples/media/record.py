@@ -1,6 +1,6 @@
 """Draws the README's picture: one reply's canvas at several of its steps, from a real run.
 
-python examples/media/record.py [--model FOLDER] [--task sentence] [--seed 8] [--frames 5]
+python examples/media/record.py [--model FOLDER] [--task sentence] [--seed 9] [--frames 5]
 """
 
 import argparse
@@ -24,7 +24,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model")
     parser.add_argument("--task", default="sentence")
-    parser.add_argument("--seed", type=int, default=8)
+    parser.add_argument("--seed", type=int, default=9)
     parser.add_argument("--frames", type=int, default=5)
     parser.add_argument("--output", type=Path, default=OUTPUT)
     asked = parser.parse_args()
