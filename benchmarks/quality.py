@@ -89,8 +89,7 @@ def main() -> None:
             console.print(f"{guard:<10}{values['empty']:.2f} empty of {values['n']}")
     else:
         names = SETTINGS if arguments.all else {name: {"preset": name} for name in PRESETS}
-        table = Table("setting", *(arguments.task or TASKS), "all", "tokens per forward")
-        figures = {}
+        columns, figures = {}, {}
         with Progress(console=Console(stderr=True)) as progress:
             for name, settings in names.items():
                 tasks = measure(
@@ -105,7 +104,11 @@ def main() -> None:
                 figures[name] = {"tasks": tasks, "overall": mean}
                 cells = [f"{f['right']:.2f} in {f['steps']:.1f}" for f in tasks.values()]
                 both = f"{mean['right']:.2f} ± {mean['error']:.2f} in {mean['steps']:.1f}"
-                table.add_row(name, *cells, both, f"{mean['tokens_per_forward']:.1f}")
+                columns[name] = [*cells, both, f"{mean['tokens_per_forward']:.1f}"]
+        table = Table("task", *columns)
+        tasks_and_totals = [*(arguments.task or TASKS), "all", "tokens per forward"]
+        for row in zip(tasks_and_totals, *columns.values(), strict=True):
+            table.add_row(*row)
         console.print(table)
     if arguments.json:
         arguments.json.write_text(json.dumps(figures, indent=1))
