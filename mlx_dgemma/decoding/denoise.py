@@ -17,7 +17,7 @@ import numpy as np
 
 from mlx_dgemma.decoding.canvas import CanvasRequest, stack_pins
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.logits import Logits, SlicedLogits, WholeLogits
+from mlx_dgemma.decoding.logits import Logits, make_logits
 from mlx_dgemma.decoding.sampler import StepInput, make_sampler
 from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -226,8 +226,7 @@ def _predict(
 ) -> _Prediction:
     shape = batch.canvas.shape
     hidden = model.hidden(batch.canvas, cache, batch.signal)
-    kind = SlicedLogits if settings.sliced_head else WholeLogits
-    logits = kind(model, hidden, np.array(banned, dtype=np.int32))
+    logits = make_logits(model, hidden, np.array(banned, dtype=np.int32), settings)
     if settings.temp == 0:
         uniforms = mx.zeros((*shape, 2))
     else:

@@ -3,7 +3,9 @@
 `WholeLogits` keeps the raw logits [b, C, V] until the next step has its self-conditioning.
 `SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
-Both give the same statistics, since those walk the vocabulary in the same slices.
+`ExponentialLogits` makes them slice by slice too, but keeps what the statistics made of them, as
+much memory as the logits: the signal then costs one product. It is for where exponentials are dear.
+All give the same statistics, since those walk the vocabulary in the same slices.
 """
 
 from __future__ import annotations
@@ -13,15 +15,24 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics, sliced_row_statistics
+from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels.row_statistics import (
+    ROW_BLOCK,
+    Exponentials,
+    RowStatistics,
+    row_statistics,
+    sliced_row_statistics,
+)
 from mlx_dgemma.kernels.soft_embeddings import (
     Survivors,
+    kept_soft_embeddings,
     select_survivors,
     sliced_soft_embeddings,
     soft_embeddings,
 )
 
 if TYPE_CHECKING:
+    from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import Model
 
 # A raw logit that leaves no probability behind, yet no NaN in 0 * log 0 either.
@@ -48,6 +59,23 @@ class Logits(Protocol):
 
     def log_z(self, line: int) -> mx.array:
         """float32 [C]: log-sum-exp of a canvas' untempered, softcapped logits."""
+
+
+def make_logits(
+    model: Model, hidden: mx.array, banned: np.ndarray, settings: DecodingSettings
+) -> Logits:
+    """The way to hold the logits of hidden states [b, C, H] that suits settings and backend.
+
+    banned: int ids whose logits are discarded.
+    """
+    if settings.sliced_head:
+        return SlicedLogits(model, hidden, banned)
+    dtype = model.embedding_matrix.dtype
+    sparse = settings.sparse_conditioning(8 * dtype.size)
+    # With float32 tables nothing is cast between the logits and the signal.
+    if dtype == mx.float32 and not sparse and not registry.available():
+        return ExponentialLogits(model, hidden, banned)
+    return WholeLogits(model, hidden, banned)
 
 
 class WholeLogits:
@@ -140,7 +168,12 @@ class SlicedLogits:
         return self._hidden.reshape(-1, self._hidden.shape[-1])
 
     def _statistics(
-        self, hidden: mx.array, temperature: float, uniforms: mx.array, temp: float
+        self,
+        hidden: mx.array,
+        temperature: float,
+        uniforms: mx.array,
+        temp: float,
+        kept: list[Exponentials] | None = None,
     ) -> RowStatistics:
         return sliced_row_statistics(
             lambda start, stop: self._slice(hidden, start, stop),
@@ -150,6 +183,7 @@ class SlicedLogits:
             uniforms,
             softcap=self._softcap,
             temp=temp,
+            kept=kept,
         )
 
     def _slice(self, hidden: mx.array, start: int, stop: int) -> mx.array:
@@ -158,3 +192,33 @@ class SlicedLogits:
         if first < last:
             raw[:, mx.array(self._banned[first:last] - start)] = _OUT_OF_REACH
         return raw
+
+
+class ExponentialLogits(SlicedLogits):
+    """Hidden states, and the exponentials of their tempered logits, slice by slice."""
+
+    def __init__(self, model: Model, hidden: mx.array, banned: np.ndarray) -> None:
+        super().__init__(model, hidden, banned)
+        self._kept: list[list[Exponentials]] = []  # by block of rows, then by slice
+
+    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+        self._kept = []
+        blocks: list[RowStatistics] = []
+        for some in self._row_blocks():
+            hidden, drawn = self._flat[some], uniforms[some]
+            if blocks:  # one block at a time, so that temporaries stay small
+                hidden, drawn = mx.depends([hidden, drawn], list(blocks[-1]))
+            self._kept.append([])
+            blocks.append(self._statistics(hidden, temperature, drawn, temp, self._kept[-1]))
+        return RowStatistics(*(mx.concatenate(list(field)) for field in zip(*blocks, strict=True)))
+
+    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+        soft = [
+            kept_soft_embeddings(kept, stats.log_z[some], self._table, scale=self._scale)
+            for kept, some in zip(self._kept, self._row_blocks(), strict=True)
+        ]
+        return mx.concatenate(soft).reshape(self._hidden.shape)
+
+    def _row_blocks(self) -> list[slice]:
+        rows = self._flat.shape[0]
+        return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]

@@ -26,7 +26,7 @@ from mlx_dgemma.kernels.fuse import fused
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
 _LEAF = 512  # columns per partial sum inside a slice of the twin
-_ROWS = 128  # rows that the twin takes at a time
+ROW_BLOCK = 128  # rows that the twin takes at a time
 
 Head = Callable[[int, int], mx.array]
 
@@ -39,6 +39,14 @@ class RowStatistics(NamedTuple):
     sample: mx.array  # [R] int32
     max: mx.array  # [R] float32: the largest tempered logit
     log_z: mx.array  # [R] float32: log of the sum of exp(tempered logits)
+
+
+class Exponentials(NamedTuple):
+    """A slice of each of R rows: e^(tempered logits - max) [R, n], and max and sum [R]; float32."""
+
+    values: mx.array
+    max: mx.array
+    sum: mx.array
 
 
 def row_statistics(
@@ -68,12 +76,12 @@ def twin(
     softcap: float = 30.0,
     temp: float = 1.0,
 ) -> RowStatistics:
-    """The same in plain MLX operations; temporaries never exceed one slice of `_ROWS` rows."""
+    """The same in plain MLX operations; temporaries never exceed one slice of `ROW_BLOCK` rows."""
     rows, vocabulary = raw_logits.shape
     divisor = mx.broadcast_to(tempering(temperature, rows), (rows, 1))
     blocks: list[RowStatistics] = []
-    for first in range(0, rows, _ROWS):
-        some = slice(first, first + _ROWS)
+    for first in range(0, rows, ROW_BLOCK):
+        some = slice(first, first + ROW_BLOCK)
         raw, now, drawn = raw_logits[some], divisor[some], uniforms[some]
         if blocks:  # one block at a time
             raw, now, drawn = mx.depends([raw, now, drawn], list(blocks[-1]))
@@ -102,12 +110,13 @@ def sliced_row_statistics(
     *,
     softcap: float = 30.0,
     temp: float = 1.0,
+    kept: list[Exponentials] | None = None,
 ) -> RowStatistics:
     """Row statistics that never hold [rows, vocabulary].
 
     `head(start, stop)` gives the raw logits [rows, stop - start] of one vocabulary slice; it is
     called once per slice of `SLICE` columns, in order, and each slice is done before the next is
-    made.
+    made. What the slices' sums were made of is appended to `kept` where that is given.
     """
     divisor = tempering(temperature, rows)
     parts: list[_Slice] = []
@@ -115,7 +124,10 @@ def sliced_row_statistics(
         raw = head(start, min(start + SLICE, vocabulary))
         if parts:  # one slice in memory at a time, without asking the host to wait
             raw, _ = mx.depends([raw, divisor], list(parts[-1]))
-        parts.append(_one_slice(raw, divisor, uniforms[:, 1], start, softcap, temp))
+        part, exponentials = _one_slice(raw, divisor, uniforms[:, 1], start, softcap, temp)
+        parts.append(part)
+        if kept is not None:
+            kept.append(Exponentials(exponentials, part.max, part.z))
     return _merge(parts, uniforms[:, 0], temp)
 
 
@@ -155,7 +167,8 @@ class _Slice(NamedTuple):
 
 def _one_slice(
     raw: mx.array, divisor: mx.array, uniform: mx.array, start: int, softcap: float, temp: float
-) -> _Slice:
+) -> tuple[_Slice, mx.array]:
+    """The slice's share of the statistics, and its exponentials [R, n]."""
     values = tempered(raw, mx.array(softcap, dtype=mx.float32), divisor)
     maximum = values.max(axis=1, keepdims=True)
     argmax = values.argmax(axis=1).astype(mx.int32) + start
@@ -164,14 +177,14 @@ def _one_slice(
     z = leaves.sum(axis=1)
     s = _leaf_sums(products).sum(axis=1)
     if temp == 0:
-        return _Slice(maximum[:, 0], z, s, argmax, z, argmax)
-    weight = z
+        return _Slice(maximum[:, 0], z, s, argmax, z, argmax), exponentials
+    weight, sampled = z, exponentials
     if temp != 1:
-        exponentials = mx.exp((values - maximum) / temp)
-        leaves = _leaf_sums(exponentials)
+        sampled = mx.exp((values - maximum) / temp)
+        leaves = _leaf_sums(sampled)
         weight = leaves.sum(axis=1)
-    candidate = _inverse_cdf(exponentials, leaves, uniform) + start
-    return _Slice(maximum[:, 0], z, s, argmax, weight, candidate)
+    candidate = _inverse_cdf(sampled, leaves, uniform) + start
+    return _Slice(maximum[:, 0], z, s, argmax, weight, candidate), exponentials
 
 
 def _leaf_sums(values: mx.array) -> mx.array:

@@ -15,7 +15,7 @@ bfloat16 logits.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -24,7 +24,7 @@ import mlx.nn as nn
 
 from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.matrix import Matrix
-from mlx_dgemma.kernels.row_statistics import SLICE, Head, tempered, tempering
+from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, tempered, tempering
 
 DROPPED_MASS = 2.0**-8
 CAPACITY = 1024
@@ -103,6 +103,31 @@ def sliced_soft_embeddings(
             mx.float32
         )
         total = total + weights.astype(mx.float32).sum(axis=1, keepdims=True)
+    return scale_embeddings((summed / total).astype(matrix.dtype), scale)
+
+
+def kept_soft_embeddings(
+    kept: Sequence[Exponentials],
+    log_z: mx.array,
+    table: Matrix | mx.array | nn.Module,
+    *,
+    scale: float | None = None,
+) -> mx.array:
+    """Dense soft embeddings from what a row's statistics were made of, slice by slice.
+
+    Neither head nor softcap nor exponential is computed again. The tempered logits are not cast
+    to the table's dtype, so this is the contract's result for float32 tables alone.
+    """
+    matrix = Matrix.of(table)
+    total = mx.zeros((log_z.shape[0], 1), dtype=mx.float32)
+    summed = mx.zeros((log_z.shape[0], matrix.columns), dtype=mx.float32)
+    start = 0
+    for values, maximum, sums in kept:
+        stop = start + values.shape[1]
+        share = mx.exp(maximum - log_z)[:, None]
+        summed = summed + share * matrix.rows(start, stop).apply(values, transpose=False)
+        total = total + share * sums[:, None]
+        start = stop
     return scale_embeddings((summed / total).astype(matrix.dtype), scale)
 
 
