@@ -34,7 +34,8 @@ class LiveView:
     pieces: the text of single ids. stop_ids: where a draft ends.
     max_denoising_steps: for "step 4 of 48".
     pace: seconds that every step stays on the screen at least.
-    held_seconds: how long the view has slept to keep that pace.
+    held_seconds: how long the view has slept between steps to keep that pace. The pause that a
+        commit waits for comes after the time of its block was taken, so it is not in there.
     """
 
     def __init__(
@@ -81,7 +82,7 @@ class LiveView:
 
     def show(self, event: Event) -> None:
         if isinstance(event, Draft):
-            self._keep_pace()
+            self.held_seconds += self._keep_pace()
             self._draft = event
         elif isinstance(event, Commit):
             self._keep_pace()
@@ -162,12 +163,14 @@ class LiveView:
             self.console.size.width,
         )
 
-    def _keep_pace(self) -> None:
-        wait = self._shown_at + self.pace - time.monotonic()
+    def _keep_pace(self) -> float:
+        """Sleeps until the last step was shown long enough; returns the seconds slept."""
+        before = time.monotonic()
+        wait = self._shown_at + self.pace - before
         if self.pace > 0 and wait > 0:
             time.sleep(wait)
-            self.held_seconds += wait
         self._shown_at = time.monotonic()
+        return self._shown_at - before
 
 
 def fit(parts: list[str], width: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import time
 
 import pytest
 from rich.console import Console
@@ -154,6 +155,17 @@ def test_pace_is_kept_and_counted() -> None:
         for step in range(1, 5):
             live.show(settled([1], step=step))
     assert 0.03 < live.held_seconds < 2
+
+
+def test_the_pause_before_a_commit_is_outside_the_measured_time() -> None:
+    """The block's time is taken when its Commit comes, before the view waits to show it."""
+    console, _ = terminal()
+    with view(console, pace=0.05) as live:
+        started = time.monotonic()
+        live.show(settled([1]))
+        live.show(Commit(ids=(1,), text="The", block=0))
+        assert time.monotonic() - started >= 0.05
+    assert live.held_seconds < 0.01
 
 
 @pytest.mark.parametrize(
