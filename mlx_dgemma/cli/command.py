@@ -7,6 +7,7 @@ A bug keeps its traceback.
 from __future__ import annotations
 
 import argparse
+import errno
 import functools
 import os
 import signal
@@ -54,18 +55,31 @@ def command(body: Body) -> Main:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            return body(argv)
+            code = body(argv)
+            if sys.stdout is not None:
+                sys.stdout.flush()  # now, while what goes wrong can still be said
+            return code
         except DGemmaError as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:
-            # The reader left (`| head`); keep the interpreter from complaining at exit.
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_output()  # the reader left (`| head`)
             return PIPE_CLOSED
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            _discard_output()
+            print("error: The disk is full: free some space and run this again.", file=sys.stderr)
+            return USER_ERROR
 
     return main
+
+
+def _discard_output() -> None:
+    """Keeps the interpreter from complaining at exit of output that nothing takes."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextmanager

@@ -76,7 +76,22 @@ def test_python_m_works(arguments: list[str]) -> None:
     assert done.stderr == ""
 
 
+def piped(to: str) -> subprocess.CompletedProcess[str]:
+    generate = f'"{sys.executable}" -m mlx_dgemma generate --prompt abc --max-denoising-steps 1'
+    line = f"{generate} {to}; exit ${{PIPESTATUS[0]}}"
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+
+
 def test_a_closed_pipe_is_no_error() -> None:
-    line = f'"{sys.executable}" -m mlx_dgemma generate --help | head -1; exit ${{PIPESTATUS[0]}}'
-    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+    done = piped("| true")
+    assert done.returncode == 141
     assert "Traceback" not in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
+def test_a_full_disk_is_one_sentence() -> None:
+    done = piped("--json >/dev/full")
+    assert done.returncode == 2
+    errors = [line for line in done.stderr.splitlines() if "bundled demo" not in line]
+    assert errors == ["error: The disk is full: free some space and run this again."]
