@@ -132,7 +132,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     # 3. What came of it
     if arguments.prompt_cache_file is not None:
         options["cache"].save(arguments.prompt_cache_file)
-    right = None if example is None else _is_right(example, reply, session)
+    cancelled = reply.finish is not None and reply.finish.reason == "cancelled"
+    right = None if example is None or cancelled else _is_right(example, reply, session)
     if arguments.json:
         print(json.dumps(_record(session, reply, right, prepared), ensure_ascii=False))
     else:
@@ -140,7 +141,6 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_verdict(right, console if console.is_terminal else messages)
         if on_terminal if arguments.verbose is None else arguments.verbose:
             print_summary(reply, console if on_terminal else messages, prepared.media)
-    cancelled = reply.finish is not None and reply.finish.reason == "cancelled"
     return INTERRUPTED if cancelled else 0
 
 
