@@ -28,6 +28,7 @@ Template = list[tuple[str, mx.Dtype | int | bool]]
 
 _SOURCES = Path(__file__).parent / "metal"
 _BODY = "//: body\n"
+_ROWS = ("tokens", "length")  # the parts of a shape that change from one prompt to the next
 
 
 @dataclass(frozen=True)
@@ -98,7 +99,18 @@ def use(operation: Operation, shape: Shape, supported: bool) -> bool:
         return False
     if mode() == "force":
         return True
-    return _verdict(operation.name, tuple(sorted(shape.items())))
+    return _verdict(operation.name, tuple(sorted(shape_class(shape).items())))
+
+
+def shape_class(shape: Shape) -> Shape:
+    """What a verdict is about: counts of rows are rounded up to a power of two.
+
+    Prompts have any length; without classes nearly every one would wait for checks of its own.
+    """
+    return {
+        name: 1 << (size - 1).bit_length() if name in _ROWS and isinstance(size, int) else size
+        for name, size in shape.items()
+    }
 
 
 @functools.cache

@@ -118,6 +118,18 @@ def test_modes(monkeypatch):
         registry.mode()
 
 
+def test_prompts_of_many_lengths_need_few_checks(monkeypatch):
+    checked = set()
+    monkeypatch.setattr(registry, "available", lambda: True)
+    monkeypatch.setattr(registry, "_verdict", lambda *key: bool(checked.add(key)))
+    for name in ("tokens", "length"):
+        for count in range(1, 2049):
+            registry.use(OPERATION, {name: count, "width": 704}, True)
+    assert len(checked) == 2 * 12
+    classes = {name: registry.shape_class(shape) for name, shape in published_shapes().items()}
+    assert classes == published_shapes()
+
+
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
 def test_without_metal_the_twins_run(monkeypatch):
     monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
