@@ -68,11 +68,12 @@ class Audit:
         return call
 
     def scores(self, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def call(queries: mx.array, keys: mx.array, values: mx.array, mask: Any = None) -> mx.array:
-            grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
-            self.see("attention scores", grouped @ keys.swapaxes(-1, -2))
-            self.see("attention values", values)
-            return real(queries, keys, values, mask)
+        def call(queries: mx.array, segments: Any, mask: Any = None) -> mx.array:
+            for keys, values in segments:
+                grouped = queries.reshape(queries.shape[0], keys.shape[1], -1, queries.shape[3])
+                self.see("attention scores", grouped @ keys.swapaxes(-1, -2))
+                self.see("attention values", values)
+            return real(queries, segments, mask)
 
         return call
 

@@ -2,8 +2,9 @@
 which MLX does not fuse.
 
 Keys come in segments: the context's cached prefix, one for every canvas of a batch, and the
-canvas's own keys. Nothing is concatenated. Without a mask every query sees every key it is given;
-a sliding window is a slice of the keys. The query heads of a key head are folded into rows, and so
+canvas's own keys. Nothing is concatenated, and a prefix that is kept packed is made whole a chunk
+at a time. Without a mask every query sees every key it is given; a sliding window is a slice of the
+keys. The query heads of a key head are folded into rows, and so
 is the batch where a segment is shared, so that keys are read once and each product is one matrix
 multiplication over `chunk` keys.
 
@@ -13,7 +14,7 @@ stays within the values' range in any dtype. Softmax and the accumulated output 
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
@@ -22,7 +23,25 @@ from mlx_dgemma.kernels import registry
 CHUNK = 4096  # keys per product; also the most that the kernel's threadgroups hold
 _LOWEST = -3e38  # below every score and, unlike -Inf, safe to subtract
 
-Segment = tuple[mx.array, mx.array]
+Pair = tuple[mx.array, mx.array]
+
+
+class Stored(Protocol):
+    """Keys and values that are made when they are read."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of the keys, as of the values: [1, kv heads, S, head_dim]."""
+
+    def read(self, start: int, stop: int, dtype: mx.Dtype, after: mx.array | None) -> Pair:
+        """Keys and values `start` to `stop`, not before `after` is computed."""
+
+
+Segment = Pair | Stored
+
+
+def count_keys(segment: Segment) -> int:
+    return _shape_of(segment)[2]
 
 
 class _Part(NamedTuple):
@@ -43,8 +62,9 @@ def attend(
 ) -> mx.array:
     """Attention output [B, heads, L, head_dim] over all keys of all segments.
 
-    `queries` [B, heads, L, head_dim]; a segment is (keys, values) [B or 1, kv heads, S, head_dim].
-    `mask` bool [L, keys of all segments]; every query must see some key.
+    `queries` [B, heads, L, head_dim]; a segment is (keys, values) [B or 1, kv heads, S, head_dim],
+    or makes them when it is read. `mask` bool [L, M] is of the last M keys, and all before them are
+    visible; every query must see some key.
     """
     run = twin
     if registry.use(OPERATION, _shape(queries, segments), supported(queries, chunk)):
@@ -63,8 +83,10 @@ def twin(
     """The same in plain MLX operations: two products and an online merge per chunk of keys."""
     shape = queries.shape[:3]
     merged: _Part | None = None
-    for keys, values, folded, visible, _ in _chunks(queries, segments, scale, chunk, mask):
-        scores = (folded @ keys.swapaxes(2, 3)).astype(mx.float32)
+    for chunk_of in _chunks(queries, segments, scale, chunk, mask):
+        keys, values = chunk_of.read(queries.dtype, None if merged is None else merged.output)
+        visible = chunk_of.visible
+        scores = (chunk_of.folded @ keys.swapaxes(2, 3)).astype(mx.float32)
         if visible is not None:
             seen = mx.tile(visible, (scores.shape[2] // visible.shape[0], 1))
             scores = mx.where(seen, scores, _LOWEST)
@@ -82,31 +104,62 @@ def twin(
     return (merged.output / merged.total).astype(queries.dtype)
 
 
+class _Chunk(NamedTuple):
+    """Some keys of a segment, the queries folded for them, and what of the mask is theirs."""
+
+    segment: Segment
+    start: int
+    stop: int
+    folded: mx.array
+    visible: mx.array | None
+
+    def read(self, dtype: mx.Dtype, after: mx.array | None) -> Pair:
+        """after: the result of the chunk before, so that not all are made whole at once."""
+        if not isinstance(self.segment, tuple):
+            return self.segment.read(self.start, self.stop, dtype, after)
+        keys, values = self.segment
+        return keys[:, :, self.start : self.stop], values[:, :, self.start : self.stop]
+
+
 def _chunks(
     queries: mx.array,
     segments: Sequence[Segment],
     scale: float,
     chunk: int,
     mask: mx.array | None,
-) -> Iterator[tuple[mx.array, mx.array, mx.array, mx.array | None, int]]:
-    """Keys, values and folded queries of every chunk, its part of the mask and its first key."""
-    first = 0
-    for keys, values in segments:
-        folded = _fold(queries * scale if scale != 1.0 else queries, keys)
-        for start in range(0, keys.shape[2], chunk):
-            k, v = keys[:, :, start : start + chunk], values[:, :, start : start + chunk]
-            count = k.shape[2]
-            visible = None if mask is None else mask[:, first : first + count]
-            yield k, v, folded, visible, first
-            first += count
+) -> Iterator[_Chunk]:
+    all_keys, first = sum(map(count_keys, segments)), 0
+    for segment in segments:
+        folded = _fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
+        for start in range(0, count_keys(segment), chunk):
+            stop = min(start + chunk, count_keys(segment))
+            visible = None if mask is None else _part_of(mask, first - all_keys, stop - start)
+            yield _Chunk(segment, start, stop, folded, visible)
+            first += stop - start
 
 
-def _fold(queries: mx.array, keys: mx.array) -> mx.array:
+def _part_of(mask: mx.array, first: int, count: int) -> mx.array | None:
+    """bool [L, count] for the keys from `first`, counted from the end; None if all are visible."""
+    queries, masked = mask.shape
+    start = masked + first
+    if start + count <= 0:
+        return None
+    part = mask[:, max(start, 0) : start + count]
+    if start >= 0:
+        return part
+    return mx.concatenate([mx.ones((queries, -start), dtype=mx.bool_), part], axis=1)
+
+
+def _shape_of(segment: Segment) -> tuple[int, ...]:
+    return segment[0].shape if isinstance(segment, tuple) else segment.shape
+
+
+def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
     """[B, heads, L, D] -> [B, kv heads, group * L, D], or [1, kv heads, B * group * L, D]."""
     batch, heads, length, head_dim = queries.shape
-    kv_heads = keys.shape[1]
+    kv_heads = keys[1]
     folded = queries.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
-    if keys.shape[0] < batch:
+    if keys[0] < batch:
         folded = folded.swapaxes(0, 1).reshape(1, kv_heads, -1, head_dim)
     return folded
 
@@ -131,7 +184,7 @@ def _merge(one: _Part, two: _Part) -> _Part:
 
 _THREADS = 256
 _SOFTMAX = registry.Kernel(
-    "chunk_softmax", inputs=("scores", "mask", "place"), outputs=("weights", "maximum", "total")
+    "chunk_softmax", inputs=("scores", "mask", "queries"), outputs=("weights", "maximum", "total")
 )
 _MERGE = registry.Kernel(
     "merge_attention",
@@ -159,9 +212,10 @@ def metal(
     rows = batch * heads * length
     maximum = mx.full((rows,), _LOWEST, dtype=mx.float32)
     total, output = mx.zeros((rows,)), mx.zeros((rows, head_dim))
-    for keys, values, folded, _, first in _chunks(queries, segments, scale, chunk, None):
-        scores = folded @ keys.swapaxes(2, 3)
-        weights, local_maximum, local_total = _softmax(scores, mask, length, first)
+    for chunk_of in _chunks(queries, segments, scale, chunk, mask):
+        keys, values = chunk_of.read(queries.dtype, output)
+        scores = chunk_of.folded @ keys.swapaxes(2, 3)
+        weights, local_maximum, local_total = _softmax(scores, chunk_of.visible, length)
         local = (weights @ values).reshape(rows, head_dim)
         kv_heads = keys.shape[1]
         maximum, total, output = registry.launch(
@@ -188,17 +242,16 @@ def metal(
     return mixed.reshape(queries.shape)
 
 
-def _softmax(scores: mx.array, mask: mx.array | None, length: int, first: int) -> list[mx.array]:
+def _softmax(scores: mx.array, mask: mx.array | None, length: int) -> list[mx.array]:
     """Normalised weights like scores [.., rows, S], and per row the maximum and the sum."""
     count = scores.shape[-1]
     rows = scores.size // count
-    all_keys = 0 if mask is None else mask.shape[1]
     weights, maximum, total = registry.launch(
         _SOFTMAX,
         [
             scores.reshape(1, rows, count),
             mx.zeros((1,), dtype=mx.bool_) if mask is None else mask,
-            mx.array([length, first, all_keys], dtype=mx.int32),
+            mx.array([length], dtype=mx.int32),
         ],
         template=[
             ("T", scores.dtype),
@@ -222,7 +275,7 @@ def _shape(queries: mx.array, segments: Sequence[Segment]) -> registry.Shape:
         "dtype": str(queries.dtype),
         "length": queries.shape[2],
         "heads": queries.shape[1],
-        "kv_heads": segments[0][0].shape[1],
+        "kv_heads": _shape_of(segments[0])[1],
         "head_dim": queries.shape[3],
     }
 

@@ -6,13 +6,16 @@ context and itself; the context is never changed.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.kernels.attention import Segment, count_keys
 from mlx_dgemma.model.config import TextConfig
-from mlx_dgemma.model.context import LayerContext
+from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
 from mlx_dgemma.model.masks import encoder_mask
 from mlx_dgemma.model.rope import Table
@@ -51,10 +54,8 @@ class Attention(nn.Module):
         queries, keys, values = self.project(x)
         queries = self.queries(queries, rope)
         first_query = context.offset
-        keys, values = context.append(*self.keys_and_values(keys, values, rope))
-        first_key = context.offset - keys.shape[2]
-        mixed = attend_causal(queries, keys, values, first_query, first_key, self.window, blocks)
-        return self.o_proj(mixed)
+        segments = context.append(*self.keys_and_values(keys, values, rope))
+        return self.o_proj(attend_causal(queries, segments, first_query, self.window, blocks))
 
     def extend(self, x: mx.array, rope: Table, context: LayerContext) -> None:
         """Append the keys of x without attending: all the encoder's last layer is needed for."""
@@ -71,12 +72,10 @@ class Attention(nn.Module):
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)
         if x.shape[0] == 1:
-            return self.o_proj(attend(queries, *context.with_canvas(keys, values)))
-        # The context is shared: no row of the batch gets a copy of it.
-        shared = context.visible()
-        segments = [(keys, values)] if shared is None else [shared, (keys, values)]
-        mixed = kernels.attend(queries, segments, chunk=KEY_CHUNK).transpose(0, 2, 1, 3)
-        return self.o_proj(mixed.reshape(*x.shape[:2], -1))
+            segments = context.with_canvas(keys, values)
+        else:  # The context is shared: no row of the batch gets a copy of it.
+            segments = [*context.visible(), (keys, values)]
+        return self.o_proj(attend(queries, segments))
 
     def project(self, x: mx.array) -> tuple[mx.array, mx.array, mx.array]:
         """Raw queries, keys, values [B, L, heads, D]."""
@@ -118,58 +117,71 @@ class Attention(nn.Module):
 
 
 def attend(
-    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None = None
+    queries: mx.array, segments: Sequence[Segment], mask: mx.array | None = None
 ) -> mx.array:
-    """softmax(q k^T) v: queries [B, heads, L, D], keys [B, kv_heads, K, D] -> [B, L, heads * D].
+    """softmax(q k^T) v: queries [B, heads, L, D], keys [B or 1, kv_heads, K, D] ->
+    [B, L, heads * D], over the keys of all segments.
 
-    The queries that share a key head are folded into one matrix, so keys are never repeated.
-    mask: bool [L, K].
+    mask: bool [L, M] of the last M keys; all before them are visible.
     """
-    turns = _turns(queries, min(keys.shape[2], KEY_CHUNK))
+    count = sum(map(count_keys, segments))
+    turns = _turns(queries, min(count, KEY_CHUNK))
     if len(turns) > 1:
-        return mx.concatenate(
-            [
-                attend(queries[:, :, turn], keys, values, None if mask is None else mask[turn])
-                for turn in turns
-            ],
-            axis=1,
-        )
-    if keys.shape[2] > KEY_CHUNK:
-        mixed = kernels.attend(queries, [(keys, values)], chunk=KEY_CHUNK, mask=mask)
-        return mixed.transpose(0, 2, 1, 3).reshape(queries.shape[0], queries.shape[2], -1)
-    grouped = _fold(queries, keys.shape[1])
-    scores = grouped @ keys.swapaxes(-1, -2)
-    if mask is not None:
-        scores = _hide(scores, mask)
-    return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
+        parts = [
+            attend(queries[:, :, turn], segments, None if mask is None else mask[turn])
+            for turn in turns
+        ]
+        return mx.concatenate(parts, axis=1)
+    first = segments[0]
+    if len(segments) == 1 and isinstance(first, tuple) and count <= KEY_CHUNK:
+        return _attend_at_once(queries, *first, mask)
+    mixed = kernels.attend(queries, segments, chunk=KEY_CHUNK, mask=mask)
+    return mixed.transpose(0, 2, 1, 3).reshape(queries.shape[0], queries.shape[2], -1)
 
 
 def attend_causal(
     queries: mx.array,
-    keys: mx.array,
-    values: mx.array,
+    segments: Sequence[Segment],
     first_query: int,
-    first_key: int,
     window: int | None,
     blocks: np.ndarray | None,
 ) -> mx.array:
-    """Encoder attention, a block of queries at a time over just the keys it can see."""
-    length, last = queries.shape[2], keys.shape[2]
+    """Encoder attention, a block of queries at a time over just the keys it can see.
+
+    The last segment ends with the queries' own keys. A sliding layer has no other segment.
+    """
+    *before, own = segments
+    assert isinstance(own, tuple)
+    keys, values = own
+    length, end = queries.shape[2], first_query + queries.shape[2]
+    first_key = end - sum(map(count_keys, segments))
+    # Without a window all that was there before is visible, and the mask need not reach back to it.
+    oldest = first_query if window is None else first_key
     if blocks is not None:  # an image block looks ahead and past the window: keep it in one piece
-        mask = encoder_mask(first_query, length, first_key, last, window, blocks)
-        return attend(queries, keys, values, mask)
+        mask = encoder_mask(first_query, length, oldest, end - oldest, window, blocks)
+        return attend(queries, segments, mask)
     outputs = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
-        end = first_query + stop - first_key
         begin = 0 if window is None else max(0, first_query + start - window + 1 - first_key)
+        masked = max(oldest, first_key + begin)
         mask = encoder_mask(
-            first_query + start, stop - start, first_key + begin, end - begin, window
+            first_query + start, stop - start, masked, first_query + stop - masked, window
         )
-        outputs.append(
-            attend(queries[:, :, start:stop], keys[:, :, begin:end], values[:, :, begin:end], mask)
-        )
+        seen = slice(begin, keys.shape[2] - (length - stop))
+        part = [*before, (keys[:, :, seen], values[:, :, seen])]
+        outputs.append(attend(queries[:, :, start:stop], part, mask))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
+
+
+def _attend_at_once(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
+) -> mx.array:
+    """The queries that share a key head are folded into one matrix: keys are never repeated."""
+    scores = _fold(queries, keys.shape[1]) @ keys.swapaxes(-1, -2)
+    if mask is not None:
+        scores = _hide(scores, mask)
+    return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
 
 
 def _turns(queries: mx.array, keys: int) -> list[slice]:
@@ -193,7 +205,9 @@ def _unfold(mixed: mx.array, shape: tuple[int, ...]) -> mx.array:
 def _hide(scores: mx.array, mask: mx.array) -> mx.array:
     """Lower hidden scores to the dtype's smallest finite number (minus infinity breeds NaN)."""
     batch, kv_heads, rows, keys = scores.shape
-    queries = mask.shape[0]
+    queries, masked = mask.shape
+    if masked < keys:
+        mask = mx.concatenate([mx.ones((queries, keys - masked), dtype=mx.bool_), mask], axis=1)
     split = scores.reshape(batch, kv_heads, rows // queries, queries, keys)
     lowest = mx.array(mx.finfo(scores.dtype).min, scores.dtype)
     return mx.where(mask, split, lowest).reshape(scores.shape)

@@ -19,8 +19,9 @@ from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import ModelConfig, TextConfig
-from mlx_dgemma.model.context import ContextCache, LayerContext
+from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.experts import Experts, Router
+from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.layers import Embedding, GatedMLP, RMSNorm
 from mlx_dgemma.model.masks import image_blocks
 from mlx_dgemma.model.rope import RopeTables, Table
@@ -166,11 +167,11 @@ class Model(nn.Module):
 
     # The obvious path, and the contract
 
-    def make_cache(self) -> ContextCache:
-        """An empty context of this model."""
+    def make_cache(self, kv_bits: int | None = None) -> ContextCache:
+        """An empty context of this model; kv_bits=8 keeps what grows of it in 8 bits."""
         text = self.config.text
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
-        return ContextCache(windows, self.config.canvas_length, self.fingerprint)
+        return ContextCache(windows, self.config.canvas_length, self.fingerprint, kv_bits)
 
     def prefill(
         self,

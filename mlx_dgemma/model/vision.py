@@ -103,7 +103,7 @@ class VisionAttention(nn.Module):
         queries = self._rotated(self.q_norm(self._split(self.q_proj(x), self.heads)), rope)
         keys = self._rotated(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), rope)
         values = mx.fast.rms_norm(self._split(self.v_proj(x), self.kv_heads), None, self.eps)
-        return self.o_proj(attend(queries, keys, values.transpose(0, 2, 1, 3)))
+        return self.o_proj(attend(queries, [(keys, values.transpose(0, 2, 1, 3))]))
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)

@@ -69,7 +69,7 @@ def test_the_context_depends_on_the_picture(demo):
         cache = model.make_cache()
         network = prompt.network_ids(model.config.image_token_id)
         model.prefill(network, cache, [image.patches for image in prompt.images])
-        contexts.append(np.array(cache.layers[-1].visible()[0]))
+        contexts.append(np.array(cache.layers[-1].visible()[0][0]))
     assert contexts[0].shape == contexts[1].shape
     assert np.abs(contexts[0] - contexts[1]).max() > 1e-3
 

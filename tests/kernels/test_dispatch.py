@@ -64,10 +64,10 @@ def test_a_long_context_takes_the_attention_kernels(monkeypatch):
     """A canvas behind more keys than a chunk, through the network's own attention."""
     monkeypatch.setattr(network_attention, "KEY_CHUNK", 16)
     queries, (keys, values) = mx.random.normal((1, 4, 5, 16)), mx.random.normal((2, 1, 2, 40, 16))
-    expected = network_attention.attend(queries, keys, values)
+    expected = network_attention.attend(queries, [(keys, values)])
     monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
     with emulated() as launched:
-        found = network_attention.attend(queries, keys, values)
+        found = network_attention.attend(queries, [(keys, values)])
     names = [launch.body.name for launch in launched]
     assert names == ["dgemma_chunk_softmax", "dgemma_merge_attention"] * 3
     assert mx.allclose(found, expected, atol=1e-5).item()

@@ -7,7 +7,7 @@ from plain_checkpoint import write_plain
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.model import ContextCache, load_model
-from mlx_dgemma.model.context import LayerContext
+from mlx_dgemma.model.layer_context import LayerContext
 
 CANVAS = 12
 
@@ -204,7 +204,7 @@ def test_buffers_grow_by_steps_and_sliding_ones_stay_small(model):
     sliding, _, full = cache.layers
     assert sliding.capacity <= 512
     assert full.capacity == 768
-    assert cache.nbytes == sum(2 * layer.keys.nbytes for layer in cache.layers)
+    assert cache.nbytes == sum(2 * layer.buffers[0].nbytes for layer in cache.layers)
     for block in range(6):
         model.prefill(ids(CANVAS, block), cache)
         logits(model, cache)
@@ -223,16 +223,16 @@ def test_a_canvas_is_written_in_place():
     """Behind 20,000 cached positions a canvas costs its own bytes, not a copy of the buffer."""
     layer = LayerContext(None, CANVAS)
     layer.reset(0, (mx.ones((1, 2, 20_000, 16)), mx.ones((1, 2, 20_000, 16))))
-    mx.eval(layer.keys, layer.values)
+    mx.eval(layer.buffers)
     rows = mx.ones((1, 2, CANVAS, 16))
     mx.eval(rows)
     mx.reset_peak_memory()
     before = mx.get_active_memory()
     for _ in range(3):
-        keys, values = layer.with_canvas(rows, rows)
+        ((keys, values),) = layer.with_canvas(rows, rows)
         mx.eval(keys[:, :, -1].sum(), values[:, :, -1].sum())
     assert keys.shape[2] == 20_000 + CANVAS
-    assert mx.get_peak_memory() - before < layer.keys.nbytes / 10
+    assert mx.get_peak_memory() - before < layer.buffers[0].nbytes / 10
 
 
 def test_a_canvas_longer_than_the_configured_one(model):

@@ -225,7 +225,7 @@ def test_no_tensor_widens_the_activations(tmp_path):
     cache = model.make_cache()
     model.prefill(IDS, cache)
     assert model.hidden(CANVAS, cache).dtype == mx.bfloat16
-    assert cache.layers[0].keys.dtype == mx.bfloat16
+    assert cache.layers[0].buffers[0].dtype == mx.bfloat16
 
 
 def test_every_wrong_tensor_in_one_message(tmp_path):

@@ -11,9 +11,8 @@ constant constexpr float LOWEST = -3.0e38f;
     const uint row = threadgroup_position_in_grid.y;
     const uint S = scores_shape[2];
     const ulong from = static_cast<ulong>(row) * S;
-    // Rows repeat every `length` queries; the mask has one line per query, over all chunks.
-    const ulong line = static_cast<ulong>(row % static_cast<uint>(place[0])) * static_cast<uint>(place[2]) +
-                       static_cast<uint>(place[1]);
+    // Rows repeat every `queries`; the mask has one line per query.
+    const ulong line = static_cast<ulong>(row % static_cast<uint>(queries[0])) * S;
 
     threadgroup float group_max[TG / 32];
     threadgroup float group_sum[TG / 32];
