@@ -36,30 +36,49 @@ def test_threads_and_asyncio_get_the_same_events(runtime: Runtime) -> None:
     assert runtime.generate(PROMPT, max_tokens=16, **QUICK) == text
 
 
-def test_requests_take_turns(runtime: Runtime) -> None:
-    """Two requests of several blocks each: their blocks alternate."""
-    order: list[str] = []
-    done = threading.Barrier(3)
-    # Both wait behind a job, so that neither is finished before the other has begun.
-    gate = threading.Event()
-    waiting = threading.Thread(target=lambda: runtime.call(gate.wait))
+class Turns:
+    """Two jobs that begin together, and the order in which they delivered."""
+
+    def __init__(self) -> None:
+        self.order: list[str] = []
+        self.begin = threading.Event()
+        self.ended = threading.Semaphore(0)
+
+    def finish(self) -> None:
+        """Let both begin, and wait until both have ended."""
+        self.begin.set()
+        for _ in range(2):
+            assert self.ended.acquire(timeout=120)
+
+
+@pytest.fixture
+def turns(runtime: Runtime) -> Iterator[Turns]:
+    """Both wait behind a job, so that neither is finished before the other has begun."""
+    turns = Turns()
+    waiting = threading.Thread(target=lambda: runtime.call(turns.begin.wait))
     waiting.start()
+    yield turns
+    turns.begin.set()
+    waiting.join()
+
+
+def test_requests_take_turns(runtime: Runtime, turns: Turns) -> None:
+    """Two requests of several blocks each: their blocks alternate."""
 
     def deliver(name: str) -> Any:
         def note(event: Any) -> None:
             if isinstance(event, Commit) and event.ids:
-                order.append(name)
+                turns.order.append(name)
             if event is None:
-                threading.Thread(target=done.wait, daemon=True).start()
+                turns.ended.release()
 
         return note
 
     for name in "ab":
-        runtime.submit(LONG, deliver(name), max_tokens=10**6, cancel=_after(order), **QUICK)
-    gate.set()
-    done.wait(timeout=120)
-    waiting.join()
-    assert order[:4] == ["a", "b", "a", "b"]
+        cancel = _after(turns.order)
+        runtime.submit(LONG, deliver(name), max_tokens=10**6, cancel=cancel, **QUICK)
+    turns.finish()
+    assert turns.order[:4] == ["a", "b", "a", "b"]
 
 
 def _after(order: list[str]) -> threading.Event:
@@ -111,32 +130,25 @@ def test_a_model_that_cannot_be_loaded_says_so() -> None:
         Runtime("/no/such/folder")
 
 
-def test_pinned_jobs_take_turns_too(runtime: Runtime) -> None:
+def test_pinned_jobs_take_turns_too(runtime: Runtime, turns: Turns) -> None:
     """Two texts with holes at once: neither waits for the other to be finished."""
-    order: list[str] = []
-    done = threading.Barrier(3)
-    gate = threading.Event()
-    waiting = threading.Thread(target=lambda: runtime.call(gate.wait))
-    waiting.start()
 
     def fill(name: str) -> None:
         def deliver(item: Any) -> None:
-            order.append(name)
+            turns.order.append(name)
             if isinstance(item, Infill):
                 assert item.text.startswith("the ")
             elif item is None:
-                threading.Thread(target=done.wait).start()
+                turns.ended.release()
 
         cancel = threading.Event()
         parts = ["the ", Hole(1, 2), " sings in the ", Hole(1, 2), "."]
         options: Any = {"cancel": cancel, "seed": 1, "max_denoising_steps": 2}
-        turns = infill_turns(runtime.model, runtime.tokenizer, parts, **options)
-        runtime.take_turns(turns, deliver, cancel)
+        steps = infill_turns(runtime.model, runtime.tokenizer, parts, **options)
+        runtime.take_turns(steps, deliver, cancel)
 
     fill("a")
     fill("b")
-    gate.set()
-    done.wait(timeout=60)
-    waiting.join()
-    assert order[:6] == ["a", "b"] * 3
-    assert order.count("a") == order.count("b")
+    turns.finish()
+    assert turns.order[:6] == ["a", "b"] * 3
+    assert turns.order.count("a") == turns.order.count("b")
