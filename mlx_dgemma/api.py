@@ -105,6 +105,7 @@ def stream_generate(
     empty_reply: EmptyReplyPolicy = "reroll",
     conditioning: Conditioning = "auto",
     sliced_head: bool = False,
+    kv_bits: int | None = None,
     logprobs: bool = False,
     opening: Opening | None = None,
     trace: str | Path | None = None,
@@ -124,6 +125,8 @@ def stream_generate(
         preset's, then the checkpoint's generation config.
     stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
         Commit.tool_calls. cache: a PromptCache that keeps the context for the next turn.
+    kv_bits: 8 keeps the context of full-attention layers in 8 bits, about half the memory of a
+        long one and no longer exact. With a cache, as the cache was made.
     cancel: set it from any thread; the generation ends between two denoising steps.
     logprobs: score committed ids in Commit.logprobs. opening: ids the reply must begin with.
     trace: a file to record every draw in; not together with an opening.
@@ -131,6 +134,8 @@ def stream_generate(
     Closing the generator frees everything it holds. Raises InputError for a request that
     cannot be served, NumericsError when the network produces NaN or Inf.
     """
+    if cache is not None and kv_bits is None:
+        kv_bits = cache.kv_bits
     settings = DecodingSettings.from_defaults(
         model.config.generation,
         {
@@ -150,8 +155,13 @@ def stream_generate(
             "empty_reply": empty_reply,
             "conditioning": conditioning,
             "sliced_head": sliced_head,
+            "kv_bits": kv_bits,
         },
     )
+    if cache is not None and kv_bits != cache.kv_bits:
+        raise InputError(
+            f"The cache keeps its context exactly: make it with PromptCache(model, {kv_bits=})."
+        )
     seed = fresh_seed() if seed is None else check_seed(seed)
     prepared = prepare_prompt(
         model,
@@ -216,6 +226,7 @@ class Options(TypedDict, total=False):
     empty_reply: EmptyReplyPolicy
     conditioning: Conditioning
     sliced_head: bool
+    kv_bits: int | None
     logprobs: bool
     opening: Opening | None
     trace: str | Path | None
@@ -286,7 +297,7 @@ def _stream(
 ) -> Generator[Event, None, None]:
     prompt, read = request.prompt, 0
     if cache is None:
-        context = model.make_cache()
+        context = model.make_cache(request.settings.kv_bits)
     else:
         keys = prepared.keys
         read = len(keys) - len(cache.align(keys))

@@ -30,6 +30,9 @@ GOOGLE = "google/diffusiongemma-26B-A4B-it"
 
 # Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.5 GB).
 BESIDE_WEIGHTS = 1_058_275_328
+# The longest context by itself, exactly and in 8 bits.
+LONGEST_CONTEXT = 262_144
+LONGEST_CONTEXT_BYTES = {None: 5_746_196_480, 8: 3_224_698_880}
 # Kept free on the disk after a download.
 DISK_RESERVE = 1_000_000_000
 

@@ -30,6 +30,8 @@ CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 2048  # tokens per encoder pass
 QUERY_BLOCK = 512  # of which so many attend at a time
 KEY_CHUNK = 4096  # to so many keys
+PACKED_GROUPS = (64, 32)  # numbers of an 8-bit context that share a scale and a bias
+PACKED_SCALES = 4  # bytes of those two
 VOCABULARY_SLICE = 16384  # columns of the sliced head
 # What MLX may keep of freed buffers; it would otherwise grow to the whole machine.
 CACHE_LIMIT = 2_000_000_000
@@ -41,6 +43,8 @@ class Plan:
     """Bytes by purpose for one model at one context length.
 
     sliced_head: the logits of a canvas are never held whole, which costs time and saves memory.
+    kv_bits: 8 where the context is kept in 8 bits. packed_total: what all would take if it were;
+        None where it cannot be.
     """
 
     weights: int
@@ -48,12 +52,14 @@ class Plan:
     working: int
     context_tokens: int
     sliced_head: bool = False
+    kv_bits: int | None = None
+    packed_total: int | None = None
 
     @property
     def total(self) -> int:
         return self.weights + self.context + self.working
 
-    def record(self) -> dict[str, int | bool]:
+    def record(self) -> dict[str, int | bool | None]:
         return {
             "weights_bytes": self.weights,
             "context_bytes": self.context,
@@ -61,13 +67,15 @@ class Plan:
             "total_bytes": self.total,
             "context_tokens": self.context_tokens,
             "sliced_head": self.sliced_head,
+            "kv_bits": self.kv_bits,
         }
 
     def __str__(self) -> str:
         head = ", the head in slices" if self.sliced_head else ""
+        bits = f" in {self.kv_bits} bits" if self.kv_bits else ""
         return (
             f"{gigabytes(self.total)} ({gigabytes(self.weights)} weights, "
-            f"{gigabytes(self.context)} context of {self.context_tokens:,} tokens, "
+            f"{gigabytes(self.context)} context of {self.context_tokens:,} tokens{bits}, "
             f"{gigabytes(self.working)} working memory{head})"
         )
 
@@ -79,23 +87,36 @@ def plan(
     weights: int | None = None,
     canvases: int = 1,
     sliced_head: bool = False,
+    kv_bits: int | None = None,
 ) -> Plan:
     """The plan for a context of `context_tokens`, prompt and replies together.
 
     weights: bytes when they are known from the files; otherwise reckoned from the config.
-    canvases: how many are denoised together.
+    canvases: how many are denoised together. kv_bits: 8 for a context in 8 bits.
     """
-    return Plan(
-        weights=weight_bytes(config) if weights is None else weights,
-        context=context_bytes(config, context_tokens),
-        working=working_bytes(config, context_tokens, canvases, sliced_head=sliced_head),
-        context_tokens=context_tokens,
-        sliced_head=sliced_head,
-    )
+
+    def made(kv_bits: int | None) -> Plan:
+        return Plan(
+            weights=weight_bytes(config) if weights is None else weights,
+            context=context_bytes(config, context_tokens, kv_bits),
+            working=working_bytes(
+                config, context_tokens, canvases, sliced_head=sliced_head, kv_bits=kv_bits
+            ),
+            context_tokens=context_tokens,
+            sliced_head=sliced_head,
+            kv_bits=kv_bits,
+        )
+
+    return replace(made(kv_bits), packed_total=made(8).total if _packable(config.text) else None)
 
 
 def plan_for(
-    machine: Machine, config: ModelConfig, *, context_tokens: int, weights: int | None = None
+    machine: Machine,
+    config: ModelConfig,
+    *,
+    context_tokens: int,
+    weights: int | None = None,
+    kv_bits: int | None = None,
 ) -> Plan:
     """The plan that suits a machine: with the head in slices only where that makes it fit.
 
@@ -103,7 +124,13 @@ def plan_for(
     fits neither is for `check_fits` to refuse.
     """
     whole, sliced = (
-        plan(config, context_tokens=context_tokens, weights=weights, sliced_head=in_slices)
+        plan(
+            config,
+            context_tokens=context_tokens,
+            weights=weights,
+            sliced_head=in_slices,
+            kv_bits=kv_bits,
+        )
         for in_slices in (False, True)
     )
     room = usable(machine)
@@ -138,33 +165,68 @@ def weight_bytes(
     return sum(prod(shape) * ITEM_SIZE[dtype] for shape, dtype in shapes)
 
 
-def context_bytes(config: ModelConfig, tokens: int) -> int:
-    """Bytes of the context cache once it holds `tokens`, a canvas behind them included."""
+def context_bytes(config: ModelConfig, tokens: int, kv_bits: int | None = None) -> int:
+    """Bytes of the context cache once it holds `tokens`, a canvas behind them included.
+
+    kv_bits: 8 for the layers that grow in 8 bits.
+    """
     text, slack = config.text, config.canvas_length
     total = 0
     for layer in range(text.num_hidden_layers):
         window = text.window_of(layer)
         kept = tokens if window is None else min(tokens, window - 1 + slack)
         slots = -(-(kept + 2 * slack) // CONTEXT_STEP) * CONTEXT_STEP
-        total += 2 * slots * text.kv_heads_of(layer) * text.head_dim_of(layer)
-    return total * ITEM_SIZE[text.dtype]
+        total += (
+            2
+            * slots
+            * text.kv_heads_of(layer)
+            * key_bytes(text, layer, ITEM_SIZE[text.dtype], kv_bits)
+        )
+    return total
+
+
+def key_bytes(text: TextConfig, layer: int, item_size: int, kv_bits: int | None = None) -> int:
+    """Bytes that a committed position's key, or value, takes in one head of a layer."""
+    head_dim = text.head_dim_of(layer)
+    if kv_bits is None or text.window_of(layer) is not None:
+        return head_dim * item_size
+    group = next(size for size in PACKED_GROUPS if head_dim % size == 0)
+    return head_dim * kv_bits // 8 + head_dim // group * PACKED_SCALES
 
 
 def working_bytes(
-    config: ModelConfig, tokens: int, canvases: int = 1, *, sliced_head: bool = False
+    config: ModelConfig,
+    tokens: int,
+    canvases: int = 1,
+    *,
+    sliced_head: bool = False,
+    kv_bits: int | None = None,
 ) -> int:
     """An upper estimate of what a denoising step or a prefill chunk adds to weights and context.
 
     A step holds the raw logits, or a slice of them, and while statistics are taken one float32
     array of their size; the widest layer needs its experts' rows and the attention scores over
-    the context.
+    the context. Of a context in 8 bits, one chunk of keys and values is whole at a time.
     """
     text = config.text
     rows = canvases * config.canvas_length
     columns = min(text.vocab_size, VOCABULARY_SLICE) if sliced_head else text.vocab_size
     logits = rows * columns * (ITEM_SIZE[text.dtype] + 4)
     step = logits + _layer_bytes(text, rows, rows, tokens)
-    return max(step, _layer_bytes(text, PREFILL_CHUNK, QUERY_BLOCK, tokens))
+    unpacked = 0
+    if kv_bits is not None:
+        width = max(text.kv_heads_of(i) * text.head_dim_of(i) for i in _full_layers(text))
+        # As they leave the packing, and in the dtype of the activations.
+        unpacked = 2 * min(tokens, KEY_CHUNK) * width * 2 * ITEM_SIZE[text.dtype]
+    return max(step, _layer_bytes(text, PREFILL_CHUNK, QUERY_BLOCK, tokens)) + unpacked
+
+
+def _full_layers(text: TextConfig) -> list[int]:
+    return [i for i in range(text.num_hidden_layers) if text.window_of(i) is None]
+
+
+def _packable(text: TextConfig) -> bool:
+    return all(text.head_dim_of(i) % PACKED_GROUPS[-1] == 0 for i in _full_layers(text))
 
 
 def _layer_bytes(text: TextConfig, rows: int, queries: int, tokens: int) -> int:
@@ -245,6 +307,9 @@ def is_short(machine: Machine, needed: int) -> bool:
 
 def _way_out(wanted: Plan, room: int) -> str:
     fixed = wanted.weights + wanted.working
+    packed = wanted.packed_total
+    if wanted.kv_bits is None and packed is not None and packed <= room:
+        return f"with the context in 8 bits ({gigabytes(packed)}) it fits: --kv-bits 8"
     if wanted.context and fixed < room:
         tokens = int(wanted.context_tokens * (room - fixed) / wanted.context)
         return f"a context of {tokens // 1024 * 1024:,} tokens fits"

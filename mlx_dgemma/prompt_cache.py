@@ -23,13 +23,16 @@ class PromptCache:
     afresh. Contexts are reused at that boundary alone: keys recomputed in another division
     drift by rounding, enough to flip what a canvas accepts.
 
+    kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.
+
     A prompt with images is given by its `PreparedPrompt.keys`, in which placeholders carry
     their picture's content: the ids alone are the same for all pictures.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, kv_bits: int | None = None) -> None:
         self._model = model
-        self.cache: ContextCache = model.make_cache()
+        self.kv_bits = kv_bits
+        self.cache: ContextCache = model.make_cache(kv_bits)
         self.ids: list[int] = []
         self._snapshot: Snapshot | None = None
 
@@ -56,7 +59,7 @@ class PromptCache:
 
     def reset(self) -> None:
         """Forgets everything."""
-        self.cache = self._model.make_cache()
+        self.cache = self._model.make_cache(self.kv_bits)
         self.ids = []
         self._snapshot = None
 
@@ -67,12 +70,13 @@ class PromptCache:
         self.cache.save(path)
 
     @classmethod
-    def load(cls, path: str | Path, model: Model) -> PromptCache:
-        """Reads what `save` wrote for this model; raises CheckpointError for anything else."""
+    def load(cls, path: str | Path, model: Model, kv_bits: int | None = None) -> PromptCache:
+        """Reads what `save` wrote for this model and with these `kv_bits`; raises CheckpointError
+        for anything else."""
         from mlx_dgemma.model import ContextCache
 
-        loaded = cls(model)
-        loaded.cache = ContextCache.load(path, model)
+        loaded = cls(model, kv_bits)
+        loaded.cache = ContextCache.load(path, model, kv_bits)
         ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
         if not isinstance(ids, list) or len(ids) != loaded.cache.offset:
             raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")

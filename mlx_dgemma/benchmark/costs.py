@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mlx.utils import tree_flatten
 
 from mlx_dgemma.benchmark.chips import Chip
-from mlx_dgemma.memory import ITEM_SIZE
+from mlx_dgemma.memory import ITEM_SIZE, key_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
@@ -46,18 +46,20 @@ def step_costs(
     conditioning: Conditioning = "dense",
     item_size: int | None = None,
     stored: Mapping[str, int] | None = None,
+    kv_bits: int | None = None,
 ) -> dict[str, Cost]:
     """Component -> cost of one denoising step, the sampler with it.
 
     conditioning: "none" on a block's first step; "sparse" once few tokens carry the probability,
         where the table's part is too small to count. item_size: bytes of an activation. stored:
         bytes of the weights by component, by default in the precision that the config names.
+        kv_bits: 8 for a context in 8 bits.
     """
     text = config.text
     rows = canvases * config.canvas_length
     size = ITEM_SIZE[text.dtype] if item_size is None else item_size
     stored = stored_bytes(config) if stored is None else stored
-    costs = _layer_costs(config, rows, context_tokens, size, stored)
+    costs = _layer_costs(config, rows, context_tokens, size, stored, kv_bits=kv_bits)
     logits = rows * text.vocab_size
     product = 2.0 * logits * text.hidden_size
     costs["head"] = Cost(product, stored["table"] + logits * size)
@@ -81,6 +83,7 @@ def prefill_costs(
     *,
     item_size: int | None = None,
     stored: Mapping[str, int] | None = None,
+    kv_bits: int | None = None,
 ) -> dict[str, Cost]:
     """Component -> cost of one encoder pass over `tokens` behind `context_tokens`.
 
@@ -88,7 +91,7 @@ def prefill_costs(
     """
     size = ITEM_SIZE[config.text.dtype] if item_size is None else item_size
     stored = stored_bytes(config) if stored is None else stored
-    return _layer_costs(config, tokens, context_tokens, size, stored, causal=True)
+    return _layer_costs(config, tokens, context_tokens, size, stored, causal=True, kv_bits=kv_bits)
 
 
 def total(costs: dict[str, Cost]) -> Cost:
@@ -120,6 +123,7 @@ def _layer_costs(
     stored: Mapping[str, int],
     *,
     causal: bool = False,
+    kv_bits: int | None = None,
 ) -> dict[str, Cost]:
     text = config.text
     projections = mixing = kv_bytes = 0.0
@@ -134,7 +138,8 @@ def _layer_costs(
         if causal and window is not None:
             before, own = min(before + own, window), 0.0
         mixing += 4.0 * rows * (before + own) * heads * dim
-        kv_bytes += 2.0 * (before + own) * kv_heads * dim * size
+        kept = key_bytes(text, layer, size, kv_bits)  # of what is committed, in one head
+        kv_bytes += 2.0 * kv_heads * (before * kept + own * dim * size)
     layers = text.num_hidden_layers
     routed = rows * text.top_k_experts
     touched = 1.0 - (1.0 - text.top_k_experts / text.num_experts) ** rows

@@ -75,7 +75,7 @@ def time_passes(model: Model, load: Workload) -> dict[str, Timing]:
     canvas = _ids(config.text.vocab_size, length, seed=1)
     for run in range(load.runs + 1):  # the first compiles and touches memory: not counted
         mx.clear_cache()
-        cache = model.make_cache()
+        cache = model.make_cache(load.settings.kv_bits)
         prefill = _timed(partial(_extend, model, prompt, cache))
         first, *later = steps(model, cache, load.settings, load.steps, seed=run)
         commit = _timed(partial(_extend, model, canvas, cache))
@@ -90,8 +90,11 @@ def time_passes(model: Model, load: Workload) -> dict[str, Timing]:
 
 def _pass_costs(model: Model, load: Workload) -> dict[str, Cost]:
     config, size, stored = model.config, model.dtype.size, loaded_bytes(model)
-    step = partial(step_costs, config, load.prompt_tokens, item_size=size, stored=stored)
-    prefill = partial(prefill_costs, config, item_size=size, stored=stored)
+    kv_bits = load.settings.kv_bits
+    step = partial(
+        step_costs, config, load.prompt_tokens, item_size=size, stored=stored, kv_bits=kv_bits
+    )
+    prefill = partial(prefill_costs, config, item_size=size, stored=stored, kv_bits=kv_bits)
     sparse = load.settings.sparse_conditioning(8 * size)
     return {
         "prefill": total(prefill(load.prompt_tokens)),
@@ -129,13 +132,18 @@ def endless(
 
 def time_components(model: Model, load: Workload) -> dict[str, Timing]:
     """Component -> time of its part of one denoising step, all layers together."""
-    config, size, stored = model.config, model.dtype.size, loaded_bytes(model)
-    cache = model.make_cache()
+    config, kv_bits = model.config, load.settings.kv_bits
+    cache = model.make_cache(kv_bits)
     _extend(model, _ids(config.text.vocab_size, load.prompt_tokens), cache)
-    dense = step_costs(config, load.prompt_tokens, item_size=size, stored=stored)
-    sparse = step_costs(
-        config, load.prompt_tokens, conditioning="sparse", item_size=size, stored=stored
+    cost = partial(
+        step_costs,
+        config,
+        load.prompt_tokens,
+        item_size=model.dtype.size,
+        stored=loaded_bytes(model),
+        kv_bits=kv_bits,
     )
+    dense, sparse = cost(conditioning="dense"), cost(conditioning="sparse")
     costs = {**dense, "self-conditioning, sparse": sparse["self-conditioning"]}
     costs["self-conditioning, dense"] = costs.pop("self-conditioning")
     found: dict[str, Timing] = {}

@@ -23,6 +23,7 @@ SETTINGS = (
     "confidence_threshold",
     "canvas_length",
     "on_unconverged",
+    "kv_bits",
 )
 
 
@@ -52,6 +53,16 @@ def add_preset(parser: argparse._ActionsContainer) -> None:
         choices=tuple(PRESETS),
         help="named settings: reference (the checkpoint's own), or balanced or fast, which take "
         "fewer steps for some accuracy (default: reference)",
+    )
+
+
+def add_kv_bits(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
+        "--kv-bits",
+        type=int,
+        choices=(8,),
+        help="keep the context in 8 bits where it grows, about half the memory of a long one "
+        "(default: the exact context)",
     )
 
 
@@ -105,6 +116,7 @@ def add_decoding(parser: argparse.ArgumentParser) -> None:
         choices=get_args(UnconvergedPolicy),
         help="what to do with a block that ran out of steps (default: commit)",
     )
+    add_kv_bits(group)
     group.add_argument(
         "--stop",
         action="append",

@@ -95,6 +95,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a task of --quality (repeatable; default: all)",
     )
     flags.add_preset(group)
+    flags.add_kv_bits(group)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     output.add_argument("--report", metavar="FILE", help="also write the JSON to a file")
@@ -113,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "machine": this.record(),
         "model": arguments.synthetic or arguments.model or DEMO_NAME,
         "preset": arguments.preset or "reference",
+        "kv_bits": arguments.kv_bits,
     }
     messages = Console(stderr=True, highlight=False)
     if arguments.count:
@@ -146,6 +148,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--layers shortens a synthetic model: name one with --synthetic.")
     if arguments.quality and arguments.synthetic:
         raise InputError("Random weights answer nothing: --quality needs a checkpoint.")
+    if arguments.kv_bits is not None and arguments.compare:
+        raise InputError("--compare runs the exact context: leave --kv-bits out.")
     if arguments.plot is not None and chosen:
         raise InputError(f"--plot draws the components' times; --{chosen[0]} times none.")
     for name in ("report", "plot"):
@@ -173,7 +177,9 @@ def _model(arguments: argparse.Namespace) -> Model:
     if not arguments.synthetic:
         folder = resolve_model(arguments.model, revision=arguments.revision)
         return load_model(folder, adapter_path=arguments.adapter_path)
-    wanted = plan(_config(arguments), context_tokens=arguments.prompt_tokens)
+    wanted = plan(
+        _config(arguments), context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits
+    )
     check_fits(wanted, machine(), name=arguments.synthetic)
     return synthetic_model(synthetic_config(arguments.synthetic, arguments.layers))
 
@@ -194,7 +200,7 @@ def _time(arguments: argparse.Namespace, chip_name: str | None) -> dict[str, Any
         steps=arguments.steps + 1,
         runs=arguments.runs,
         settings=DecodingSettings.from_defaults(
-            model.config.generation, {"preset": arguments.preset}
+            model.config.generation, {"preset": arguments.preset, "kv_bits": arguments.kv_bits}
         ),
     )
     mx.reset_peak_memory()
@@ -240,9 +246,11 @@ def _count(arguments: argparse.Namespace) -> dict[str, Any]:
     from mlx_dgemma.benchmark.costs import floor_seconds, step_costs, total
     from mlx_dgemma.benchmark.graph import count_step
 
-    config = _config(arguments)
-    costs = step_costs(config, arguments.prompt_tokens, conditioning="sparse")
-    written = step_costs(config, arguments.prompt_tokens, conditioning="dense")
+    config, kv_bits = _config(arguments), arguments.kv_bits
+    costs, written = (
+        step_costs(config, arguments.prompt_tokens, conditioning=kind, kv_bits=kv_bits)
+        for kind in ("sparse", "dense")
+    )
     return {
         "prompt_tokens": arguments.prompt_tokens,
         "launches": count_step(config),
@@ -295,6 +303,7 @@ def _quality(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]
             tasks=arguments.task,
             track=lambda names: progress.track(names, description="tasks"),
             preset=arguments.preset or "reference",
+            kv_bits=arguments.kv_bits,
         )
     return {"tasks": tasks, "overall": overall(tasks)}
 

@@ -83,7 +83,7 @@ class Conversation:
         self.cache.save(path)
 
     def load(self, path: str | Path) -> None:
-        cache = PromptCache.load(path, self.session.model)
+        cache = PromptCache.load(path, self.session.model, self.cache.kv_bits)
         messages = json.loads(cache.cache.metadata.get(MESSAGES, "null"))
         if not isinstance(messages, list):
             raise InputError(f"{path} holds a context without a conversation; /save writes both.")
@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = open_session(arguments, messages)
     talk = Conversation(
         session,
-        PromptCache(session.model),
+        session.prompt_cache(),
         seed=arguments.seed,
         thinking=arguments.enable_thinking,
         stop=arguments.stop,

@@ -18,7 +18,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.hardware import Machine, machine
-from mlx_dgemma.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
 from mlx_dgemma.memory import gigabytes, usable
 
 GIB = 1 << 30
@@ -81,6 +81,11 @@ def examine(this: Machine, *, check_kernels: bool = False) -> dict[str, Any]:
             }
             for known in KNOWN_REPOSITORIES
         ],
+        "longest_context": {
+            "tokens": LONGEST_CONTEXT,
+            "exact_bytes": LONGEST_CONTEXT_BYTES[None],
+            "kv_bits_8_bytes": LONGEST_CONTEXT_BYTES[8],
+        },
         "kernels": report(check=check_kernels),
     }
 
@@ -124,6 +129,11 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print()
     console.print(_models(found["models"]))
     console.print(Text("needs: with a context of 8,192 tokens; ~: reckoned from shapes", "dim"))
+    longest = found["longest_context"]
+    exact, packed = (gigabytes(longest[f"{kind}_bytes"]) for kind in ("exact", "kv_bits_8"))
+    console.print(
+        Text(f"{longest['tokens']:,} tokens take {exact}; with --kv-bits 8 {packed}", "dim")
+    )
     if any(model["fits"] == "tight" for model in found["models"]):
         console.print(
             Text("tight: raise the limit first, sudo sysctl iogpu.wired_limit_mb=MEGABYTES", "dim")

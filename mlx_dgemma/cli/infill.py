@@ -65,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     decoding.add_argument("--temp", type=float, metavar="T", help="0 is greedy (default: 1)")
     decoding.add_argument("--max-denoising-steps", type=int, metavar="N")
     decoding.add_argument("--entropy-bound", type=float, metavar="NATS")
+    flags.add_kv_bits(decoding)
     decoding.add_argument(
         "--refine",
         type=float,
@@ -83,7 +84,7 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-_GIVEN = ("temp", "max_denoising_steps", "entropy_bound")
+_GIVEN = ("temp", "max_denoising_steps", "entropy_bound", "kv_bits")
 
 
 def span(text: str) -> tuple[int, int]:

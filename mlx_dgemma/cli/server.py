@@ -60,6 +60,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for contexts kept between requests (default: 2048; 0 keeps none)",
     )
     flags.add_preset(parser)
+    flags.add_kv_bits(limits)
     limits.add_argument(
         "--prompt-cache-dir",
         type=Path,
@@ -121,6 +122,7 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         "max_waiting": arguments.max_waiting,
         "max_seconds": arguments.max_seconds,
         "preset": arguments.preset,
+        "kv_bits": arguments.kv_bits,
         "prefix_cache_bytes": None
         if arguments.prefix_cache_mb is None
         else arguments.prefix_cache_mb << 20,

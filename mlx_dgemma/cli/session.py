@@ -51,10 +51,12 @@ class Session:
     def pieces(self) -> Pieces:
         return Pieces(self.tokenizer.decode, self.tokenizer.control_ids)
 
-    def prompt_cache(self, path: str | Path) -> PromptCache:
+    def prompt_cache(self, path: str | Path | None = None) -> PromptCache:
         """The context saved at `path`, or an empty one when there is no such file."""
-        saved = Path(path).exists()
-        return PromptCache.load(path, self.model) if saved else PromptCache(self.model)
+        kv_bits = self.options.get("kv_bits")
+        if path is not None and Path(path).exists():
+            return PromptCache.load(path, self.model, kv_bits)
+        return PromptCache(self.model, kv_bits)
 
 
 def check_writable(path: str | Path, what: str) -> None:
@@ -75,7 +77,13 @@ def memory_plan(
     """
     config, this = ModelConfig.from_folder(folder), machine()
     tokens = min(max(context, PLANNED_CONTEXT), config.text.max_position_embeddings)
-    wanted = plan_for(this, config, context_tokens=tokens, weights=stored_bytes(folder))
+    wanted = plan_for(
+        this,
+        config,
+        context_tokens=tokens,
+        weights=stored_bytes(folder),
+        kv_bits=arguments.kv_bits,
+    )
     return wanted, check_fits(wanted, this, name=str(arguments.model or DEMO_NAME))
 
 

@@ -64,6 +64,7 @@ class DecodingSettings:
         activations have 16 bits and dense in float32.
     sliced_head: never hold the logits of a canvas, only a slice of the vocabulary at a time;
         the same values for less memory and a second pass over the head.
+    kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.
     """
 
     max_tokens: int = 256
@@ -81,6 +82,7 @@ class DecodingSettings:
     empty_reply: EmptyReplyPolicy = "reroll"
     conditioning: Conditioning = "auto"
     sliced_head: bool = False
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         self._require("max_tokens", self.max_tokens >= 1, "at least 1")
@@ -94,6 +96,7 @@ class DecodingSettings:
         self._require("confidence_threshold", self.confidence_threshold >= 0, "0 or more (nats)")
         if self.canvas_length is not None:
             self._require("canvas_length", self.canvas_length >= 1, "at least 1")
+        self._require("kv_bits", self.kv_bits in (None, 8), "8, or None for the exact context")
         for name, options in (
             ("sampler", get_args(SamplerName)),
             ("on_unconverged", get_args(UnconvergedPolicy)),

@@ -29,7 +29,7 @@ class InfillOptions(TypedDict, total=False):
 
     prompt: what the user asked for, as in `generate`; system_prompt and images with it.
     n: alternatives, from seed, seed + 1, ...; seed: drawn when None.
-    temp, sampler, max_denoising_steps, entropy_bound: as in `stream_generate`.
+    temp, sampler, max_denoising_steps, entropy_bound, kv_bits: as in `stream_generate`.
     lengths: how a hole without a fixed length finds its own: candidates are tried ("try"), or
         the network ends it with pads ("pad"), for networks trained to, as the demo is.
     final: whether the text ends the reply; then the stop id and filler behind it are pinned.
@@ -45,6 +45,7 @@ class InfillOptions(TypedDict, total=False):
     sampler: SamplerName
     max_denoising_steps: int | None
     entropy_bound: float | None
+    kv_bits: int | None
     lengths: LengthChoice
     final: bool
     cancel: threading.Event | None
@@ -170,6 +171,7 @@ def _fill(
                 "sampler": options.get("sampler"),
                 "max_denoising_steps": options.get("max_denoising_steps"),
                 "entropy_bound": options.get("entropy_bound"),
+                "kv_bits": options.get("kv_bits"),
             },
         ),
         prompt=prompt.network_ids(model.config.image_token_id),

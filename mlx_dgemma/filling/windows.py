@@ -112,7 +112,7 @@ class Filler:
 
     def fill(self, seeds: Sequence[int]) -> Turns[list[Infill]]:
         """One Infill per seed; the prompt and what the first canvas needs are read once."""
-        cache = self.model.make_cache()
+        cache = self.model.make_cache(self.job.settings.kv_bits)
         prompt = mx.array(list(self.job.prompt))[None]
         self.model.prefill(prompt, cache, images=self.job.images)
         window = self._window(0)

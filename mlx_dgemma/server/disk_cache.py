@@ -41,16 +41,18 @@ class DiskCache:
         self._budget = budget_bytes
         self._made_by = f"mlx_dgemma {__version__}, mlx {version('mlx')}"
 
-    def load(self, name: str, keys: Sequence[int], model: Model) -> ContextCache | None:
+    def load(
+        self, name: str, keys: Sequence[int], model: Model, kv_bits: int | None = None
+    ) -> ContextCache | None:
         """The context that holds exactly `keys`; None when there is none that can be trusted.
 
         name: a digest of the keys.
         """
-        path = self._path(name, model)
+        path = self._path(name, model, kv_bits)
         if not path.exists():
             return None
         try:
-            context = ContextCache.load(path, model)
+            context = ContextCache.load(path, model, kv_bits)
             known = json.loads(context.metadata.get(_KEYS, "null"))
             if known != list(keys) or context.metadata.get(_MADE_BY) != self._made_by:
                 raise CheckpointError(f"{path} does not hold what its name says.")
@@ -65,7 +67,7 @@ class DiskCache:
 
     def save(self, name: str, keys: Sequence[int], context: ContextCache) -> None:
         """Writes a context, unless it is there; a full disk is logged and no more."""
-        path = self._path(name, context)
+        path = self._path(name, context, context.kv_bits)
         if path.exists():
             os.utime(path)
             return
@@ -79,9 +81,9 @@ class DiskCache:
             os.umask(before)
         self._shrink()
 
-    def _path(self, name: str, model: Model | ContextCache) -> Path:
+    def _path(self, name: str, model: Model | ContextCache, kv_bits: int | None) -> Path:
         """Named by everything that must agree, so that models and versions can share a folder."""
-        whole = f"{self._made_by}\n{model.fingerprint()}\n{name}"
+        whole = f"{self._made_by}\n{model.fingerprint()}\n{kv_bits}\n{name}"
         digest = hashlib.sha256(whole.encode()).hexdigest()
         return self._directory / f"context-{digest[:40]}.safetensors"
 

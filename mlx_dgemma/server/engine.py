@@ -96,7 +96,10 @@ class Engine:
         disk = None
         if settings.prompt_cache_dir is not None:
             disk = DiskCache(settings.prompt_cache_dir, settings.prompt_cache_dir_bytes)
-        self._prefixes = PrefixCache(runtime, settings.prefix_cache_bytes, disk)
+        self._prefixes = PrefixCache(runtime, settings.prefix_cache_bytes, disk, settings.kv_bits)
+        self._kept: dict[str, int] = (
+            {} if settings.kv_bits is None else {"kv_bits": settings.kv_bits}
+        )
 
     @property
     def room(self) -> int:
@@ -143,7 +146,7 @@ class Engine:
         context = self._prefixes.lease()
 
         def start(deliver: Deliver, cancel: threading.Event) -> None:
-            options = {"drafts": call.drafts, "cache": context, **call.options}
+            options = {"drafts": call.drafts, "cache": context, **self._kept, **call.options}
             self.runtime.submit(call.prompt, deliver, cancel=cancel, **options)
 
         async with contextlib.aclosing(self._arrivals(start, deadline)) as events:
@@ -163,7 +166,7 @@ class Engine:
         names = ("temp", "sampler", "max_denoising_steps", "entropy_bound")
         options: dict[str, Any] = {n: call.options[n] for n in names if n in call.options}
         seen = isinstance(call.prompt, PreparedPrompt)
-        options |= {"prompt": call.prompt if seen else call.prompt_ids, "seed": seed}
+        options |= {"prompt": call.prompt if seen else call.prompt_ids, "seed": seed, **self._kept}
         model, tokenizer = self.runtime.model, self.tokenizer
         result = None
 

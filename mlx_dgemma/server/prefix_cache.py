@@ -51,11 +51,18 @@ class Entry:
 
 class PrefixCache:
     """Contexts by their keys, the most recently used last; the oldest go when memory or, with a
-    directory, disk is full."""
+    directory, disk is full. kv_bits: how all of them are kept, as in `PromptCache`."""
 
-    def __init__(self, owner: Owner, budget_bytes: int, disk: DiskCache | None = None) -> None:
+    def __init__(
+        self,
+        owner: Owner,
+        budget_bytes: int,
+        disk: DiskCache | None = None,
+        kv_bits: int | None = None,
+    ) -> None:
         self.owner = owner
         self.disk = disk
+        self.kv_bits = kv_bits
         self._budget = budget_bytes
         self._markers = frozenset(
             owner.tokenizer.ids[name] for name in MARKERS if name in owner.tokenizer.ids
@@ -89,7 +96,7 @@ class PrefixCache:
         for length, name in sorted(names.items(), reverse=True):
             entry = self._entries.get(name)
             if entry is None and self.disk is not None:
-                loaded = self.disk.load(name, keys[:length], self.owner.model)
+                loaded = self.disk.load(name, keys[:length], self.owner.model, self.kv_bits)
                 if loaded is not None:
                     entry = Entry(name, keys[:length], loaded.freeze(), True)
             if entry is not None:
@@ -134,7 +141,7 @@ class PrefixCache:
 
     def _write(self, entry: Entry) -> None:
         if self.disk is not None:
-            context: ContextCache = self.owner.model.make_cache()
+            context: ContextCache = self.owner.model.make_cache(self.kv_bits)
             context.thaw(entry.frozen)
             self.disk.save(entry.name, entry.keys, context)
 
@@ -143,7 +150,7 @@ class SharedContext(PromptCache):
     """The context of one request, begun from a kept one. cached_tokens: how much that saved."""
 
     def __init__(self, store: PrefixCache) -> None:
-        super().__init__(store.owner.model)
+        super().__init__(store.owner.model, store.kv_bits)
         self._store = store
         self._divisions: list[int] = []
         self._names: dict[int, str] = {}

@@ -31,6 +31,7 @@ class ServerSettings:
     prompt_cache_dir: a directory for contexts that memory has no room for, and for those of the
         last run; None keeps nothing on disk. prompt_cache_dir_bytes: of its files together.
     preset: the decoding preset of requests that name none.
+    kv_bits: 8 keeps contexts in 8 bits where they grow; None keeps them exactly.
     log_prompts: whether the log may hold prompts and replies.
     image_access: where images of requests may come from.
     """
@@ -51,6 +52,7 @@ class ServerSettings:
     prompt_cache_dir: Path | None = None
     prompt_cache_dir_bytes: int = 8 << 30
     preset: PresetName = "reference"
+    kv_bits: int | None = None
     log_prompts: bool = False
     image_access: Access = SERVER_ACCESS
 
@@ -65,6 +67,10 @@ class ServerSettings:
         for name in ("max_waiting", "prefix_cache_bytes", "prompt_cache_dir_bytes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use 0 or more.")
+        if self.kv_bits not in (None, 8):
+            raise InputError(
+                f"kv_bits={self.kv_bits!r} is not possible: use 8, or None for exact contexts."
+            )
         if self.prompt_cache_dir is not None and not self.prefix_cache_bytes:
             raise InputError(
                 "prompt_cache_dir needs prefix_cache_bytes: contexts go through memory."
