@@ -10,12 +10,12 @@ from starlette.requests import Request
 
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.prompt.tokenizer import Tokenizer
-from mlx_dgemma.server.choices import body, chunks, head
+from mlx_dgemma.server.choices import answer
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.replies import Reply, collect
-from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.replies import Reply
+from mlx_dgemma.server.requests import Asked, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
@@ -52,17 +52,12 @@ async def chat_completions(engine: Engine, fields: Fields, request: Request) -> 
     def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
         return logprobs(engine.tokenizer, ids) if asked.logprobs else None
 
-    async def whole() -> dict[str, Any]:
-        replies = await collect(engine, asked.calls, one_call=asked.one_call)
-        choices = [
-            {
-                "message": _message(reply),
-                "finish_reason": reply.openai_reason,
-                "logprobs": scored(reply.logprobs),
-            }
-            for reply in replies
-        ]
-        return body(asked, head(asked, "chatcmpl", "chat.completion"), replies, choices)
+    def choice(reply: Reply) -> dict[str, Any]:
+        return {
+            "message": _message(reply),
+            "finish_reason": reply.openai_reason,
+            "logprobs": scored(reply.logprobs),
+        }
 
     def write(reply: Reply, event: Commit, calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
@@ -75,21 +70,16 @@ async def chat_completions(engine: Engine, fields: Fields, request: Request) -> 
         if event.malformed_calls:
             yield {"delta": {"x_malformed_tool_calls": list(event.malformed_calls)}}
 
-    top = head(asked, "chatcmpl", "chat.completion.chunk")
-    first = {"delta": {"role": "assistant", "content": ""}}
-    return await respond(
+    return await answer(
         engine,
         request,
         asked,
-        whole=whole,
-        events=lambda: chunks(
-            engine,
-            asked,
-            top,
-            first,
-            write,
-            lambda reply: {"delta": {}, "finish_reason": reply.openai_reason},
-        ),
+        prefix="chatcmpl",
+        kinds=("chat.completion", "chat.completion.chunk"),
+        choice=choice,
+        first={"delta": {"role": "assistant", "content": ""}},
+        write=write,
+        last=lambda reply: {"delta": {}, "finish_reason": reply.openai_reason},
     )
 
 

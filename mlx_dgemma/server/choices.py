@@ -1,4 +1,4 @@
-"""What /v1/chat/completions and /v1/completions share: choices, chunks, usage."""
+"""What /v1/chat/completions and /v1/completions share: choices, whole or in chunks, and usage."""
 
 from __future__ import annotations
 
@@ -7,16 +7,47 @@ import time
 from collections.abc import AsyncGenerator, Callable, Iterable
 from typing import Any
 
+from starlette.requests import Request
+
 from mlx_dgemma.decoding.events import Commit, Draft
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Call, Ended, Engine
 from mlx_dgemma.server.errors import as_api_error
-from mlx_dgemma.server.replies import Reply, interleave, new_id
-from mlx_dgemma.server.requests import Asked
+from mlx_dgemma.server.replies import Reply, collect, interleave, new_id
+from mlx_dgemma.server.requests import Asked, respond
 from mlx_dgemma.server.streams import data
 
 # (reply so far, what was committed, the calls it completed) -> choices without their index
 Write = Callable[[Reply, Commit, list[dict[str, Any]]], Iterable[dict[str, Any]]]
+
+
+async def answer(
+    engine: Engine,
+    request: Request,
+    asked: Asked,
+    *,
+    prefix: str,
+    kinds: tuple[str, str],
+    choice: Callable[[Reply], dict[str, Any]],
+    first: dict[str, Any] | None,
+    write: Write,
+    last: Callable[[Reply], dict[str, Any]],
+) -> Any:
+    """The response: one object, or a stream's chunks.
+
+    prefix: of its id. kinds: what its `object` says, whole and in chunks. choice: a whole reply's
+        choice without its index. first, write, last: see `chunks`.
+    """
+    whole_kind, chunk_kind = kinds
+
+    async def whole() -> dict[str, Any]:
+        replies = await collect(engine, asked.calls, one_call=asked.one_call)
+        return body(asked, head(asked, prefix, whole_kind), replies, map(choice, replies))
+
+    def events() -> AsyncGenerator[bytes, None]:
+        return chunks(engine, asked, head(asked, prefix, chunk_kind), first, write, last)
+
+    return await respond(engine, request, asked, whole=whole, events=events)
 
 
 def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
@@ -28,7 +59,12 @@ def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
     }
 
 
-def body(asked: Asked, top: dict[str, Any], replies: list[Reply], choices: list[Any]) -> Any:
+def body(
+    asked: Asked,
+    top: dict[str, Any],
+    replies: list[Reply],
+    choices: Iterable[dict[str, Any]],
+) -> dict[str, Any]:
     numbered = [
         {"index": index, **choice, "x_diffusion": reply.facts()}
         for index, (choice, reply) in enumerate(zip(choices, replies, strict=True))

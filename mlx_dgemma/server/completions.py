@@ -11,11 +11,11 @@ from mlx_dgemma.api import encode_prompt
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.filling.infill import DEFAULT_PROMPT
 from mlx_dgemma.prompt.tokenizer import Tokenizer
-from mlx_dgemma.server.choices import body, chunks, head
+from mlx_dgemma.server.choices import answer
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.replies import Reply, collect
-from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming, respond
+from mlx_dgemma.server.replies import Reply
+from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming
 from mlx_dgemma.server.sampling import (
     check_model,
     check_room,
@@ -66,41 +66,32 @@ def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
 
 async def completions(engine: Engine, fields: Fields, request: Request) -> Any:
     asked, echo = read_completion(engine, fields)
-    top = head(asked, "cmpl", "text_completion")
 
     def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
         return _logprobs(engine.tokenizer, ids) if asked.logprobs else None
 
-    async def whole() -> dict[str, Any]:
-        replies = await collect(engine, asked.calls)
-        choices = [
-            {
-                "text": echo + reply.text,
-                "finish_reason": _reason(reply),
-                "logprobs": scored(reply.logprobs),
-            }
-            for reply in replies
-        ]
-        return body(asked, top, replies, choices)
+    def choice(reply: Reply) -> dict[str, Any]:
+        return {
+            "text": echo + reply.text,
+            "finish_reason": _reason(reply),
+            "logprobs": scored(reply.logprobs),
+        }
 
     def write(_: Reply, event: Commit, __: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if event.text or event.logprobs:
             scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
             yield {"text": event.text, "logprobs": scores}
 
-    return await respond(
+    return await answer(
         engine,
         request,
         asked,
-        whole=whole,
-        events=lambda: chunks(
-            engine,
-            asked,
-            top,
-            {"text": echo} if echo else None,
-            write,
-            lambda reply: {"text": "", "finish_reason": _reason(reply)},
-        ),
+        prefix="cmpl",
+        kinds=("text_completion", "text_completion"),
+        choice=choice,
+        first={"text": echo} if echo else None,
+        write=write,
+        last=lambda reply: {"text": "", "finish_reason": _reason(reply)},
     )
 
 
