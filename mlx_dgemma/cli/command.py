@@ -12,6 +12,7 @@ import functools
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
@@ -55,7 +56,9 @@ def command(body: Body) -> Main:
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
-            code = body(argv)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                code = body(argv)
             if sys.stdout is not None:
                 sys.stdout.flush()  # now, while what goes wrong can still be said
             return code
@@ -75,6 +78,11 @@ def command(body: Body) -> Main:
             return USER_ERROR
 
     return main
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    """One sentence, without the place in the source."""
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _discard_output() -> None:

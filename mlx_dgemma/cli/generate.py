@@ -141,6 +141,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_verdict(right, console if console.is_terminal else messages)
         if on_terminal if arguments.verbose is None else arguments.verbose:
             print_summary(reply, console if on_terminal else messages, prepared.media)
+    if reply.finish is not None and reply.finish.reason == "unconverged":
+        raise InputError(
+            f"Block {reply.finish.blocks - 1} did not converge, and --on-unconverged is refuse: "
+            "allow more --max-denoising-steps, or take the block with --on-unconverged warn."
+        )
     return INTERRUPTED if cancelled else 0
 
 

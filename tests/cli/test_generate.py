@@ -113,6 +113,20 @@ def test_a_trace_replays_to_the_same_text(
     assert record["divergence"] is None
 
 
+def test_a_block_that_does_not_converge(capsys: pytest.CaptureFixture[str]) -> None:
+    short = [*PROMPT, "--seed", "1", "--max-denoising-steps", "1", "--on-unconverged"]
+    code, out, err = run(capsys, *short, "refuse")
+    assert (code, out) == (2, "")
+    assert "error: Block 0 did not converge" in err
+    record = json.loads(run(capsys, *short, "refuse", "--json")[1])
+    assert record["finish_reason"] == "unconverged"
+    code, out, err = run(capsys, *short, "warn")
+    assert code == 0
+    warnings = [line for line in err.splitlines() if "bundled demo" not in line]
+    assert all(line.startswith("warning: Block ") for line in warnings)
+    assert warnings
+
+
 def test_a_prompt_cache_spares_the_prefill(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
