@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.benchmark.synthetic import published_config, with_layers
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
 
@@ -20,61 +21,38 @@ ASSETS = ROOT.parent / "shared" / "assets" / "checkpoint-4bit"
 
 
 def small_config():
-    """Every quantized width is a multiple of 64, as in the real model."""
-    return {
-        "architectures": ["DiffusionGemmaForBlockDiffusion"],
-        "model_type": "diffusion_gemma",
-        "dtype": "bfloat16",
-        "canvas_length": 8,
-        "image_token_id": 90,
-        "boi_token_id": 91,
-        "eoi_token_id": 92,
-        "eos_token_id": [1, 2],
-        "tie_word_embeddings": True,
-        "text_config": {
-            "model_type": "diffusion_gemma_text",
-            "dtype": "bfloat16",
-            "vocab_size": 96,
-            "hidden_size": 128,
-            "intermediate_size": 192,
-            "moe_intermediate_size": 64,
-            "num_experts": 8,
-            "top_k_experts": 2,
-            "num_hidden_layers": 6,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "num_global_key_value_heads": 1,
-            "global_head_dim": 64,
-            "layer_types": ["sliding_attention"] * 5 + ["full_attention"],
-            "sliding_window": 16,
-            "max_position_embeddings": 4096,
-            "use_bidirectional_attention": "vision",
-            "final_logit_softcapping": 30.0,
-            "rope_parameters": {
-                "sliding_attention": {"rope_type": "default", "rope_theta": 10000.0},
-                "full_attention": {
-                    "rope_type": "proportional",
-                    "rope_theta": 1000000.0,
-                    "partial_rotary_factor": 0.25,
-                },
-            },
-        },
-        "vision_config": {
-            "model_type": "gemma4_vision",
-            "dtype": "bfloat16",
-            "hidden_size": 64,
-            "intermediate_size": 72,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "head_dim": 32,
-            "patch_size": 4,
-            "pooling_kernel_size": 2,
-            "position_embedding_size": 16,
-            "standardize": True,
-        },
+    """The published settings in small; every quantized width is a multiple of 64, as there."""
+    config = with_layers(published_config(), 6)
+    config |= {"canvas_length": 8, "image_token_id": 90, "boi_token_id": 91, "eoi_token_id": 92}
+    config["eos_token_id"] = [1, 2]
+    config["text_config"] |= {
+        "vocab_size": 96,
+        "hidden_size": 128,
+        "intermediate_size": 192,
+        "moe_intermediate_size": 64,
+        "num_experts": 8,
+        "top_k_experts": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "num_global_key_value_heads": 1,
+        "global_head_dim": 64,
+        "sliding_window": 16,
+        "max_position_embeddings": 4096,
     }
+    config["vision_config"] |= {
+        "hidden_size": 64,
+        "intermediate_size": 72,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "global_head_dim": 32,
+        "patch_size": 4,
+        "pooling_kernel_size": 2,
+        "position_embedding_size": 16,
+    }
+    return config
 
 
 def random_tensors(config, seed=0):
