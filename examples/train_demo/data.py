@@ -34,7 +34,15 @@ class Row:
     prompt: list[int]
     canvas: list[int]
     pins: list[list[bool]] | None  # one list a canvas, or None when every token may be noised
-    picture: Picture | None = None
+
+
+@dataclass
+class Pixels:
+    """N pictures cut into patches, as the vision tower takes them."""
+
+    patches: Tensor  # [N, P, patch values]
+    positions: Tensor  # [N, P, 2]
+    counts: list[int]  # soft tokens a picture
 
 
 class Encoder:
@@ -48,11 +56,10 @@ class Encoder:
     def ids(self, text: str) -> list[int]:
         return self.fast.encode(text, add_special_tokens=False).ids
 
-    def pixels(self, pictures: list[Picture]) -> tuple[Tensor, Tensor, list[int]]:
-        """Patches [N, P, patch values], their positions [N, P, 2], and soft tokens a picture."""
+    def pixels(self, pictures: list[Picture]) -> Pixels:
         ready = self.processor([picture.draw() for picture in pictures], return_tensors="pt")
         counts = [int(count) for count in ready["num_soft_tokens_per_image"]]
-        return ready["pixel_values"].float(), ready["image_position_ids"], counts
+        return Pixels(ready["pixel_values"].float(), ready["image_position_ids"], counts)
 
     def prompt_of(self, example: Example, soft_tokens: int = 0) -> list[int]:
         """With a picture: as many placeholders as it has soft tokens, in their brackets."""
@@ -145,14 +152,15 @@ class Stream:
         self.encoder, self.rows, self.canvases = encoder, rows, canvases
         self.rng = random.Random(seed)
 
-    def pictures(self, count: int) -> list[Row]:
-        """Rows that are about a picture; all may go in one batch."""
+    def pictures(self, count: int) -> tuple[list[Row], Pixels]:
+        """Rows that are about a picture each, and the pictures; all may go in one batch."""
         examples = [PICTURE.sample(self.rng) for _ in range(count)]
-        _, _, counts = self.encoder.pixels([example.picture for example in examples])
-        return [
-            Row(self.encoder.prompt_of(e, n), self.encoder.answer(e), None, e.picture)
-            for e, n in zip(examples, counts, strict=True)
+        pixels = self.encoder.pixels([example.picture for example in examples])
+        rows = [
+            Row(self.encoder.prompt_of(e, n), self.encoder.answer(e), None)
+            for e, n in zip(examples, pixels.counts, strict=True)
         ]
+        return rows, pixels
 
     def next(self, weights: dict[str, float]) -> list[list[Row]]:
         rows = [draw(self.encoder, weights, self.canvases, self.rng) for _ in range(self.rows)]

@@ -36,7 +36,8 @@ def answers(model, encoder: Encoder, examples: list[Example]) -> tuple[list[bool
     by_length = defaultdict(list)
     soft = [0] * len(examples)
     if examples[0].picture is not None:
-        values, positions, soft = encoder.pixels([example.picture for example in examples])
+        pixels = encoder.pixels([example.picture for example in examples])
+        soft = pixels.counts
     for index, example in enumerate(examples):
         prompt = encoder.prompt_of(example, soft[index])
         by_length[len(prompt)].append((index, prompt))
@@ -49,7 +50,8 @@ def answers(model, encoder: Encoder, examples: list[Example]) -> tuple[list[bool
             seen = {}
             if soft[part[0][0]]:
                 at = [index for index, _ in part]
-                seen["pixel_values"], seen["image_position_ids"] = values[at], positions[at]
+                seen["pixel_values"] = pixels.patches[at]
+                seen["image_position_ids"] = pixels.positions[at]
                 seen["mm_token_type_ids"] = (prompts == model.config.image_token_id).long()
             # a reply of more than four canvases is wrong for every task
             output = model.generate(

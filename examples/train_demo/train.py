@@ -16,14 +16,13 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from checkpoint import untrained, write_weights
-from data import CANVAS, Encoder, Row, Stream, infill_rows, judged, noised
+from data import CANVAS, Encoder, Pixels, Row, Stream, infill_rows, judged, noised
 from network import Batch, Network
 from optimizer import Optimizer
 from sampler import denoise, generate
 from torch import Tensor
 
 from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out
-from mlx_dgemma.demo.tasks.pictures import Picture
 
 CANVASES = 3  # differently noised canvases of one prompt
 WARM_UP = 60.0  # seconds
@@ -45,10 +44,10 @@ def trainable(model) -> dict[str, torch.Tensor]:
     return weights
 
 
-def soft_tokens(model, encoder: Encoder, pictures: list[Picture]) -> tuple[Tensor, list[int]]:
-    """Soft tokens [sum of counts, hidden] of the pictures, and how many each has."""
-    values, positions, counts = encoder.pixels(pictures)
-    return model.model.encoder.get_image_features(values, positions).pooler_output, counts
+def soft_tokens(model, pixels: Pixels) -> Tensor:
+    """Soft tokens [sum of counts, hidden] of the pictures."""
+    encoder = model.model.encoder
+    return encoder.get_image_features(pixels.patches, pixels.positions).pooler_output
 
 
 def loss_of(
@@ -109,9 +108,11 @@ def check(
         ]
         results[name] = (sum(right) / n, sum(steps) / n)
     examples = held_out(PICTURE.name, n, seed)
-    seen, counts = soft_tokens(model, encoder, [example.picture for example in examples])
-    prompts = [encoder.prompt_of(e, count) for e, count in zip(examples, counts, strict=True)]
-    replies, steps = generate(network, prompts, stops, 1, list(seen.split(counts)))
+    pixels = encoder.pixels([example.picture for example in examples])
+    seen = list(soft_tokens(model, pixels).split(pixels.counts))
+    counted = zip(examples, pixels.counts, strict=True)
+    prompts = [encoder.prompt_of(example, count) for example, count in counted]
+    replies, steps = generate(network, prompts, stops, 1, seen)
     right = [e.verify(encoder.text(ids)) for e, ids in zip(examples, replies, strict=True)]
     results[PICTURE.name] = (sum(right) / n, sum(steps) / n)
     results["infill"] = check_infill(network, encoder, 2 * n, seed)
@@ -206,9 +207,8 @@ def main() -> None:
             ((loss + BALANCE * balance) * share).backward()
             mean += loss.item() * share
         if arguments.pictures:
-            rows = stream.pictures(arguments.pictures)
-            seen, _ = soft_tokens(model, encoder, [row.picture for row in rows])
-            sight, _ = loss_of(network, rows, use_signal, seen)
+            rows, pixels = stream.pictures(arguments.pictures)
+            sight, _ = loss_of(network, rows, use_signal, soft_tokens(model, pixels))
             (sight * arguments.pictures / arguments.rows).backward()
             sights.append(sight.item())
         optimizer.step(rate_factor(time.time() - started, total))

@@ -56,12 +56,13 @@ def test_same_logits_with_a_picture():
     encoder, examples = Encoder(FOLDER), PICTURE.held_out(3)
     assert len({(e.picture.width, e.picture.height) for e in examples}) > 1
     network = Network(trainable(model), settings)
-    soft, counts = soft_tokens(model, encoder, [example.picture for example in examples])
-    prompts = [encoder.prompt_of(e, count) for e, count in zip(examples, counts, strict=True)]
+    pixels = encoder.pixels([example.picture for example in examples])
+    soft = soft_tokens(model, pixels)
+    prompts = [encoder.prompt_of(e, n) for e, n in zip(examples, pixels.counts, strict=True)]
     canvases = torch.randint(settings["text_config"]["vocab_size"], (3, 2, 32))
     ours = network(Batch.of(prompts, canvases, network.shape, soft))
     for row, (example, prompt) in enumerate(zip(examples, prompts, strict=True)):
-        values, places, _ = encoder.pixels([example.picture])
+        alone = encoder.pixels([example.picture])
         ids = torch.tensor([prompt])
         kinds = (ids == settings["image_token_id"]).long()
         masks = model.model.encoder.create_masks_for_generate(
@@ -75,8 +76,8 @@ def test_same_logits_with_a_picture():
         for k in range(2):
             theirs = model(
                 input_ids=ids,
-                pixel_values=values,
-                image_position_ids=places,
+                pixel_values=alone.patches,
+                image_position_ids=alone.positions,
                 mm_token_type_ids=kinds,
                 attention_mask=masks,
                 decoder_input_ids=canvases[row : row + 1, k],
