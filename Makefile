@@ -1,7 +1,7 @@
 .PHONY: install format lint types test test-fast check build clean
 
-# PyTorch is only an oracle of the tests; on Linux its CPU build is enough, and asking for it
-# by version first keeps pip from choosing a build with gigabytes of CUDA libraries.
+# PyTorch is only an oracle of the tests. On Linux PyPI's build brings gigabytes of CUDA libraries;
+# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu offers the CPU build of this version.
 install:
 	python -m pip install torch==2.13.0
 	python -m pip install -e '.[dev,server]'
