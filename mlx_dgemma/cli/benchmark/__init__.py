@@ -1,0 +1,5 @@
+"""`mlx_dgemma.benchmark`: what a model costs on this machine, and what its answers are worth."""
+
+from mlx_dgemma.cli.benchmark.command import main
+
+__all__ = ["main"]

@@ -1,0 +1,49 @@
+"""A step's launches, operations and bytes, counted, and the floors predicted from them."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from mlx_dgemma.cli.benchmark.models import config_of
+from mlx_dgemma.cli.benchmark.tables import figures
+
+PREDICTED = "predicted by the roofline model, not measured"
+
+
+def run(arguments: argparse.Namespace) -> dict[str, Any]:
+    from mlx_dgemma.benchmark.chips import CHIPS
+    from mlx_dgemma.benchmark.costs import floor_seconds, step_costs, total
+    from mlx_dgemma.benchmark.graph import count_step
+
+    config, kv_bits = config_of(arguments), arguments.kv_bits
+    costs, written = (
+        step_costs(config, arguments.prompt_tokens, conditioning=kind, kv_bits=kv_bits)
+        for kind in ("sparse", "dense")
+    )
+    return {
+        "prompt_tokens": arguments.prompt_tokens,
+        "launches": count_step(config),
+        "components": {name: cost.record() for name, cost in costs.items()},
+        "step": total(costs).record(),
+        "step_with_dense_self_conditioning": total(written).record(),
+        "host_reads_per_step": 1,
+        "evidence": PREDICTED,
+        "floor_ms": {chip.name: floor_seconds(costs, chip) * 1e3 for chip in CHIPS.values()},
+    }
+
+
+def show(found: dict[str, Any], console: Console) -> None:
+    console.print(Text("One denoising step, counted", "bold"))
+    for way, values in found["launches"].items():
+        console.print(f"  {way:<12} {values['launches']:>6} launches")
+    table = figures("", "TFLOP", "GB")
+    for name, cost in {**found["components"], "step": found["step"]}.items():
+        table.add_row(name, f"{cost['flops'] / 1e12:.4g}", f"{cost['bytes'] / 1e9:.4g}")
+    console.print(table)
+    console.print(Text(f"Floors of a step in ms, {found['evidence']}:", "bold"))
+    for name, floor in found["floor_ms"].items():
+        console.print(f"  {name:<15} {floor:>8.1f}")

@@ -1,0 +1,39 @@
+"""The model that the flags name: a checkpoint, or a synthetic one."""
+
+from __future__ import annotations
+
+import argparse
+from typing import TYPE_CHECKING
+
+from mlx_dgemma.hardware import machine
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model import Model
+    from mlx_dgemma.model.config import ModelConfig
+
+
+def config_of(arguments: argparse.Namespace) -> ModelConfig:
+    """The model's shapes, without reading a weight."""
+    from mlx_dgemma.benchmark.synthetic import synthetic_config
+    from mlx_dgemma.hub import resolve_model
+    from mlx_dgemma.model.config import ModelConfig
+
+    if arguments.synthetic:
+        return ModelConfig.from_dict(synthetic_config(arguments.synthetic, arguments.layers))
+    return ModelConfig.from_folder(resolve_model(arguments.model, revision=arguments.revision))
+
+
+def model_of(arguments: argparse.Namespace) -> Model:
+    from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
+    from mlx_dgemma.hub import resolve_model
+    from mlx_dgemma.memory import check_fits, plan
+    from mlx_dgemma.model import load_model
+
+    if not arguments.synthetic:
+        folder = resolve_model(arguments.model, revision=arguments.revision)
+        return load_model(folder, adapter_path=arguments.adapter_path)
+    wanted = plan(
+        config_of(arguments), context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits
+    )
+    check_fits(wanted, machine(), name=arguments.synthetic)
+    return synthetic_model(synthetic_config(arguments.synthetic, arguments.layers))
