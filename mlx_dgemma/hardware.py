@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import sys
 from dataclasses import asdict, dataclass, field
@@ -54,6 +55,39 @@ class Machine:
         return asdict(self)
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """What slows a machine down now, in macOS' own terms; None where it cannot be read.
+
+    memory_pressure: "normal", "warning" or "critical". thermal: "no warning", "warning level 1"
+    or "processor held to 80 %". power: "AC Power", "Battery Power" or "UPS Power".
+    low_power_mode: whether the user or the battery asked for it.
+    """
+
+    memory_pressure: str | None = None
+    thermal: str | None = None
+    power: str | None = None
+    low_power_mode: bool | None = None
+
+    def record(self) -> dict[str, Any]:
+        """Everything as a JSON-ready object."""
+        return asdict(self)
+
+
+def conditions() -> Conditions:
+    """Reads them; takes a moment, since macOS' power manager is asked three times."""
+    source = re.search(r"drawing from '([^']+)'", _pmset("batt"))
+    low = re.search(r"lowpowermode\s+(\d)", _pmset())
+    return Conditions(
+        memory_pressure={"1": "normal", "2": "warning", "4": "critical"}.get(
+            _sysctl("kern.memorystatus_vm_pressure_level") or ""
+        ),
+        thermal=_thermal(_pmset("therm")),
+        power=source and source[1],
+        low_power_mode=low and low[1] == "1",
+    )
+
+
 def machine() -> Machine:
     """Reads this machine's facts; takes a few milliseconds."""
     device, metal, mlx = _mlx()
@@ -94,15 +128,35 @@ def _mlx() -> tuple[dict[str, Any], bool, str | None]:
 
 def _sysctl(name: str) -> str | None:
     """One value of macOS' sysctl; None elsewhere or when there is no such value."""
+    return _printed("/usr/sbin/sysctl", "-n", name) or None
+
+
+def _pmset(*what: str) -> str:
+    """A page of macOS' power manager; empty elsewhere."""
+    return _printed("/usr/bin/pmset", "-g", *what)
+
+
+def _printed(*command: str) -> str:
+    """What a command of macOS prints; empty elsewhere or when it fails."""
     if sys.platform != "darwin":
-        return None
+        return ""
     try:
-        found = subprocess.run(
-            ["/usr/sbin/sysctl", "-n", name], capture_output=True, text=True, timeout=5, check=True
-        )
+        found = subprocess.run(command, capture_output=True, text=True, timeout=5, check=True)
     except (OSError, subprocess.SubprocessError):
-        return None
-    return found.stdout.strip() or None
+        return ""
+    return found.stdout.strip()
+
+
+def _thermal(page: str) -> str | None:
+    """`pmset -g therm` in a few words."""
+    limit = re.search(r"CPU_Speed_Limit\s*=\s*(\d+)", page)
+    if limit and limit[1] != "100":
+        return f"processor held to {limit[1]} %"
+    level = re.search(r"[Tt]hermal warning level (?:set to|=)\s*(\d+)", page)
+    if level and level[1] != "0":
+        return f"warning level {level[1]}"
+    told = limit or level or "No thermal warning level" in page
+    return "no warning" if told else None
 
 
 def _wired_limit() -> int | None:

@@ -17,7 +17,7 @@ from mlx_dgemma._version import __version__
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.hardware import Machine, machine
+from mlx_dgemma.hardware import Conditions, Machine, conditions, machine
 from mlx_dgemma.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
 from mlx_dgemma.memory import gigabytes, usable
 
@@ -67,6 +67,7 @@ def examine(this: Machine, *, check_kernels: bool = False) -> dict[str, Any]:
     return {
         "mlx_dgemma": __version__,
         "machine": this.record(),
+        "conditions": conditions().record(),
         "usable_memory": usable(this),
         "disk_free": shutil.disk_usage(_cache()).free,
         "concerns": concerns(this),
@@ -120,7 +121,7 @@ def show(found: dict[str, Any], console: Console) -> None:
     this = found["machine"]
     facts = Table.grid(padding=(0, 2))
     facts.add_column(style="bold")
-    for name, text in _facts(this, found):
+    for name, text in [*_facts(this, found), *_state(Conditions(**found["conditions"]))]:
         facts.add_row(name, text)
     console.print(facts)
     for concern in found["concerns"]:
@@ -166,6 +167,17 @@ def _facts(this: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str]]
         ("disk", f"{gigabytes(found['disk_free'])} free for downloads"),
         ("python", f"{this['python']} {this['architecture']}, mlx {this['mlx']} on {kind}"),
     ]
+
+
+def _state(now: Conditions) -> list[tuple[str, str]]:
+    """What slows the machine down now, where any of it could be read."""
+    told = [
+        now.memory_pressure and f"memory pressure {now.memory_pressure}",
+        now.thermal and f"heat: {now.thermal}",
+        now.power,
+        "low power mode" if now.low_power_mode else None,
+    ]
+    return [("now", ", ".join(filter(None, told)))] if any(told) else []
 
 
 def _models(models: Sequence[dict[str, Any]]) -> Table:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
-from mlx_dgemma.hardware import Machine, machine
+from mlx_dgemma.hardware import Conditions, Machine, conditions, machine
 
 GIB = 1 << 30
 BIT4 = 17_601_119_960
@@ -66,6 +68,58 @@ def test_the_page_names_the_machine_the_models_and_the_kernels(width: int) -> No
     assert "not yet run" in page.replace("\n", " ")
 
 
+def on_a_mac(pages: dict[tuple[str, ...], str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """macOS' commands answer with these pages; every other fails."""
+
+    def run(command: tuple[str, ...], **_: object) -> subprocess.CompletedProcess[str]:
+        if command[1:] not in pages:
+            raise subprocess.CalledProcessError(1, command)
+        return subprocess.CompletedProcess(command, 0, pages[command[1:]], "")
+
+    monkeypatch.setattr("mlx_dgemma.hardware.sys.platform", "darwin")
+    monkeypatch.setattr("mlx_dgemma.hardware.subprocess.run", run)
+
+
+BATTERY = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t80%; discharging"
+SETTINGS = "System-wide power settings:\nCurrently in use:\n lowpowermode         1\n sleep 1"
+CALM = "Note: No thermal warning level has been recorded\nNote: No performance warning level"
+PRESSURE = ("-n", "kern.memorystatus_vm_pressure_level")
+
+
+def test_what_slows_a_mac_down_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = {PRESSURE: "2\n", ("-g", "batt"): BATTERY, ("-g",): SETTINGS, ("-g", "therm"): CALM}
+    on_a_mac(pages, monkeypatch)
+    assert conditions() == Conditions("warning", "no warning", "Battery Power", True)
+    stream = io.StringIO()
+    show(examine(mac(24)), Console(file=stream, width=120))
+    assert (
+        "memory pressure warning, heat: no warning, Battery Power, low power mode"
+        in stream.getvalue()
+    )
+
+
+@pytest.mark.parametrize(
+    ("page", "thermal"),
+    [
+        ("CPU_Scheduler_Limit \t= 100\nCPU_Speed_Limit \t= 63", "processor held to 63 %"),
+        ("CPU_Speed_Limit = 100", "no warning"),
+        ("Thermal warning level set to 2", "warning level 2"),
+        ("something new", None),
+    ],
+)
+def test_heat_as_macos_tells_it(
+    page: str, thermal: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_a_mac({("-g", "therm"): page}, monkeypatch)
+    assert conditions() == Conditions(thermal=thermal)
+
+
+def test_elsewhere_nothing_is_told() -> None:
+    if sys.platform == "darwin":
+        pytest.skip("this is a Mac")
+    assert conditions() == Conditions()
+
+
 def test_the_report_is_json_and_names_no_user(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
@@ -74,10 +128,16 @@ def test_the_report_is_json_and_names_no_user(
     printed = json.loads(capsys.readouterr().out)
     written = json.loads(file.read_text())
     assert printed["models"] == written["models"]
-    assert {"machine", "models", "kernels", "concerns", "mlx_dgemma"} <= set(printed)
+    assert {"machine", "conditions", "models", "kernels", "concerns", "mlx_dgemma"} <= set(printed)
     assert str(Path.home()) not in file.read_text()
 
 
 def test_a_report_that_cannot_be_written(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--report", "/no/such/folder/report.json"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_longest_context_is_told_both_ways() -> None:
+    stream = io.StringIO()
+    show(examine(mac(24)), Console(file=stream, width=120))
+    assert "262,144 tokens take 5.7 GB; with --kv-bits 8 3.2 GB" in stream.getvalue()
