@@ -145,13 +145,14 @@ def plan_for(
 
 
 def set_limits(machine: Machine) -> None:
-    """Tell MLX what it may keep: weights resident up to the GPU's working set, and few freed
-    buffers. Does nothing without Metal."""
+    """Tell MLX what it may keep: weights resident up to the GPU's working set, no more than a model
+    may take (beyond it MLX waits for buffers), and few freed ones. Does nothing without Metal."""
     if not machine.metal or machine.working_set is None:
         return
     import mlx.core as mx
 
     mx.set_wired_limit(machine.working_set)
+    mx.set_memory_limit(max(machine.working_set, usable(machine) or 0))
     mx.set_cache_limit(min(CACHE_LIMIT, machine.working_set // 8))
 
 

@@ -10,9 +10,17 @@ import mlx.core as mx
 import pytest
 
 from mlx_dgemma import memory
+from mlx_dgemma.benchmark.synthetic import published_config
 from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
-from mlx_dgemma.hub import BESIDE_WEIGHTS, KNOWN_REPOSITORIES, demo_path
+from mlx_dgemma.hub import (
+    BESIDE_WEIGHTS,
+    KNOWN_REPOSITORIES,
+    LONGEST_CONTEXT,
+    LONGEST_CONTEXT_BYTES,
+    demo_path,
+)
+from mlx_dgemma.model import packed_context as model_packed_context
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.weights import load_model
 
@@ -101,12 +109,16 @@ def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> N
 
 def test_mlx_is_told_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     told: dict[str, int] = {}
-    for name in ("set_wired_limit", "set_cache_limit"):
+    for name in ("set_wired_limit", "set_memory_limit", "set_cache_limit"):
         monkeypatch.setattr(mx, name, lambda size, name=name: told.update({name: size}))
     memory.set_limits(replace(mac(24, 16 * GIB), metal=False))
     assert told == {}
     memory.set_limits(mac(24, 16 * GIB))
-    assert told == {"set_wired_limit": 16 * GIB, "set_cache_limit": 2_000_000_000}
+    assert told == {
+        "set_wired_limit": 16 * GIB,
+        "set_memory_limit": 24 * GIB - memory.SYSTEM_RESERVE,
+        "set_cache_limit": 2_000_000_000,
+    }
 
 
 def test_fifty_generations_end_with_the_memory_of_the_first() -> None:
@@ -123,6 +135,19 @@ def test_fifty_generations_end_with_the_memory_of_the_first() -> None:
     # The tables of the last positions and a block's small arrays come and go.
     assert max(held[2:]) - min(held[2:]) < 1 << 20
     assert held[-1] - held[2] < 1 << 18
+
+
+def test_freed_buffers_are_given_back_after_every_chunk_and_commit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_model(demo_path())
+    cleared: list[int] = []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(1))
+    cache = model.make_cache()
+    model.prefill(range(10), cache, chunk_size=4)
+    assert len(cleared) == 3
+    model.prefill(range(model.config.canvas_length), cache)
+    assert len(cleared) == 4
 
 
 def test_the_plan_covers_what_a_context_really_takes() -> None:
@@ -209,3 +234,46 @@ def test_unreadable_facts_are_none_and_not_fatal(monkeypatch: pytest.MonkeyPatch
 def test_the_users_wired_limit_counts() -> None:
     this = replace(mac(24, 16 * GIB), wired_limit=20 * GIB)
     assert this.limit == 20 * GIB
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_the_plan_is_what_the_buffers_take(kv_bits: int | None) -> None:
+    """To the byte, once every window is full and the prompt was announced with a canvas more."""
+    model = load_model(demo_path())
+    config = replace(model.config, text=replace(model.config.text, dtype="float32"))
+    cache, canvas = model.make_cache(kv_bits), config.canvas_length
+    cache.expect(700 + canvas)
+    for count in (700 - 4 * canvas, *[canvas] * 4):
+        model.prefill(mx.zeros((1, count), dtype=mx.int32), cache)
+    mx.eval(cache.arrays)
+    assert cache.nbytes == memory.context_bytes(config, 700, kv_bits)
+
+
+@needs_assets
+def test_eight_bits_are_offered_where_they_make_it_fit(real: ModelConfig) -> None:
+    exact, packed = (
+        memory.plan(real, context_tokens=262_144, kv_bits=kv_bits) for kv_bits in (None, 8)
+    )
+    assert exact.packed_total == packed.packed_total == packed.total
+    assert "3.2 GB context of 262,144 tokens in 8 bits" in str(packed)
+    assert packed.record()["kv_bits"] == 8
+    this = replace(mac(24), memory=packed.total + memory.SYSTEM_RESERVE)
+    with pytest.raises(ResourceError, match=r"in 8 bits \(20\.\d GB\) it fits: --kv-bits 8\."):
+        memory.check_fits(exact, this)
+    assert memory.check_fits(packed, replace(this, metal=False)) is None
+    with pytest.raises(ResourceError, match="a context of .* tokens fits"):
+        memory.check_fits(packed, mac(20))
+
+
+def test_the_longest_contexts_are_those_of_the_shapes() -> None:
+    published = ModelConfig.from_dict(published_config())
+    assert published.text.max_position_embeddings == LONGEST_CONTEXT
+    assert {
+        kv_bits: memory.context_bytes(published, LONGEST_CONTEXT, kv_bits) for kv_bits in (None, 8)
+    } == LONGEST_CONTEXT_BYTES
+
+
+def test_the_plan_packs_as_the_context_does() -> None:
+    packed = model_packed_context
+    assert (packed._GROUPS, packed.BITS) == (memory.PACKED_GROUPS, 8)
+    assert 2 * packed.STORED.size == memory.PACKED_SCALES
