@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from dataclasses import FrozenInstanceError
 
@@ -10,7 +11,7 @@ import pytest
 
 import mlx_dgemma
 from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
-from mlx_dgemma.api import Options, encode_prompt
+from mlx_dgemma.api import Options, encode_prompt, replay
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError
 
 PROMPT = "Count from 3 to 9."
@@ -164,3 +165,31 @@ def test_generations_do_not_pile_up_memory(demo):
     for _ in range(50):
         generate(*demo, PROMPT, **options)
     assert mx.get_active_memory() - before < 1_000_000
+
+
+def test_a_context_in_8_bits(demo, tmp_path):
+    """The keyword, the cache that carries it, its file, and a trace that remembers it."""
+    model, _ = demo
+    trace = tmp_path / "trace.json"
+    alone = list(stream_generate(*demo, PROMPT, kv_bits=8, trace=trace, **QUICK))
+    cache = PromptCache(model, kv_bits=8)
+    for _ in range(2):  # a cache says it for itself
+        kept = list(stream_generate(*demo, PROMPT, cache=cache, **QUICK))
+        assert [e.ids for e in kept[:-1]] == [e.ids for e in alone[:-1]]
+    assert json.loads(trace.read_text())["settings"]["kv_bits"] == 8
+    assert replay(*demo, trace).divergence is None
+
+    cache.save(tmp_path / "context")
+    assert PromptCache.load(tmp_path / "context", model, 8).cache.kv_bits == 8
+    with pytest.raises(CheckpointError, match="holds an 8-bit context"):
+        PromptCache.load(tmp_path / "context", model)
+    cache.reset()
+    assert cache.cache.kv_bits == 8
+
+
+def test_kv_bits_that_cannot_be(demo):
+    model, _ = demo
+    with pytest.raises(InputError, match="kv_bits=4 is not possible: use 8"):
+        stream_generate(*demo, PROMPT, kv_bits=4)
+    with pytest.raises(InputError, match=r"make it with PromptCache\(model, kv_bits=8\)"):
+        stream_generate(*demo, PROMPT, kv_bits=8, cache=PromptCache(model))

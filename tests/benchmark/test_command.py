@@ -51,6 +51,16 @@ def test_counts_are_called_predictions(capsys: pytest.CaptureFixture[str]) -> No
     assert "Apple M4 Max" in shown
 
 
+def test_a_context_in_8_bits_moves_fewer_bytes(capsys: pytest.CaptureFixture[str]) -> None:
+    long = ("--count", "--synthetic", "26b-4bit", "--prompt-tokens", "262144")
+    exact, packed = (
+        record(capsys, *long, *flag)["count"]["components"]["attention"]["bytes"]
+        for flag in ((), ("--kv-bits", "8"))
+    )
+    # 5 layers x keys and values x 2 heads of 512: 2 bytes against 1 and its share of the scales
+    assert exact - packed == 262_144 * 5 * 2 * 2 * 512 * (2 - 1.0625)
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
@@ -62,6 +72,7 @@ def test_counts_are_called_predictions(capsys: pytest.CaptureFixture[str]) -> No
         (["--synthetic", "27b"], "no synthetic model '27b'"),
         (["--plot", "/no/folder/here.svg"], "no folder"),
         (["--count", "--plot", "here.svg"], "times none"),
+        (["--compare", "mlx-vlm", "--kv-bits", "8"], "leave --kv-bits out"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -226,3 +226,23 @@ def test_input_that_is_not_text(
     assert "is not UTF-8 text" in run(capsys, "--prompt-file", str(file))[2]
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
     assert "Standard input is not UTF-8" in run(capsys, "--prompt", "-")[2]
+
+
+def test_a_context_in_8_bits(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    saved = str(tmp_path / "context")
+    asked = (*PROMPT, *SHORT, "--prompt-cache-file", saved)
+    assert run(capsys, *asked, "--kv-bits", "8")[0] == 0
+    assert run(capsys, *asked, "--kv-bits", "8")[0] == 0
+    code, _, err = run(capsys, *asked)
+    assert code == 2
+    assert "holds an 8-bit context" in err
+    plans = [
+        json.loads(run(capsys, "--dry-run", "--json", *flag)[1])
+        for flag in ((), ("--kv-bits", "8"))
+    ]
+    assert [plan["kv_bits"] for plan in plans] == [None, 8]
+    assert plans[1]["context_bytes"] < plans[0]["context_bytes"]
+    with pytest.raises(SystemExit) as refused:
+        main([*PROMPT, "--kv-bits", "4"])
+    assert refused.value.code == 2
+    assert "--kv-bits: invalid choice: 4" in capsys.readouterr().err

@@ -10,6 +10,7 @@ import pytest
 
 from mlx_dgemma.cli.infill import main, paint
 from mlx_dgemma.filling.results import Filling, Infill, TokenInfo
+from mlx_dgemma.model import Model
 
 QUICK = ["--seed", "1", "--max-denoising-steps", "2"]
 
@@ -96,3 +97,15 @@ def test_mistakes_are_one_sentence_and_exit_code_2(call, words, capsys):
     assert words in captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
+
+
+def test_a_context_in_8_bits(capsys, monkeypatch):
+    made = []
+    monkeypatch.setattr(
+        Model, "make_cache", lambda self, kv_bits=None, real=Model.make_cache: (
+            made.append(kv_bits) or real(self, kv_bits)
+        )
+    )  # fmt: skip
+    assert main(["the old <hole:2> sings.", "--kv-bits", "8", "--n", "2", *QUICK]) == 0
+    assert capsys.readouterr().out.endswith(" sings.\n")
+    assert set(made) == {8}

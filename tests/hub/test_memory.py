@@ -261,7 +261,7 @@ def test_eight_bits_are_offered_where_they_make_it_fit(real: ModelConfig) -> Non
     with pytest.raises(ResourceError, match=r"in 8 bits \(20\.\d GB\) it fits: --kv-bits 8\."):
         memory.check_fits(exact, this)
     assert memory.check_fits(packed, replace(this, metal=False)) is None
-    with pytest.raises(ResourceError, match="a context of .* tokens fits"):
+    with pytest.raises(ResourceError, match=r"a context of .* tokens fits"):
         memory.check_fits(packed, mac(20))
 
 

@@ -12,6 +12,7 @@ from mlx_dgemma.kernels import (
 )
 from mlx_dgemma.kernels.row_statistics import SLICE, supported
 from mlx_dgemma.model import attention as network_attention
+from mlx_dgemma.model.packed_context import PackedLayerContext
 
 pytestmark = emulator_only
 
@@ -87,3 +88,20 @@ def test_off_means_off(monkeypatch):
     with emulated() as launched:
         row_statistics(mx.zeros((1, 40)), 0.8, mx.zeros((1, 2)))
     assert launched == []
+
+
+def test_a_packed_context_takes_the_attention_kernels(monkeypatch):
+    """Its chunks, unpacked one after the other, and the canvas behind them as it is."""
+    monkeypatch.setattr(network_attention, "KEY_CHUNK", 16)
+    queries, own = mx.random.normal((2, 4, 5, 32)), mx.random.normal((2, 2, 2, 5, 32))
+    layer = PackedLayerContext(16)
+    layer.append(*mx.random.normal((2, 1, 2, 40, 32)))
+    segments = [*layer.visible(), (own[0], own[1])]
+    mask = mx.arange(5)[None, :] <= mx.arange(5)[:, None]
+    expected = network_attention.attend(queries, segments, mask)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    with emulated() as launched:
+        found = network_attention.attend(queries, segments, mask)
+    names = [launch.body.name for launch in launched]
+    assert names == ["dgemma_chunk_softmax", "dgemma_merge_attention"] * 4
+    assert mx.allclose(found, expected, atol=1e-5).item()

@@ -285,3 +285,12 @@ def test_a_bug_stays_in_the_log(serve: Open, caplog: pytest.LogCaptureFixture) -
     assert (
         json.loads(text.split("\n\n")[-2].removeprefix("data: "))["error"]["type"] == "server_error"
     )
+
+
+def test_a_context_in_8_bits_is_the_operators_choice(serve: Open) -> None:
+    """Goes with every request; without it the keyword stays away."""
+    for settings, given in (({"kv_bits": 8}, 8), ({}, None)):
+        script = Script("Yes.")
+        client = serve(script, **settings)
+        assert client.post(URL, json={"messages": user()}).status_code == 200
+        assert script.seen[-1].get("kv_bits") == given

@@ -11,6 +11,8 @@ import httpx2
 import pytest
 
 from mlx_dgemma.cli import server
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.server.settings import ServerSettings
 
 from .conftest import user
 
@@ -26,6 +28,11 @@ def test_flags_become_settings() -> None:
     assert settings.cors_origins == ("https://a.example",)
     assert (settings.max_output_tokens, settings.max_concurrent) == (5, 4)
     assert settings.model_name == "demo"
+    assert settings.kv_bits is None
+    packed = server._settings(server.build_parser().parse_args(["--kv-bits", "8"]))
+    assert packed.kv_bits == 8
+    with pytest.raises(InputError, match="kv_bits=4 is not possible: use 8"):
+        ServerSettings(kv_bits=4)
 
 
 @pytest.mark.parametrize(

@@ -224,3 +224,25 @@ def test_a_directory_that_cannot_be_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be kept in"):
         DiskCache(tmp_path / "file" / "below", LARGE)
+
+
+def test_contexts_in_8_bits_are_shared_and_kept_apart(owner: Any, tmp_path: Path) -> None:
+    """In memory and on disk, bit by bit; what another server keeps exactly is no concern."""
+    first, second = ask("What is the weather in Oslo?"), ask("What time is it in Rome?")
+
+    def store(kv_bits: int | None, folder: str = "") -> PrefixCache:
+        disk = DiskCache(tmp_path / folder, LARGE) if folder else None
+        return PrefixCache(owner, LARGE, disk, kv_bits)
+
+    exact, packed = store(None, "both"), store(8, "both")
+    for kept in (exact, packed):
+        run(kept, first)
+        list(kept.flush())
+    assert packed.nbytes < exact.nbytes
+    fresh, expected = run(store(8), second)
+    assert fresh.cache.kv_bits == 8
+    for begun in (packed, store(8, "both")):
+        reused, ids = run(begun, second)
+        assert reused.cached_tokens > 100
+        assert ids == expected
+        assert_same(reused, fresh)
