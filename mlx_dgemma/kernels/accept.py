@@ -8,6 +8,8 @@ the mean.
 
 The only thing the host needs is one row of three numbers per canvas: does the draft equal the
 previous one, the mean entropy, is everything finite.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 from collections.abc import Iterator

@@ -10,6 +10,8 @@ multiplication over `chunk` keys.
 
 A chunk's weights are divided by their own sum before they meet the values, so that the product
 stays within the values' range in any dtype. Softmax and the accumulated output are float32.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 from collections.abc import Iterator, Sequence

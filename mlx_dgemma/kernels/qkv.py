@@ -3,6 +3,8 @@
 Queries and keys take RMSNorm with weight, then rope; values take RMSNorm without weight and no
 rope. Rope turns the pairs (i, i + head_dim / 2) by tables of cosine and sine in the activation
 dtype.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 from collections.abc import Iterator

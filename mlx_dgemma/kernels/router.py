@@ -4,6 +4,8 @@ Scores are proj(RMSNorm(x) * scale * hidden^-0.5) of the raw residual. The top k
 of the highest score, the lowest index first on ties; softmax over the chosen k in float32 equals
 softmax over all, renormalised. A counting sort then lines up the (token, choice) pairs by expert,
 in token order inside an expert, so that an expert's rows are one contiguous run.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 from collections.abc import Callable, Iterator

@@ -13,6 +13,8 @@ of Z, the second picked the candidate inside that slice. So a sample needs two u
 logits were held whole or were made slice by slice.
 
 NaN or Inf in a row of logits (the softcap alone would hide an Inf) makes its entropy NaN.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 from collections.abc import Callable, Iterator

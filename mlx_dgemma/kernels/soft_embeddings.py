@@ -12,6 +12,8 @@ Sparse path: only tokens whose probability reaches 1 / capacity survive, so a ro
 `capacity` of them. It is used for a step only where every row lost less than `DROPPED_MASS`; the
 error is then bounded by twice that mass times the largest embedding, below the rounding of
 bfloat16 logits.
+
+Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
 import math

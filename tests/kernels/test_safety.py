@@ -2,6 +2,7 @@
 report.
 """
 
+import inspect
 import json
 import logging
 import sys
@@ -12,7 +13,7 @@ import pytest
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import registry, verdicts
-from mlx_dgemma.kernels.report import published_shapes, report
+from mlx_dgemma.kernels.report import EVIDENCE, published_shapes, report
 
 FAKE = Path(__file__).parent / "fake_self_check.py"
 OPERATION = registry.Operation("fake", (), lambda shape: iter(()))
@@ -128,6 +129,14 @@ def test_prompts_of_many_lengths_need_few_checks(monkeypatch):
     assert len(checked) == 2 * 12
     classes = {name: registry.shape_class(shape) for name, shape in published_shapes().items()}
     assert classes == published_shapes()
+
+
+@pytest.mark.parametrize("name", sorted(registry.operations()))
+def test_each_kernels_page_says_how_far_it_was_checked(name):
+    """Until somebody sends a report from hardware, which is then kept in tests/hardware."""
+    page = inspect.getdoc(inspect.getmodule(registry.operations()[name].probes))
+    reports = list((Path(__file__).parents[1] / "hardware").glob("*.json"))
+    assert (EVIDENCE in page) == (not reports)
 
 
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
