@@ -83,6 +83,17 @@ def test_the_real_head_dims(head_dim, heads, kv_heads, dtype):
     )  # fmt: skip
 
 
+def test_a_mask_of_the_last_keys_begins_inside_a_chunk():
+    mx.random.seed(6)
+    queries, keys, values = (mx.random.normal((1, 2, count, 16)) for count in (4, 41, 41))
+    mask = np.tri(4, 7, 3, dtype=bool)
+    with emulated("checked"):
+        found = metal(queries, [(keys, values)], chunk=16, mask=mx.array(mask))
+    whole = np.concatenate([np.ones((4, 34), dtype=bool), mask], axis=1)
+    expected = ref.attention(*map(ref.numpy, (queries, keys, values)), whole)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
 def test_the_longest_chunk():
     check(mx.bfloat16, "in order", counts=(4096 + 7,), chunk=4096, heads=2, kv_heads=1, length=1)
 

@@ -93,6 +93,18 @@ def test_masked_attention_agrees_with_float64(chunk):
     np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("chunk", [3, 5, 4096])
+def test_a_mask_of_the_last_keys_leaves_the_others_visible(chunk):
+    """It begins inside a chunk, at its edge, and within the only one."""
+    mx.random.seed(5)
+    q, k, v = (mx.random.normal((1, heads, n, 16)) for heads, n in ((4, 5), (2, 15), (2, 15)))
+    mask = np.tri(5, dtype=bool)
+    found = attend(q, [(k, v)], chunk=chunk, mask=mx.array(mask))
+    whole = np.concatenate([np.ones((5, 10), dtype=bool), mask], axis=1)
+    expected = ref.attention(ref.numpy(q), ref.numpy(k), ref.numpy(v), whole)
+    np.testing.assert_allclose(np.array(found), expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("chunk", [3, 4096])
 @pytest.mark.parametrize("batch", [1, 3])
 def test_attention_over_a_shared_prefix_agrees_with_float64(batch, chunk):
