@@ -94,6 +94,7 @@ def resolve_model(
     *,
     revision: str | None = None,
     to_load: bool = True,
+    weights: bool = True,
     progress: bool = False,
     cache_dir: str | Path | None = None,
     endpoint: str | None = None,
@@ -104,6 +105,7 @@ def resolve_model(
         None for the bundled demo checkpoint.
     revision: branch, tag or commit of a repository.
     to_load: also refuse what this machine's memory cannot hold; False to convert, say.
+    weights: False fetches the small files alone, which is enough to plan with.
     progress: show huggingface-hub's bars on standard error.
     cache_dir, endpoint: instead of the Hub's own (HF_HUB_CACHE, HF_ENDPOINT).
 
@@ -123,7 +125,9 @@ def resolve_model(
             f"There is no folder {name}; give a checkpoint's folder or a Hub id such as "
             f"{COMMUNITY}-4bit."
         )
-    return _Repository(name, revision, cache_dir, endpoint).fetch(to_load, progress)
+    return _Repository(name, revision, cache_dir, endpoint).fetch(
+        to_load and weights, weights, progress
+    )
 
 
 def explained(name: str, error: Exception, revision: str | None = None) -> Exception:
@@ -168,12 +172,12 @@ class _Repository:
         self.endpoint = endpoint or constants.ENDPOINT
         self.offline = bool(constants.HF_HUB_OFFLINE)
 
-    def fetch(self, to_load: bool, progress: bool) -> Path:
-        """The snapshot's folder, complete."""
+    def fetch(self, to_load: bool, weights: bool, progress: bool) -> Path:
+        """The snapshot's folder, complete but for the weights where they are not asked for."""
         from huggingface_hub import HfApi
 
         if self.offline:
-            return self._cached("HF_HUB_OFFLINE is set")
+            return self._cached("HF_HUB_OFFLINE is set", weights)
         api = HfApi(endpoint=self.endpoint)
         try:
             info = api.model_info(
@@ -181,7 +185,9 @@ class _Repository:
             )
             files = self._needed(api, info)
         except Exception as error:
-            return self._refused(error)
+            return self._refused(error, weights)
+        if not weights:
+            files = {name: files[name] for name in files if not name.endswith(".safetensors")}
         missing = {name: size for name, size in files.items() if not self._here(name, info.sha)}
         if to_load:
             check_memory(self.name, files, machine())
@@ -258,7 +264,7 @@ class _Repository:
             raise self._explained(error) from error
         return Path(str(folder))
 
-    def _refused(self, error: Exception) -> Path:
+    def _refused(self, error: Exception, weights: bool) -> Path:
         """After the Hub said no or nothing: a complete copy here serves as well."""
         explained = self._explained(error)
         from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
@@ -266,11 +272,11 @@ class _Repository:
         if isinstance(error, ModelNotFoundError | GatedRepoError | RepositoryNotFoundError):
             raise explained from error
         try:
-            return self._cached(str(explained))
+            return self._cached(str(explained), weights)
         except ModelNotFoundError:
             raise explained from error
 
-    def _cached(self, reason: str) -> Path:
+    def _cached(self, reason: str, weights: bool) -> Path:
         """The snapshot in the local cache, if all of its files are there."""
         from huggingface_hub import snapshot_download
         from huggingface_hub.errors import LocalEntryNotFoundError
@@ -291,8 +297,8 @@ class _Repository:
                 "download it while online."
             ) from error
         index = folder / INDEX
-        shards = ["model.safetensors"]
-        if index.is_file():
+        shards = ["model.safetensors"] if weights else []
+        if weights and index.is_file():
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
         lost = [name for name in ["config.json", *shards] if not (folder / name).exists()]
         if lost:

@@ -150,8 +150,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    folder = resolve_model(arguments.model, revision=arguments.revision)
-    wanted, advice = memory_plan(arguments, folder, arguments.max_tokens or 0)
+    folder = resolve_model(arguments.model, revision=arguments.revision, weights=False)
+    here = arguments.model is None or Path(arguments.model).expanduser().is_dir()
+    wanted, advice = memory_plan(arguments, folder, arguments.max_tokens or 0, stored=here)
     if arguments.json:
         print(json.dumps({"model": str(arguments.model or DEMO_NAME), **wanted.record()}))
     else:

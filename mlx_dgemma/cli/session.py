@@ -69,10 +69,11 @@ def check_writable(path: str | Path, what: str) -> None:
 
 
 def memory_plan(
-    arguments: argparse.Namespace, folder: Path, context: int
+    arguments: argparse.Namespace, folder: Path, context: int, *, stored: bool = True
 ) -> tuple[Plan, str | None]:
     """What the model will need here, and advice where that is tight.
 
+    stored: the weights lie in the folder; otherwise their bytes follow from the config.
     Raises ResourceError when it cannot fit.
     """
     config, this = ModelConfig.from_folder(folder), machine()
@@ -81,7 +82,7 @@ def memory_plan(
         this,
         config,
         context_tokens=tokens,
-        weights=stored_bytes(folder),
+        weights=stored_bytes(folder) if stored else None,
         kv_bits=arguments.kv_bits,
     )
     return wanted, check_fits(wanted, this, name=str(arguments.model or DEMO_NAME))

@@ -10,6 +10,7 @@ import pytest
 from huggingface_hub import constants
 
 from mlx_dgemma import hub as module
+from mlx_dgemma.cli.generate import main as generate
 from mlx_dgemma.errors import ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.hub import KNOWN_REPOSITORIES, demo_path, resolve_model
@@ -160,6 +161,18 @@ def test_offline_mode_asks_nobody(hub: HubStub, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelNotFoundError, match=r"lacks model-00002-of-00002.safetensors"):
         resolve_model(NAME)
     assert len(hub.requests) == asked
+
+
+def test_a_plan_needs_no_weights(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = (demo_path() / "config.json").read_bytes()
+    hub.add(NAME, {"config.json": config, "model.safetensors": Sparse(16_542_844_632)})
+    assert generate(["--model", NAME, "--dry-run"]) == 0
+    assert f"{NAME} needs 49 MB (5 MB weights" in capsys.readouterr().out
+    assert [asked.path.rsplit("/", 1)[-1] for asked in hub.downloads()] == ["config.json"]
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert generate(["--model", NAME, "--dry-run"]) == 0
 
 
 def test_a_full_disk_refuses_before_the_first_byte(
