@@ -72,6 +72,8 @@ def test_a_context_in_8_bits_moves_fewer_bytes(capsys: pytest.CaptureFixture[str
         (["--synthetic", "27b"], "no synthetic model '27b'"),
         (["--plot", "/no/folder/here.svg"], "no folder"),
         (["--count", "--plot", "here.svg"], "times none"),
+        (["--prompt-tokens", "8161"], "8160 fit into the context beside a canvas of 32"),
+        (["--compare", "mlx-vlm", "--prompt-tokens", "9000"], "is too long"),
         (["--compare", "mlx-vlm", "--kv-bits", "8"], "leave --kv-bits out"),
     ],
 )

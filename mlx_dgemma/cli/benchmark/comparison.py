@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from mlx_dgemma.cli.benchmark.models import check_prompt
 from mlx_dgemma.cli.benchmark.tables import figures
 from mlx_dgemma.memory import gigabytes
 
@@ -19,6 +20,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from mlx_dgemma.benchmark.versus import THEIRS, compare
     from mlx_dgemma.hub import resolve_model
 
+    check_prompt(arguments)
     with tempfile.TemporaryDirectory(prefix="mlx_dgemma-") as scratch:
         folder = Path(scratch)
         if arguments.synthetic:

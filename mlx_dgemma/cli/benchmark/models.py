@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING
 
+from mlx_dgemma.errors import InputError
 from mlx_dgemma.hardware import machine
 
 if TYPE_CHECKING:
@@ -20,7 +21,20 @@ def config_of(arguments: argparse.Namespace) -> ModelConfig:
 
     if arguments.synthetic:
         return ModelConfig.from_dict(synthetic_config(arguments.synthetic, arguments.layers))
-    return ModelConfig.from_folder(resolve_model(arguments.model, revision=arguments.revision))
+    folder = resolve_model(arguments.model, revision=arguments.revision, weights=False)
+    return ModelConfig.from_folder(folder)
+
+
+def check_prompt(arguments: argparse.Namespace) -> ModelConfig:
+    """The same; InputError when --prompt-tokens leave no room for a canvas."""
+    config = config_of(arguments)
+    room = config.text.max_position_embeddings - config.canvas_length
+    if arguments.prompt_tokens > room:
+        raise InputError(
+            f"--prompt-tokens {arguments.prompt_tokens} is too long: {room} fit into the context "
+            f"beside a canvas of {config.canvas_length}."
+        )
+    return config
 
 
 def model_of(arguments: argparse.Namespace) -> Model:
@@ -29,11 +43,10 @@ def model_of(arguments: argparse.Namespace) -> Model:
     from mlx_dgemma.memory import check_fits, plan
     from mlx_dgemma.model import load_model
 
+    config = check_prompt(arguments)
     if not arguments.synthetic:
         folder = resolve_model(arguments.model, revision=arguments.revision)
         return load_model(folder, adapter_path=arguments.adapter_path)
-    wanted = plan(
-        config_of(arguments), context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits
-    )
+    wanted = plan(config, context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits)
     check_fits(wanted, machine(), name=arguments.synthetic)
     return synthetic_model(synthetic_config(arguments.synthetic, arguments.layers))
