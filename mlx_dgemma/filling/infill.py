@@ -15,8 +15,9 @@ from mlx_dgemma.api import Prompt, prepare_prompt
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.filling.planning import Job, LengthChoice
 from mlx_dgemma.filling.results import Infill, Span, uncertain_spans
-from mlx_dgemma.filling.windows import Filler, Job, LengthChoice
+from mlx_dgemma.filling.windows import Filler
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
