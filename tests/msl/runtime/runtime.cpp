@@ -169,7 +169,8 @@ extern "C" int mslsim_launch(Launch* l) {
         a.sgit = t.simd;
         a.sgptg = ns;
         a.tps = 32;
-        void** sp = (void**)(stacks + STK * (i + 1) - 64);
+        // Stacks at equal distances would share their cache lines' sets: each starts a bit lower.
+        void** sp = (void**)(stacks + STK * (i + 1) - 64 - i % 128 * 576);
         *--sp = 0;
         *--sp = (void*)fiber_main;
         for (int k = 0; k < 6; k++) *--sp = 0;
