@@ -38,8 +38,17 @@ from mlx_dgemma.decoding.trace import (
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.hardware import machine
-from mlx_dgemma.memory import is_short, set_limits, working_bytes
+from mlx_dgemma.memory import (
+    LEAST_CONTEXT,
+    check_fits,
+    is_short,
+    plan_for,
+    set_limits,
+    stored_bytes,
+    working_bytes,
+)
 from mlx_dgemma.model import Model, load_model
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
 from mlx_dgemma.prompt.encode import encode_prompt as encode_prompt
@@ -69,7 +78,16 @@ def load(
         from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(path_or_hf_repo, revision=revision)
-    set_limits(machine())
+    this = machine()
+    if not lazy:
+        least = plan_for(
+            this,
+            ModelConfig.from_folder(folder),
+            context_tokens=LEAST_CONTEXT,
+            weights=stored_bytes(folder),
+        )
+        check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
+    set_limits(this)
     model = load_model(folder, lazy=lazy, adapter_path=adapter_path)
     return model, load_tokenizer(folder, model.config.stop_ids)
 

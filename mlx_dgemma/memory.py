@@ -26,6 +26,7 @@ GB = 1e9
 ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 # Left to macOS and other programs; below this a Mac pages and everything crawls.
 SYSTEM_RESERVE = 3_000_000_000
+LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loading
 CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 2048  # tokens per encoder pass
 QUERY_BLOCK = 512  # of which so many attend at a time
@@ -312,9 +313,13 @@ def _way_out(wanted: Plan, room: int) -> str:
     if wanted.kv_bits is None and packed is not None and packed <= room:
         return f"with the context in 8 bits ({gigabytes(packed)}) it fits: --kv-bits 8"
     if wanted.context and fixed < room:
-        tokens = int(wanted.context_tokens * (room - fixed) / wanted.context)
-        return f"a context of {tokens // 1024 * 1024:,} tokens fits"
-    return "use a checkpoint with fewer bits, or a machine with more memory"
+        tokens = int(wanted.context_tokens * (room - fixed) / wanted.context) // 1024 * 1024
+        if tokens:
+            return f"a context of {tokens:,} tokens fits"
+    return (
+        "use a checkpoint with fewer bits (`mlx_dgemma.convert --recipe small` writes the "
+        "smallest), or a machine with more memory"
+    )
 
 
 def gigabytes(count: float) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, replace
 
 import numpy as np
 import pytest
@@ -12,7 +12,8 @@ import pytest
 import mlx_dgemma
 from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
 from mlx_dgemma.api import Options, encode_prompt, replay
-from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError
+from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
+from mlx_dgemma.hardware import machine
 
 PROMPT = "Count from 3 to 9."
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40, "seed": 4}
@@ -103,6 +104,14 @@ def test_missing_and_foreign_models_are_explained(tmp_path):
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="model_type"):
         load(tmp_path)
+
+
+def test_a_model_that_cannot_fit_is_refused_before_its_weights(monkeypatch):
+    this = replace(machine(), memory=20_000_000)
+    monkeypatch.setattr("mlx_dgemma.api.machine", lambda: this)
+    monkeypatch.setattr("mlx_dgemma.api.load_model", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(ResourceError, match=r"The demo checkpoint needs .* can be used"):
+        load()
 
 
 def test_a_cancelled_request_says_so(demo):

@@ -195,7 +195,8 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     assert str(refused.value) == (
         "The 4-bit model needs 17.5 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens, 0.5 GB "
         "working memory), and this machine has 17.2 GB, of which 14.2 GB can be used; use a "
-        "checkpoint with fewer bits, or a machine with more memory."
+        "checkpoint with fewer bits (`mlx_dgemma.convert --recipe small` writes the smallest), or "
+        "a machine with more memory."
     )
 
 
