@@ -61,6 +61,8 @@ class ServerSettings:
             raise InputError(
                 f"host {self.host} can be reached from other machines: set an API key as well."
             )
+        if not 0 <= self.port <= 65535:
+            raise InputError(f"port={self.port} is not possible: use 1 to 65535.")
         for name in ("max_body_bytes", "max_output_tokens", "max_choices", "max_concurrent"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use at least 1.")
