@@ -11,7 +11,9 @@ line `//: body`, the body for which MLX generates the signature.
 
 import functools
 import hashlib
+import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +79,10 @@ class Operation:
 
     @property
     def version(self) -> str:
-        return "-".join(kernel.version for kernel in self.kernels)
+        """Changes with the kernels' text and with the module that launches them."""
+        module = inspect.getsource(sys.modules[self.probes.__module__])
+        launch = hashlib.sha256(module.encode()).hexdigest()[:12]
+        return "-".join([*(kernel.version for kernel in self.kernels), launch])
 
 
 def mode() -> Mode:

@@ -1,9 +1,9 @@
 """May this kernel run on this machine? Found out once, in a process of its own, and remembered.
 
-A verdict holds for one (MLX version, system version, chip, kernel source, shape class). A kernel
-is enabled if it compiled, agreed with its twin, gave the same values twice, and took less than 95
-percent of the twin's time. Nothing here is fatal: whatever goes wrong keeps the twin and is logged
-once.
+A verdict holds for one (MLX version, system version, chip, kernel and launch code, shape class). A
+kernel is enabled if it compiled, agreed with its twin, gave the same values twice, and took less
+than 95 percent of the twin's time. Nothing here is fatal: whatever goes wrong keeps the twin and is
+logged once.
 """
 
 import json
@@ -37,10 +37,13 @@ class Verdict:
     twin_ms: float | None = None
 
 
-def verdict(operation: Operation, shape: Shape) -> Verdict:
-    """The remembered verdict, or a new one from a self-check in a subprocess."""
+def verdict(operation: Operation, shape: Shape, *, again: bool = False) -> Verdict:
+    """The remembered verdict, or a new one from a self-check in a subprocess.
+
+    again: check even where a verdict is known; a busy machine may have been in the way.
+    """
     key = verdict_key(operation, shape)
-    known = remembered().get(key)
+    known = None if again else remembered().get(key)
     if known is None:
         _log.info("checking the %s kernel once on this machine", operation.name)
         known = self_check(operation.name, shape)

@@ -87,6 +87,26 @@ def test_a_verdict_does_not_outlive_what_it_was_about(monkeypatch):
     assert not verdicts.verdict(OPERATION, {"size": 4}).enabled
 
 
+def test_a_verdict_ends_with_the_code_that_launches(monkeypatch):
+    broken(monkeypatch, "good")
+    before = verdicts.verdict_key(OPERATION, {"size": 4})
+    monkeypatch.setattr(registry.inspect, "getsource", lambda module: "another grid")
+    assert verdicts.verdict_key(OPERATION, {"size": 4}) != before
+
+
+def test_doctor_checks_again_what_failed_once(monkeypatch):
+    operation, shape = registry.operations()["accept"], {"length": 256}
+    monkeypatch.setattr(registry, "available", lambda: True)
+    monkeypatch.setattr("mlx_dgemma.kernels.report.published_shapes", lambda: {"accept": shape})
+    broken(monkeypatch, "crashes")
+    assert not verdicts.verdict(operation, shape).enabled
+    broken(monkeypatch, "good")
+    assert not verdicts.verdict(operation, shape).enabled
+    told = {entry["name"]: entry["status"] for entry in report(check=True)["operations"]}
+    assert told["accept"].startswith("kernel: wins")
+    assert verdicts.verdict(operation, shape).enabled
+
+
 @pytest.mark.parametrize("content", ["", "[]", '{"a": {"surprise": 1}}', '{"a": 3}'])
 def test_a_damaged_cache_counts_as_empty(content):
     verdicts.cache_file().parent.mkdir()
