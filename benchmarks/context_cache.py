@@ -290,7 +290,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parts = ("bytes", "divergence", "layer", "answers", "time")
     parser.add_argument("--part", action="append", choices=parts, help="default: all")
-    parser.add_argument("--n", type=int, default=20, help="questions per task (default: 20)")
+    parser.add_argument("--n", type=int, default=15, help="questions per task (default: 15)")
     parser.add_argument("--replies", type=int, default=27, help="of divergence (default: 27)")
     parser.add_argument("--turns", type=int, default=12, help="before a question (default: 12)")
     parser.add_argument("--context", type=int, default=8192, help="of time (default: 8192)")
