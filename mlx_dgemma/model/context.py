@@ -46,6 +46,7 @@ class Frozen:
 
     offset: int
     tails: tuple[Tail, ...]
+    kv_bits: int | None
 
     @property
     def nbytes(self) -> int:
@@ -153,10 +154,18 @@ class ContextCache:
     def freeze(self) -> Frozen:
         """A copy of this moment that other contexts can begin from."""
         tails = [_copied(layer.tail()) for layer in self.layers]
-        return Frozen(self.offset, tuple(tail for tail in tails if tail is not None))
+        return Frozen(self.offset, tuple(tail for tail in tails if tail is not None), self.kv_bits)
 
     def thaw(self, frozen: Frozen) -> None:
-        """Hold exactly what was frozen, of this model and kind; snapshots of before are void."""
+        """Hold exactly what was frozen, of this model; snapshots of before are void.
+
+        InputError for a context of the other kind.
+        """
+        if frozen.kv_bits != self.kv_bits:
+            raise InputError(
+                f"This context was frozen with kv_bits={frozen.kv_bits}: thaw it in one that was "
+                "made so."
+            )
         self._snapshots = []
         for layer, tail in zip(self.layers, frozen.tails, strict=True):
             layer.reset(*tail)

@@ -20,7 +20,7 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.kernels.attention import Pair, Segment
 from mlx_dgemma.model.layer_context import Arrays, LayerContext
 
-# Keys cost more than values: their error is in the scores, and the more so the more peaked attention
+# Keys cost more than values: their error is in the scores, the more so the more peaked attention
 # is. But with 8-bit values alone the longest context would still be four fifths as large, and what
 # keys cost is small (benchmarks/README.md has both).
 BITS = 8

@@ -185,6 +185,10 @@ def test_frozen_and_thawed(model):
     np.testing.assert_array_equal(logits(model, other), expected)
     model.prefill(ids(CANVAS), other)
     np.testing.assert_array_equal(logits(model, other), logits(model, cache))
+    with pytest.raises(InputError, match="frozen with kv_bits=8"):
+        model.make_cache().thaw(frozen)
+    with pytest.raises(InputError, match="frozen with kv_bits=None"):
+        other.thaw(model.make_cache().freeze())
 
 
 def test_saved_and_loaded(model, tmp_path):
