@@ -77,6 +77,11 @@ def test_a_stop_id_right_behind_max_tokens_still_ends_the_reply():
     assert finish.reason == "stop"
 
 
+def test_a_stop_id_beyond_the_cut_did_not_end_the_reply():
+    commits, finish, _ = run(ScriptedModel(blocks_of((4, 5, 6, STOP))), settings={"max_tokens": 2})
+    assert (commits[0].ids, finish.reason) == ((4, 5), "length")
+
+
 def test_the_last_canvas_must_fit_the_context():
     commits, finish, _ = run(ScriptedModel(blocks_of((4, 5, 6, 7)), limit=2 + 4 + 4 + 3))
     assert len(commits) == 2

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from mlx.utils import tree_flatten
 from random_checkpoint import FULL, SLIDING, Dims, write
 from transformers_oracle import Reference, assert_close
 
@@ -88,6 +89,12 @@ def test_a_prepared_model_equals_the_published_tree(checkpoint, model):
         logits = candidate.denoise(canvas, cache)
         outputs.append(np.array(candidate.denoise(canvas, cache, logits / 0.8)))
     assert_close(outputs[0], outputs[1], 1e-5)
+    # Each number once: what was joined is no longer there by itself.
+    sizes = [sum(x.size for _, x in tree_flatten(one.parameters())) for one in (lazy, model)]
+    assert sizes[0] == sizes[1]
+    names = [name for name, _ in tree_flatten(model.parameters())]
+    assert any("qkv_proj" in name for name in names)
+    assert not any("decoder" in name and "mlp.gate_proj" in name for name in names)
 
 
 def test_the_saved_dialect_is_the_same_model(tmp_path, reference, model):
