@@ -284,7 +284,7 @@ def test_a_commit_is_written_in_place():
 
 @pytest.mark.parametrize("kv_bits", [None, 8])
 def test_reading_a_prompt_takes_flat_memory(model, monkeypatch, kv_bits):
-    """Of both kinds: the masks of a chunk, too, do not reach back over the whole context."""
+    """Of both kinds."""
     monkeypatch.setattr(attention, "KEY_CHUNK", 128)
     taken = []
     for count in (1_000, 4_000):
@@ -297,3 +297,19 @@ def test_reading_a_prompt_takes_flat_memory(model, monkeypatch, kv_bits):
         mx.eval(cache.arrays)
         taken.append(peak(lambda cache=cache: model.prefill(ids(200), cache) or cache.arrays))
     assert taken[1] < 1.1 * taken[0]
+
+
+@pytest.mark.parametrize("kv_bits", [None, 8])
+def test_masks_do_not_reach_back_over_the_context(model, monkeypatch, kv_bits):
+    """512 queries by 262,144 keys would be 134 MB."""
+    widths = []
+
+    def watch(*arguments, real=attention.encoder_mask):
+        mask = real(*arguments)
+        if mask is not None:
+            widths.append(mask.shape[1])
+        return mask
+
+    monkeypatch.setattr(attention, "encoder_mask", watch)
+    prefilled(model, ids(300), kv_bits, chunk_size=50)
+    assert max(widths) <= 50 + 16  # a window's own mask reaches over the window
