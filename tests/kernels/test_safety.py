@@ -55,6 +55,11 @@ def test_a_broken_kernel_stays_off_and_is_logged_once(kind, reason, monkeypatch,
     assert len(caplog.records) == 1
 
 
+@pytest.mark.parametrize(("kernel_ms", "enabled"), [(0.94, True), (0.96, False), (1.0, False)])
+def test_a_kernel_must_win_by_more_than_five_percent(kernel_ms, enabled):
+    assert verdicts._judge(None, 0.0, kernel_ms, 1.0).enabled is enabled
+
+
 def test_a_kernel_that_hangs_is_given_up(monkeypatch):
     broken(monkeypatch, "hangs")
     monkeypatch.setattr(verdicts, "TIMEOUT", 0.5)

@@ -1,0 +1,43 @@
+"""Which way a step's self-conditioning is summed: over survivors only where they are nearly all."""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from mlx_dgemma.api import encode_prompt, load
+from mlx_dgemma.decoding import denoise
+from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.draws import SeededDraws
+from mlx_dgemma.decoding.settings import DecodingSettings
+
+
+def second_signal(conditioning: str, allowed: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
+    """What a block's second step is told of its first, where rows may lose `allowed` of theirs."""
+    monkeypatch.setattr(denoise, "DROPPED_MASS", allowed)
+    model, tokenizer = load()
+    cache = model.make_cache()
+    model.prefill(
+        mx.array(encode_prompt(tokenizer, "Write a sentence about the fox."))[None], cache
+    )
+    settings = DecodingSettings(conditioning=conditioning, max_denoising_steps=4)
+    signals = []
+    hidden = model.hidden
+
+    def listen(canvas, cache, soft_embeddings=None):
+        signals.append(soft_embeddings)
+        return hidden(canvas, cache, soft_embeddings)
+
+    monkeypatch.setattr(model, "hidden", listen, raising=False)
+    steps = denoise.denoise_block(model, cache, settings, [CanvasRequest(SeededDraws(1))])
+    next(steps), next(steps)
+    return np.array(signals[1])
+
+
+def test_rows_that_would_lose_too_much_are_summed_densely(monkeypatch):
+    dense = second_signal("dense", 1.1, monkeypatch)
+    assert np.array_equal(second_signal("sparse", -1.0, monkeypatch), dense)
+    sparse = second_signal("sparse", 1.1, monkeypatch)
+    assert not np.array_equal(sparse, dense)  # taken where it may be, and close to it
+    assert np.abs(sparse - dense).mean() < 0.1 * np.abs(dense).mean()
