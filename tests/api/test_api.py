@@ -6,6 +6,7 @@ import json
 import threading
 from dataclasses import FrozenInstanceError, replace
 
+import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -154,6 +155,25 @@ def test_another_prompt_starts_afresh(demo):
     assert cache.align([*ids, 5]) == [5]
     assert cache.align(ids[:-1]) == ids[:-1]
     assert cache.cache.offset == 0
+
+
+def test_a_replay_takes_the_settings_of_its_trace(demo, tmp_path):
+    path = tmp_path / "trace.json"
+    options = {"max_denoising_steps": 5, "entropy_bound": 0.5, "t_min": 0.2, "t_max": 0.3}
+    prompt = "List 4 animals in alphabetical order, including fox."
+    events = list(stream_generate(*demo, prompt, seed=3, max_tokens=20, trace=path, **options))
+    assert events[-1].steps_per_block[0] > 2
+    again = replay(*demo, path)
+    assert again.ids == tuple(token for event in events[:-1] for token in event.ids)
+    assert again.divergence is None
+
+
+def test_the_peak_is_that_of_one_reply(demo):
+    large = mx.zeros((200_000_000,), dtype=mx.uint8)
+    mx.eval(large)
+    del large
+    *_, finish = stream_generate(*demo, PROMPT, **QUICK)
+    assert 0 < finish.peak_memory_bytes < 200_000_000
 
 
 def test_the_option_types_follow_the_signature():

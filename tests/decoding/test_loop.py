@@ -66,9 +66,10 @@ def test_blocks_are_committed_and_prefilled_until_a_stop_id():
 
 def test_a_reply_is_cut_at_max_tokens_on_a_whole_canvas():
     model = ScriptedModel(blocks_of((4, 5, 6, 7)))
-    commits, finish, _ = run(model, settings={"max_tokens": 6})
+    commits, finish, cache = run(model, settings={"max_tokens": 6})
     assert [commit.ids for commit in commits] == [(4, 5, 6, 7), (4, 5)]
     assert finish.reason == "length"
+    assert cache.ids == [2, 3, 4, 5, 6, 7]  # nobody will read the last block
     assert {canvas.shape for canvas in model.canvases} == {(1, 4)}
 
 
