@@ -29,7 +29,7 @@ COMMUNITY = "mlx-community/diffusiongemma-26B-A4B-it"
 GOOGLE = "google/diffusiongemma-26B-A4B-it"
 
 # Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.5 GB).
-BESIDE_WEIGHTS = 1_058_275_328
+BESIDE_WEIGHTS = 1_091_829_760
 # The longest context by itself, exactly and in 8 bits.
 LONGEST_CONTEXT = 262_144
 LONGEST_CONTEXT_BYTES = {None: 5_746_196_480, 8: 3_224_698_880}

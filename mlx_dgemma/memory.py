@@ -29,8 +29,9 @@ SYSTEM_RESERVE = 3_000_000_000
 LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loading
 CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 2048  # tokens per encoder pass
-QUERY_BLOCK = 512  # of which so many attend at a time
-KEY_CHUNK = 4096  # to so many keys
+QUERY_BLOCK = 256  # of which so many attend at a time
+KEY_CHUNK = 2048  # to so many keys
+SCORES_HELD = 3  # arrays of scores that a chunk of keys takes
 PACKED_GROUPS = (64, 32)  # numbers of an 8-bit context that share a scale and a bias
 PACKED_SCALES = 4  # bytes of those two
 VOCABULARY_SLICE = 16384  # columns of the sliced head
@@ -238,7 +239,7 @@ def _layer_bytes(text: TextConfig, rows: int, queries: int, tokens: int) -> int:
     experts = routed * (2 * text.hidden_size + 3 * text.moe_intermediate_size)
     scores = text.num_attention_heads * queries * min(tokens + rows, KEY_CHUNK)
     residual = rows * text.hidden_size * 8
-    return (experts + residual) * ITEM_SIZE[text.dtype] + scores * 4
+    return (experts + residual) * ITEM_SIZE[text.dtype] + SCORES_HELD * scores * 4
 
 
 def stored_bytes(folder: str | Path) -> int:

@@ -116,11 +116,12 @@ class _Chunk(NamedTuple):
     visible: mx.array | None
 
     def read(self, dtype: mx.Dtype, after: mx.array | None) -> Pair:
-        """after: the result of the chunk before, so that not all are made whole at once."""
+        """after: the result of the chunk before, so that never two chunks' scores are held."""
         if not isinstance(self.segment, tuple):
             return self.segment.read(self.start, self.stop, dtype, after)
-        keys, values = self.segment
-        return keys[:, :, self.start : self.stop], values[:, :, self.start : self.stop]
+        pair = [array[:, :, self.start : self.stop] for array in self.segment]
+        keys, values = pair if after is None else mx.depends(pair, [after])
+        return keys, values
 
 
 def _chunks(

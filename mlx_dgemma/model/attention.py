@@ -22,9 +22,10 @@ from mlx_dgemma.model.rope import Table
 
 # Queries of one encoder chunk that attend at a time, so that a sliding layer reads only the keys
 # near them.
-QUERY_BLOCK = 512
-# Keys attended to at once; the results of longer contexts are merged.
-KEY_CHUNK = 4096
+QUERY_BLOCK = 256
+# Keys attended to at once; the results of longer contexts are merged. Both keep the scores small,
+# of which a few arrays are held at a time.
+KEY_CHUNK = 2048
 # Attention scores held at once (256 MB of them in 16 bits); more queries are taken in turns.
 SCORES = 1 << 27
 
@@ -127,10 +128,10 @@ def attend(
     count = sum(map(count_keys, segments))
     turns = _turns(queries, min(count, KEY_CHUNK))
     if len(turns) > 1:
-        parts = [
-            attend(queries[:, :, turn], segments, None if mask is None else mask[turn])
-            for turn in turns
-        ]
+        parts: list[mx.array] = []
+        for turn in turns:
+            some = _after(queries[:, :, turn], parts)
+            parts.append(attend(some, segments, None if mask is None else mask[turn]))
         return mx.concatenate(parts, axis=1)
     first = segments[0]
     if len(segments) == 1 and isinstance(first, tuple) and count <= KEY_CHUNK:
@@ -160,7 +161,7 @@ def attend_causal(
     if blocks is not None:  # an image block looks ahead and past the window: keep it in one piece
         mask = encoder_mask(first_query, length, oldest, end - oldest, window, blocks)
         return attend(queries, segments, mask)
-    outputs = []
+    outputs: list[mx.array] = []
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         begin = 0 if window is None else max(0, first_query + start - window + 1 - first_key)
@@ -170,7 +171,7 @@ def attend_causal(
         )
         seen = slice(begin, keys.shape[2] - (length - stop))
         part = [*before, (keys[:, :, seen], values[:, :, seen])]
-        outputs.append(attend(queries[:, :, start:stop], part, mask))
+        outputs.append(attend(_after(queries[:, :, start:stop], outputs), part, mask))
     return outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
 
 
@@ -182,6 +183,14 @@ def _attend_at_once(
     if mask is not None:
         scores = _hide(scores, mask)
     return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
+
+
+def _after(queries: mx.array, done: list[mx.array]) -> mx.array:
+    """The same queries, once what was done before them is computed: one block's scores at a time.
+
+    MLX would else begin several blocks before it ends one.
+    """
+    return mx.depends([queries], done[-1:])[0] if done else queries
 
 
 def _turns(queries: mx.array, keys: int) -> list[slice]:

@@ -169,7 +169,7 @@ def test_a_plan_needs_no_weights(
     config = (demo_path() / "config.json").read_bytes()
     hub.add(NAME, {"config.json": config, "model.safetensors": Sparse(16_542_844_632)})
     assert generate(["--model", NAME, "--dry-run"]) == 0
-    assert f"{NAME} needs 49 MB (5 MB weights" in capsys.readouterr().out
+    assert f"{NAME} needs 40 MB (5 MB weights" in capsys.readouterr().out
     assert [asked.path.rsplit("/", 1)[-1] for asked in hub.downloads()] == ["config.json"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert generate(["--model", NAME, "--dry-run"]) == 0

@@ -119,3 +119,20 @@ def test_a_long_context_in_chunks_of_keys(tmp_path, monkeypatch):
         model.denoise(mx.repeat(canvas, 3, axis=0), cache)[2:],
     ):
         assert np.abs(np.array(ours) - whole).max() < 3e-5 * np.abs(whole).max()
+
+
+def test_a_long_context_takes_no_more_memory(monkeypatch):
+    """Neither its chunks of keys nor the blocks of queries are under way all at once."""
+    monkeypatch.setattr(attention, "QUERY_BLOCK", 128)
+    monkeypatch.setattr(attention, "KEY_CHUNK", 256)
+    queries, peaks = mx.random.normal((1, 2, 1024, 16)), []
+    for count in (2_048, 16_384):
+        pair = tuple(mx.random.normal((2, 1, 1, count, 16)))
+        mx.eval(queries, pair)
+        mx.clear_cache()
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        mx.eval(attend_causal(queries, [pair], count - 1024, None, None))
+        peaks.append(mx.get_peak_memory() - before)
+    assert peaks[1] < 1.2 * peaks[0], peaks
+    assert peaks[1] < 12 * 2 * 128 * 256 * 4 + 2 * 2 * queries.nbytes, peaks
