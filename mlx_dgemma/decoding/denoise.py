@@ -36,6 +36,10 @@ if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
 
 
+# Layers described at a time: thirty take Python several milliseconds, in which a GPU would wait.
+DISPATCH_EVERY = 5
+
+
 @dataclass(frozen=True)
 class BlockResult:
     """A row's finished block.
@@ -225,7 +229,7 @@ def _predict(
     banned: Sequence[int],
 ) -> _Prediction:
     shape = batch.canvas.shape
-    hidden = model.hidden(batch.canvas, cache, batch.signal)
+    hidden = model.hidden(batch.canvas, cache, batch.signal, dispatch_every=DISPATCH_EVERY)
     logits = make_logits(model, hidden, np.array(banned, dtype=np.int32), settings)
     if settings.temp == 0:
         uniforms = mx.zeros((*shape, 2))

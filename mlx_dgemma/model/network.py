@@ -223,14 +223,25 @@ class Model(nn.Module):
     # Its pieces
 
     def hidden(
-        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: ContextCache,
+        soft_embeddings: mx.array | None = None,
+        *,
+        dispatch_every: int | None = None,
     ) -> mx.array:
-        """[B, C, H] after the final norm. Reads the context, commits nothing to it."""
+        """[B, C, H] after the final norm. Reads the context, commits nothing to it.
+
+        dispatch_every: layers after which what was described is handed to the device, which begins
+            while Python describes the rest; None leaves all to the caller's evaluation.
+        """
         decoder = self.model.decoder
         x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
         rope = self.rope.span(cache.offset, canvas.shape[1])
-        for layer, context in zip(decoder.layers, cache.layers, strict=True):
+        for index, (layer, context) in enumerate(zip(decoder.layers, cache.layers, strict=True), 1):
             x = layer.decode(x, rope[layer.kind], context)
+            if dispatch_every and index % dispatch_every == 0:
+                mx.async_eval(x)
         return decoder.norm(x).astype(self.dtype)
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
