@@ -3,6 +3,7 @@
     python benchmarks/flat.py                    # 4k to 64k tokens, 20 blocks; minutes on a CPU
     python benchmarks/flat.py --tokens 4096 16384 --blocks 5
     python benchmarks/flat.py --tokens --published # steps at the published widths; needs OpenBLAS
+    python benchmarks/flat.py --generations 50     # the same reply again and again, by the demo
 
 A small synthetic network with the published pattern of layers: five that see a window, one that
 sees everything, twice. A step is timed in the processor's own seconds, which other programs hardly
@@ -31,6 +32,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
+from mlx_dgemma import generate, load
 from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.synthetic import (
     SLIDING,
@@ -123,6 +125,18 @@ def _step_seconds(model: Model, cache: ContextCache, steps: int = 3) -> list[flo
     return [b - a for a, b in pairwise(moments[1:])]  # the first conditions on nothing
 
 
+def generations(count: int) -> dict[str, list[float]]:
+    """The demo's reply to one prompt with one seed, `count` times: CPU seconds, and bytes held."""
+    model, tokenizer = load()
+    found: dict[str, list[float]] = {"seconds": [], "bytes": []}
+    for _ in range(count):
+        before = time.process_time()
+        generate(model, tokenizer, "Write a sentence about the happy robot.", seed=1)
+        found["seconds"].append(time.process_time() - before)
+        found["bytes"].append(mx.get_active_memory())
+    return found
+
+
 def _ids(count: int) -> np.ndarray:
     return np.random.default_rng(count).integers(0, 1024, (1, count), dtype=np.int32)
 
@@ -134,8 +148,22 @@ def main() -> None:
     )
     parser.add_argument("--blocks", type=int, default=20)
     parser.add_argument("--published", action="store_true", help="steps at the published widths")
+    parser.add_argument("--generations", type=int, metavar="N", help="nothing but N replies")
     parser.add_argument("--json", type=Path, help="also write the figures to a file")
     arguments = parser.parse_args()
+    console = Console()
+    if arguments.generations:
+        taken = generations(arguments.generations)
+        some = max(1, arguments.generations // 5)
+        early, late = taken["seconds"][1 : some + 1], taken["seconds"][-some:]
+        console.print(
+            f"{arguments.generations} replies: {statistics.median(early) * 1e3:.0f} CPU ms each "
+            f"at first, {statistics.median(late) * 1e3:.0f} at last "
+            f"(medians of {some}, the very first left out); "
+            f"{taken['bytes'][2] / 1e6:.2f} MB held after three, {taken['bytes'][-1] / 1e6:.2f} "
+            "after all"
+        )
+        return
     found: dict[str, Any] = {"prefill": [], "steps": {}}
     table = Table("prompt", "context MB", "working MB")
     small_one = small()
@@ -145,7 +173,6 @@ def main() -> None:
         table.add_row(
             f"{tokens:,}", f"{values['context'] / 1e6:.1f}", f"{values['working'] / 1e6:.1f}"
         )
-    console = Console()
     console.print(table)
     mid_size = synthetic_config("medium")
     networks = [
