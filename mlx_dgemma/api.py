@@ -44,6 +44,7 @@ from mlx_dgemma.memory import (
     is_short,
     plan_for,
     set_limits,
+    slices_head,
     stored_bytes,
     working_bytes,
 )
@@ -122,7 +123,7 @@ def stream_generate(
     on_unconverged: UnconvergedPolicy = "commit",
     empty_reply: EmptyReplyPolicy = "reroll",
     conditioning: Conditioning = "auto",
-    sliced_head: bool = False,
+    sliced_head: bool | None = None,
     kv_bits: int | None = None,
     logprobs: bool = False,
     opening: Opening | None = None,
@@ -143,6 +144,8 @@ def stream_generate(
         preset's, then the checkpoint's generation config.
     stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
         Commit.tool_calls. cache: a PromptCache that keeps the context for the next turn.
+    sliced_head: None holds the logits of a canvas whole, unless this machine's memory only
+        suffices for slices of them.
     kv_bits: 8 keeps the context of full-attention layers in 8 bits, about half the memory of a
         long one and no longer exact. With a cache, as the cache was made.
     cancel: set it from any thread; the generation ends between two denoising steps.
@@ -192,6 +195,8 @@ def stream_generate(
         enable_thinking=enable_thinking,
     )
     ids = prepared.network_ids(model.config.image_token_id)
+    if sliced_head is None and slices_head(model.config, len(ids) + max_tokens, kv_bits):
+        settings = replace(settings, sliced_head=True)
     reader = ReplyReader(tokenizer, stop=stop, tools=_tool_names(tools))
     draws: Draws = SeededDraws(seed)
     record = None
@@ -243,7 +248,7 @@ class Options(TypedDict, total=False):
     on_unconverged: UnconvergedPolicy
     empty_reply: EmptyReplyPolicy
     conditioning: Conditioning
-    sliced_head: bool
+    sliced_head: bool | None
     kv_bits: int | None
     logprobs: bool
     opening: Opening | None

@@ -13,12 +13,13 @@ from __future__ import annotations
 import json
 import struct
 from dataclasses import dataclass, replace
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, ResourceError
-from mlx_dgemma.hardware import Machine
+from mlx_dgemma.hardware import Machine, machine
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.names import Layout, parameter_shapes
 
@@ -27,6 +28,7 @@ ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1,
 # Left to macOS and other programs; below this a Mac pages and everything crawls.
 SYSTEM_RESERVE = 3_000_000_000
 LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loading
+PLANNED_CONTEXT = 8192  # tokens that a plan counts with, unless more are asked for
 CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 2048  # tokens per encoder pass
 QUERY_BLOCK = 256  # of which so many attend at a time
@@ -144,6 +146,56 @@ def plan_for(
             if candidate.total <= bound:
                 return candidate
     return whole
+
+
+def plan_checkpoint(
+    folder: Path,
+    *,
+    name: str,
+    context_tokens: int = 0,
+    kv_bits: int | None = None,
+    stored: bool = True,
+) -> tuple[Plan, str | None]:
+    """What a checkpoint will need on this machine, and advice where that is tight.
+
+    context_tokens: what a request may take, where that is more than PLANNED_CONTEXT.
+    stored: the weights lie in the folder; otherwise their bytes follow from the config.
+    Raises ResourceError when it cannot fit.
+    """
+    config, here = ModelConfig.from_folder(folder), machine()
+    wanted = plan_for(
+        here,
+        config,
+        context_tokens=_planned_tokens(config, context_tokens),
+        weights=stored_bytes(folder) if stored else None,
+        kv_bits=kv_bits,
+    )
+    return wanted, check_fits(wanted, here, name=name)
+
+
+def slices_head(config: ModelConfig, context_tokens: int, kv_bits: int | None = None) -> bool:
+    """Whether a request needs its head in slices to fit this machine.
+
+    Follows from config and machine alone, not from what is free now: rounding differs between
+    the two heads, and a seed must repeat its reply.
+    """
+    return plan_for(
+        _here(),
+        config,
+        context_tokens=_planned_tokens(config, context_tokens),
+        weights=weight_bytes(config),
+        kv_bits=kv_bits,
+    ).sliced_head
+
+
+@cache
+def _here() -> Machine:
+    """Read once: a request should not wait for a dozen answers from the system."""
+    return machine()
+
+
+def _planned_tokens(config: ModelConfig, asked: int) -> int:
+    return min(max(asked, PLANNED_CONTEXT), config.text.max_position_embeddings)
 
 
 def set_limits(machine: Machine) -> None:

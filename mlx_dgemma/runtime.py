@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import atexit
 import contextlib
+import logging
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable
@@ -22,10 +23,12 @@ from typing import Any, ClassVar, TypeVar, Unpack
 from mlx_dgemma.api import Options, Prompt, load, stream_generate
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.memory import plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
 T = TypeVar("T")
+log = logging.getLogger("mlx_dgemma.runtime")
 
 
 class _Worker:
@@ -70,6 +73,10 @@ class Runtime:
 
     path_or_hf_repo, lazy, revision, adapter_path: as in `load`, which runs on the model's
     thread; the constructor returns when it has, and raises what it raised.
+    kv_bits: what requests keep their contexts in when they do not say.
+
+    What the model will need is logged before it is loaded, as a warning where that is tight;
+    ResourceError where it cannot fit.
     """
 
     def __init__(
@@ -79,7 +86,9 @@ class Runtime:
         lazy: bool = False,
         revision: str | None = None,
         adapter_path: str | Path | None = None,
+        kv_bits: int | None = None,
     ) -> None:
+        self._kv_bits = kv_bits
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._waiting = 0
@@ -90,10 +99,11 @@ class Runtime:
         try:
             self.model: Model
             self.tokenizer: Tokenizer
+            folder = path_or_hf_repo
+            if not lazy:
+                folder = _planned(path_or_hf_repo, revision, kv_bits)
             self.model, self.tokenizer = self.call(
-                lambda: load(
-                    path_or_hf_repo, lazy=lazy, revision=revision, adapter_path=adapter_path
-                )
+                lambda: load(folder, lazy=lazy, revision=revision, adapter_path=adapter_path)
             )
         except BaseException:
             self.close()
@@ -123,6 +133,8 @@ class Runtime:
             short one does not wait for a long one to finish.
         """
         cancel = cancel or threading.Event()
+        if options.get("cache") is None:
+            options.setdefault("kv_bits", self._kv_bits)
 
         def events() -> Generator[Event, None, None]:
             yield from stream_generate(
@@ -264,6 +276,19 @@ class Runtime:
             job()
             with self._lock:
                 self._waiting -= 1
+
+
+def _planned(path_or_hf_repo: str | Path | None, revision: str | None, kv_bits: int | None) -> Path:
+    """The checkpoint's folder, once it is known that this machine can hold it."""
+    from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
+
+    folder = resolve_model(path_or_hf_repo, revision=revision)
+    name = str(path_or_hf_repo or "The demo checkpoint")
+    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits)
+    log.info("%s needs %s", name, wanted)
+    if advice:
+        log.warning(advice)
+    return folder
 
 
 def _receive(

@@ -96,7 +96,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.model is None:
         messages.print(DEMO_NOTICE, style="dim", soft_wrap=True)
     runtime = Runtime(
-        arguments.model, revision=arguments.revision, adapter_path=arguments.adapter_path
+        arguments.model,
+        revision=arguments.revision,
+        adapter_path=arguments.adapter_path,
+        kv_bits=arguments.kv_bits,
     )
     messages.print(f"Serving {settings.model_name} at http://{settings.host}:{settings.port}/v1")
     try:

@@ -15,9 +15,8 @@ from mlx_dgemma.cli.canvas import Pieces
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.hardware import machine
 from mlx_dgemma.hub import COMMUNITY, demo_path, resolve_model
-from mlx_dgemma.memory import Plan, check_fits, plan_for, stored_bytes
+from mlx_dgemma.memory import Plan, plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer
@@ -29,7 +28,6 @@ DEMO_NOTICE = (
 )
 DEMO_NAME = "demo"
 DEMO_PACE = 0.25
-PLANNED_CONTEXT = 8192
 
 
 @dataclass(frozen=True)
@@ -71,21 +69,14 @@ def check_writable(path: str | Path, what: str) -> None:
 def memory_plan(
     arguments: argparse.Namespace, folder: Path, context: int, *, stored: bool = True
 ) -> tuple[Plan, str | None]:
-    """What the model will need here, and advice where that is tight.
-
-    stored: the weights lie in the folder; otherwise their bytes follow from the config.
-    Raises ResourceError when it cannot fit.
-    """
-    config, this = ModelConfig.from_folder(folder), machine()
-    tokens = min(max(context, PLANNED_CONTEXT), config.text.max_position_embeddings)
-    wanted = plan_for(
-        this,
-        config,
-        context_tokens=tokens,
-        weights=stored_bytes(folder) if stored else None,
+    """What the model that the flags name will need here, and advice where that is tight."""
+    return plan_checkpoint(
+        folder,
+        name=str(arguments.model or DEMO_NAME),
+        context_tokens=context,
         kv_bits=arguments.kv_bits,
+        stored=stored,
     )
-    return wanted, check_fits(wanted, this, name=str(arguments.model or DEMO_NAME))
 
 
 def open_session(arguments: argparse.Namespace, messages: Console, context: int = 0) -> Session:
@@ -104,9 +95,7 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
         check_seed(arguments.seed)
     decoding = DecodingSettings.from_defaults(config.generation, options)
     name = DEMO_NAME if demo else str(arguments.model)
-    wanted, advice = memory_plan(arguments, folder, context)
-    if wanted.sliced_head:
-        options["sliced_head"] = True
+    _, advice = memory_plan(arguments, folder, context)
     if demo:
         messages.print(DEMO_NOTICE, style="dim", highlight=False, soft_wrap=True)
     if advice:

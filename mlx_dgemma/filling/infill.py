@@ -18,6 +18,7 @@ from mlx_dgemma.errors import InputError
 from mlx_dgemma.filling.planning import Job, LengthChoice
 from mlx_dgemma.filling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.filling.windows import Filler
+from mlx_dgemma.memory import slices_head
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
@@ -162,6 +163,8 @@ def _fill(
         images=options.get("images"),
         system_prompt=options.get("system_prompt"),
     )
+    kv_bits = options.get("kv_bits")
+    text = sum(len(tokenizer.encode(part)) for part in parts if isinstance(part, str))
     job = Job(
         model=model,
         tokenizer=tokenizer,
@@ -172,7 +175,8 @@ def _fill(
                 "sampler": options.get("sampler"),
                 "max_denoising_steps": options.get("max_denoising_steps"),
                 "entropy_bound": options.get("entropy_bound"),
-                "kv_bits": options.get("kv_bits"),
+                "sliced_head": slices_head(model.config, len(prompt.ids) + text, kv_bits),
+                "kv_bits": kv_bits,
             },
         ),
         prompt=prompt.network_ids(model.config.image_token_id),

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+from dataclasses import replace
 
 import pytest
 
-from mlx_dgemma import Commit, Finish, Runtime, generate, load
-from mlx_dgemma.errors import InputError, ModelNotFoundError
+from mlx_dgemma import Commit, Finish, Runtime, generate, infill, load, memory, stream_generate
+from mlx_dgemma.decoding.trace import Trace
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
+from mlx_dgemma.filling.windows import Filler
+from mlx_dgemma.hardware import machine
+from mlx_dgemma.model.config import ModelConfig
 
 PROMPT = "Count from 10 to 99"  # a reply of several canvases
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40}
@@ -126,3 +133,77 @@ def test_a_closed_runtime_leaves_its_thread_to_the_next():
             idents.append(running.call(threading.get_ident))
     assert idents[0] == idents[1]
     assert idents[0] in {thread.ident for thread in threading.enumerate()}
+
+
+@pytest.fixture
+def tight(monkeypatch):
+    """A machine on which the demo fits with its head in slices alone."""
+    # Slices thinner than the demo's vocabulary, and nothing else to ask for more than a step.
+    for name, small in (("VOCABULARY_SLICE", 64), ("PREFILL_CHUNK", 1), ("QUERY_BLOCK", 1)):
+        monkeypatch.setattr(memory, name, small)
+    config = ModelConfig.from_folder(CHECKPOINT)
+    whole, sliced = (
+        memory.plan(config, context_tokens=8192, sliced_head=in_slices).total
+        for in_slices in (False, True)
+    )
+    here = replace(machine(), memory=(whole + sliced) * 2 // 3 + 1)  # of which 3/4 can be used
+    monkeypatch.setattr(memory, "machine", lambda: here)
+    monkeypatch.setattr(memory, "_here", lambda: here)
+    return here
+
+
+def sliced(tmp_path, generated, **options):
+    trace = tmp_path / "trace.json"
+    generated(PROMPT, trace=trace, seed=1, **QUICK, **options)
+    return Trace.load(trace).settings["sliced_head"]
+
+
+def test_the_head_is_sliced_where_memory_asks_for_it(tight, tmp_path, caplog):
+    caplog.set_level(logging.INFO, "mlx_dgemma.runtime")
+    with Runtime() as running:
+        assert sliced(tmp_path, running.generate)
+        assert not sliced(tmp_path, running.generate, sliced_head=False)
+        model, tokenizer = running.model, running.tokenizer
+    assert "The demo checkpoint needs" in caplog.text
+    assert "the head in slices" in caplog.text
+
+    def direct(prompt, **options):
+        list(stream_generate(model, tokenizer, prompt, **options))
+
+    assert sliced(tmp_path, direct)
+
+
+def test_the_head_is_whole_where_there_is_room(runtime, tmp_path):
+    assert not sliced(tmp_path, runtime.generate)
+    assert sliced(tmp_path, runtime.generate, sliced_head=True)
+
+
+def test_infilling_slices_the_head_as_well(tight, monkeypatch):
+    seen = []
+    filler = Filler.__init__
+    monkeypatch.setattr(
+        Filler, "__init__", lambda self, job: (seen.append(job.settings), filler(self, job))[1]
+    )
+    infill(*load(), "a <hole:1> b", seed=1, max_denoising_steps=1)
+    assert [settings.sliced_head for settings in seen] == [True]
+
+
+def test_a_tight_machine_is_told_once_and_a_small_one_is_refused(tight, monkeypatch, caplog):
+    limit = tight.memory // 2
+    mac = replace(tight, metal=True, working_set=limit)
+    monkeypatch.setattr(memory, "machine", lambda: mac)
+    with Runtime() as running:
+        for _ in range(2):
+            running.generate(PROMPT, seed=1, **QUICK)
+    assert caplog.text.count("sudo sysctl iogpu.wired_limit_mb=") == 1
+    small = replace(tight, memory=tight.memory // 2)
+    monkeypatch.setattr(memory, "machine", lambda: small)
+    with pytest.raises(ResourceError, match="The demo checkpoint needs"):
+        Runtime()
+
+
+def test_requests_take_the_runtimes_kv_bits(tmp_path):
+    with Runtime(kv_bits=8) as running:
+        trace = tmp_path / "trace.json"
+        running.generate(PROMPT, trace=trace, seed=1, **QUICK)
+        assert Trace.load(trace).settings["kv_bits"] == 8

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -124,6 +125,7 @@ def test_mlx_is_told_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_fifty_generations_end_with_the_memory_of_the_first() -> None:
     from mlx_dgemma import generate, load
 
+    gc.collect()  # models of other tests are not to go meanwhile
     model, tokenizer = load()
     held = []
     for seed in range(50):
