@@ -23,7 +23,8 @@ class Reference:
         ).eval()
         self.model.set_experts_implementation("eager")
         self.router_gaps: list[np.ndarray] = []
-        for layer in self.model.model.decoder.layers:
+        network = self.model.model
+        for layer in (*network.encoder.language_model.layers, *network.decoder.layers):
             layer.router.proj.register_forward_hook(self._watch_router)
         self.reset()
 
@@ -116,9 +117,15 @@ class Reference:
 
     def _watch_router(self, _module: object, _inputs: object, scores: torch.Tensor) -> None:
         top_k = self.model.config.text_config.top_k_experts
-        if top_k < scores.shape[-1]:
-            best = scores.reshape(-1, scores.shape[-1]).sort(dim=-1, descending=True).values
-            self.router_gaps.append((best[:, top_k - 1] - best[:, top_k]).numpy())
+        self.router_gaps.extend(router_gaps(scores.numpy(), top_k))
+
+
+def router_gaps(scores: np.ndarray, top_k: int) -> list[np.ndarray]:
+    """Between the last chosen and the first rejected expert; empty where none is rejected."""
+    if top_k >= scores.shape[-1]:
+        return []
+    best = np.sort(scores.reshape(-1, scores.shape[-1]), axis=-1)
+    return [best[:, -top_k] - best[:, -top_k - 1]]
 
 
 def assert_close(ours: object, reference: np.ndarray, tolerance: float = 1e-4) -> float:

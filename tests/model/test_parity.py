@@ -1,4 +1,4 @@
-"""Both passes against transformers in float32, on random checkpoints."""
+"""Both passes against transformers and against mlx-vlm in float32, on random checkpoints."""
 
 import mlx.core as mx
 import numpy as np
@@ -6,12 +6,24 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
+from mlx_vlm_oracle import VlmReference
 from random_checkpoint import FULL, SLIDING, Dims, write
 from transformers_oracle import Reference, assert_close
 
 from mlx_dgemma.model import load_model
 
 DIMS = Dims()
+ORACLES = {"transformers": Reference, "mlx-vlm": VlmReference}
+
+
+@pytest.fixture(scope="module", params=ORACLES)
+def oracle(request):
+    return ORACLES[request.param]
+
+
+@pytest.fixture(scope="module")
+def reference(oracle, checkpoint):
+    return oracle(checkpoint)
 
 
 def draw(seed, count, vocabulary=DIMS.vocabulary - 5):
@@ -69,13 +81,37 @@ def test_blocks_are_committed_and_denoised_again(model, reference):
     assert cache.offset == 10 + 4 * DIMS.canvas
 
 
-@pytest.mark.parametrize("position", [200_000, 262_000])
-def test_positions_beyond_two_hundred_thousand(model, reference, position):
+@pytest.mark.parametrize("position", [200_000, 200_001, 262_000])
+def test_positions_beyond_two_hundred_thousand(model, oracle, checkpoint, position):
     """The context starts at `position`, as if all before it had been seen and forgotten."""
+    reference = oracle(checkpoint)
+    if oracle is VlmReference:
+        reference.align_sliding_rope()  # the next test says why
     cache = start(model, reference, draw(9, 40), position)
     assert cache.offset == position + 40
     canvas = draw(10, DIMS.canvas)
     assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
+
+
+def test_mlx_vlm_itself_leaves_transformers_at_far_positions(checkpoint):
+    """Its sliding layers' frequencies have other last bits, which 200,000 multiplies.
+
+    Nothing else does: with the same frequencies the two agree, and near the start they do anyway.
+    """
+    reference, other = Reference(checkpoint), VlmReference(checkpoint)
+    ids, canvas = draw(9, 40), draw(10, DIMS.canvas)
+
+    def deviation(position):
+        for one in (reference, other):
+            one.reset(position)
+            one.prefill(ids)
+        expected, found = reference.denoise(canvas), other.denoise(canvas)
+        return np.abs(found - expected).max() / np.abs(expected).max()
+
+    assert deviation(0) < 1e-4
+    assert deviation(200_000) > 1e-3
+    other.align_sliding_rope()
+    assert deviation(200_000) < 1e-4
 
 
 def test_a_prepared_model_equals_the_published_tree(checkpoint, model):
@@ -105,11 +141,11 @@ def test_the_saved_dialect_is_the_same_model(tmp_path, reference, model):
     assert_close(saved.denoise(mx.array(canvas), cache), reference.denoise(canvas))
 
 
-def test_near_ties_in_the_router(tmp_path):
+def test_near_ties_in_the_router(tmp_path, oracle):
     """Pairs of experts score about 1e-3 apart and top_k is odd: every choice cuts a pair."""
     folder = write(tmp_path, seed=3, router_gap=1e-3)
-    reference, model = Reference(folder), load_model(folder)
-    cache = start(model, reference, draw(15, 40))
+    reference, model = oracle(folder), load_model(folder)
+    cache = start(model, reference, draw(104, 40))
     canvas = draw(16, DIMS.canvas)
     assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
     gaps = np.concatenate(reference.router_gaps)
@@ -181,9 +217,9 @@ SIZES = st.builds(
     suppress_health_check=[HealthCheck.too_slow],
 )
 @given(dims=SIZES, length=st.integers(1, 50), chunk=st.integers(1, 60), seed=st.integers(0, 99))
-def test_any_dimensions(tmp_path_factory, dims, length, chunk, seed):
+def test_any_dimensions(tmp_path_factory, oracle, dims, length, chunk, seed):
     folder = write(tmp_path_factory.mktemp("sizes"), dims, seed)
-    reference, model = Reference(folder), load_model(folder)
+    reference, model = oracle(folder), load_model(folder)
     vocabulary = dims.vocabulary - 5
     cache = start(model, reference, draw(seed, length, vocabulary), chunk_size=chunk)
     canvas = draw(seed + 1, dims.canvas, vocabulary)
