@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import logging
 import os
+import socket
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 
@@ -93,27 +97,92 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     messages = Console(stderr=True, highlight=False)
-    if arguments.model is None:
-        messages.print(DEMO_NOTICE, style="dim", soft_wrap=True)
-    runtime = Runtime(
-        arguments.model,
-        revision=arguments.revision,
-        adapter_path=arguments.adapter_path,
-        kv_bits=arguments.kv_bits,
-    )
-    messages.print(f"Serving {settings.model_name} at http://{settings.host}:{settings.port}/v1")
-    try:
-        uvicorn.run(
+    with ExitStack() as opened:
+        # Before the weights: a port in use should not take a minute.
+        sockets = _bind(settings)
+        for bound in sockets:
+            opened.enter_context(bound)
+        if arguments.model is None:
+            messages.print(DEMO_NOTICE, style="dim", soft_wrap=True)
+        runtime = opened.enter_context(
+            Runtime(
+                arguments.model,
+                revision=arguments.revision,
+                adapter_path=arguments.adapter_path,
+                kv_bits=arguments.kv_bits,
+            )
+        )
+        config = uvicorn.Config(
             create_app(runtime, settings),
-            host=settings.host,
-            port=settings.port,
             log_level="warning",
             access_log=False,
             timeout_graceful_shutdown=10,
         )
-    finally:
-        runtime.close()
-    return 0
+        server = uvicorn.Server(config)
+        with _one_sentence(settings):
+            for bound in sockets:
+                bound.listen()
+        port = sockets[0].getsockname()[1]
+        host = f"[{settings.host}]" if ":" in settings.host else settings.host
+        messages.print(f"Serving {settings.model_name} at http://{host}:{port}/v1", soft_wrap=True)
+        with suppress(KeyboardInterrupt):
+            server.run(sockets)
+    return 0 if server.started else 1
+
+
+def _bind(settings: ServerSettings) -> list[socket.socket]:
+    """A socket on every address of the host; none listens yet."""
+    bound: list[socket.socket] = []
+    missing: OSError | None = None
+    with _one_sentence(settings):
+        for family, *_, address in socket.getaddrinfo(
+            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        ):
+            try:
+                bound.append(_bound(family, address))
+            except OSError as error:
+                # "localhost" may name an IPv6 address on a machine that has none.
+                if error.errno not in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                    raise
+                missing = error
+        if missing is not None and not bound:
+            raise missing
+    return bound
+
+
+def _bound(family: int, address: Any) -> socket.socket:
+    opened = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if family == socket.AF_INET6:
+            opened.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+        opened.bind(address)
+    except OSError:
+        opened.close()
+        raise
+    return opened
+
+
+@contextmanager
+def _one_sentence(settings: ServerSettings) -> Iterator[None]:
+    """Says what to do when the address cannot be listened on."""
+    host, port = settings.host, settings.port
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise InputError(
+                f"Port {port} of {host} is in use: choose another with --port, or end what "
+                "listens there."
+            ) from error
+        if error.errno == errno.EACCES:
+            raise InputError(
+                f"Port {port} is not for this user: choose another with --port."
+            ) from error
+        raise InputError(
+            f"Cannot listen on {host} ({error.strerror}): give an address of this machine "
+            "with --host."
+        ) from error
 
 
 def _settings(arguments: argparse.Namespace) -> ServerSettings:

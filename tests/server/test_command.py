@@ -12,6 +12,7 @@ import pytest
 
 from mlx_dgemma.cli import server
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.runtime import Runtime
 from mlx_dgemma.server.settings import ServerSettings
 
 from .conftest import user
@@ -42,7 +43,8 @@ def test_flags_become_settings() -> None:
         (["--max-concurrent", "0"], "max_concurrent=0 is not possible"),
         (["--max-seconds", "0"], "max_seconds=0.0 is not possible"),
         (["--port", "99999"], "port=99999 is not possible"),
-        (["--model", "/no/such/folder"], "/no/such/folder"),
+        (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
+        (["--host", "192.0.2.1", "--api-key", "k"], "Cannot listen on 192.0.2.1 ("),
     ],
 )
 def test_mistakes_are_one_sentence(
@@ -53,6 +55,22 @@ def test_mistakes_are_one_sentence(
     error = capsys.readouterr().err
     assert says in error
     assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("listening", [True, False])
+def test_a_port_in_use_is_found_before_anything_is_loaded_or_announced(
+    listening: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        if listening:
+            other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setattr(Runtime, "__init__", lambda *_, **__: pytest.fail("loaded"))
+        assert server.main(["--port", str(port)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: Port {port} of 127.0.0.1 is in use: choose another")
+    assert error.count("\n") == 1
 
 
 def test_it_starts_and_ends_when_asked(tmp_path: Path) -> None:
@@ -79,6 +97,7 @@ def test_it_starts_and_ends_when_asked(tmp_path: Path) -> None:
     finally:
         process.kill()
     assert f"http://127.0.0.1:{port}/v1" in errors
+    assert errors.count("The demo checkpoint needs") == 1  # the memory plan
     assert "Traceback" not in errors
     assert process.returncode in (0, -signal.SIGTERM)
     # What was read is there for the next start.
