@@ -8,6 +8,8 @@
     ├── ResourceError      memory or disk that does not suffice
     └── NumericsError      the network produced NaN or Inf
 
+UnconvergedWarning is shown, not raised, where `on_unconverged="warn"` asks for it.
+
 Commands print the message of any of these as one sentence, without a traceback, and exit
 with code 2. Everything else is a bug and keeps its traceback.
 """
@@ -39,3 +41,8 @@ class ResourceError(DGemmaError):
 
 class NumericsError(DGemmaError):
     """The network produced NaN or Inf; the weights are damaged or the precision too low."""
+
+
+class UnconvergedWarning(UserWarning):
+    """A block ran out of denoising steps. Python shows equal ones once; to see the one of every
+    reply: `warnings.simplefilter("always", UnconvergedWarning)`."""

@@ -19,7 +19,7 @@ from threading import Event, current_thread, main_thread
 from types import FrameType
 from typing import NoReturn, Protocol
 
-from mlx_dgemma.errors import DGemmaError
+from mlx_dgemma.errors import DGemmaError, UnconvergedWarning
 
 try:
     import termios
@@ -57,6 +57,7 @@ def command(body: Body) -> Main:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         try:
             with warnings.catch_warnings():
+                warnings.simplefilter("always", UnconvergedWarning)  # of every reply
                 warnings.showwarning = _show_warning
                 code = body(argv)
             if sys.stdout is not None:

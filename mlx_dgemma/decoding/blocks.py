@@ -24,7 +24,7 @@ from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReaso
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.errors import InputError, UnconvergedWarning
 from mlx_dgemma.model.network import CHUNK
 
 if TYPE_CHECKING:
@@ -143,6 +143,7 @@ def generate_blocks(
             warnings.warn(
                 f"Block {block} used all its {result.steps} denoising steps without converging; "
                 "its text may be wrong and mislead the blocks after it.",
+                UnconvergedWarning,
                 stacklevel=2,
             )
 

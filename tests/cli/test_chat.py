@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,15 @@ def test_every_turn_sees_the_ones_before(talk, asked) -> None:  # type: ignore[n
     assert [message["role"] for message in asked[1]] == ["user", "assistant", "user"]
     assert asked[1][1]["content"] in out
     assert asked[1][2]["content"] == "second"
+
+
+def test_every_reply_warns_when_it_did_not_converge(talk) -> None:  # type: ignore[no-untyped-def]
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")  # Python's own: equal warnings once
+        _, _, err = talk(
+            "first", "second", arguments=("--on-unconverged", "warn", "--max-denoising-steps", "1")
+        )
+    assert err.count("warning: Block 0 used all its 1 denoising steps") >= 2
 
 
 def test_reset_and_system(talk, asked) -> None:  # type: ignore[no-untyped-def]
