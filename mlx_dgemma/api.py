@@ -72,10 +72,11 @@ def load(
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
     format, merged on loading.
 
-    Raises ModelNotFoundError, CheckpointError or ResourceError (too little memory or disk).
+    Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
+    InputError for a revision of the demo checkpoint.
     """
     folder = CHECKPOINT
-    if path_or_hf_repo is not None:
+    if path_or_hf_repo is not None or revision is not None:
         from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(path_or_hf_repo, revision=revision)

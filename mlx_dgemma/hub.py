@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.demo import CHECKPOINT
-from mlx_dgemma.errors import ModelNotFoundError, ResourceError
+from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
 from mlx_dgemma.memory import gigabytes, usable
 
@@ -110,9 +110,15 @@ def resolve_model(
     cache_dir, endpoint: instead of the Hub's own (HF_HUB_CACHE, HF_ENDPOINT).
 
     Raises ModelNotFoundError for a missing folder, repository, revision or permission and an
-    unreachable Hub, ResourceError when disk or memory does not suffice.
+    unreachable Hub, ResourceError when disk or memory does not suffice, InputError for a revision
+    of the demo checkpoint.
     """
     if path_or_repo is None:
+        if revision is not None:
+            raise InputError(
+                f"The demo checkpoint has no revision {revision}: name the repository as well "
+                "(--model)."
+            )
         return demo_path()
     folder = Path(path_or_repo).expanduser()
     if folder.is_dir():

@@ -99,11 +99,9 @@ class Runtime:
         try:
             self.model: Model
             self.tokenizer: Tokenizer
-            folder = path_or_hf_repo
-            if not lazy:
-                folder = _planned(path_or_hf_repo, revision, kv_bits)
+            folder = _find(path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits)
             self.model, self.tokenizer = self.call(
-                lambda: load(folder, lazy=lazy, revision=revision, adapter_path=adapter_path)
+                lambda: load(folder, lazy=lazy, adapter_path=adapter_path)
             )
         except BaseException:
             self.close()
@@ -278,11 +276,19 @@ class Runtime:
                 self._waiting -= 1
 
 
-def _planned(path_or_hf_repo: str | Path | None, revision: str | None, kv_bits: int | None) -> Path:
-    """The checkpoint's folder, once it is known that this machine can hold it."""
+def _find(
+    path_or_hf_repo: str | Path | None,
+    revision: str | None,
+    *,
+    planned: bool,
+    kv_bits: int | None,
+) -> Path:
+    """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
     from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
 
     folder = resolve_model(path_or_hf_repo, revision=revision)
+    if not planned:
+        return folder
     name = str(path_or_hf_repo or "The demo checkpoint")
     wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits)
     log.info("%s needs %s", name, wanted)

@@ -89,6 +89,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    if arguments.logprobs and not arguments.json:
+        raise InputError("--logprobs are part of the JSON: add --json, or leave them out.")
     if arguments.replay is not None:
         return _replay(arguments, messages)
 

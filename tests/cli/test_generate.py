@@ -155,6 +155,9 @@ def test_a_prompt_cache_spares_the_prefill(
         (["--model", "/no/such/folder"], "There is no prompt"),
         (["--prompt-file", "/no/such/file"], "Cannot read the prompt file /no/such/file"),
         (["--demo", "nope"], "--demo knows no task 'nope'"),
+        ([*PROMPT, "--revision", "v2"], "has no revision v2: name the repository as well"),
+        (["--dry-run", "--revision", "v2"], "has no revision v2: name the repository as well"),
+        ([*PROMPT, "--logprobs"], "--logprobs are part of the JSON: add --json"),
         (["--replay", "/no/such/trace"], "Cannot read the trace /no/such/trace"),
         (
             [*PROMPT, "--prompt-cache-file", "/no/such/folder/c"],
