@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, fields, replace
+from numbers import Integral, Real
 from typing import Literal, Protocol, get_args
 
 from mlx_dgemma.errors import InputError
@@ -21,6 +22,16 @@ PRESETS: dict[str, dict[str, int | float]] = {
     "balanced": {"stability_threshold": 0, "max_denoising_steps": 32, "confidence_threshold": 0.02},
     "fast": {"stability_threshold": 0, "max_denoising_steps": 16, "confidence_threshold": 0.05},
 }
+
+_WHOLE = ("max_tokens", "max_denoising_steps", "stability_threshold")
+_REAL = (
+    "temp",
+    "entropy_bound",
+    "t_min",
+    "t_max",
+    "reveal_threshold",
+    "confidence_threshold",
+)
 
 
 class GenerationDefaults(Protocol):
@@ -85,6 +96,10 @@ class DecodingSettings:
     kv_bits: int | None = None
 
     def __post_init__(self) -> None:
+        for name in _WHOLE:
+            self._require(name, isinstance(getattr(self, name), Integral), "a whole number")
+        for name in _REAL:
+            self._require(name, isinstance(getattr(self, name), Real), "a number")
         self._require("max_tokens", self.max_tokens >= 1, "at least 1")
         self._require("temp", self.temp >= 0 and math.isfinite(self.temp), "0 or more")
         self._require("max_denoising_steps", self.max_denoising_steps >= 1, "at least 1")
@@ -95,7 +110,8 @@ class DecodingSettings:
         self._require("stability_threshold", self.stability_threshold >= 0, "0 or more")
         self._require("confidence_threshold", self.confidence_threshold >= 0, "0 or more (nats)")
         if self.canvas_length is not None:
-            self._require("canvas_length", self.canvas_length >= 1, "at least 1")
+            whole = isinstance(self.canvas_length, Integral)
+            self._require("canvas_length", whole and self.canvas_length >= 1, "1 or more")
         self._require("kv_bits", self.kv_bits in (None, 8), "8, or None for the exact context")
         for name, options in (
             ("sampler", get_args(SamplerName)),

@@ -16,6 +16,7 @@ from mlx_dgemma.prompt.tokenizer import Tokenizer
 if TYPE_CHECKING:
     from mlx_dgemma.model import Model
 
+FORMS = "A prompt is a str, a list of messages or a flat list of token ids."
 Message = Mapping[str, Any]
 Prompt = str | Sequence[Message] | Sequence[int] | np.ndarray | PreparedPrompt
 
@@ -44,6 +45,7 @@ def prepare_prompt(
     """
     if isinstance(prompt, PreparedPrompt):
         return prompt
+    _check_form(prompt)
     if images is not None and (isinstance(images, str | bytes) or not isinstance(images, Sequence)):
         raise InputError("images is a list of paths, URLs, bytes, PIL images or numpy arrays.")
     if isinstance(prompt, str) and images:
@@ -72,6 +74,14 @@ def prepare_prompt(
     return PreparedPrompt(ids)
 
 
+def _check_form(prompt: object) -> None:
+    """Refuses what has no order or no length: None, a dict, a generator."""
+    array = getattr(prompt, "shape", ()) != ()
+    if isinstance(prompt, str | Sequence) or array:
+        return
+    raise InputError(FORMS)
+
+
 def _is_messages(prompt: Prompt) -> TypeGuard[Sequence[Message]]:
     if isinstance(prompt, str | PreparedPrompt) or len(prompt) == 0:
         return False
@@ -92,6 +102,7 @@ def encode_prompt(
     """
     if isinstance(prompt, PreparedPrompt):
         return prompt.ids
+    _check_form(prompt)
     if isinstance(prompt, str):
         if not prompt.strip():
             raise InputError("The prompt is empty: write something to answer.")
@@ -111,9 +122,12 @@ def encode_prompt(
             "A prompt of token ids is taken as it is: put the system prompt, tools and thinking "
             "into it, or pass messages."
         )
-    ids = np.asarray(prompt)
+    try:
+        ids = np.asarray(prompt)
+    except (ValueError, TypeError) as error:  # lists of several lengths
+        raise InputError(FORMS) from error
     if ids.ndim != 1 or not np.issubdtype(ids.dtype, np.integer):
-        raise InputError("A prompt is a str, a list of messages or a flat list of token ids.")
+        raise InputError(FORMS)
     if ids.min() < 0 or ids.max() >= len(tokenizer):
         raise InputError(f"A prompt id is outside the vocabulary of {len(tokenizer)} tokens.")
     return [int(token) for token in ids]

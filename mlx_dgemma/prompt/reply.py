@@ -80,9 +80,12 @@ class StopStrings:
     def __init__(self, strings: Sequence[str]) -> None:
         if isinstance(strings, str):
             strings = [strings]
+        if not isinstance(strings, Iterable):
+            raise InputError(f"stop={strings!r} is not possible: use a string or a list of them.")
+        strings = tuple(strings)
         if any(not isinstance(string, str) or not string for string in strings):
             raise InputError("A stop string is empty or no text: give at least one character.")
-        self._strings = tuple(strings)
+        self._strings = strings
         self._held = ""
         self.met: str | None = None
 

@@ -76,6 +76,11 @@ def test_a_message_may_come_in_any_form(demo, prompt):
         ([], "empty"),
         ([[1, 2]], "flat list"),
         ([0.5], "flat list"),
+        ([1, [2, 3]], "flat list"),
+        (None, "A prompt is a str, a list of messages"),
+        (7, "A prompt is a str, a list of messages"),
+        ({"role": "user", "content": "hi"}, "A prompt is a str, a list of messages"),
+        ((token for token in (1, 2)), "A prompt is a str, a list of messages"),
         ([10**6], "outside the vocabulary"),
         ([{"role": "wizard", "content": "hi"}], "role"),
     ],
@@ -99,9 +104,28 @@ def test_mistakes_are_found_before_anything_runs(demo):
         stream_generate(*demo, PROMPT, stop=[""])
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"max_tokens": 4.5}, "max_tokens=4.5 is not possible: use a whole number"),
+        ({"max_tokens": "9"}, "max_tokens='9' is not possible: use a whole number"),
+        ({"max_denoising_steps": 2.5}, "max_denoising_steps=2.5 is not possible"),
+        ({"canvas_length": 8.0}, "canvas_length=8.0 is not possible"),
+        ({"temp": "warm"}, "temp='warm' is not possible: use a number"),
+        ({"stop": 6}, "stop=6 is not possible: use a string or a list"),
+        ({"stop": None}, "stop=None is not possible"),
+    ],
+)
+def test_options_of_the_wrong_type_are_explained(demo, options, words):
+    with pytest.raises(InputError, match=words):
+        generate(*demo, PROMPT, **options)
+
+
 def test_missing_and_foreign_models_are_explained(tmp_path):
     with pytest.raises(ModelNotFoundError):
         load(tmp_path / "nothing")
+    with pytest.raises(InputError, match="no revision v2"):
+        load(revision="v2")
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
     with pytest.raises(CheckpointError, match="model_type"):
         load(tmp_path)
