@@ -1,0 +1,28 @@
+"""Where a test may be skipped for want of an oracle, and where that is an error."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+import pytest
+
+# What tests compare with or drive; all of it comes with the dev extra.
+ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright")
+
+
+def pytest_sessionstart() -> None:
+    """With REQUIRE_ORACLES=1 (`.ci/run` sets it) an oracle that cannot be imported ends the run.
+
+    Elsewhere its tests are skipped, and say why.
+    """
+    if os.environ.get("REQUIRE_ORACLES") != "1":
+        return
+    for name in ORACLES:
+        try:
+            importlib.import_module(name)
+        except Exception as error:  # a broken install raises anything
+            raise pytest.UsageError(
+                f"{name} cannot be imported ({error}), and REQUIRE_ORACLES=1 forbids skipping what "
+                "it is needed for: pip install -e '.[dev,server]'"
+            ) from error
