@@ -37,6 +37,7 @@ from mlx_dgemma.decoding.trace import (
 )
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.memory import (
     LEAST_CONTEXT,
@@ -206,6 +207,7 @@ def stream_generate(
             raise InputError("A trace cannot hold an opening: leave one of the two out.")
         if prepared.images:
             raise InputError("A trace records text alone: leave it or the images out.")
+        check_replaceable(trace)
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
         draws = RecordingDraws(draws, record)
     request = Request(

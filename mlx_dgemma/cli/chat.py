@@ -137,7 +137,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
     file = arguments.prompt_cache_file
     if file is not None:
-        check_writable(file, "prompt cache")
+        check_writable(file, "prompt cache", replaced=True)
     session = open_session(arguments, messages)
     talk = Conversation(
         session,

@@ -99,9 +99,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # 1. What is asked, before anything slow
     if arguments.trace is not None:
-        check_writable(arguments.trace, "trace")
+        check_writable(arguments.trace, "trace", replaced=True)
     if arguments.prompt_cache_file is not None:
-        check_writable(arguments.prompt_cache_file, "prompt cache")
+        check_writable(arguments.prompt_cache_file, "prompt cache", replaced=True)
     example = _example(arguments)
     shown = media.parts(arguments)
     prompt: Prompt = example.messages if example else _read_prompt(arguments)

@@ -15,6 +15,7 @@ from mlx_dgemma.cli.canvas import Pieces
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.hub import COMMUNITY, demo_path, resolve_model
 from mlx_dgemma.memory import Plan, plan_checkpoint
 from mlx_dgemma.model import Model
@@ -57,13 +58,18 @@ class Session:
         return PromptCache(self.model, kv_bits)
 
 
-def check_writable(path: str | Path, what: str) -> None:
-    """Refuses a file that cannot be written, before the work whose result it is to hold."""
+def check_writable(path: str | Path, what: str, *, replaced: bool = False) -> None:
+    """Refuses a file that cannot be written, before the work whose result it is to hold.
+
+    replaced: it is written under another name and renamed.
+    """
     folder = Path(path).absolute().parent
     if not folder.is_dir():
         raise InputError(f"The {what} file {path} cannot be written: there is no folder {folder}.")
     if Path(path).is_dir() or not os.access(folder, os.W_OK):
         raise InputError(f"The {what} file {path} cannot be written.")
+    if replaced:
+        check_replaceable(path)
 
 
 def memory_plan(

@@ -23,6 +23,7 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import check_replaceable
 
 FORMAT = 1
 
@@ -69,6 +70,7 @@ class Trace:
     def save(self, path: str | Path) -> None:
         """Writes the trace under a temporary name, then renames it."""
         path = Path(path)
+        check_replaceable(path)
         partial = path.with_name(path.name + f".{os.getpid()}.part")
         try:
             partial.write_text(json.dumps(asdict(self), separators=(",", ":")))

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.model.layer_context import LayerContext, Tail
 from mlx_dgemma.model.packed_context import BITS, PackedLayerContext
 
@@ -173,6 +174,7 @@ class ContextCache:
     def save(self, path: str | Path) -> None:
         """Write the context to a safetensors file; the file appears only when it is complete."""
         path = Path(path)
+        check_replaceable(path)
         tensors: dict[str, mx.array] = {}
         bases = []
         for index, layer in enumerate(self.layers):

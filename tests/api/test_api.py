@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 from dataclasses import FrozenInstanceError, replace
 
@@ -13,6 +14,7 @@ import pytest
 import mlx_dgemma
 from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
 from mlx_dgemma.api import Options, encode_prompt, replay
+from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import machine
 
@@ -179,6 +181,20 @@ def test_another_prompt_starts_afresh(demo):
     assert cache.align([*ids, 5]) == [5]
     assert cache.align(ids[:-1]) == ids[:-1]
     assert cache.cache.offset == 0
+
+
+def test_what_is_no_regular_file_is_never_replaced(demo, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    with pytest.raises(InputError, match="no regular file"):  # before anything runs
+        stream_generate(*demo, PROMPT, trace=pipe)
+    with pytest.raises(InputError, match="no regular file"):
+        PromptCache(demo[0]).save(pipe)
+    trace = tmp_path / "trace.json"
+    list(stream_generate(*demo, PROMPT, trace=trace, **QUICK))
+    with pytest.raises(InputError, match="no regular file"):
+        Trace.load(trace).save(pipe)
+    assert pipe.is_fifo()
 
 
 def test_a_replay_takes_the_settings_of_its_trace(demo, tmp_path):
