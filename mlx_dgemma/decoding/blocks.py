@@ -29,6 +29,7 @@ from mlx_dgemma.model.network import CHUNK
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
+    from mlx_dgemma.model.config import ModelConfig
 
 # A first canvas that holds nothing but a stop id is denoised again at these parts of its
 # length, then accepted as it is.
@@ -112,7 +113,7 @@ def generate_blocks(
     settings = request.settings
     length = settings.canvas_length or model.config.canvas_length
     limit = model.config.text.max_position_embeddings
-    _check_room(len(request.prompt), length, cache.offset, limit)
+    _check_room(model.config, len(request.prompt), length, cache.offset)
     mx.reset_peak_memory()
     tally = _Tally(prompt_tokens=len(request.prompt))
 
@@ -195,9 +196,16 @@ def _image_runs(ids: np.ndarray, model: Model) -> int:
     return int(np.count_nonzero(here & ~np.concatenate([[False], here[:-1]])))
 
 
-def _check_room(prompt: int, length: int, offset: int, limit: int) -> None:
+def _check_room(config: ModelConfig, prompt: int, length: int, offset: int) -> None:
     if prompt + offset == 0:
         raise InputError("The prompt is empty: write something to answer.")
+    limit = config.text.max_position_embeddings
+    longest = limit - offset - prompt
+    if length > longest >= config.canvas_length:
+        raise InputError(
+            f"canvas_length={length} is not possible: beside this prompt the context has room for "
+            f"{longest}; use at most that, or leave it out for {config.canvas_length}."
+        )
     room = limit - offset - length
     if prompt > room:
         raise InputError(

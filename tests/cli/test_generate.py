@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -164,7 +165,8 @@ def test_a_prompt_cache_spares_the_prefill(
             "there is no folder /no/such/folder",
         ),
         ([*PROMPT, "--trace", "/no/such/folder/t"], "The trace file /no/such/folder/t cannot"),
-        (["--prompt", "word " * 9000, *SHORT], "only"),
+        (["--prompt", "word " * 9000, *SHORT], "shorten it"),
+        ([*PROMPT, *SHORT, "--canvas-length", "100000"], "use at most that, or leave it out for"),
     ],
 )
 def test_a_users_mistake_is_one_sentence(
@@ -177,6 +179,18 @@ def test_a_users_mistake_is_one_sentence(
     assert len(errors) == 1
     assert sentence in errors[0]
     assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("flag", ["--trace", "--prompt-cache-file"])
+def test_what_is_no_regular_file_is_never_replaced(
+    flag: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    code, out, err = run(capsys, *PROMPT, *SHORT, flag, str(pipe))
+    assert (code, out) == (2, "")
+    assert err == f"error: {pipe} is no regular file and must not be replaced: name another.\n"
+    assert pipe.is_fifo()
 
 
 @pytest.mark.parametrize(
