@@ -7,8 +7,12 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import pytest
+from rich.console import Console
 
+from mlx_dgemma.benchmark import quality
+from mlx_dgemma.benchmark.quality import Answer
 from mlx_dgemma.cli.benchmark import main
+from mlx_dgemma.cli.benchmark.quality import show
 
 QUICK = ["--prompt-tokens", "8", "--steps", "1", "--runs", "1"]
 
@@ -42,6 +46,18 @@ def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0 <= task[1]["right"] <= 1
     assert task[1]["n"] == found["quality"]["overall"]["n"] == 2
     assert 1 <= task[1]["steps"] <= 16
+
+
+@pytest.mark.parametrize(("prompts", "shown"), [(1, 0), (2, 2)])
+def test_one_answer_has_no_error(
+    prompts: int, shown: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answers = [Answer(True, (3,), 8, 0.1)] * prompts
+    tasks = {"sort": quality._figures(answers)}
+    show({"tasks": tasks, "overall": quality.overall(tasks)}, Console(width=100))
+    printed = capsys.readouterr().out
+    assert "1.00" in printed
+    assert printed.count("±") == shown
 
 
 def test_counts_are_called_predictions(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,10 +34,12 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
 
 def show(found: dict[str, Any], console: Console) -> None:
     table = figures("task", "right", "steps per block", "tokens per forward", "n")
+    # One answer says nothing about how much others would differ.
+    known = all(values["n"] > 1 for values in found["tasks"].values())
     for task, values in {**found["tasks"], "all": found["overall"]}.items():
         table.add_row(
             task,
-            f"{values['right']:.2f} ± {values['error']:.2f}",
+            f"{values['right']:.2f}" + (f" ± {values['error']:.2f}" if known else ""),
             f"{values['steps']:.1f}",
             f"{values['tokens_per_forward']:.1f}",
             str(values["n"]),
