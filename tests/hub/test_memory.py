@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dgemma import memory
-from mlx_dgemma.benchmark.synthetic import published_config
+from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
 from mlx_dgemma.hub import (
@@ -25,10 +25,6 @@ from mlx_dgemma.model import packed_context as model_packed_context
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.weights import load_model
 
-ASSETS = Path(__file__).parents[2].parent / "shared" / "assets" / "checkpoint-4bit"
-needs_assets = pytest.mark.skipif(
-    not ASSETS.is_dir(), reason="the real checkpoint's config is not beside this repository"
-)
 GIB = 1 << 30
 
 
@@ -38,10 +34,11 @@ def mac(gibibytes: int, working_set: int | None = None) -> Machine:
 
 @pytest.fixture
 def real() -> ModelConfig:
-    return ModelConfig.from_folder(ASSETS)
+    """The published 4-bit checkpoint's; tests/model/test_names.py compares it with the files."""
+    vision = published_config()["vision_config"]
+    return ModelConfig.from_dict({**synthetic_config("26b-4bit"), "vision_config": vision})
 
 
-@needs_assets
 def test_the_real_4bit_checkpoint_with_8k_context_stays_under_18_gb(real: ModelConfig) -> None:
     plan = memory.plan(real, context_tokens=8192)
     assert plan.weights == 16_542_844_632
@@ -49,7 +46,6 @@ def test_the_real_4bit_checkpoint_with_8k_context_stays_under_18_gb(real: ModelC
     assert str(plan).startswith("17.6 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens")
 
 
-@needs_assets
 @pytest.mark.parametrize("known", KNOWN_REPOSITORIES, ids=lambda known: known.id.split("-it")[-1])
 def test_the_repository_table_follows_from_the_shapes(known, real: ModelConfig) -> None:  # type: ignore[no-untyped-def]
     own = real.quantization
@@ -68,7 +64,6 @@ def test_the_repository_table_follows_from_the_shapes(known, real: ModelConfig) 
     assert beside == BESIDE_WEIGHTS
 
 
-@needs_assets
 def test_context_grows_only_in_full_layers(real: ModelConfig) -> None:
     # 5 layers x keys and values x 2 heads x 512 wide x 2 bytes
     assert memory.context_bytes(real, 1 << 18) - memory.context_bytes(real, 1 << 17) == (
@@ -86,14 +81,12 @@ def test_the_plan_reckons_with_the_networks_own_blocks() -> None:
     assert memory.VOCABULARY_SLICE == SLICE
 
 
-@needs_assets
 def test_the_longest_context_takes_flat_working_memory(real: ModelConfig) -> None:
     short, long = (memory.plan(real, context_tokens=tokens) for tokens in (8192, 262_144))
     assert long.working == short.working
     assert long.context == pytest.approx(5.7e9, rel=0.01)
 
 
-@needs_assets
 def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> None:
     whole = memory.plan(real, context_tokens=8192)
     sliced = memory.plan(real, context_tokens=8192, sliced_head=True)
@@ -252,7 +245,6 @@ def test_the_plan_is_what_the_buffers_take(kv_bits: int | None) -> None:
     assert cache.nbytes == memory.context_bytes(config, 700, kv_bits)
 
 
-@needs_assets
 def test_eight_bits_are_offered_where_they_make_it_fit(real: ModelConfig) -> None:
     exact, packed = (
         memory.plan(real, context_tokens=262_144, kv_bits=kv_bits) for kv_bits in (None, 8)

@@ -4,7 +4,7 @@ import json
 import math
 
 import pytest
-from configs import REAL, config, needs_real
+from configs import REAL, config, needs_real, published_4bit
 from mlx.utils import tree_flatten
 from plain_checkpoint import write_plain
 
@@ -17,6 +17,22 @@ BYTES = {"bfloat16": 2, "float32": 4, "uint32": 4, "uint8": 1}
 def size(entry):
     shape, dtype = entry
     return math.prod(shape) * BYTES[dtype]
+
+
+def test_the_published_shapes():
+    table = parameter_shapes(ModelConfig.from_dict(published_4bit()))
+    assert len(table) == 1647
+    assert sum(map(size, table.values())) == 16_542_844_632
+    full_layers = {layer for layer in range(30) if (layer + 1) % 6 == 0}
+    value = "model.decoder.layers.{}.self_attn.v_proj.weight"
+    assert {layer for layer in range(30) if value.format(layer) not in table} == full_layers
+
+
+@needs_real
+def test_the_published_shapes_are_those_of_the_real_files():
+    real = parameter_shapes(ModelConfig.from_folder(REAL))
+    published = parameter_shapes(ModelConfig.from_dict(published_4bit()))
+    assert list(published.items()) == list(real.items())
 
 
 @needs_real

@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 import numpy as np
 import pytest
-from configs import config, needs_real
+from configs import config
 from mlx.utils import tree_flatten
 from plain_checkpoint import random_tensors, write_plain
 
@@ -314,7 +314,6 @@ def test_softcap_is_float32():
     np.testing.assert_allclose(np.array(capped), 30 * np.tanh(plain / 30), rtol=1e-6)
 
 
-@needs_real
 def test_the_real_shapes_load_lazily_in_little_memory(tmp_path):
     """Sparse files with the real names and shapes: 4-bit, 8-bit, bf16 and Hugging Face layout."""
     script = f"import sys; sys.path.insert(0, {str(ORACLES)!r}); import sparse_checkpoint as s; "

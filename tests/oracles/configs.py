@@ -1,4 +1,4 @@
-"""A small valid config.json, and where the real one lies."""
+"""A small valid config.json, the published checkpoint's sizes, and where its real files lie."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 REAL = Path(__file__).parents[3] / "shared" / "assets" / "checkpoint-4bit"
@@ -45,4 +47,12 @@ def config(**text: Any) -> dict[str, Any]:
             },
             **text,
         },
+    }
+
+
+def published_4bit() -> dict[str, Any]:
+    """config.json of the published 4-bit repository, as far as shapes and packing go."""
+    return {
+        **synthetic_config("26b-4bit"),
+        "vision_config": published_config()["vision_config"],
     }

@@ -10,7 +10,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-from configs import REAL
+from configs import published_4bit
 from mlx.utils import tree_flatten
 
 from mlx_dgemma.model import ModelConfig, load_model
@@ -21,8 +21,8 @@ SHARD_BYTES = 5 << 30
 
 
 def real_config(kind: str) -> dict[str, Any]:
-    """The real config.json for one kind of repository."""
-    config = json.loads((REAL / "config.json").read_text())
+    """config.json with the real sizes for one kind of repository."""
+    config = published_4bit()
     config.pop("quantization_config", None)
     if kind == "8bit":
         config["quantization"] = {"group_size": 64, "bits": 8, "mode": "affine"}
