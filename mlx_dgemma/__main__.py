@@ -27,7 +27,7 @@ def usage() -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     verb, *rest = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     if verb in ("--help", "-h"):
-        sys.stdout.write(usage())
+        print(usage(), end="")
         return 0
     if verb == "--version":
         print(f"mlx_dgemma {__version__}")

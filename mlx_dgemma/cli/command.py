@@ -55,13 +55,16 @@ def command(body: Body) -> Main:
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        _open_streams()
+        if sys.stdout is None:
+            print("error: Standard output is closed: send it somewhere.", file=sys.stderr)
+            return USER_ERROR
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("always", UnconvergedWarning)  # of every reply
                 warnings.showwarning = _show_warning
                 code = body(argv)
-            if sys.stdout is not None:
-                sys.stdout.flush()  # now, while what goes wrong can still be said
+            sys.stdout.flush()  # now, while what goes wrong can still be said
             return code
         except DGemmaError as error:
             print(f"error: {error}", file=sys.stderr)
@@ -79,6 +82,15 @@ def command(body: Body) -> Main:
             return USER_ERROR
 
     return main
+
+
+def _open_streams() -> None:
+    """Where the shell closed standard input (`<&-`) there is nothing to read; where it closed
+    standard error, nobody listens."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the rest of the process
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

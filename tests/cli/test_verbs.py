@@ -89,6 +89,32 @@ def test_a_closed_pipe_is_no_error() -> None:
     assert "Exception ignored" not in done.stderr
 
 
+def closed(verb: str, redirections: str) -> subprocess.CompletedProcess[str]:
+    line = f'"{sys.executable}" -m mlx_dgemma {verb} {redirections}'
+    return subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=False)
+
+
+def test_a_closed_standard_input_holds_nothing() -> None:
+    quick = "--prompt abc --max-denoising-steps 1 --max-tokens 4"
+    assert closed(f"generate {quick}", "<&-").returncode == 0
+    done = closed("generate --prompt -", "<&-")
+    assert done.returncode == 2
+    assert done.stderr == "error: The prompt is empty: write something to answer.\n"
+    assert closed("chat", "<&-").returncode == 0
+
+
+def test_a_closed_standard_output_is_one_sentence() -> None:
+    done = closed("doctor", ">&-")
+    assert done.returncode == 2
+    assert done.stderr == "error: Standard output is closed: send it somewhere.\n"
+    assert closed("--help", ">&-").stderr == ""
+
+
+def test_a_closed_standard_error_is_nobody_to_tell() -> None:
+    done = closed("generate --prompt ' '", "2>&-")
+    assert (done.returncode, done.stdout) == (2, "")
+
+
 @pytest.mark.skipif(not Path("/dev/full").is_char_device(), reason="there is no /dev/full here")
 def test_a_full_disk_is_one_sentence() -> None:
     done = piped("--json >/dev/full")
