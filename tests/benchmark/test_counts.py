@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 
@@ -10,6 +12,7 @@ from mlx_dgemma.benchmark.chips import CHIPS, known
 from mlx_dgemma.benchmark.costs import floor_seconds, prefill_costs, step_costs, total
 from mlx_dgemma.benchmark.graph import count_step
 from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.cli.benchmark import main
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.model.config import ModelConfig
 
@@ -68,6 +71,36 @@ def test_fused_operations_need_fewer_launches() -> None:
     assert "logsumexp" in written["by_primitive"]
     assert "logsumexp" not in fused["by_primitive"]
     json.dumps(counted)
+
+
+def test_the_notes_say_what_the_command_counts(capsys: pytest.CaptureFixture[str]) -> None:
+    notes = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    section = notes.split("## A step, counted\n")[1].split("\n## ")[0]
+    command = re.search(r"^    mlx_dgemma\.benchmark (.*)$", section, re.MULTILINE)
+    assert command is not None
+    assert main([*command[1].split(), "--json"]) == 0
+    counted = json.loads(capsys.readouterr().out)["count"]
+    rows = {
+        cells[0]: cells[1:]
+        for line in section.splitlines()
+        if line.startswith("| ") and (cells := [cell.strip() for cell in line[1:-1].split("|")])
+    }
+    for way, beginning in (
+        ("written out", "the contract"),
+        ("kernels", "joined matrices"),
+        ("twins", "the same operations"),
+    ):
+        (written,) = (cells for row, cells in rows.items() if row.startswith(beginning))
+        assert written == [f"{counted['launches'][way]['launches']:,}"]
+    dense = counted["step_with_dense_self_conditioning"]
+    for name, costs in counted["components"].items():
+        (written,) = (cells for row, cells in rows.items() if row.startswith(name))
+        tflop, gigabytes = (float(cell.split()[0]) for cell in written)
+        assert tflop == pytest.approx(costs["flops"] / 1e12, abs=0.0006)
+        assert gigabytes == pytest.approx(costs["bytes"] / 1e9, abs=0.006)
+    step = [f"{counted['step'][key] / scale:{form}} ({dense[key] / scale:{form}})"
+            for key, scale, form in (("flops", 1e12, ".2f"), ("bytes", 1e9, ".1f"))]  # fmt: skip
+    assert rows["step"] == step
 
 
 def test_a_synthetic_name_that_is_none() -> None:
