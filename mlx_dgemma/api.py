@@ -13,6 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
+import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
@@ -59,6 +60,18 @@ from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.reply import Increment
 from mlx_dgemma.prompt_cache import PromptCache
 
+DTYPES = ("float16", "bfloat16", "float32")
+
+
+def _check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise InputError(f"dtype={dtype!r} is not possible: use {' or '.join(map(repr, DTYPES))}.")
+    if dtype != "float32" and mx.default_device() == mx.Device(mx.cpu):
+        raise InputError(
+            f"dtype={dtype!r} needs a GPU: MLX multiplies experts on a CPU in float32 alone; "
+            "leave it out."
+        )
+
 
 def load(
     path_or_hf_repo: str | Path | None = None,
@@ -66,16 +79,21 @@ def load(
     lazy: bool = False,
     revision: str | None = None,
     adapter_path: str | Path | None = None,
+    dtype: str | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
-    format, merged on loading.
+    format, merged on loading. dtype: "float16", "bfloat16" or "float32", what is computed in; by
+    default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
+    stays in float32.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
-    InputError for a revision of the demo checkpoint.
+    InputError for a revision of the demo checkpoint, or another dtype.
     """
+    if dtype is not None:
+        _check_dtype(dtype)
     folder = CHECKPOINT
     if path_or_hf_repo is not None or revision is not None:
         from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
@@ -91,7 +109,8 @@ def load(
         )
         check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
     set_limits(this)
-    model = load_model(folder, lazy=lazy, adapter_path=adapter_path)
+    computed = None if dtype is None else getattr(mx, dtype)
+    model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
     return model, load_tokenizer(folder, model.config.stop_ids)
 
 

@@ -71,7 +71,7 @@ class _Worker:
 class Runtime:
     """A loaded model behind a queue.
 
-    path_or_hf_repo, lazy, revision, adapter_path: as in `load`, which runs on the model's
+    path_or_hf_repo, lazy, revision, adapter_path, dtype: as in `load`, which runs on the model's
     thread; the constructor returns when it has, and raises what it raised.
     kv_bits: what requests keep their contexts in when they do not say.
 
@@ -86,6 +86,7 @@ class Runtime:
         lazy: bool = False,
         revision: str | None = None,
         adapter_path: str | Path | None = None,
+        dtype: str | None = None,
         kv_bits: int | None = None,
     ) -> None:
         self._kv_bits = kv_bits
@@ -101,7 +102,7 @@ class Runtime:
             self.tokenizer: Tokenizer
             folder = _find(path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits)
             self.model, self.tokenizer = self.call(
-                lambda: load(folder, lazy=lazy, adapter_path=adapter_path)
+                lambda: load(folder, lazy=lazy, adapter_path=adapter_path, dtype=dtype)
             )
         except BaseException:
             self.close()

@@ -45,6 +45,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         metavar="FOLDER",
         help="a LoRA adapter in PEFT's format, merged on loading",
     )
+    group.add_argument(
+        "--dtype",
+        choices=("float16", "bfloat16", "float32"),
+        help="what is computed in; float16 suits M1 and M2, which have no bfloat16 of their own "
+        "(default: the checkpoint's; float32 without a GPU)",
+    )
 
 
 def add_preset(parser: argparse._ActionsContainer) -> None:

@@ -109,6 +109,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 arguments.model,
                 revision=arguments.revision,
                 adapter_path=arguments.adapter_path,
+                dtype=arguments.dtype,
                 kv_bits=arguments.kv_bits,
             )
         )

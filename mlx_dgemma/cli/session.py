@@ -106,17 +106,20 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
         messages.print(DEMO_NOTICE, style="dim", highlight=False, soft_wrap=True)
     if advice:
         messages.print(advice, style="dim", highlight=False, soft_wrap=True)
-    model, tokenizer = _load(folder, arguments.adapter_path, messages)
+    model, tokenizer = _load(folder, arguments, messages)
     pace = arguments.pace
     if pace is None:
         pace = DEMO_PACE if folder == demo_path() else 0.0
     return Session(name, model, tokenizer, options, decoding.max_denoising_steps, pace)
 
 
-def _load(folder: Path, adapter: str | None, messages: Console) -> tuple[Model, Tokenizer]:
+def _load(
+    folder: Path, arguments: argparse.Namespace, messages: Console
+) -> tuple[Model, Tokenizer]:
     from mlx_dgemma.api import load
 
+    options = {"adapter_path": arguments.adapter_path, "dtype": arguments.dtype}
     if not messages.is_terminal:
-        return load(folder, adapter_path=adapter)
+        return load(folder, **options)
     with messages.status(f"Loading {folder.name}", spinner="dots"):
-        return load(folder, adapter_path=adapter)
+        return load(folder, **options)

@@ -12,11 +12,12 @@ import numpy as np
 import pytest
 
 import mlx_dgemma
-from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
+from mlx_dgemma import Commit, Draft, Finish, PromptCache, api, generate, load, stream_generate
 from mlx_dgemma.api import Options, encode_prompt, replay
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import machine
+from mlx_dgemma.model import load_model
 
 PROMPT = "Count from 3 to 9."
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40, "seed": 4}
@@ -262,3 +263,23 @@ def test_kv_bits_that_cannot_be(demo):
         stream_generate(*demo, PROMPT, kv_bits=4)
     with pytest.raises(InputError, match=r"make it with PromptCache\(model, kv_bits=8\)"):
         stream_generate(*demo, PROMPT, kv_bits=8, cache=PromptCache(model))
+
+
+def test_what_is_computed_in(monkeypatch):
+    """float16 and bfloat16 need a GPU, as the experts' product on MLX's CPU backend does."""
+    asked = {}
+
+    def loaded(folder, **options):
+        asked.update(options)
+        return load_model(folder, lazy=True)
+
+    with pytest.raises(InputError, match="dtype='int8' is not possible: use 'float16' or"):
+        load(dtype="int8")
+    with pytest.raises(InputError, match="dtype='float16' needs a GPU"):
+        load(dtype="float16")
+    monkeypatch.setattr(api, "load_model", loaded)
+    load(dtype="float32")
+    assert asked["dtype"] == mx.float32
+    monkeypatch.setattr(api.mx, "default_device", lambda: mx.Device(mx.gpu))
+    load(dtype="float16", lazy=True)
+    assert asked["dtype"] == mx.float16

@@ -16,7 +16,10 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     from mlx_dgemma.benchmark.quality import measure, overall
 
     model, tokenizer = load(
-        arguments.model, revision=arguments.revision, adapter_path=arguments.adapter_path
+        arguments.model,
+        revision=arguments.revision,
+        adapter_path=arguments.adapter_path,
+        dtype=arguments.dtype,
     )
     quiet = not messages.is_terminal
     with Progress(console=messages, transient=True, disable=quiet) as progress:
