@@ -58,7 +58,11 @@ class ScriptedModel:
         self.step = 0
 
     def hidden(
-        self, canvas: mx.array, cache: ScriptedCache, soft: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: ScriptedCache,
+        soft: mx.array | None = None,
+        dispatch_every: int | None = None,
     ) -> mx.array:
         self.step += 1
         self.canvases.append(np.array(canvas))

@@ -95,6 +95,12 @@ def test_prompts_that_cannot_be_answered(prompt, limit, words):
         run(ScriptedModel(blocks_of((4, 5, 6, 7)), limit=limit), prompt=prompt)
 
 
+def test_a_canvas_too_long_for_the_context_is_what_to_shorten():
+    model = ScriptedModel(blocks_of((4, 5, 6, 7)), limit=20)
+    with pytest.raises(InputError, match=r"canvas_length=18 .* room for 17; use at most that"):
+        run(model, prompt=(2, 3, 4), settings={"canvas_length": 18})
+
+
 def test_an_unsure_network_uses_every_step():
     model = ScriptedModel(lambda block, step, canvas: undecided(4))
     commits, finish, _ = run(model, settings={"max_denoising_steps": 5, "max_tokens": 4})
