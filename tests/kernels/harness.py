@@ -25,6 +25,8 @@ SETTINGS = {
     "inexact": ("fast", Options(jitter=4, reduction_order=1, flush_denormals=False)),
     "other sums": ("fast", Options(reduction_order=2)),
 }
+# The exact checks, and the orders that show what is missing between threads.
+ADVERSARIAL = ("checked", "checked, greedy", "reversed, misaligned", "greedy")
 every_setting = pytest.mark.parametrize("setting", list(SETTINGS))
 
 # On a Mac the same cases run on the real device; there is nothing to run them on elsewhere.

@@ -4,7 +4,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 import references as ref
-from harness import DTYPES, TOLERANCE, emulated, every_setting, skip
+from harness import ADVERSARIAL, DTYPES, TOLERANCE, emulated, every_setting, skip
 
 from mlx_dgemma.kernels.attention import metal
 
@@ -60,34 +60,39 @@ def test_masked_chunks_of_grouped_queries(dtype, setting):
     check(dtype, setting, counts=(70, 9), chunk=32, masked=True)
 
 
+@pytest.mark.parametrize("setting", ADVERSARIAL)
 @pytest.mark.parametrize("count", [1, 255, 256, 257, 1021])
-def test_chunk_edges(count):
-    check(mx.float32, "checked", counts=(count,), chunk=256, length=1)
+def test_chunk_edges(count, setting):
+    check(mx.float32, setting, counts=(count,), chunk=256, length=1)
 
 
-def test_a_context_shared_by_a_batch():
-    check(mx.float32, "checked", counts=(40, 5), chunk=16, batch=3, length=5)
+@every_setting
+def test_a_context_shared_by_a_batch(setting):
+    check(mx.float32, setting, counts=(40, 5), chunk=16, batch=3, length=5)
 
 
+@pytest.mark.parametrize("setting", ADVERSARIAL)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_window_is_a_slice_of_the_buffer(dtype):
-    check(dtype, "checked", counts=(90,), chunk=64, window=33)
+def test_a_window_is_a_slice_of_the_buffer(dtype, setting):
+    check(dtype, setting, counts=(90,), chunk=64, window=33)
 
 
+@pytest.mark.parametrize("setting", ADVERSARIAL)
 @pytest.mark.parametrize(("head_dim", "heads", "kv_heads"), [(256, 4, 2), (512, 8, 1)])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-def test_the_real_head_dims(head_dim, heads, kv_heads, dtype):
+def test_the_real_head_dims(head_dim, heads, kv_heads, dtype, setting):
     check(
-        dtype, "checked", counts=(300, 4), chunk=256,
+        dtype, setting, counts=(300, 4), chunk=256,
         head_dim=head_dim, heads=heads, kv_heads=kv_heads, length=2, masked=True,
     )  # fmt: skip
 
 
-def test_a_mask_of_the_last_keys_begins_inside_a_chunk():
+@pytest.mark.parametrize("setting", ADVERSARIAL)
+def test_a_mask_of_the_last_keys_begins_inside_a_chunk(setting):
     mx.random.seed(6)
     queries, keys, values = (mx.random.normal((1, 2, count, 16)) for count in (4, 41, 41))
     mask = np.tri(4, 7, 3, dtype=bool)
-    with emulated("checked"):
+    with emulated(setting):
         found = metal(queries, [(keys, values)], chunk=16, mask=mx.array(mask))
     whole = np.concatenate([np.ones((4, 34), dtype=bool), mask], axis=1)
     expected = ref.attention(*map(ref.numpy, (queries, keys, values)), whole)

@@ -51,10 +51,11 @@ def test_four_bits(dtype, setting):
     check(dtype, 4, setting, tokens=9, hidden=64, width=64, count=5, top_k=2)
 
 
+@every_setting
 @pytest.mark.parametrize("bits", [0, 8, "mxfp4"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_dense_and_eight_bits(dtype, bits):
-    check(dtype, bits, "checked", tokens=6, hidden=96, width=32, count=4, top_k=3)
+def test_dense_and_eight_bits(dtype, bits, setting):
+    check(dtype, bits, setting, tokens=6, hidden=96, width=32, count=4, top_k=3)
 
 
 @pytest.mark.parametrize("setting", ["checked", "greedy"])
@@ -70,8 +71,10 @@ def test_tiles_empty_and_overfull_experts(tile, setting):
         )  # fmt: skip
 
 
-@pytest.mark.parametrize("bits", [4, 8, "mxfp4"])
-def test_the_real_inner_widths(bits):
+@pytest.mark.parametrize(
+    ("bits", "setting"), [(4, "checked"), (4, "greedy"), (8, "greedy"), ("mxfp4", "greedy")]
+)
+def test_the_real_inner_widths(bits, setting):
     check(
-        mx.bfloat16, bits, "in order", tokens=2, hidden=2816, width=704, count=3, top_k=2
+        mx.bfloat16, bits, setting, tokens=1, hidden=2816, width=704, count=3, top_k=2
     )  # fmt: skip
