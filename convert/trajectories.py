@@ -36,13 +36,17 @@ class _Recorder:
         return getattr(self._model, name)
 
     def hidden(
-        self, canvas: mx.array, cache: Any, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: Any,
+        soft_embeddings: mx.array | None = None,
+        **options: Any,
     ) -> mx.array:
         signal = None
         if soft_embeddings is not None:
             signal = np.array(soft_embeddings[0].astype(mx.float32))
         self.passes.append((np.array(canvas[0]), signal))
-        return self._model.hidden(canvas, cache, soft_embeddings)
+        return self._model.hidden(canvas, cache, soft_embeddings, **options)
 
 
 def record(
