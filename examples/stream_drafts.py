@@ -9,7 +9,7 @@ from mlx_dgemma import Commit, Draft, Finish, load, stream_generate
 
 path, prompt = [*sys.argv[1:], None, None][:2]
 model, tokenizer = load(path)
-prompt = prompt or "List 4 animals in alphabetical order, including fox."
+prompt = prompt or "List 4 animals in alphabetical order, starting with cat."
 
 for event in stream_generate(model, tokenizer, prompt, drafts=True, seed=1):
     match event:

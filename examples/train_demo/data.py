@@ -190,6 +190,13 @@ def noised(rows: list[Row], canvases: int, vocabulary: int) -> tuple[Tensor, Ten
     return clean, torch.where(replaced, torch.randint(vocabulary, clean.shape), clean), pins
 
 
+def noisier(noisy: Tensor, pins: Tensor, vocabulary: int) -> Tensor:
+    """Noised canvases [B, K, C], in half of them more tokens replaced; pinned ones never."""
+    more = torch.rand(*noisy.shape[:2], 1) * (torch.rand(*noisy.shape[:2], 1) < 0.5)
+    replaced = (torch.rand(noisy.shape) < more) & ~pins
+    return torch.where(replaced, torch.randint(vocabulary, noisy.shape), noisy)
+
+
 def infill_rows(encoder: Encoder, n: int, seed: int) -> tuple[list[InfillExample], Tensor]:
     """Held-out texts and their canvases [n, C]: ids, and -1 where a token is to be found."""
     stream = infill_examples(random.Random(f"infill {seed}"), held_out=True)

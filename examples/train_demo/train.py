@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from checkpoint import untrained, write_weights
-from data import CANVAS, Encoder, Pixels, Row, Stream, infill_rows, judged, noised
+from data import CANVAS, Encoder, Pixels, Row, Stream, infill_rows, judged, noised, noisier
 from network import Batch, Network
 from optimizer import Optimizer
 from sampler import denoise, generate
@@ -29,7 +29,7 @@ WARM_UP = 60.0  # seconds
 DECAY = 0.35  # the last share of the time
 BALANCE = 0.01  # weight of the load-balancing loss over the experts
 BASE = {"reverse": 1, "sort": 1.2, "count": 2, "repeat": 1, "sudoku": 1.5, "tool": 0.7}
-BASE |= {"think": 1, "grid": 1.3, "list": 2, "sentence": 2, "json": 2}
+BASE |= {"think": 1, "grid": 1.3, "list": 3, "sentence": 2, "json": 3}
 
 
 def trainable(model) -> dict[str, torch.Tensor]:
@@ -58,8 +58,11 @@ def loss_of(
     batch = Batch.of([row.prompt for row in rows], noisy, network.shape, pictures)
     signal = None
     if use_signal:
+        # In sampling the signal comes from the step before, whose canvas had more noise.
+        before = noisier(noisy, pins, vocabulary)
+        earlier = Batch.of([row.prompt for row in rows], before, network.shape, pictures)
         with torch.no_grad():
-            logits = network(batch).view(len(rows), CANVASES, CANVAS, vocabulary)
+            logits = network(earlier).view(len(rows), CANVASES, CANVAS, vocabulary)
             temperature = 0.4 + 0.4 * torch.rand(len(rows), CANVASES, 1, 1)
             signal = (logits / temperature).softmax(-1)
     if pins.any() and torch.rand(()) < 0.9:

@@ -111,7 +111,7 @@ def test_pinned_ids_never_change(demo, context, sampler, seed):
     assert np.array_equal(result.ids[pins.mask], pins.ids[pins.mask])
 
 
-OPEN = "List 4 animals in alphabetical order, including fox."
+OPEN = "List 4 animals in alphabetical order, starting with cat."
 
 
 def ids_of(model, tokenizer, prompt=PROMPT, **options):
@@ -185,6 +185,6 @@ class Spy:
     def __getattr__(self, name):
         return getattr(self._model, name)
 
-    def hidden(self, canvas, cache, soft_embeddings=None):
+    def hidden(self, canvas, cache, soft_embeddings=None, **options):
         self.signals.append(None if soft_embeddings is None else np.array(soft_embeddings))
-        return self._model.hidden(canvas, cache, soft_embeddings)
+        return self._model.hidden(canvas, cache, soft_embeddings, **options)

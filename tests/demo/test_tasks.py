@@ -8,6 +8,7 @@ import pytest
 from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out, infill_examples, is_held_out
 from mlx_dgemma.demo.tasks.grids import all_grids, is_grid
 from mlx_dgemma.demo.tasks.pictures import COLORS, PLACES, SHAPES, Picture
+from mlx_dgemma.demo.tasks.words import WORDS
 
 ALL = {**TASKS, PICTURE.name: PICTURE}
 N = 60
@@ -72,6 +73,27 @@ def test_open_tasks_take_other_answers():
         assert all(
             example.verify("\n".join(g[i : i + 4] for i in range(0, 16, 4))) for g in fitting
         )
+
+
+def test_a_list_keeps_the_ends_it_was_given():
+    """Any sorted words between them will do; not another first word, nor a last one if named."""
+    forms = set()
+    for example in samples("list", 200):
+        prompt, items = example.messages[0]["content"], example.answer.split(", ")
+        known = next(words for words in WORDS.values() if set(items) <= set(words))
+        bounded = " from " in prompt and " to " in prompt and prompt.startswith("Write")
+        forms.add(bounded)
+        for position in range(len(items)):
+            low = items[position - 1] if position else ""
+            high = items[position + 1] if position + 1 < len(items) else "~"
+            others = [word for word in known if low < word < high and word != items[position]]
+            free = position > 0 and not (bounded and position == len(items) - 1)
+            for word in others:
+                changed = [*items[:position], word, *items[position + 1 :]]
+                assert example.verify(", ".join(changed)) is free
+        assert not example.verify(", ".join(items[:-1]))
+        assert not example.verify(", ".join([items[0], *items]))
+    assert forms == {True, False}
 
 
 def test_disagreement_is_rejected():

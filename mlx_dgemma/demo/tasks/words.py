@@ -25,24 +25,25 @@ WORDS = {category: words.split() for category, words in CATEGORIES.items()}
 
 
 def word_list(rng: random.Random) -> Example:
-    """Distinct words of a category, sorted, one of them given."""
+    """Distinct words of a category, sorted; the first is given, or the first and the last."""
     category = rng.choice(list(WORDS))
     words = WORDS[category]
-    size = rng.randint(3, 5)
+    size = rng.randint(4, 5)
     chosen = sorted(rng.sample(words, size))
-    given = rng.choice(chosen)
-    prompt = rng.choice(
+    first, last = chosen[0], chosen[-1]
+    prompt, ends = rng.choice(
         [
-            "List {} {} in alphabetical order, including {}.",
-            "Name {} {} from A to Z, including {}.",
-            "Write {} {} in order, with {}.",
+            (f"List {size} {category} in alphabetical order, starting with {first}.", False),
+            (f"Name {size} {category} from A to Z, the first is {first}.", False),
+            (f"Write {size} {category} in order, from {first} to {last}.", True),
         ]
-    ).format(size, category, given)
+    )
 
     def verify(text: str, thought: str | None = None) -> bool:
         items = text.strip().split(", ")
         in_order = all(a < b for a, b in itertools.pairwise(items))
-        return len(items) == size and in_order and given in items and set(items) <= set(words)
+        ends_right = items[0] == first and (items[-1] == last or not ends)
+        return len(items) == size and in_order and ends_right and set(items) <= set(words)
 
     return Example("list", ask(prompt), ", ".join(chosen), verify)
 
@@ -150,6 +151,7 @@ COUNTRIES = {
 }
 PETS = ["cat", "dog", "horse", "rabbit", "mouse", "duck"]
 KEYS = ["name", "age", "adult", "city", "country", "pet", "color"]
+PAIRS = [("age", "adult"), ("city", "country")]
 
 
 def _record(rng: random.Random) -> dict[str, object]:
@@ -197,8 +199,16 @@ def is_record(text: str, keys: list[str] | None = None) -> bool:
 
 
 def json_record(rng: random.Random) -> Example:
-    """A JSON record with the keys asked for, in that order, whose fields agree."""
-    keys = rng.sample(KEYS, rng.choice([2, 3, 3]))
+    """A JSON record with the keys asked for, in that order, whose fields agree.
+
+    Half of the records have two keys that must: age and adult, or city and country.
+    """
+    size = rng.choice([2, 3, 3])
+    keys = rng.sample(KEYS, size)
+    if rng.random() < 0.5:
+        pair = rng.choice(PAIRS)
+        keys = [*pair, *rng.sample([key for key in KEYS if key not in pair], size - 2)]
+        rng.shuffle(keys)
     record = _record(rng)
     prompt = rng.choice(
         ["Write a JSON record with {}.", "Make a JSON object with {}.", "Write JSON with {}."]
