@@ -60,7 +60,11 @@ def redraw(text: str, draft: str) -> None:
 def main() -> None:
     with Runtime(sys.argv[1] if len(sys.argv) > 1 else None) as runtime:
         loop(runtime, "List 4 animals in alphabetical order, starting with cat.")
-        loop(runtime, "List 5 fruits in alphabetical order, starting with cherry.", cancel_after_steps=2)
+        loop(
+            runtime,
+            "List 5 fruits in alphabetical order, starting with cherry.",
+            cancel_after_steps=2,
+        )
 
 
 if __name__ == "__main__":

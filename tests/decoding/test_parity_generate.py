@@ -2,6 +2,10 @@
 
 Both sample, from different generators, so they agree as distributions do: the share of right
 answers and the tokens per forward over the same held-out prompts, within sampling error.
+
+What this cannot see: an entropy bound of 0.15 or 0.2 instead of 0.1, which moves the steps of 140
+open-ended prompts by 1 and 1.7 standard errors. The sampler's rules are tested exactly elsewhere
+(truth tables, and fifty replies against the rules written out); here the whole is.
 """
 
 from __future__ import annotations
@@ -25,8 +29,8 @@ transformers = pytest.importorskip("transformers", reason="the oracle needs tran
 
 # Single-answer and open-ended tasks whose reply fits one canvas.
 TASKS = {"reverse": 35, "sudoku": 35, "grid": 35, "list": 35, "sentence": 35, "json": 35}
-# |z| of a two-sample test; 4 standard errors happen by chance once in 16,000 runs.
-LIMIT = 4.0
+# |z| of a paired test. Both sides' draws are fixed, so a run that passes passes again.
+LIMIT = 3.0
 
 
 @pytest.fixture(scope="module")
