@@ -25,9 +25,9 @@ def second_signal(conditioning: str, allowed: float, monkeypatch: pytest.MonkeyP
     signals = []
     hidden = model.hidden
 
-    def listen(canvas, cache, soft_embeddings=None):
+    def listen(canvas, cache, soft_embeddings=None, **settings):
         signals.append(soft_embeddings)
-        return hidden(canvas, cache, soft_embeddings)
+        return hidden(canvas, cache, soft_embeddings, **settings)
 
     monkeypatch.setattr(model, "hidden", listen, raising=False)
     steps = denoise.denoise_block(model, cache, settings, [CanvasRequest(SeededDraws(1))])
