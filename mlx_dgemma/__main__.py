@@ -1,9 +1,10 @@
-"""`mlx_dgemma VERB`: hands the rest of the line to the verb's own command."""
+"""`mlx_dgemma VERB` and `mlx_dgemma.VERB`: hand the rest of the line to the verb's own command."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import partial
 from importlib import import_module
 
 from mlx_dgemma._version import __version__
@@ -35,7 +36,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     if verb not in VERBS:
         print(f"mlx_dgemma: no verb {verb!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
         return 2
-    return int(import_module(f"mlx_dgemma.cli.{verb}").main(rest))
+    return launch(verb, rest)
+
+
+def launch(verb: str, argv: Sequence[str] | None = None) -> int:
+    """Imports and runs one command; Ctrl-C while it imports, half a second, ends it too."""
+    try:
+        command = import_module(f"mlx_dgemma.cli.{verb}").main
+    except KeyboardInterrupt:
+        return 130
+    return int(command(argv))
+
+
+generate, chat, infill, convert, server, benchmark, doctor = (
+    partial(launch, verb) for verb in VERBS
+)
 
 
 if __name__ == "__main__":

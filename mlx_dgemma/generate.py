@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_dgemma.cli.generate import main
+from mlx_dgemma.__main__ import generate
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(generate())

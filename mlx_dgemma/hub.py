@@ -111,7 +111,7 @@ def resolve_model(
 
     Raises ModelNotFoundError for a missing folder, repository, revision or permission and an
     unreachable Hub, ResourceError when disk or memory does not suffice, InputError for a revision
-    of the demo checkpoint.
+    of the demo checkpoint or of a folder.
     """
     if path_or_repo is None:
         if revision is not None:
@@ -122,6 +122,11 @@ def resolve_model(
         return demo_path()
     folder = Path(path_or_repo).expanduser()
     if folder.is_dir():
+        if revision is not None:
+            raise InputError(
+                f"{folder} is a folder on this machine and has no revision {revision}: leave "
+                "--revision out, or name the Hub repository."
+            )
         return folder
     name = str(path_or_repo)
     if folder.exists():

@@ -48,7 +48,7 @@ class Plan:
 
     sliced_head: the logits of a canvas are never held whole, which costs time and saves memory.
     kv_bits: 8 where the context is kept in 8 bits. packed_total: what all would take if it were;
-        None where it cannot be.
+        None where it cannot be. token_bytes: how much of the context is each further token's.
     """
 
     weights: int
@@ -58,6 +58,7 @@ class Plan:
     sliced_head: bool = False
     kv_bits: int | None = None
     packed_total: int | None = None
+    token_bytes: int = 0
 
     @property
     def total(self) -> int:
@@ -109,6 +110,7 @@ def plan(
             context_tokens=context_tokens,
             sliced_head=sliced_head,
             kv_bits=kv_bits,
+            token_bytes=_token_bytes(config.text, kv_bits),
         )
 
     return replace(made(kv_bits), packed_total=made(8).total if _packable(config.text) else None)
@@ -231,13 +233,23 @@ def context_bytes(config: ModelConfig, tokens: int, kv_bits: int | None = None) 
         window = text.window_of(layer)
         kept = tokens if window is None else min(tokens, window - 1 + slack)
         slots = -(-(kept + 2 * slack) // CONTEXT_STEP) * CONTEXT_STEP
-        total += (
-            2
-            * slots
-            * text.kv_heads_of(layer)
-            * key_bytes(text, layer, ITEM_SIZE[text.dtype], kv_bits)
-        )
+        total += slots * _position_bytes(text, layer, kv_bits)
     return total
+
+
+def _token_bytes(text: TextConfig, kv_bits: int | None) -> int:
+    """Bytes that each token adds to a context that is longer than the sliding window."""
+    return sum(
+        _position_bytes(text, layer, kv_bits)
+        for layer in range(text.num_hidden_layers)
+        if text.window_of(layer) is None
+    )
+
+
+def _position_bytes(text: TextConfig, layer: int, kv_bits: int | None) -> int:
+    """Bytes of one position's keys and values in a layer."""
+    size = key_bytes(text, layer, ITEM_SIZE[text.dtype], kv_bits)
+    return 2 * text.kv_heads_of(layer) * size
 
 
 def key_bytes(text: TextConfig, layer: int, item_size: int, kv_bits: int | None = None) -> int:
@@ -361,13 +373,13 @@ def is_short(machine: Machine, needed: int) -> bool:
 
 
 def _way_out(wanted: Plan, room: int) -> str:
-    fixed = wanted.weights + wanted.working
     packed = wanted.packed_total
     if wanted.kv_bits is None and packed is not None and packed <= room:
         return f"with the context in 8 bits ({gigabytes(packed)}) it fits: --kv-bits 8"
-    if wanted.context and fixed < room:
-        tokens = int(wanted.context_tokens * (room - fixed) / wanted.context) // 1024 * 1024
-        if tokens:
+    if wanted.token_bytes:
+        over = -(-(wanted.total - room) // wanted.token_bytes)
+        tokens = (wanted.context_tokens - over) // CONTEXT_STEP * CONTEXT_STEP
+        if tokens >= PLANNED_CONTEXT:  # for less, every command would plan that much again
             return f"a context of {tokens:,} tokens fits"
     return (
         "use a checkpoint with fewer bits (`mlx_dgemma.convert --recipe small` writes the "

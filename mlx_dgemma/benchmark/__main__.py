@@ -2,7 +2,7 @@
 
 import sys
 
-from mlx_dgemma.cli.benchmark import main
+from mlx_dgemma.__main__ import benchmark
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(benchmark())

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import USER_ERROR, Parser, command
 from mlx_dgemma.errors import InputError
 
@@ -136,6 +137,7 @@ def convert_parser() -> argparse.ArgumentParser:
         "denoising steps; the figures go into the model card",
     )
     add("--json", action="store_true", help="print the report as JSON")
+    flags.add_version(parser)
     return parser
 
 

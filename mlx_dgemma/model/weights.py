@@ -241,7 +241,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
         headers.update(_read_header(folder / shard))
     absent = [name for name in weight_map if name not in headers]
     if absent:
-        raise CheckpointError(f"{index} lists tensors its shards do not hold: {_some(absent)}.")
+        raise CheckpointError(f"{index} lists tensors its shards do not hold: {_together(absent)}.")
     return headers
 
 
@@ -259,7 +259,7 @@ def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> di
         ("unexpected", strays + unused),
         ("misshapen", _misshapen(table, sources, headers)),
     ]
-    found = [f"{kind}: {_some(names)}" for kind, names in complaints if names]
+    found = [f"{kind}: {_together(names)}" for kind, names in complaints if names]
     if found:
         raise CheckpointError(f"{source} does not fit its config.json; " + "; ".join(found) + ".")
     return {name: sources[name] for name in table}
@@ -388,7 +388,30 @@ def _dense_bytes(config: ModelConfig) -> int:
     )
 
 
-def _some(names: list[str], limit: int = 12) -> str:
-    """The names; all of them up to `limit`, then a count."""
-    more = f" and {len(names) - limit} more" if len(names) > limit else ""
-    return ", ".join(names[:limit]) + more
+def _together(names: list[str]) -> str:
+    """All the names in few words: those that differ in one number share a pattern, such as
+    model.decoder.layers.{0-4,6}.layer_scalar."""
+    found = [tuple(re.split(r"(?<=\.)(\d+)(?=\.)", name)) for name in names]
+    for column in range(max(map(len, found)) - 2, 0, -2):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for parts in found:
+            number = parts[column] if column < len(parts) else ""
+            alike.setdefault(parts[:column] + parts[column + 1 :], []).append(number)
+        found = [
+            rest[:column] + ((_ranges(numbers),) if numbers[0] else ()) + rest[column:]
+            for rest, numbers in alike.items()
+        ]
+    return ", ".join("".join(parts) for parts in found)
+
+
+def _ranges(numbers: list[str]) -> str:
+    """Numbers as {0-4,6}; one number as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs) + "}"

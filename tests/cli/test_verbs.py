@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dgemma import __main__ as launcher
 from mlx_dgemma.__main__ import VERBS, main
 from mlx_dgemma._version import __version__
 from mlx_dgemma.cli.command import command
@@ -21,7 +22,10 @@ ROOT = Path(__file__).parents[2]
 def test_scripts_verbs_and_modules_agree() -> None:
     scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
     assert scripts.pop("mlx_dgemma") == "mlx_dgemma.__main__:main"
-    assert scripts == {f"mlx_dgemma.{verb}": f"mlx_dgemma.cli.{verb}:main" for verb in VERBS}
+    assert scripts == {f"mlx_dgemma.{verb}": f"mlx_dgemma.__main__:{verb}" for verb in VERBS}
+    for verb in VERBS:
+        assert getattr(launcher, verb).args == (verb,)
+        assert callable(import_module(f"mlx_dgemma.cli.{verb}").main)
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -66,6 +70,10 @@ def test_a_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(
     [
         ["-m", "mlx_dgemma", "generate"],
         ["-m", "mlx_dgemma.generate"],
+        ["-m", "mlx_dgemma.chat"],
+        ["-m", "mlx_dgemma.convert"],
+        ["-m", "mlx_dgemma.server"],
+        ["-m", "mlx_dgemma.benchmark"],
     ],
 )
 def test_python_m_works(arguments: list[str]) -> None:
@@ -74,6 +82,23 @@ def test_python_m_works(arguments: list[str]) -> None:
     )
     assert done.stdout == f"mlx_dgemma {__version__}\n"
     assert done.stderr == ""
+
+
+def test_a_command_imports_nothing_slow_before_it_can_be_interrupted(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen = "import sys, mlx_dgemma.__main__; print(sorted({m.split('.')[0] for m in sys.modules}))"
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=True)
+    assert "mlx_dgemma" in done.stdout
+    assert not {"'mlx'", "'numpy'", "'rich'", "'transformers'"} & set(
+        done.stdout.strip("[]\n").split(", ")
+    )
+
+    def interrupted(name: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "import_module", interrupted)
+    assert main(["generate"]) == launcher.server([]) == 130
 
 
 def piped(to: str) -> subprocess.CompletedProcess[str]:

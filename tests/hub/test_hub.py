@@ -11,7 +11,7 @@ from huggingface_hub import constants
 
 from mlx_dgemma import hub as module
 from mlx_dgemma.cli.generate import main as generate
-from mlx_dgemma.errors import ModelNotFoundError, ResourceError
+from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.hardware import machine
 from mlx_dgemma.hub import KNOWN_REPOSITORIES, demo_path, resolve_model
 from tests.hub.conftest import point_to
@@ -95,6 +95,11 @@ def test_a_revision_is_honoured(hub: HubStub) -> None:
     assert (resolve_model(NAME) / "config.json").read_bytes() == FILES["config.json"]
     commit = hub.repositories[NAME].commit("v1")
     assert resolve_model(NAME, revision=commit).name == commit
+
+
+def test_a_folder_has_no_revisions(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is a folder on this machine and has no revision v1"):
+        resolve_model(tmp_path, revision="v1")
 
 
 def test_an_unknown_revision(hub: HubStub) -> None:

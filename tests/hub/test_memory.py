@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,10 +196,22 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
     )
 
 
-def test_a_shorter_context_is_offered_where_that_helps() -> None:
-    plan = memory.Plan(16_500_000_000, 8_000_000_000, 500_000_000, 262_144)
-    with pytest.raises(ResourceError, match=r"a context of 188,416 tokens fits"):
-        memory.check_fits(plan, mac(24))
+def test_a_shorter_context_is_offered_where_that_helps(real: ModelConfig) -> None:
+    """The longest that fits, and never one below what commands plan with anyway."""
+    needed = memory.plan(real, context_tokens=100_000, kv_bits=8)
+    this = replace(mac(24), memory=needed.total + memory.SYSTEM_RESERVE, metal=False)
+    with pytest.raises(ResourceError, match=r"a context of ([\d,]+) tokens fits") as refused:
+        memory.check_fits(memory.plan(real, context_tokens=200_000, kv_bits=8), this)
+    found = re.search(r"a context of ([\d,]+) tokens", str(refused.value))
+    assert found is not None
+    tokens = int(found[1].replace(",", ""))
+    assert 100_000 - 2 * memory.CONTEXT_STEP <= tokens <= 100_000 + memory.CONTEXT_STEP
+    assert memory.check_fits(memory.plan(real, context_tokens=tokens, kv_bits=8), this) is None
+
+    short = memory.plan(real, context_tokens=4096, kv_bits=8)
+    this = replace(this, memory=short.total + memory.SYSTEM_RESERVE)
+    with pytest.raises(ResourceError, match="use a checkpoint with fewer bits"):
+        memory.check_fits(memory.plan(real, context_tokens=8192, kv_bits=8), this)
 
 
 def test_what_fits_is_silent_and_a_tight_fit_is_advised() -> None:

@@ -245,6 +245,28 @@ def test_every_wrong_tensor_in_one_message(tmp_path):
     assert "\n" not in message
 
 
+def test_a_hundred_missing_tensors_are_all_named_in_few_words(tmp_path):
+    def damage(tensors):
+        per_expert(tensors)
+        for name in [*tensors]:
+            if "layer_scalar" in name or ".experts.2." in name or ".self_attn.q_" in name:
+                del tensors[name]
+        tensors["model.decoder.layers.0.experts.9.spare"] = mx.zeros(1)
+        tensors["model.decoder.layers.1.experts.9.spare"] = mx.zeros(1)
+        tensors["model.decoder.layers.1.experts.11.spare"] = mx.zeros(1)
+
+    with pytest.raises(CheckpointError) as raised:
+        rewritten(tmp_path, damage)
+    layers = json.loads((tmp_path / "config.json").read_text())["text_config"]["num_hidden_layers"]
+    everywhere = f"model.decoder.layers.{{0-{layers - 1}}}."
+    message = str(raised.value)
+    assert everywhere + "layer_scalar" in message
+    assert everywhere + "self_attn.q_proj.weight" in message
+    assert "model.decoder.layers.0.experts.9.spare" in message
+    assert "model.decoder.layers.1.experts.{9,11}.spare" in message
+    assert " more" not in message
+
+
 def test_experts_with_a_gap(tmp_path):
     def damage(tensors):
         per_expert(tensors)
@@ -253,7 +275,7 @@ def test_experts_with_a_gap(tmp_path):
     with pytest.raises(CheckpointError) as raised:
         rewritten(tmp_path, damage)
     assert "missing: model.decoder.layers.1.experts.down_proj.weight" in str(raised.value)
-    assert "experts.7.down_proj.weight" in str(raised.value)
+    assert "layers.1.experts.{0-2,4-7}.down_proj.weight" in str(raised.value)
 
 
 def test_damaged_files(tmp_path):
