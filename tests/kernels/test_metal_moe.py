@@ -72,7 +72,7 @@ def test_tiles_empty_and_overfull_experts(tile, setting):
 
 
 @pytest.mark.parametrize(
-    ("bits", "setting"), [(4, "checked"), (4, "greedy"), (8, "greedy"), ("mxfp4", "greedy")]
+    ("bits", "setting"), [(4, "checked, greedy"), (4, "greedy"), (8, "greedy"), ("mxfp4", "greedy")]
 )
 def test_the_real_inner_widths(bits, setting):
     check(

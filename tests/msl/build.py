@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import tempfile
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,8 +94,12 @@ def _precompiled(prelude: str, mode: str) -> Path:
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=toolchain.BUILD) as folder:
             pch = Path(folder) / "prelude.pch"
-            header = toolchain.BUILD / f"{path.stem}.h"  # stays: clang checks that it is unchanged
-            header.write_text(prelude)
+            header = toolchain.BUILD / f"{path.stem}.h"  # stays: clang checks that it is unchanged,
+            if not header.exists():  # its time included, also while other processes build the same
+                new = Path(folder) / "prelude.h"
+                new.write_text(prelude)
+                with suppress(FileExistsError):
+                    os.link(new, header)
             flags = [*_language("c++-header"), *_FLAGS, *_MODES[mode], *_includes()]
             _run([toolchain.CXX, *flags, str(header), "-o", str(pch)])
             os.replace(pch, path)

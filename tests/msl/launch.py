@@ -81,7 +81,7 @@ class Options:
     flush_denormals: bool = True
     reduction_order: int = 0  # of simd_sum and friends: 0 butterfly, 1 ascending, 2 descending
     jitter: int = 0  # +- this many ulp on transcendental functions
-    timeout: int = 60  # seconds
+    timeout: int = 60  # seconds of processor time
     misalign: bool = False  # buffers aligned to their element only
 
 

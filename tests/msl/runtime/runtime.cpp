@@ -119,7 +119,15 @@ extern "C" int mslsim_launch(Launch* l) {
   sigaction(SIGBUS, &sa, &o2);
   sigaction(SIGALRM, &sa, &o3);
   sigaction(SIGFPE, &sa, &o4);
-  alarm(l->timeout_s);
+  // Of this thread's own processor time: a busy machine is no endless loop.
+  timer_t timer;
+  struct sigevent event = {};
+  event.sigev_notify = SIGEV_THREAD_ID;
+  event.sigev_signo = SIGALRM;
+  event._sigev_un._tid = gettid();
+  struct itimerspec limit = {{0, 0}, {l->timeout_s, 0}};
+  if (timer_create(CLOCK_THREAD_CPUTIME_ID, &event, &timer) || timer_settime(timer, 0, &limit, 0))
+    abort();
   unsigned csr = _mm_getcsr();
   _mm_setcsr(l->ftz ? csr | 0x8040 : csr);
   if (!sigsetjmp(jb, 1)) {
@@ -192,7 +200,7 @@ extern "C" int mslsim_launch(Launch* l) {
       if (aborted || alive) break;
     }
   }
-  alarm(0);
+  timer_delete(timer);
   _mm_setcsr(csr);
   sigaction(SIGSEGV, &o1, 0);
   sigaction(SIGBUS, &o2, 0);

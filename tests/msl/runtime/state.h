@@ -9,6 +9,7 @@
 #include <signal.h>
 #include <setjmp.h>
 #include <sys/mman.h>
+#include <time.h>
 #include <unistd.h>
 #include <xmmintrin.h>
 #include <vector>
