@@ -17,7 +17,7 @@ import random
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -33,7 +33,6 @@ from mlx_dgemma.decoding import CanvasRequest, DecodingSettings, SeededDraws, de
 from mlx_dgemma.demo.tasks import InfillExample, infill_examples
 from mlx_dgemma.demo.tasks.example import ask
 from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
-from mlx_dgemma.filling import windows
 
 SEED = 2026
 
@@ -169,10 +168,13 @@ def lengths(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     figures: dict[str, Any] = {}
     for name, (known, options, changes) in WAYS.items():
         right, same, forwards = [], [], []
-        texts = chosen[: max(n // 4, 1)] if changes else chosen  # the slow way
+        slow = "Filler._promising" in changes
+        texts = chosen[: max(n // 4, 1)] if slow else chosen
         if "prompt" in options:  # in place of the bare one alone: others tell what to fill in
             texts = [example for example in texts if example.messages == ask(PROMPT)]
-        with patch.multiple(windows.Filler, **changes) if changes else nullcontext():
+        with ExitStack() as patches:
+            for place, value in changes.items():
+                patches.enter_context(patch(f"mlx_dgemma.filling.windows.{place}", value))
             for seed, example in enumerate(texts):
                 text = marked(example, tokenizer, length=known)
                 given = {"prompt": example.messages, **options}
@@ -200,14 +202,15 @@ def _surest(self: Any, cache: Any, window: Any, filled: Any, *_: Any) -> Any:
     return max(filled, key=lambda canvas: canvas.score)
 
 
-# name -> (is the length told, options of infill, methods of Filler that are changed)
+# name -> (is the length told, options of infill, what is changed in windows.py)
 WAYS: dict[str, tuple[bool, dict[str, Any], dict[str, Any]]] = {
     "length given": (True, {}, {}),
     "by what follows": (False, {}, {}),
+    "four filled, the hidden text decides": (False, {}, {"FINALISTS": 4}),
     "every length filled, by its own probability": (
         False,
         {},
-        {"_promising": _every, "_best_followed": _surest},
+        {"Filler._promising": _every, "Filler._best_followed": _surest},
     ),
     "ended early with pads": (False, {"lengths": "pad", "prompt": ROOMY_PROMPT}, {}),
 }

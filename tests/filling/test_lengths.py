@@ -6,9 +6,8 @@ import pytest
 from mlx_dgemma.api import load
 from mlx_dgemma.decoding.denoise import BlockResult
 from mlx_dgemma.demo import CHECKPOINT
-from mlx_dgemma.filling import infill
+from mlx_dgemma.filling import infill, windows
 from mlx_dgemma.filling.lengths import (
-    FINALISTS,
     LENGTHS,
     SPARE,
     alike,
@@ -109,8 +108,10 @@ def settings_of(model):
     return DecodingSettings.from_defaults(model.config.generation, {})
 
 
-def test_few_of_many_lengths_are_filled(demo, monkeypatch):
-    """One look at each, two steps for the finalists, one more look at those."""
+@pytest.mark.parametrize("finalists", [1, 4])
+def test_few_of_many_lengths_are_filled(demo, monkeypatch, finalists):
+    """A look at each, two steps for the finalists, another look at those where they are several."""
+    monkeypatch.setattr(windows, "FINALISTS", finalists)
     filled = []
     denoise = Filler._denoise
 
@@ -120,8 +121,8 @@ def test_few_of_many_lengths_are_filled(demo, monkeypatch):
 
     monkeypatch.setattr(Filler, "_denoise", counting)
     result = infill(*demo, "the old.<hole:1-9>. sings.", **QUICK)
-    assert len(filled) == FINALISTS
-    assert result.forwards == 9 + 2 * FINALISTS + FINALISTS
+    assert len(filled) == finalists
+    assert result.forwards == 9 + 2 * finalists + (finalists if finalists > 1 else 0)
     assert result.unseen == 0
 
 
