@@ -3,10 +3,10 @@
 A denoiser predicts every position of the canvas it is shown, those that are known among them. Where
 a hole is too short or too long, the known text behind it stands where it does not belong and looks
 to it like noise. So one decoder pass with noise in the hole ranks all lengths, and the best is
-filled. Filling several and choosing then costs three times as much and is right no more often.
-Where fillings are compared all the same, one pass decides that is shown the filling but noise
-behind it: how probable is the text that was hidden? What the filled tokens' own probabilities say
-is worth less: a network that has talked itself into a filling is sure of it (benchmarks/README.md).
+filled. Filling four and choosing then costs three times as much and is right no more often.
+A few lengths are all filled, and one pass decides that is shown the filling but noise behind it:
+how probable is the text that was hidden? What the filled tokens' own probabilities say is worth
+less: a network that has talked itself into a filling is sure of it (benchmarks/README.md).
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from mlx_dgemma.model import ContextCache, Model
 
 # Lengths tried for a hole whose length is left to the model; never more than the canvas holds.
 LENGTHS = (*range(1, 13), 14, 16, 20, 24, 32)
-# Of the lengths tried, how many are filled.
+# So many lengths are all filled and the fillings compared; of more, the FINALISTS best are filled.
+FEW = 4
 FINALISTS = 1
 # A network that was trained for it ends a hole that is up to so many tokens too long with pads.
 SPARE = 6

@@ -18,6 +18,7 @@ from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.filling.lengths import (
+    FEW,
     FINALISTS,
     alike,
     belief,
@@ -143,7 +144,7 @@ class Filler:
         whole = [row for row, template in enumerate(templates) if not template.unseen]
         if whole:  # what pushes no text off the canvas
             tries, templates = [tries[row] for row in whole], [templates[row] for row in whole]
-        if len(tries) <= FINALISTS:
+        if len(tries) <= FEW:
             return tries
         looks = []
         for template in templates:

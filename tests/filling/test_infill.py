@@ -111,7 +111,7 @@ def test_any_text_survives_around_its_holes(demo, literals, data):
 def test_a_length_is_chosen_within_its_range(demo):
     result = infill(*demo, "the old.<hole:2-3>. sings.", **QUICK)
     assert result.fillings[0].length in (2, 3)
-    assert result.forwards == 4  # a look at both, two steps for one
+    assert result.forwards == 6  # two candidates of two steps, and a look at each
 
 
 def test_alternatives_come_from_one_prefill_best_first(demo):
@@ -224,7 +224,7 @@ def test_a_word_at_the_edge_does_not_use_up_the_hole(demo):
     assert Layout(tokenizer, [word, " sings"]).joined(0) == 1
     assert Layout(tokenizer, ["the old.", " sings"]).joined(0) == 0
     result = infill(*demo, f"{word}<hole:1> sings.", **QUICK)
-    assert result.forwards == 4  # a look with a place for the word's own token, and merged with it
+    assert result.forwards == 6  # with a place for the word's own token, and merged with it
     assert result.fillings[0].length in (1, 2)
     assert outside(result) == f"{word}\0 sings."
 
