@@ -1,5 +1,8 @@
 """The context cache: exact at every chunk boundary, after trims, restores, saves and growth."""
 
+import gc
+import weakref
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -142,6 +145,14 @@ def test_a_snapshot_whose_tokens_are_gone_is_refused(model):
     cache.trim(1)
     with pytest.raises(InputError, match="taken back since"):
         cache.restore(early)
+
+
+def test_a_snapshot_lives_as_long_as_its_owner(model):
+    """A long chat takes one per turn, each with a copy of every sliding window."""
+    cache = prefilled(model, ids(20))
+    moment = weakref.ref(cache.snapshot())
+    gc.collect()
+    assert moment() is None
 
 
 def test_a_snapshot_of_nothing(model):
