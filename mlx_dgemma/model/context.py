@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +83,8 @@ class ContextCache:
         self.kv_bits = kv_bits
         self.metadata: dict[str, str] = {}
         self.fingerprint = fingerprint
-        self._snapshots: list[Snapshot] = []
+        # Those that can still be restored; who took one keeps it alive, not this list of them.
+        self._snapshots: weakref.WeakSet[Snapshot] = weakref.WeakSet()
 
     @property
     def offset(self) -> int:
@@ -131,7 +133,7 @@ class ContextCache:
         tails = tuple(None if layer.window is None else layer.tail() for layer in self.layers)
         tails = tuple(_copied(tail) for tail in tails)
         snapshot = Snapshot(self.offset, tails)
-        self._snapshots.append(snapshot)
+        self._snapshots.add(snapshot)
         return snapshot
 
     def restore(self, snapshot: Snapshot) -> None:
@@ -140,7 +142,7 @@ class ContextCache:
         InputError when it belongs to another context, or when the context was since cut back
         to before the snapshot, so that the tokens it stands on are gone.
         """
-        if not any(snapshot is known for known in self._snapshots):
+        if snapshot not in self._snapshots:
             raise InputError(
                 "This snapshot is not of this context, or the tokens before it were taken back "
                 "since; prefill the prompt again."
@@ -167,7 +169,7 @@ class ContextCache:
                 f"This context was frozen with kv_bits={frozen.kv_bits}: thaw it in one that was "
                 "made so."
             )
-        self._snapshots = []
+        self._snapshots.clear()
         for layer, tail in zip(self.layers, frozen.tails, strict=True):
             layer.reset(*tail)
 
@@ -231,7 +233,9 @@ class ContextCache:
         return cache
 
     def _forget_snapshots_after(self, offset: int) -> None:
-        self._snapshots = [known for known in self._snapshots if known.offset <= offset]
+        for known in list(self._snapshots):
+            if known.offset > offset:
+                self._snapshots.discard(known)
 
 
 def _nbytes(tail: Tail) -> int:
