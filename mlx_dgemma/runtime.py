@@ -94,7 +94,7 @@ class Runtime:
         self._lock = threading.Lock()
         self._waiting = 0
         self._closed = False
-        self._running: set[threading.Event] = set()
+        self._running: list[threading.Event] = []  # once per request: several may share one
         self._ended = _Worker.run(self._serve)
         atexit.register(self.close)
         try:
@@ -128,8 +128,9 @@ class Runtime:
         read them on another.
 
         deliver: called on the model's thread with every event, with the exception if one ends
-            the request, and with None at the end. Requests take turns block by block, so a
-            short one does not wait for a long one to finish.
+            the request, and with None at the end. If it raises, the request ends and the error
+            is logged. Requests take turns block by block, so a short one does not wait for a
+            long one to finish.
         """
         cancel = cancel or threading.Event()
         if options.get("cache") is None:
@@ -167,12 +168,13 @@ class Runtime:
                     if turn_ends(step) and self._requeue(advance):
                         return
             except BaseException as error:
+                self._running.remove(cancel)
                 deliver(error)
-            self._running.discard(cancel)
+            else:
+                self._running.remove(cancel)
             deliver(None)
 
-        self._running.add(cancel)
-        self._submit(advance)
+        self._submit(advance, cancel)
 
     def stream(
         self,
@@ -189,7 +191,9 @@ class Runtime:
         """
         arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         cancel = self.submit(prompt, arrived.put, drafts=drafts, cancel=cancel, **options)
-        return _receive(arrived, cancel)
+        events = _receive(arrived, cancel)
+        next(events)  # to its try: closing a generator that has not begun would run nothing of it
+        return events
 
     async def astream(
         self,
@@ -254,10 +258,13 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _submit(self, job: Callable[[], None]) -> None:
+    def _submit(self, job: Callable[[], None], cancel: threading.Event | None = None) -> None:
+        """Queues a job; `close` sets its `cancel`."""
         with self._lock:
             if self._closed:
                 raise InputError("This runtime is closed: make a new one.")
+            if cancel is not None:
+                self._running.append(cancel)
             self._waiting += 1
             self._jobs.put(job)
 
@@ -272,7 +279,10 @@ class Runtime:
 
     def _serve(self) -> None:
         while (job := self._jobs.get()) is not None:
-            job()
+            try:
+                job()
+            except BaseException:  # of `deliver`: other requests must not suffer for it
+                log.exception("What receives a request's events raised; the request ends here.")
             with self._lock:
                 self._waiting -= 1
 
@@ -300,8 +310,10 @@ def _find(
 
 def _receive(
     arrived: queue.SimpleQueue[Any], cancel: threading.Event
-) -> Generator[Event, None, None]:
+) -> Generator[Any, None, None]:
+    """None once, to begin with; then the events as they arrive. Closing it sets `cancel`."""
     try:
+        yield None
         while (event := arrived.get()) is not None:
             if isinstance(event, BaseException):
                 raise event

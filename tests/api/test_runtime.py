@@ -89,6 +89,26 @@ def test_a_reader_who_leaves_ends_the_request(runtime):
     assert runtime.call(lambda: "free") == "free"
 
 
+@pytest.mark.parametrize("leave", [lambda stream: stream.close(), lambda stream: None])
+def test_a_reader_who_leaves_before_the_first_event_ends_the_request_too(runtime, leave):
+    cancel = threading.Event()
+    stream = runtime.stream(PROMPT, cancel=cancel, **ENDLESS)
+    leave(stream)
+    del stream
+    assert cancel.is_set()
+    assert runtime.call(lambda: "free") == "free"
+
+
+def test_a_receiver_that_raises_ends_its_own_request_alone(runtime, caplog):
+    def deliver(item):
+        raise RuntimeError("the receiver's own mistake")
+
+    cancel = runtime.submit(PROMPT, deliver, **ENDLESS)
+    assert runtime.call(lambda: "still here") == "still here"
+    assert "the receiver's own mistake" in caplog.text
+    assert not cancel.is_set()
+
+
 def test_cancelling_from_another_thread(runtime):
     cancel = threading.Event()
     stream = runtime.stream(PROMPT, drafts=True, cancel=cancel, **ENDLESS)
@@ -118,6 +138,16 @@ def test_closing_ends_what_runs_and_refuses_what_comes():
     assert last.reason == "cancelled"
     with pytest.raises(InputError, match="closed"):
         runtime.stream(PROMPT)
+
+
+def test_closing_ends_every_request_of_a_shared_cancel():
+    runtime, cancel = Runtime(), threading.Event()
+    long = runtime.stream(PROMPT, drafts=True, cancel=cancel, **ENDLESS)
+    next(long)
+    list(runtime.stream(PROMPT, cancel=cancel, seed=1, **QUICK))  # done before the long one
+    runtime.close()
+    *_, last = long
+    assert last.reason == "cancelled"
 
 
 def test_a_model_that_is_not_there_raises_in_the_constructor(tmp_path):
