@@ -213,12 +213,13 @@ class Runtime:
 
         cancel = self.submit(prompt, deliver, drafts=drafts, cancel=cancel, **options)
         try:
-            while (event := await arrived.get()) is not None:
-                if isinstance(event, BaseException):
-                    raise event
+            while not isinstance(event := await arrived.get(), BaseException | None):
                 yield event
-        finally:
+        except BaseException:  # the reader leaves
             cancel.set()
+            raise
+        if event is not None:
+            raise event
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
         """The whole answer; options are `stream_generate`'s keywords."""
@@ -314,9 +315,10 @@ def _receive(
     """None once, to begin with; then the events as they arrive. Closing it sets `cancel`."""
     try:
         yield None
-        while (event := arrived.get()) is not None:
-            if isinstance(event, BaseException):
-                raise event
+        while not isinstance(event := arrived.get(), BaseException | None):
             yield event
-    finally:
+    except BaseException:  # the reader leaves
         cancel.set()
+        raise
+    if event is not None:
+        raise event

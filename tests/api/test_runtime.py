@@ -140,11 +140,15 @@ def test_closing_ends_what_runs_and_refuses_what_comes():
         runtime.stream(PROMPT)
 
 
-def test_closing_ends_every_request_of_a_shared_cancel():
+def test_requests_may_share_what_cancels_them():
+    """One that ends, or fails, ends no other; closing ends all that are left."""
     runtime, cancel = Runtime(), threading.Event()
     long = runtime.stream(PROMPT, drafts=True, cancel=cancel, **ENDLESS)
     next(long)
-    list(runtime.stream(PROMPT, cancel=cancel, seed=1, **QUICK))  # done before the long one
+    list(runtime.stream(PROMPT, cancel=cancel, seed=1, **QUICK))
+    with pytest.raises(InputError, match="empty"):
+        next(runtime.stream("", cancel=cancel))
+    assert not cancel.is_set()
     runtime.close()
     *_, last = long
     assert last.reason == "cancelled"
