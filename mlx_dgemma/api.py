@@ -28,6 +28,7 @@ from mlx_dgemma.decoding.settings import (
     SamplerName,
     UnconvergedPolicy,
 )
+from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
 from mlx_dgemma.decoding.trace import (
     Comparison,
@@ -292,7 +293,11 @@ def generate(
 
 @dataclass(frozen=True)
 class Replay:
-    """A trace run again. divergence: (block, attempt, step) of the first other draft, or None."""
+    """A trace run again.
+
+    ids: of every committed block. text: theirs, stop strings not looked for. divergence: (block,
+    attempt, step) of the first other draft, or None.
+    """
 
     ids: tuple[int, ...]
     text: str
@@ -307,22 +312,33 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
     record = Trace.load(trace)
     if record.config_digest != config_digest(model.config):
         raise InputError(f"{trace} was recorded with another model: load that one to replay it.")
-    comparison = Comparison(record)
+    comparison, ended = Comparison(record), threading.Event()
+    commits: list[Commit] = []
+
+    def end_where_the_record_does() -> None:
+        if comparison.over(len(commits)):
+            ended.set()
+
+    def observe(step: Step) -> None:
+        comparison.observe(step)
+        end_where_the_record_does()
+
     request = Request(
         prompt=record.prompt,
         settings=record.decoding_settings(),
         draws=RecordedDraws(record),
         seed=record.seed,
         stop_ids=tokenizer.stop_ids,
-        observe=comparison.observe,
+        cancel=ended,
+        observe=observe,
     )
-    commits = [
-        event
-        for event in _stream(
-            model, tokenizer, request, ReplyReader(tokenizer), PreparedPrompt(record.prompt)
-        )
-        if isinstance(event, Commit)
-    ]
+    end_where_the_record_does()
+    for event in _stream(
+        model, tokenizer, request, ReplyReader(tokenizer), PreparedPrompt(record.prompt)
+    ):
+        if isinstance(event, Commit):
+            commits.append(event)
+            end_where_the_record_does()
     return Replay(
         ids=tuple(token for commit in commits for token in commit.ids),
         text="".join(commit.text for commit in commits),

@@ -73,7 +73,8 @@ class Trace:
         check_replaceable(path)
         partial = path.with_name(path.name + f".{os.getpid()}.part")
         try:
-            partial.write_text(json.dumps(asdict(self), separators=(",", ":")))
+            text = json.dumps(asdict(self), separators=(",", ":"), default=np.generic.item)
+            partial.write_text(text)
             partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
@@ -151,7 +152,10 @@ class RecordedDraws:
 
 @dataclass
 class Comparison:
-    """Watches a replay; `divergence` is the first place whose draft differs, or None."""
+    """Watches a replay; `divergence` is the first place whose draft differs, or None.
+
+    seen: steps so far.
+    """
 
     trace: Trace
     seen: int = 0
@@ -166,6 +170,14 @@ class Comparison:
         )
         if not same and self.divergence is None:
             self.divergence = step.place
+
+    def over(self, committed: int) -> bool:
+        """Whether the trace holds nothing more, once so many blocks are committed.
+
+        A recording ends early where its request was cancelled or came upon a stop string.
+        """
+        done = committed >= len(self.trace.committed)
+        return done and self.seen >= len(self.trace.steps)
 
 
 def _record(step: Step) -> dict[str, Any]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import mlx.core as mx
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ from mlx_dgemma.api import encode_prompt, load, replay, stream_generate
 from mlx_dgemma.decoding.canvas import CanvasRequest, Pins
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
-from mlx_dgemma.decoding.events import Commit, Finish
+from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
 
@@ -141,12 +143,35 @@ def test_a_trace_replays_to_the_same_ids(demo, tmp_path):
     assert again.divergence is None
 
 
+@pytest.mark.parametrize("end", ["stop string", "cancel", "cancel at once", "refuse"])
+def test_a_recording_that_ended_early_replays_up_to_there(demo, tmp_path, end):
+    path, cancel, ids = tmp_path / "trace.json", threading.Event(), []
+    options = {"seed": 3, "max_tokens": np.int64(60), "max_denoising_steps": 3, "drafts": True}
+    if end == "stop string":
+        options["stop"] = "11"
+    if end == "refuse":
+        options |= {"on_unconverged": "refuse", "max_denoising_steps": 1}
+    if end == "cancel at once":
+        cancel.set()
+    for event in stream_generate(
+        *demo, "Count from 10 to 99", trace=path, cancel=cancel, canvas_length=16, **options
+    ):
+        if isinstance(event, Commit):
+            ids += event.ids
+        elif isinstance(event, Draft) and (end, event.block, event.step) == ("cancel", 1, 2):
+            cancel.set()
+    again = replay(*demo, path)
+    assert list(again.ids) == ids
+    assert again.divergence is None
+    assert bool(ids) is (end in ("stop string", "cancel"))
+
+
 def test_a_replay_says_where_it_leaves_the_record(demo, tmp_path):
     path = tmp_path / "trace.json"
     ids_of(*demo, seed=8, trace=path)
     text = path.read_text()
     start = text.index('"step":2,"draft":[') + len('"step":2,"draft":[')
-    path.write_text(text[:start] + "1" + text[start:])  # the id 12 becomes 112
+    path.write_text(text[:start] + "1" + text[start:])  # another first id
     assert replay(*demo, path).divergence == (0, 0, 2)
 
 
