@@ -72,7 +72,8 @@ class ConfidenceThresholdSampler:
     """mlx-vlm's default: a position whose token is probable enough is revealed and stays.
 
     At least the surest hidden position is revealed per step, and all of them at the last. A
-    row whose positions are all revealed is complete.
+    row is complete when all its positions are revealed and none of them only because the steps
+    ran out.
     """
 
     def __init__(self, settings: DecodingSettings) -> None:
@@ -84,11 +85,13 @@ class ConfidenceThresholdSampler:
             nothing = mx.zeros(step.canvas.shape, dtype=mx.bool_)
             self.revealed = nothing if step.pinned is None else step.pinned
         hidden = mx.logical_not(self.revealed)
-        reveal = hidden if last else self._surest(step.sample_probability, hidden)
+        sure = self._surest(step.sample_probability, hidden)
+        complete = mx.logical_or(self.revealed, sure).all(axis=1)
+        reveal = hidden if last else sure
         tokens = mx.where(reveal, step.sample, step.canvas)
         self.revealed = mx.logical_or(self.revealed, reveal)
         canvas = mx.where(self.revealed, tokens, step.fresh)
-        return Decision(canvas, reveal, _accept(step, 0.0).status, self.revealed.all(axis=1))
+        return Decision(canvas, reveal, _accept(step, 0.0).status, complete)
 
     def keep(self, rows: mx.array) -> None:
         if self.revealed is not None:

@@ -128,6 +128,7 @@ def test_confidence_threshold_reveals_everything_at_the_last_step():
     sampler = ConfidenceThresholdSampler(DecodingSettings(sampler="confidence-threshold"))
     decision = sampler.decide(step([1, 1], probability=[0.1, 0.2]), last=True)
     assert decision.accepted.tolist() == [[True, True]]
+    assert decision.complete.tolist() == [False]  # the first is shown without being sure
 
 
 @pytest.mark.parametrize("threshold", [0, 1, 2, 3])
