@@ -14,6 +14,7 @@ from dataclasses import asdict
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_flatten
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
@@ -298,14 +299,22 @@ class Model(nn.Module):
         decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
-        """Identifies config, weights and dtype, cheaply: a few rows of every layer, hashed."""
+        """Identifies config, dtype and text weights, by a hash of numbers spread over every tensor.
+
+        An adapter may change a single projection, so none is left out.
+        """
         known = getattr(self, "_fingerprint", None)
         if known is None:
             digest = hashlib.sha256(json.dumps(asdict(self.config.text)).encode())
             digest.update(str(self.dtype).encode())
-            for layer in self.model.decoder.layers:
-                for matrix in (layer.self_attn.o_proj.weight, layer.experts.down_proj.weight[0]):
-                    digest.update(np.array(matrix[0].view(mx.uint8)).tobytes())
+            text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
+            tree = {name: part.parameters() for name, part in text.items()}
+            tensors: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
+            spread = {name: _spread(tensor) for name, tensor in tensors.items()}
+            mx.eval(spread)
+            for name, numbers in spread.items():
+                digest.update(name.encode())
+                digest.update(np.array(numbers).tobytes())
             known = self._fingerprint = digest.hexdigest()
         return known
 
@@ -363,6 +372,12 @@ class Model(nn.Module):
                     f"{expected} placeholders for it."
                 )
         return soft
+
+
+def _spread(tensor: mx.array, count: int = 1024) -> mx.array:
+    """uint8: the bytes of about `count` numbers, taken from all over a tensor."""
+    flat = tensor.reshape(-1)
+    return mx.contiguous(flat[:: max(1, flat.size // count)]).view(mx.uint8)
 
 
 def _chunks(offset: int, count: int, size: int, blocks: np.ndarray | None) -> list[tuple[int, int]]:

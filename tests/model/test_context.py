@@ -6,6 +6,7 @@ import weakref
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten
 from plain_checkpoint import write_plain
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
@@ -203,6 +204,23 @@ def test_files_that_are_no_context_of_this_model(model, tmp_path):
     other = load_model(write_plain(tmp_path / "other", seed=1))
     with pytest.raises(CheckpointError, match="another model"):
         ContextCache.load(path, other)
+
+
+def test_every_text_weight_tells_models_apart(tmp_path):
+    """An adapter of one projection changes what a context should hold, and nothing else."""
+    model = load_model(write_plain(tmp_path))
+    text = (model.model.decoder, model.model.encoder.language_model)
+    tensors = [each for part in text for each in tree_flatten(part.parameters())]
+    original = model.fingerprint()
+    for name, tensor in tensors:
+        kept, rows = mx.array(tensor), tensor.shape[0]
+        tensor[rows // 3 : -(-rows * 2 // 3)] += 0.25
+        del model._fingerprint
+        assert model.fingerprint() != original, name
+        tensor[:] = kept
+    del model._fingerprint
+    assert model.fingerprint() == original
+    assert len(tensors) > 40
 
 
 def test_save_where_it_cannot(model, tmp_path):
