@@ -202,9 +202,7 @@ def _components(model: Model, cache: ContextCache) -> Iterator[tuple[str, _Parts
 
     def densely() -> mx.array:
         return conditioned(
-            kernels.soft_embeddings(
-                raw, stats.max, stats.log_z, _TEMPERATURE, table, softcap=softcap
-            )
+            kernels.soft_embeddings(raw, stats.log_z, _TEMPERATURE, table, softcap=softcap)
         )
 
     def sparsely() -> mx.array:

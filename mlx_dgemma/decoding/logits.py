@@ -94,7 +94,6 @@ class WholeLogits:
     def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
         soft = soft_embeddings(
             self._rows,
-            stats.max,
             stats.log_z,
             temperature,
             self._model.embedding_matrix,

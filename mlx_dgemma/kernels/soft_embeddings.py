@@ -45,7 +45,6 @@ class Survivors(NamedTuple):
 
 def soft_embeddings(
     raw_logits: mx.array,
-    maximum: mx.array,
     log_z: mx.array,
     temperature: float | mx.array,
     table: Matrix | mx.array | nn.Module,
@@ -55,22 +54,8 @@ def soft_embeddings(
 ) -> mx.array:
     """Dense soft embeddings [R, H] of raw logits [R, V] in the table's dtype.
 
-    `maximum` and `log_z` [R] are the row statistics of the same logits at the same temperature.
+    `log_z` [R] is from the row statistics of the same logits at the same temperature.
     """
-    return twin(raw_logits, maximum, log_z, temperature, table, softcap=softcap, scale=scale)
-
-
-def twin(
-    raw_logits: mx.array,
-    maximum: mx.array,
-    log_z: mx.array,
-    temperature: float | mx.array,
-    table: Matrix | mx.array | nn.Module,
-    *,
-    softcap: float = 30.0,
-    scale: float | None = None,
-) -> mx.array:
-    """The dense path in plain MLX operations; temporaries never exceed one slice."""
     return sliced_soft_embeddings(
         lambda start, stop: raw_logits[:, start:stop],
         log_z,

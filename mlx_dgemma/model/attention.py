@@ -59,12 +59,12 @@ class Attention(nn.Module):
         return self.o_proj(attend_causal(queries, segments, first_query, self.window, blocks))
 
     def extend(self, x: mx.array, rope: Table, context: LayerContext) -> None:
-        """Append the keys of x without attending: all the encoder's last layer is needed for."""
-        if "qkv_proj" in self:
-            _, keys, values = self.project(x)
-        else:
-            keys = self._split(self.k_proj(x), self.kv_heads)
-            values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
+        """Append the keys of x without attending: all the encoder's last layer is needed for.
+
+        That layer's projections are never joined, so its queries need not be computed.
+        """
+        keys = self._split(self.k_proj(x), self.kv_heads)
+        values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
         context.append(*self.keys_and_values(keys, values, rope))
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
