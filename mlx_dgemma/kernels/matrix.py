@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import mlx.core as mx
-import mlx.nn as nn
 
 
 @dataclass(frozen=True)
@@ -17,24 +16,6 @@ class Matrix:
     bits: int = 4
     mode: str = "affine"
     activation: mx.Dtype = mx.bfloat16  # what block-scaled modes, which store no float, compute in
-
-    @classmethod
-    def of(cls, source: "Matrix | mx.array | nn.Module") -> "Matrix":
-        """From an array or from a module with `weight` and, if quantized, `scales` and `biases`."""
-        if isinstance(source, Matrix):
-            return source
-        if isinstance(source, mx.array):
-            return cls(source)
-        if "scales" not in source:
-            return cls(source["weight"])
-        return cls(
-            source["weight"],
-            source["scales"],
-            source.get("biases"),
-            source.group_size,
-            source.bits,
-            getattr(source, "mode", "affine"),
-        )
 
     @property
     def quantized(self) -> bool:

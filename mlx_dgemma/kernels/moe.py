@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from functools import partial
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.fuse import fused
@@ -23,38 +22,38 @@ from mlx_dgemma.kernels.router import Routing, choose_experts
 def moe(
     x: mx.array,
     routing: Routing,
-    gate_up: Matrix | mx.array | nn.Module,
-    down: Matrix | mx.array | nn.Module,
+    gate_up: Matrix,
+    down: Matrix,
 ) -> mx.array:
     """Output [T, H] for tokens x [T, H]; gate_up [E, 2F, H], gate first; down [E, H, F]."""
-    up, back = Matrix.of(gate_up), Matrix.of(down)
-    run = metal if registry.use(OPERATION, _shape(x, routing, up), supported(x, up, back)) else twin
-    return run(x, routing, up, back)
+    can = supported(x, gate_up, down)
+    run = metal if registry.use(OPERATION, _shape(x, routing, gate_up), can) else twin
+    return run(x, routing, gate_up, down)
 
 
 def twin(
     x: mx.array,
     routing: Routing,
-    gate_up: Matrix | mx.array | nn.Module,
-    down: Matrix | mx.array | nn.Module,
+    gate_up: Matrix,
+    down: Matrix,
 ) -> mx.array:
     """The same in plain MLX operations."""
     hidden = gate_up_twin(x, routing, gate_up)
     return combine_twin(down_twin(hidden, routing, down), routing.weights, x.dtype)
 
 
-def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix | mx.array | nn.Module) -> mx.array:
+def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix) -> mx.array:
     """GeGLU rows [N, F] in sorted order."""
     top_k = routing.experts.shape[1]
     rows = x[routing.order // top_k][:, None, :]
-    both = Matrix.of(gate_up).apply_gathered(rows, _sorted_experts(routing))[:, 0]
+    both = gate_up.apply_gathered(rows, _sorted_experts(routing))[:, 0]
     width = both.shape[1] // 2
     return geglu(both[:, :width], both[:, width:])
 
 
-def down_twin(hidden: mx.array, routing: Routing, down: Matrix | mx.array | nn.Module) -> mx.array:
+def down_twin(hidden: mx.array, routing: Routing, down: Matrix) -> mx.array:
     """Expert outputs [T, k, H] in token order from sorted rows [N, F]."""
-    rows = Matrix.of(down).apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
+    rows = down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
     places = mx.put_along_axis(
         mx.zeros_like(routing.order),
         routing.order,
@@ -107,8 +106,8 @@ def row_tile(pairs: int, experts: int) -> int:
 def metal(
     x: mx.array,
     routing: Routing,
-    gate_up: Matrix | mx.array | nn.Module,
-    down: Matrix | mx.array | nn.Module,
+    gate_up: Matrix,
+    down: Matrix,
     *,
     tile: int | None = None,
 ) -> mx.array:
@@ -116,8 +115,8 @@ def metal(
     tokens, top_k = routing.experts.shape
     experts = routing.offsets.shape[0] - 1
     tile = row_tile(tokens * top_k, experts) if tile is None else tile
-    hidden = _multiply(x, routing, Matrix.of(gate_up), tile, glu=True)
-    rows = _multiply(hidden, routing, Matrix.of(down), tile, glu=False)
+    hidden = _multiply(x, routing, gate_up, tile, glu=True)
+    rows = _multiply(hidden, routing, down, tile, glu=False)
     width = rows.shape[1]
     return registry.launch(
         _COMBINE,

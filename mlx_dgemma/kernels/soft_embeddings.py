@@ -22,7 +22,6 @@ from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
-import mlx.nn as nn
 
 from mlx_dgemma.kernels import registry
 from mlx_dgemma.kernels.matrix import Matrix
@@ -47,7 +46,7 @@ def soft_embeddings(
     raw_logits: mx.array,
     log_z: mx.array,
     temperature: float | mx.array,
-    table: Matrix | mx.array | nn.Module,
+    table: Matrix,
     *,
     softcap: float = 30.0,
     scale: float | None = None,
@@ -70,33 +69,30 @@ def sliced_soft_embeddings(
     head: Head,
     log_z: mx.array,
     temperature: float | mx.array,
-    table: Matrix | mx.array | nn.Module,
+    table: Matrix,
     *,
     softcap: float = 30.0,
     scale: float | None = None,
 ) -> mx.array:
     """Dense soft embeddings from slices of raw logits, `head(start, stop)` -> [R, stop - start]."""
-    matrix = Matrix.of(table)
     divisor = tempering(temperature, log_z.shape[0])
     total = mx.zeros((log_z.shape[0], 1), dtype=mx.float32)
-    summed = mx.zeros((log_z.shape[0], matrix.columns), dtype=mx.float32)
-    for start in range(0, matrix.weight.shape[0], _COLUMNS):
-        stop = min(start + _COLUMNS, matrix.weight.shape[0])
+    summed = mx.zeros((log_z.shape[0], table.columns), dtype=mx.float32)
+    for start in range(0, table.weight.shape[0], _COLUMNS):
+        stop = min(start + _COLUMNS, table.weight.shape[0])
         raw = head(start, stop)
         if start:  # one slice in memory at a time
             raw, _ = mx.depends([raw, divisor], [summed, total])
-        weights = probabilities(raw, divisor, log_z, softcap, matrix.dtype).astype(matrix.dtype)
-        summed = summed + matrix.rows(start, stop).apply(weights, transpose=False).astype(
-            mx.float32
-        )
+        weights = probabilities(raw, divisor, log_z, softcap, table.dtype).astype(table.dtype)
+        summed = summed + table.rows(start, stop).apply(weights, transpose=False).astype(mx.float32)
         total = total + weights.astype(mx.float32).sum(axis=1, keepdims=True)
-    return scale_embeddings((summed / total).astype(matrix.dtype), scale)
+    return scale_embeddings((summed / total).astype(table.dtype), scale)
 
 
 def kept_soft_embeddings(
     kept: Sequence[Exponentials],
     log_z: mx.array,
-    table: Matrix | mx.array | nn.Module,
+    table: Matrix,
     *,
     scale: float | None = None,
 ) -> mx.array:
@@ -105,17 +101,16 @@ def kept_soft_embeddings(
     Neither head nor softcap nor exponential is computed again. The tempered logits are not cast
     to the table's dtype, so this is the contract's result for float32 tables alone.
     """
-    matrix = Matrix.of(table)
     total = mx.zeros((log_z.shape[0], 1), dtype=mx.float32)
-    summed = mx.zeros((log_z.shape[0], matrix.columns), dtype=mx.float32)
+    summed = mx.zeros((log_z.shape[0], table.columns), dtype=mx.float32)
     start = 0
     for values, maximum, sums in kept:
         stop = start + values.shape[1]
         share = mx.exp(maximum - log_z)[:, None]
-        summed = summed + share * matrix.rows(start, stop).apply(values, transpose=False)
+        summed = summed + share * table.rows(start, stop).apply(values, transpose=False)
         total = total + share * sums[:, None]
         start = stop
-    return scale_embeddings((summed / total).astype(matrix.dtype), scale)
+    return scale_embeddings((summed / total).astype(table.dtype), scale)
 
 
 def probabilities(
@@ -198,7 +193,7 @@ def survivors_twin(
 
 def gather_soft_embeddings(
     survivors: Survivors,
-    table: Matrix | mx.array | nn.Module,
+    table: Matrix,
     *,
     width: int | None = None,
     scale: float | None = None,
@@ -207,40 +202,38 @@ def gather_soft_embeddings(
 
     `width`, if the host knows it, is an upper bound on `counts`; columns behind it are not visited.
     """
-    matrix = Matrix.of(table)
     shape: registry.Shape = {
-        "dtype": str(matrix.dtype),
-        "bits": matrix.bits if matrix.quantized else 0,
-        "group_size": matrix.group_size,
-        "hidden": matrix.columns,
+        "dtype": str(table.dtype),
+        "bits": table.bits if table.quantized else 0,
+        "group_size": table.group_size,
+        "hidden": table.columns,
         "capacity": survivors.ids.shape[1],
     }
-    if registry.use(GATHER, shape, supported_table(matrix)):
-        return gather_metal(survivors, matrix, scale=scale)
-    return gather_twin(survivors, matrix, width=width, scale=scale)
+    if registry.use(GATHER, shape, supported_table(table)):
+        return gather_metal(survivors, table, scale=scale)
+    return gather_twin(survivors, table, width=width, scale=scale)
 
 
 def gather_twin(
     survivors: Survivors,
-    table: Matrix | mx.array | nn.Module,
+    table: Matrix,
     *,
     width: int | None = None,
     scale: float | None = None,
 ) -> mx.array:
     """The same in plain MLX operations, over blocks of rows so that the gather stays small."""
-    matrix = Matrix.of(table)
     width = survivors.ids.shape[1] if width is None else min(width, survivors.ids.shape[1])
     block = max(1, _GATHERED_ROWS // max(1, width))
     blocks: list[mx.array] = []
     for start in range(0, survivors.ids.shape[0], block):
         ids = survivors.ids[start : start + block, :width]
-        weights = survivors.weights[start : start + block, :width].astype(matrix.dtype)
+        weights = survivors.weights[start : start + block, :width].astype(table.dtype)
         if blocks:
             ids, weights = mx.depends([ids, weights], [blocks[-1]])
-        rows = matrix.take(ids)
+        rows = table.take(ids)
         total = weights.astype(mx.float32).sum(axis=1, keepdims=True)
         blocks.append((weights[:, None, :] @ rows)[:, 0].astype(mx.float32) / total)
-    return scale_embeddings(mx.concatenate(blocks).astype(matrix.dtype), scale)
+    return scale_embeddings(mx.concatenate(blocks).astype(table.dtype), scale)
 
 
 _THREADS = 256
@@ -306,30 +299,27 @@ def survivors_metal(
     return Survivors(*outputs)
 
 
-def gather_metal(
-    survivors: Survivors, table: Matrix | mx.array | nn.Module, *, scale: float | None = None
-) -> mx.array:
+def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = None) -> mx.array:
     """The same gather as one Metal kernel; a row costs what it has survivors."""
-    matrix = Matrix.of(table)
-    rows, hidden = survivors.ids.shape[0], matrix.columns
-    bits = matrix.bits if matrix.quantized else 0
+    rows, hidden = survivors.ids.shape[0], table.columns
+    bits = table.bits if table.quantized else 0
     threads = -(-hidden // (8 if bits == 4 else 4))
-    empty = mx.zeros((8,), dtype=matrix.dtype)
+    empty = mx.zeros((8,), dtype=table.dtype)
     return registry.launch(
         _GATHER,
         [
             survivors.ids,
             survivors.weights,
             survivors.counts,
-            matrix.weight,
-            empty if matrix.scales is None else matrix.scales,
-            empty if matrix.biases is None else matrix.biases,
-            mx.array([math.sqrt(hidden) if scale is None else scale], dtype=matrix.dtype),
+            table.weight,
+            empty if table.scales is None else table.scales,
+            empty if table.biases is None else table.biases,
+            mx.array([math.sqrt(hidden) if scale is None else scale], dtype=table.dtype),
         ],
-        template=[("T", matrix.dtype), ("BITS", bits), ("GROUP", matrix.group_size)],
+        template=[("T", table.dtype), ("BITS", bits), ("GROUP", table.group_size)],
         grid=(threads, rows, 1),
         threadgroup=(min(threads, 128), 1, 1),
-        outputs=[((rows, hidden), matrix.dtype)],
+        outputs=[((rows, hidden), table.dtype)],
     )[0]
 
 

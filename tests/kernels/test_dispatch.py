@@ -6,6 +6,7 @@ from harness import emulated, emulator_only
 
 from mlx_dgemma import load, stream_generate
 from mlx_dgemma.kernels import (
+    Matrix,
     gather_soft_embeddings,
     row_statistics,
     select_survivors,
@@ -48,7 +49,7 @@ def test_a_block_of_the_demo_checkpoint_has_the_same_ids(setting, monkeypatch):
 def test_sparse_soft_embeddings_take_both_kernels(monkeypatch):
     raw = mx.random.normal((4, 300)) * 20
     log_z = row_statistics(raw, 0.8, mx.zeros((4, 2))).log_z
-    table = mx.random.normal((300, 64))
+    table = Matrix(mx.random.normal((300, 64)))
     expected = gather_soft_embeddings(select_survivors(raw, log_z, 0.8, mx.float32), table)
     monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
     with emulated() as launched:
