@@ -86,7 +86,7 @@ def load(
 
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
-    format, merged on loading. dtype: "float16", "bfloat16" or "float32", what is computed in; by
+    format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
     default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
     stays in float32.
 
@@ -152,6 +152,9 @@ def stream_generate(
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
     """Generates a reply; yields a Commit per block and a Finish, with `drafts` each Draft too.
+
+    Text that a block held back, such as the start of a stop string, comes in a last Commit
+    without ids.
 
     prompt: a str is one user message, messages go through the chat template, a list or array
         of ids is taken as it is. images: paths, URLs, bytes, PIL images or numpy arrays that
@@ -407,7 +410,7 @@ def _stream(
 def _then_release(
     model: Model, prefilled: Callable[[], None] | None, tokens: int
 ) -> Callable[[], None]:
-    """Once a prompt with images is read, the vision tower goes if denoising needs its room."""
+    """After a prompt with images: releases the vision tower if denoising needs its memory."""
 
     def done() -> None:
         if prefilled is not None:

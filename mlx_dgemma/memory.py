@@ -2,10 +2,11 @@
 
 weights        every tensor of the layout and precision at hand
 context        keys and values of the committed tokens: full layers grow, sliding layers do not
-working set    what one denoising step or one prefill chunk holds at its height
+working set    the most that one denoising step or one prefill chunk holds at once
 
-The working set is an upper estimate from the arrays the loop keeps alive at once; the other two
-are exact. Peaks that were really reached are reported with every generation.
+Weights are exact. The context is exact for a prompt read at once; one that grows turn by turn may
+hold up to 2,048 positions more in its full layers. The working set is an upper estimate from the
+arrays the loop keeps alive at once. The peak really reached is reported with every generation.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loadi
 PLANNED_CONTEXT = 8192  # tokens that a plan counts with, unless more are asked for
 CONTEXT_STEP = 256  # contexts grow in multiples of this
 PREFILL_CHUNK = 2048  # tokens per encoder pass
-QUERY_BLOCK = 256  # of which so many attend at a time
-KEY_CHUNK = 2048  # to so many keys
-SCORES_HELD = 3  # arrays of scores that a chunk of keys takes
+QUERY_BLOCK = 256  # prompt tokens that attend at a time
+KEY_CHUNK = 2048  # keys that they attend to at a time
+SCORES_HELD = 3  # arrays of scores [heads, queries, keys] that are held at once
 PACKED_GROUPS = (64, 32)  # numbers of an 8-bit context that share a scale and a bias
 PACKED_SCALES = 4  # bytes of those two
 VOCABULARY_SLICE = 16384  # columns of the sliced head
@@ -47,8 +48,8 @@ class Plan:
     """Bytes by purpose for one model at one context length.
 
     sliced_head: the logits of a canvas are never held whole, which costs time and saves memory.
-    kv_bits: 8 where the context is kept in 8 bits. packed_total: what all would take if it were;
-        None where it cannot be. token_bytes: how much of the context is each further token's.
+    kv_bits: 8 where the context is kept in 8 bits. packed_total: the total if it were; None where
+        it cannot be. token_bytes: what each further token adds to the context.
     """
 
     weights: int

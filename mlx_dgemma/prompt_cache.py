@@ -20,8 +20,8 @@ class PromptCache:
     """The context of the last prompt, so that the next turn reads only what is new.
 
     A prompt that begins with the last one's ids continues from its end; any other starts
-    afresh. Contexts are reused at that boundary alone: keys recomputed in another division
-    drift by rounding, enough to flip what a canvas accepts.
+    afresh. Contexts are reused at that boundary alone: keys computed in other chunks differ by
+    rounding, enough to change what a canvas accepts.
 
     kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.
 

@@ -1,7 +1,7 @@
 """One thread owns the model; any thread may ask it.
 
-MLX's streams belong to threads, and one canvas fills the machine: so an app or a server hands
-its requests to a Runtime, which serves them on a thread of its own, a block each in turn.
+MLX's streams belong to threads, and one canvas keeps the whole GPU busy. So an app or a server
+hands its requests to a Runtime, which serves them on a thread of its own, taking turns by blocks.
 
     with Runtime() as runtime:                       # the bundled demo checkpoint
         for event in runtime.stream("Count from 3 to 9."):
@@ -73,7 +73,7 @@ class Runtime:
 
     path_or_hf_repo, lazy, revision, adapter_path, dtype: as in `load`, which runs on the model's
     thread; the constructor returns when it has, and raises what it raised.
-    kv_bits: what requests keep their contexts in when they do not say.
+    kv_bits: the default of requests that do not name theirs.
 
     What the model will need is logged before it is loaded, as a warning where that is tight;
     ResourceError where it cannot fit.
@@ -156,8 +156,8 @@ class Runtime:
     ) -> None:
         """Queues any work in steps; `deliver` gets each, as in `submit`.
 
-        cancel: set when the runtime closes; the steps must end soon after. turn_ends: behind
-            which steps another request may have its turn.
+        cancel: set when the runtime closes; the steps must end soon after. turn_ends: after
+            which steps another request may take its turn.
         """
         remaining = iter(steps)
 
@@ -270,7 +270,7 @@ class Runtime:
             self._jobs.put(job)
 
     def _requeue(self, job: Callable[[], None]) -> bool:
-        """Puts a job behind those that wait; False when none does, or at the end."""
+        """Puts a job behind those that wait; False when none does, or when closing."""
         with self._lock:
             if self._closed or self._jobs.empty():
                 return False

@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
     from mlx_dgemma.model.config import ModelConfig
 
-# A first canvas that holds nothing but a stop id is denoised again at these parts of its
-# length, then accepted as it is.
+# A first block that begins with a stop id is denoised again on canvases of these fractions of its
+# length; the last attempt is taken whatever it says.
 REROLL_DIVISORS = (1, 2, 4)
 
 
@@ -232,8 +232,8 @@ def _reply_block(
     """One block; guards the first against an empty reply. None when cancelled.
 
     Terse prompts can make the whole first draft stop ids. "reroll" denoises it again with
-    other draws on shorter canvases; "suppress" keeps stop ids from the first position, in the
-    draft and the sample alone.
+    other draws on shorter canvases; "suppress" keeps stop ids out of the first position, in
+    draft and sample but not in the self-conditioning signal.
     """
     guard = request.settings.empty_reply
     first = block == 0

@@ -91,7 +91,7 @@ class CanvasRequest:
     """One row of a batch: where its random numbers come from and what is known beforehand.
 
     allowed: canvas position -> ids int32 [n], the only ones that position may take in draft
-        and sample. The self-conditioning signal is not told.
+        and sample. The self-conditioning signal is not restricted.
     """
 
     draws: Draws

@@ -36,7 +36,8 @@ if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
 
 
-# Layers described at a time: thirty take Python several milliseconds, in which a GPU would wait.
+# Layers after which the graph built so far is sent to the device. Building all thirty takes Python
+# several milliseconds, in which a GPU would have nothing to do.
 DISPATCH_EVERY = 5
 
 
@@ -46,7 +47,7 @@ class BlockResult:
 
     ids: int32 [C], the last draft (not the noisy canvas).
     entropy: float32 [C], nats, of the last step's tempered distributions; 0 where pinned.
-    settled: int32 [C], the step that last changed the draft there.
+    settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
     logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
     steps: denoising steps taken. converged: whether the stop test fired.
     """

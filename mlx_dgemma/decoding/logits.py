@@ -3,9 +3,9 @@
 `WholeLogits` keeps the raw logits [b, C, V] until the next step has its self-conditioning.
 `SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
-`ExponentialLogits` makes them slice by slice too, but keeps what the statistics made of them, as
-much memory as the logits: the signal then costs one product. It is for where exponentials are dear.
-All give the same statistics, since those walk the vocabulary in the same slices.
+`ExponentialLogits` makes them slice by slice too, but keeps the exponentials that the statistics
+computed, which take as much memory as the logits; the signal then costs one matrix product. It is
+for backends where exponentials are expensive. All give the same statistics, since those walk the vocabulary in the same slices.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
     from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import Model
 
-# A raw logit that leaves no probability behind, yet no NaN in 0 * log 0 either.
+# The raw logit of a banned id: the softcap makes it -softcap, which leaves next to no probability
+# and, unlike -Inf, no NaN from 0 * log 0.
 _OUT_OF_REACH = -1e4
 
 

@@ -66,13 +66,16 @@ class DecodingSettings:
     stability_threshold: the draft must equal this many previous drafts before a block may stop.
     confidence_threshold: nats; the mean entropy must be below it before a block may stop.
     canvas_length: positions denoised together; None is the checkpoint's own.
-    on_unconverged: what happens to a block that used every step without stopping.
-    empty_reply: what happens when the first draft of a request holds nothing but a stop id.
+    on_unconverged: what happens to a block that used every step without stopping: "commit"
+        it, commit it and "warn", or "refuse" it and end the request.
+    empty_reply: what happens when a request's first block begins with a stop id: "reroll"
+        denoises it again with other draws on shorter canvases, "suppress" keeps stop ids from
+        its first position, "allow" takes it as it is.
     conditioning: how the self-conditioning signal is summed. "dense" multiplies every
-        probability with the embedding table; "sparse" takes the tokens that carry all but
-        1/256 of a position's probability, in steps where every position has so few. Their
-        difference is below the rounding of 16-bit logits, so "auto" is sparse where
-        activations have 16 bits and dense in float32.
+        probability with the embedding table. "sparse" sums only tokens of probability 1/1024
+        or more, in steps where they make up all but 1/256 at every position, and is dense in
+        the others. Their difference is below the rounding of 16-bit logits, so "auto" is
+        sparse where activations have 16 bits and dense in float32.
     sliced_head: never hold the logits of a canvas, only a slice of the vocabulary at a time;
         the same values for less memory and a second pass over the head.
     kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.

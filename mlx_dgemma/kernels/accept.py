@@ -28,9 +28,8 @@ class Accepted(NamedTuple):
 
     canvas: mx.array  # [B, C] int32
     accepted: mx.array  # [B, C] bool; never true at a pinned position
-    status: (
-        mx.array
-    )  # [B, 3] float32: draft equals the previous one (0 or 1), mean entropy, finite (0 or 1)
+    # [B, 3] float32: draft equals the previous one (0 or 1), mean entropy (nats), finite (0 or 1)
+    status: mx.array
 
 
 def accept_renoise(

@@ -2,11 +2,10 @@
 which MLX does not fuse.
 
 Keys come in segments: the context's cached prefix, one for every canvas of a batch, and the
-canvas's own keys. Nothing is concatenated, and a prefix that is kept packed is made whole a chunk
-at a time. Without a mask every query sees every key it is given; a sliding window is a slice of the
-keys. The query heads of a key head are folded into rows, and so
-is the batch where a segment is shared, so that keys are read once and each product is one matrix
-multiplication over `chunk` keys.
+canvas's own keys. Nothing is concatenated, and a packed prefix is dequantized a chunk at a time.
+Without a mask every query sees every key it is given; a sliding window is a slice of the keys. The
+query heads that share a key head are folded into rows, and so is the batch where a segment is
+shared, so that keys are read once and each product is one matrix multiplication over `chunk` keys.
 
 A chunk's weights are divided by their own sum before they meet the values, so that the product
 stays within the values' range in any dtype. Softmax and the accumulated output are float32.

@@ -118,7 +118,7 @@ def sliced_row_statistics(
 
     `head(start, stop)` gives the raw logits [rows, stop - start] of one vocabulary slice; it is
     called once per slice of `SLICE` columns, in order, and each slice is done before the next is
-    made. What the slices' sums were made of is appended to `kept` where that is given.
+    made. Each slice's exponentials are appended to `kept` where that is given.
     """
     divisor = tempering(temperature, rows)
     parts: list[_Slice] = []

@@ -1,7 +1,7 @@
 """The context cache: keys and values of the committed tokens, a layer's each by itself.
 
-Exact, or with full-attention layers in 8 bits: sliding layers hold no more than their window, so
-that only the others grow with the context. A canvas never counts as context.
+Sliding layers hold little more than their window; full-attention layers grow with the context, and
+can be kept in 8 bits instead of exactly. A canvas never counts as context.
 """
 
 from __future__ import annotations

@@ -92,7 +92,7 @@ class Layer(nn.Module):
 
 
 class SelfConditioning(GatedMLP):
-    """What the last step believed, added to the canvas embeddings."""
+    """The previous step's prediction, as soft embeddings, added to the canvas embeddings."""
 
     def __init__(self, eps: float):
         super().__init__()
@@ -163,7 +163,7 @@ class Model(nn.Module):
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
         self._seen = FeatureCache()
-        # Set by `load_model`: makes the vision tower unread again.
+        # Set by `load_model`: replaces the vision tower's tensors by unread ones.
         self.reread_vision: Callable[[Model], None] | None = None
 
     # The obvious path, and the contract
@@ -233,8 +233,8 @@ class Model(nn.Module):
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
-        dispatch_every: layers after which what was described is handed to the device, which begins
-            while Python describes the rest; None leaves all to the caller's evaluation.
+        dispatch_every: layers after which the graph built so far is sent to the device, which
+            begins while Python builds the rest; None leaves all evaluation to the caller.
         """
         decoder = self.model.decoder
         x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)

@@ -18,7 +18,7 @@ Table = tuple[mx.array, mx.array]
 
 
 def inverse_frequencies(theta: float, head_dim: int, rotated_pairs: int) -> np.ndarray:
-    """float32 [head_dim / 2]: radians per position of every pair; zero for those that rest."""
+    """float32 [head_dim / 2]: radians per position of every pair; zero where none turns."""
     exponents = np.arange(0, 2 * rotated_pairs, 2, dtype=np.float32) / np.float32(head_dim)
     rotated = np.float32(1.0) / np.power(np.float32(theta), exponents, dtype=np.float32)
     return np.concatenate([rotated, np.zeros(head_dim // 2 - rotated_pairs, np.float32)])
