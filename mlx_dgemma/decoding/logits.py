@@ -5,7 +5,8 @@
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
 `ExponentialLogits` makes them slice by slice too, but keeps the exponentials that the statistics
 computed, which take as much memory as the logits; the signal then costs one matrix product. It is
-for backends where exponentials are expensive. All give the same statistics, since those walk the vocabulary in the same slices.
+for backends where exponentials are expensive. All give the same statistics, since those walk the
+vocabulary in the same slices.
 """
 
 from __future__ import annotations
