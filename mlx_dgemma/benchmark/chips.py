@@ -76,7 +76,7 @@ def known(name: str | None) -> Chip | None:
 
 
 def measured(name: str, dtype: mx.Dtype) -> Chip:
-    """This machine's own ceilings: a large square product, and an array added to itself.
+    """This machine's own ceilings: a large square product, and a long array read and written.
 
     Medians of several runs, a second or two altogether.
     """

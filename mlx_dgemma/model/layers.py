@@ -40,6 +40,19 @@ class Matrix(nn.Module):
         assert packing is not None
         return {"group_size": packing.group_size, "bits": packing.bits, "mode": packing.mode}
 
+    def product(self, x: mx.array, *, transpose: bool) -> mx.array:
+        """x @ W.T for W [out, in] where `transpose`, else x @ W."""
+        if self.quantized:
+            return mx.quantized_matmul(
+                x,
+                self.weight,
+                self.scales,
+                self.get("biases"),
+                transpose=transpose,
+                **self._packed(),
+            )
+        return x @ (self.weight.T if transpose else self.weight)
+
     def dequantize(self, dtype: mx.Dtype) -> None:
         """Replace the packed tensors by one dense weight."""
         self["weight"] = self.rows(slice(None), dtype)
@@ -69,11 +82,7 @@ class Linear(Matrix):
     """x @ weight.T"""
 
     def __call__(self, x: mx.array) -> mx.array:
-        if self.quantized:
-            return mx.quantized_matmul(
-                x, self.weight, self.scales, self.get("biases"), transpose=True, **self._packed()
-            )
-        return x @ self.weight.T
+        return self.product(x, transpose=True)
 
 
 class Embedding(Matrix):
@@ -92,29 +101,11 @@ class Embedding(Matrix):
         """hidden @ table.T"""
         if self._head is not None:
             return hidden @ self._head
-        if self.quantized:
-            return mx.quantized_matmul(
-                hidden,
-                self.weight,
-                self.scales,
-                self.get("biases"),
-                transpose=True,
-                **self._packed(),
-            )
-        return hidden @ self.weight.T
+        return self.product(hidden, transpose=True)
 
     def mix(self, probabilities: mx.array) -> mx.array:
         """probabilities @ table"""
-        if self.quantized:
-            return mx.quantized_matmul(
-                probabilities,
-                self.weight,
-                self.scales,
-                self.get("biases"),
-                transpose=False,
-                **self._packed(),
-            )
-        return probabilities @ self.weight
+        return self.product(probabilities, transpose=False)
 
 
 class RMSNorm(nn.Module):

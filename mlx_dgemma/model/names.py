@@ -17,7 +17,6 @@ Layout = Literal["mlx", "hf"]
 Shapes = dict[str, tuple[tuple[int, ...], str]]
 
 DECODER = "model.decoder."
-ENCODER = "model.encoder."
 ENCODER_TEXT = "model.encoder.language_model."
 VISION_TOWER = "model.encoder.vision_tower."
 EMBED_VISION = "model.encoder.embed_vision."

@@ -192,23 +192,19 @@ def test_non_finite_logits_are_named_at_the_first_step():
         run(ScriptedModel(script))
 
 
-def test_rows_of_a_batch_stop_alone_and_draw_what_they_draw_alone():
-    def script(block, step, canvas):
-        return undecided(4)
+def test_rows_of_a_batch_draw_what_they_draw_alone():
+    def denoise(*seeds):
+        """The steps and results of a row per seed, which begins with that id."""
+        rows = [
+            CanvasRequest(SeededDraws(seed), Pins.from_template([seed, None, None, None]))
+            for seed in seeds
+        ]
+        model = ScriptedModel(lambda block, step, canvas: undecided(4))
+        settings = DecodingSettings(max_denoising_steps=4)
+        return drive(denoise_block(model, ScriptedCache(), settings, rows))
 
-    def deny(seed, step):  # rows differ in their pins, so they can be told apart
-        return CanvasRequest(
-            SeededDraws(seed), Pins.from_template([seed % VOCAB, None, None, None])
-        )
-
-    settings = DecodingSettings(max_denoising_steps=4)
-    alone = [
-        drive(denoise_block(ScriptedModel(script), ScriptedCache(), settings, [deny(seed, 0)]))[0]
-        for seed in (3, 4)
-    ]
-    together, results = drive(
-        denoise_block(ScriptedModel(script), ScriptedCache(), settings, [deny(3, 0), deny(4, 0)])
-    )
+    alone = [denoise(seed)[0] for seed in (3, 4)]
+    together, results = denoise(3, 4)
     for row, steps in enumerate(alone):
         for one, both in zip(steps, together, strict=True):
             assert np.array_equal(one.canvas[0], both.canvas[row])
