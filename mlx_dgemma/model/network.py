@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -182,16 +183,16 @@ class Model(nn.Module):
         chunk_size: int = CHUNK,
         cancelled: Callable[[], bool] | None = None,
     ) -> None:
-        """Extend the context by ids int [1, S], causally, in chunks that end on multiples of
+        """Extend the context by ids int [1, S] or [S], causally, in chunks that end on multiples of
         `chunk_size`, so that a reused prefix was computed exactly as a fresh one would be.
 
         images: one per run of image tokens, in order; a chunk never cuts a run. cancelled:
             asked before every chunk; reading ends when it says so.
+
+        Raises InputError for ids of another shape, outside the vocabulary, or whose image tokens
+        do not fit the images; CheckpointError for images without a vision tower.
         """
-        tokens = np.array(ids, dtype=np.int32).reshape(-1)
-        vocabulary = self.config.text.vocab_size
-        if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-            raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
+        tokens = _token_ids(ids, self.config.text.vocab_size)
         blocks = self._image_blocks(tokens, images)
         if cancelled is not None and cancelled():
             return
@@ -202,7 +203,8 @@ class Model(nn.Module):
                 return
             part = None if blocks is None else blocks[start:stop]
             self._encode(self._embed(tokens[start:stop], part, soft), cache, part)
-            mx.eval(cache.arrays) if stop < tokens.size else mx.async_eval(cache.arrays)
+            evaluate = mx.eval if stop < tokens.size else mx.async_eval
+            evaluate(cache.arrays)
             mx.clear_cache()
 
     def denoise(
@@ -372,6 +374,20 @@ class Model(nn.Module):
                     f"{expected} placeholders for it."
                 )
         return soft
+
+
+def _token_ids(ids: Any, vocabulary: int) -> np.ndarray:
+    """int32 [S], of one prompt given as [S] or [1, S]."""
+    tokens = np.array(ids)
+    one = tokens.ndim == 1 or (tokens.ndim == 2 and len(tokens) == 1)
+    if not one or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
+        raise InputError(
+            "The encoder pass reads whole numbers of one prompt, [S] or [1, S], not "
+            f"{tokens.dtype} {list(tokens.shape)}."
+        )
+    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
+        raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
+    return tokens.astype(np.int32).reshape(-1)
 
 
 def _spread(tensor: mx.array, count: int = 1024) -> mx.array:

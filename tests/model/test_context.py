@@ -74,6 +74,22 @@ def test_chunks_end_on_an_absolute_grid(model, monkeypatch):
     assert seen == [(0, 8), (8, 2), (10, 6), (16, 3)]
 
 
+@pytest.mark.parametrize(
+    ("wrong", "words"),
+    [
+        ([[1, 2], [3, 4]], r"one prompt, \[S\] or \[1, S\], not int64 \[2, 2\]"),
+        ([1.5], "not float64"),
+        ([3, -1], "between 0 and"),
+        ([2**40 + 5], "between 0 and"),
+    ],
+)
+def test_ids_that_are_no_prompt_are_refused(model, wrong, words):
+    cache = prefilled(model, ids(5))
+    with pytest.raises(InputError, match=words):
+        model.prefill(wrong, cache)
+    assert cache.offset == 5
+
+
 def test_denoising_commits_nothing(model):
     cache = prefilled(model, ids(30))
     before = logits(model, cache)
