@@ -6,16 +6,12 @@ tensor names. Nothing here knows about sampling, schedules or text.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
@@ -23,6 +19,7 @@ from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.experts import Experts, Router
+from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.layers import Embedding, GatedMLP, RMSNorm
 from mlx_dgemma.model.masks import image_blocks
@@ -301,23 +298,10 @@ class Model(nn.Module):
         decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
-        """Identifies config, dtype and text weights, by a hash of numbers spread over every tensor.
-
-        An adapter may change a single projection, so none is left out.
-        """
+        """Identifies config, text weights and dtype; computed once."""
         known = getattr(self, "_fingerprint", None)
         if known is None:
-            digest = hashlib.sha256(json.dumps(asdict(self.config.text)).encode())
-            digest.update(str(self.dtype).encode())
-            text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
-            tree = {name: part.parameters() for name, part in text.items()}
-            tensors: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
-            spread = {name: _spread(tensor) for name, tensor in tensors.items()}
-            mx.eval(spread)
-            for name, numbers in spread.items():
-                digest.update(name.encode())
-                digest.update(np.array(numbers).tobytes())
-            known = self._fingerprint = digest.hexdigest()
+            known = self._fingerprint = fingerprint(self)
         return known
 
     # The encoder pass
@@ -388,12 +372,6 @@ def _token_ids(ids: Any, vocabulary: int) -> np.ndarray:
     if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
         raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
     return tokens.astype(np.int32).reshape(-1)
-
-
-def _spread(tensor: mx.array, count: int = 1024) -> mx.array:
-    """uint8: the bytes of about `count` numbers, taken from all over a tensor."""
-    flat = tensor.reshape(-1)
-    return mx.contiguous(flat[:: max(1, flat.size // count)]).view(mx.uint8)
 
 
 def _chunks(offset: int, count: int, size: int, blocks: np.ndarray | None) -> list[tuple[int, int]]:
