@@ -226,11 +226,7 @@ def stream_generate(
     draws: Draws = SeededDraws(seed)
     record = None
     if trace is not None:
-        if opening is not None:
-            raise InputError("A trace cannot hold an opening: leave one of the two out.")
-        if prepared.images:
-            raise InputError("A trace records text alone: leave it or the images out.")
-        check_replaceable(trace)
+        _check_traceable(trace, prepared, opening)
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
         draws = RecordingDraws(draws, record)
     request = Request(
@@ -246,6 +242,15 @@ def stream_generate(
         observe=None if record is None else record.observe,
     )
     return _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+
+
+def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
+    """Refuses what a trace cannot hold, and a path that it must not replace."""
+    if opening is not None:
+        raise InputError("A trace cannot hold an opening: leave one of the two out.")
+    if prepared.images:
+        raise InputError("A trace records text alone: leave it or the images out.")
+    check_replaceable(path)
 
 
 class Options(TypedDict, total=False):
