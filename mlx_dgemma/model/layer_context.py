@@ -78,7 +78,7 @@ class LayerContext:
 
     def tail(self) -> Tail:
         """What must be remembered of this moment: of a full layer, everything."""
-        if not self.buffers:
+        if not self.used:
             return self.base, None
         first = self.used - self.kept
         return self.base + first, tuple(buffer[:, :, first : self.used] for buffer in self.buffers)

@@ -182,6 +182,22 @@ def test_a_snapshot_of_nothing(model):
     np.testing.assert_array_equal(logits(model, cache), expected)
 
 
+def test_a_context_that_was_emptied_again(model, tmp_path):
+    """Its buffers are there, and nothing counts in them."""
+    cache = prefilled(model, ids(9))
+    cache.trim(9)
+    moment, frozen = cache.snapshot(), cache.freeze()
+    cache.save(tmp_path / "emptied")
+    expected = logits(model, model.make_cache())
+    model.prefill(ids(5), cache)
+    cache.restore(moment)
+    other = prefilled(model, ids(3))
+    other.thaw(frozen)
+    for emptied in (cache, other, ContextCache.load(tmp_path / "emptied", model)):
+        assert emptied.offset == 0
+        np.testing.assert_array_equal(logits(model, emptied), expected)
+
+
 def test_save_and_load(model, tmp_path):
     cache = prefilled(model, ids(70))
     cache.metadata["ids"] = "[1, 2]"
