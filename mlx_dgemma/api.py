@@ -403,7 +403,7 @@ def _stream(
                 yield _commit(event, increment)
             else:
                 held = reader.finish()
-                if not held.empty and event.reason != "unconverged":
+                if not held.empty:
                     yield _commit(Commit(ids=(), text="", block=last_block), held)
                 if record is not None and trace is not None:
                     record.save(trace)

@@ -149,6 +149,21 @@ def test_a_cancelled_request_says_so(demo):
     assert finish.reason == "cancelled"
 
 
+@pytest.mark.parametrize("reason", ["stop", "length", "cancelled", "unconverged"])
+def test_all_committed_text_arrives_however_a_reply_ends(demo, monkeypatch, reason):
+    """What could have begun a stop string was committed, and no later block can take it back."""
+    ids = tuple(demo[1].encode("abc"))
+    finish = Finish(reason, 1, 1, (1,), (True,), 1.0, 1, len(ids), 0.0, 0.0, 0)
+
+    def one_block(*_):
+        yield Commit(ids, "", 0)
+        yield finish
+
+    monkeypatch.setattr(api, "generate_blocks", one_block)
+    events = list(stream_generate(*demo, PROMPT, stop="cd"))
+    assert [event.text for event in events] == ["ab", "c", ""]
+
+
 def test_a_closed_stream_ends_quietly(demo):
     stream = stream_generate(*demo, PROMPT, drafts=True, **QUICK)
     next(stream)
