@@ -202,8 +202,9 @@ def _planned_tokens(config: ModelConfig, asked: int) -> int:
 
 
 def set_limits(machine: Machine) -> None:
-    """Tell MLX what it may keep: weights resident up to the GPU's working set, no more than a model
-    may take (beyond it MLX waits for buffers), and few freed ones. Does nothing without Metal."""
+    """Sets MLX's limits: up to the GPU's working set stays wired, allocations beyond what a model
+    may take wait for others to be freed, and few freed buffers are kept for reuse. Does nothing
+    without Metal."""
     if not machine.metal or machine.working_set is None:
         return
     import mlx.core as mx

@@ -35,7 +35,7 @@ class _Worker:
     """A thread for one runtime after another.
 
     It never ends before the process does: MLX keeps compiled functions by thread, and freeing
-    them as a thread dies takes Python's lock, which aborts a program that is just ending.
+    them as a thread dies takes the GIL, which aborts a program that is exiting.
     """
 
     idle: ClassVar[list[_Worker]] = []  # threads that wait for their next runtime

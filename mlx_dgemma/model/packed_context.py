@@ -1,11 +1,11 @@
 """A full-attention layer's context in 8 bits: half the memory, and no longer exact.
 
 Only what is committed is packed. A canvas, and a chunk of the prompt while it is read, attend to
-their own keys and values as they are. The packed ones are made whole a chunk at a time, where
+their own keys and values as they are. The packed ones are dequantized a chunk at a time, where
 attention reads them, so that working memory does not grow with the context.
 
-A position is packed by itself, in groups along the head: how a prompt was divided and what comes
-behind it changes nothing in it.
+Each position is packed by itself, in groups along the head, so its bits depend neither on how the
+prompt was cut into chunks nor on what follows.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.kernels.attention import Pair, Segment
 from mlx_dgemma.model.layer_context import Arrays, LayerContext
 
-# Keys cost more than values: their error is in the scores, the more so the more peaked attention
-# is. But with 8-bit values alone the longest context would still be four fifths as large, and what
-# keys cost is small (benchmarks/README.md has both).
+# Packing keys costs more accuracy than packing values, since their error enters the scores, most
+# where attention is peaked. But packing values alone would leave four fifths of the longest context,
+# and the cost of keys is small (benchmarks/README.md has both).
 BITS = 8
 _GROUPS = (64, 32)
 # Of scales and biases: bfloat16's would be coarse enough to add half the packing's own error.
@@ -48,7 +48,7 @@ def pack(rows: mx.array) -> Arrays:
 
 
 def unpack(packed: Sequence[mx.array], dtype: mx.Dtype) -> mx.array:
-    """[..., D] in `dtype`; computed in float32 only if that is asked for."""
+    """[..., D] in `dtype`; dequantized in float32 where `dtype` is, else in float16."""
     codes, scales, biases = packed
     width = mx.float32 if dtype == mx.float32 else STORED
     size = codes.shape[-1] * (32 // BITS) // scales.shape[-1]
