@@ -74,7 +74,9 @@ class Finish:
     seed: repeats this generation on the same build and device.
     blocks: canvases denoised. steps_per_block, converged: one entry per block.
     tokens_per_forward: committed tokens per decoder pass.
-    prefill_seconds, denoise_seconds: wall time. peak_memory_bytes: MLX's peak for the request.
+    prompt_tokens: of the whole prompt, with what a PromptCache already held.
+    prefill_seconds: reading the prompt. denoise_seconds: denoising and committing; wall time.
+    peak_memory_bytes: MLX's peak for the request, or for all that take turns in a Runtime.
     stop_string: the stop string that ended the answer, if one did.
     """
 
