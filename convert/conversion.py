@@ -116,7 +116,9 @@ def convert(
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
     target = Path(mlx_path).expanduser().resolve()
     if not dry_run and not Path(hf_path).is_dir():
-        foresee_disk(str(hf_path), revision, target, chosen, dtype)
+        small = resolve_source(str(hf_path), revision, weights=False)
+        check_target(target, small, overwrite=overwrite)
+        foresee_disk(small, target, chosen, dtype)
     folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
     if not dry_run:
         check_target(target, folder, overwrite=overwrite)

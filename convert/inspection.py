@@ -122,6 +122,8 @@ def _remote(repository: str, revision: str | None) -> tuple[ModelConfig, dict[st
 
     api = HfApi()
     try:
+        # Says at once that the Hub cannot be reached; a download tries for half a minute.
+        api.model_info(repository, revision=revision, timeout=15)
         path = api.hf_hub_download(repository, "config.json", revision=revision)
         config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
         found = api.get_safetensors_metadata(repository, revision=revision)

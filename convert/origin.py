@@ -19,26 +19,27 @@ from mlx_dgemma.model.adapters import Adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 
 
-def resolve_source(path: str, revision: str | None, *, download_progress: bool = False) -> Path:
-    """The folder of a local checkpoint, or of a Hub repository after downloading it."""
+def resolve_source(
+    path: str, revision: str | None, *, weights: bool = True, download_progress: bool = False
+) -> Path:
+    """The folder of a local checkpoint, or of a Hub repository after downloading it.
+
+    weights: False downloads the small files alone.
+    """
     from mlx_dgemma.hub import resolve_model
 
-    return resolve_model(path, revision=revision, to_load=False, progress=download_progress)
+    return resolve_model(
+        path, revision=revision, to_load=False, weights=weights, progress=download_progress
+    )
 
 
-def foresee_disk(
-    repository: str, revision: str | None, target: Path, recipe: Recipe, dtype: str | None
-) -> None:
-    """Refuse, before the first byte of a weight, an output that will not fit the disk."""
-    from huggingface_hub import hf_hub_download
+def foresee_disk(folder: Path, target: Path, recipe: Recipe, dtype: str | None) -> None:
+    """Refuse, before the first byte of a weight, an output that will not fit the disk.
 
-    try:
-        path = hf_hub_download(repository, "config.json", revision=revision)
-    except Exception:  # whatever is wrong with the repository, the download says it better
-        return
-    config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
-    shapes = dense_shapes(config)
-    plan = make_plan(config, read_json(Path(path)), shapes, recipe, dtype=dtype or "bfloat16")
+    folder: holds the source's config.json.
+    """
+    config, raw = ModelConfig.from_folder(folder), read_json(folder / "config.json")
+    plan = make_plan(config, raw, dense_shapes(config), recipe, dtype=dtype or "bfloat16")
     check_disk(target.parent, plan.total_size)
 
 

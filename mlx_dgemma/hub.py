@@ -120,8 +120,13 @@ def resolve_model(
                 "(--model)."
             )
         return demo_path()
-    folder = Path(path_or_repo).expanduser()
-    if folder.is_dir():
+    try:
+        folder = Path(path_or_repo).expanduser()
+        known = folder.is_dir()
+    except (OSError, RuntimeError) as error:  # a name too long, a user unknown, no permission
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ModelNotFoundError(f"{path_or_repo} cannot be opened: {reason}.") from error
+    if known:
         if revision is not None:
             raise InputError(
                 f"{folder} is a folder on this machine and has no revision {revision}: leave "
@@ -202,7 +207,7 @@ class _Repository:
         missing = {name: size for name, size in files.items() if not self._here(name, info.sha)}
         if to_load:
             check_memory(self.name, files, machine())
-        if missing:
+        if missing and weights:
             self._check_disk(missing)
         return self._download(api, list(files), progress)
 

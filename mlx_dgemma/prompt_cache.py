@@ -77,7 +77,10 @@ class PromptCache:
 
         loaded = cls(model, kv_bits)
         loaded.cache = ContextCache.load(path, model, kv_bits)
-        ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
+        try:
+            ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
+        except (TypeError, ValueError):
+            ids = None
         if not isinstance(ids, list) or len(ids) != loaded.cache.offset:
             raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")
         loaded.mark(ids)

@@ -137,8 +137,9 @@ def synthetic_config(name: str, layers: int | None = None) -> dict[str, Any]:
         raw = _quantized(published_config(), name.removeprefix("26b-"))
     raw["vision_config"] = None
     if layers is not None:
-        if layers < 1:
-            raise InputError(f"--layers {layers} is not possible: use at least 1.")
+        most = raw["text_config"]["num_hidden_layers"]
+        if not 1 <= layers <= most:
+            raise InputError(f"--layers {layers} is not possible: use 1 to {most}.")
         raw = with_layers(raw, layers)
     return raw
 

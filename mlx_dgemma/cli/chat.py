@@ -23,6 +23,7 @@ from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
 from mlx_dgemma.prompt.images import ImageProcessor
 from mlx_dgemma.prompt.media import Medium
+from mlx_dgemma.prompt.messages import check_messages
 from mlx_dgemma.prompt.pictures import open_picture
 from mlx_dgemma.prompt_cache import PromptCache
 
@@ -84,10 +85,15 @@ class Conversation:
 
     def load(self, path: str | Path) -> None:
         cache = PromptCache.load(path, self.session.model, self.cache.kv_bits)
-        messages = json.loads(cache.cache.metadata.get(MESSAGES, "null"))
-        if not isinstance(messages, list):
+        if MESSAGES not in cache.cache.metadata:
             raise InputError(f"{path} holds a context without a conversation; /save writes both.")
-        for part in _image_parts(messages):
+        try:
+            messages = json.loads(cache.cache.metadata[MESSAGES])
+            check_messages(messages)
+            parts = _image_parts(messages)
+        except (DGemmaError, KeyError, TypeError, ValueError) as error:
+            raise InputError(f"The conversation in {path} is damaged: delete the file.") from error
+        for part in parts:
             processor = ImageProcessor.from_config(self.session.model.config)
             part["image"] = processor.prepare(open_picture(part["path"]))
         self.cache, self.messages = cache, messages
@@ -227,7 +233,7 @@ def _seed(talk: Conversation, rest: str) -> str:
     if not rest:
         talk.seed = None
         return "A fresh seed for every reply."
-    if not rest.isdigit():
+    if not (rest.isascii() and rest.isdigit()):
         raise InputError(f"/seed takes a whole number, not {rest!r}.")
     talk.seed = check_seed(int(rest))
     return f"Every reply uses seed {talk.seed}."

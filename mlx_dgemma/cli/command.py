@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import errno
 import functools
+import io
 import os
 import signal
 import sys
@@ -86,7 +87,9 @@ def command(body: Body) -> Main:
 
 def _open_streams() -> None:
     """Where the shell closed standard input (`<&-`) there is nothing to read; where it closed
-    standard error, nobody listens."""
+    standard error, nobody listens; what a terminal's encoding lacks becomes a question mark."""
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="replace")
     if sys.stdin is None:
         sys.stdin = open(os.devnull, encoding="utf-8")  # noqa: SIM115  for the rest of the process
     if sys.stderr is None:

@@ -206,7 +206,8 @@ def _example(arguments: argparse.Namespace) -> Example | None:
         return None
     from mlx_dgemma.demo.tasks import PICTURE, TASKS, held_out
 
-    task, known = arguments.demo or DEFAULT_TASK, [*TASKS, PICTURE.name]
+    task = DEFAULT_TASK if arguments.demo is None else arguments.demo
+    known = [*TASKS, PICTURE.name]
     if task not in known:
         raise InputError(f"--demo knows no task {task!r}; the tasks are {', '.join(known)}.")
     if arguments.seed is None:

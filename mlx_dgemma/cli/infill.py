@@ -45,7 +45,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="START:END",
         help="rewrite these characters of the text instead of filling holes (repeatable)",
     )
-    text.add_argument("--length", type=length, metavar="N[-M]", help="tokens of each edit or hole")
+    text.add_argument(
+        "--length",
+        type=length,
+        metavar="N[-M]",
+        help="tokens of each edit, or of the hole between --prefix and --suffix",
+    )
     text.add_argument(
         "--strength",
         type=float,
@@ -68,7 +73,7 @@ def build_parser() -> argparse.ArgumentParser:
     flags.add_kv_bits(decoding)
     decoding.add_argument(
         "--refine",
-        type=float,
+        type=probability,
         nargs="?",
         const=REFINE_BELOW,
         metavar="P",
@@ -93,6 +98,14 @@ def span(text: str) -> tuple[int, int]:
     return int(start), int(end)
 
 
+def probability(text: str) -> float:
+    """0 to 1."""
+    value = float(text)
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not between 0 and 1")
+    return value
+
+
 def length(text: str) -> int | tuple[int, int]:
     """N or N-M tokens."""
     low, dash, high = text.partition("-")
@@ -106,6 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = _read_text(arguments)
     if not arguments.edit and arguments.strength != 1.0:
         raise InputError("--strength belongs to --edit: a hole holds nothing to keep.")
+    sided = arguments.prefix is not None or arguments.suffix is not None
+    if arguments.length is not None and not (arguments.edit or sided):
+        raise InputError("--length is for --edit, --prefix and --suffix: write <hole:N> instead.")
 
     from mlx_dgemma.filling import refine
 

@@ -64,10 +64,17 @@ def check_writable(path: str | Path, what: str, *, replaced: bool = False) -> No
     replaced: it is written under another name and renamed.
     """
     folder = Path(path).absolute().parent
-    if not folder.is_dir():
-        raise InputError(f"The {what} file {path} cannot be written: there is no folder {folder}.")
-    if Path(path).is_dir() or not os.access(folder, os.W_OK):
-        raise InputError(f"The {what} file {path} cannot be written.")
+    try:
+        if not folder.is_dir():
+            raise InputError(
+                f"The {what} file {path} cannot be written: there is no folder {folder}."
+            )
+        if Path(path).is_dir():
+            raise InputError(f"The {what} file {path} cannot be written: it is a folder.")
+    except OSError as error:  # a name too long, say
+        raise InputError(f"The {what} file {path} cannot be written: {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"The {what} file {path} cannot be written: {folder} is read-only.")
     if replaced:
         check_replaceable(path)
 

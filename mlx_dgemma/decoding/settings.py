@@ -107,8 +107,10 @@ class DecodingSettings:
         self._require("temp", self.temp >= 0 and math.isfinite(self.temp), "0 or more")
         self._require("max_denoising_steps", self.max_denoising_steps >= 1, "at least 1")
         self._require("entropy_bound", self.entropy_bound >= 0, "0 or more (nats)")
-        self._require("t_min", 0 < self.t_min <= self.t_max, "above 0 and at most t_max")
-        self._require("t_max", math.isfinite(self.t_max), "finite")
+        finite = 0 < self.t_max < math.inf
+        self._require("t_max", finite, "a finite number above 0, at least t_min")
+        above = f"above 0 and at most t_max={self.t_max}"
+        self._require("t_min", 0 < self.t_min <= self.t_max, above)
         self._require("reveal_threshold", 0 < self.reveal_threshold <= 1, "between 0 and 1")
         self._require("stability_threshold", self.stability_threshold >= 0, "0 or more")
         self._require("confidence_threshold", self.confidence_threshold >= 0, "0 or more (nats)")

@@ -86,13 +86,26 @@ class Trace:
         try:
             record = json.loads(Path(path).read_text())
             trace = cls(**record)
+            trace._check()
         except OSError as error:
             raise InputError(f"Cannot read the trace {path}: {error.strerror}.") from error
-        except (ValueError, TypeError) as error:
-            raise InputError(f"{path} is not a trace written by --trace.") from error
+        except (AttributeError, TypeError, ValueError) as error:
+            raise InputError(
+                f"{path} is not a trace written by --trace, or is damaged: record it again."
+            ) from error
         if trace.format != FORMAT:
             raise InputError(f"{path} is a trace of format {trace.format}; this reads {FORMAT}.")
         return trace
+
+    def _check(self) -> None:
+        """Raises what Python raises where a field is not as `save` writes it."""
+        self.decoding_settings()
+        for numbers in (self.prompt, *self.draws.values(), *self.committed):
+            array = np.asarray(numbers, dtype=np.float64)
+            if not array.ndim or not (np.abs(array) < 2**31).all():
+                raise ValueError("not a list of numbers")
+        if not all({"block", "attempt", "step", "draft"} <= step.keys() for step in self.steps):
+            raise ValueError("steps without a place or a draft")
 
     def decoding_settings(self) -> DecodingSettings:
         return DecodingSettings(**self.settings)

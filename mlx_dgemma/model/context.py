@@ -10,6 +10,7 @@ import json
 import os
 import weakref
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -194,12 +195,15 @@ class ContextCache:
         }
         partial = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
         try:
+            partial.touch()  # MLX does not say why it cannot
             mx.save_safetensors(str(partial), tensors, header)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
-            raise ResourceError(f"The context cannot be saved to {path}: {error}.") from error
+            reason = getattr(error, "strerror", None) or error
+            raise ResourceError(f"The context cannot be saved to {path}: {reason}.") from error
         finally:
-            partial.unlink(missing_ok=True)
+            with suppress(OSError):
+                partial.unlink()
 
     @classmethod
     def load(cls, path: str | Path, model: Model, kv_bits: int | None = None) -> ContextCache:
@@ -213,23 +217,28 @@ class ContextCache:
         if header.get("format") != _FORMAT:
             raise CheckpointError(f"{path} is not a context saved by this program.")
         cache = model.make_cache(kv_bits)
-        if header["fingerprint"] != model.fingerprint():
-            raise CheckpointError(f"{path} holds the context of another model; prefill it again.")
-        if (stored := json.loads(header.get("kv_bits", "null"))) != kv_bits:
-            kind, way = ("exact", "without") if stored is None else (f"{stored}-bit", "with")
-            raise CheckpointError(
-                f"{path} holds an {kind} context: read it {way} kv_bits={BITS} (--kv-bits {BITS}), "
-                "or prefill it again."
-            )
-        bases = json.loads(header["bases"])
-        for index, (layer, base) in enumerate(zip(cache.layers, bases, strict=True)):
-            arrays = [tensors.get(f"layers.{index}.{part}") for part in layer.parts]
-            held = tuple(array for array in arrays if array is not None)
-            layer.reset(base, held if len(held) == len(arrays) else None)
-        if any(layer.offset != int(header["offset"]) for layer in cache.layers):
-            raise CheckpointError(f"{path} is incomplete; delete it and prefill again.")
-        mx.eval(cache.arrays)
-        cache.metadata = json.loads(header["metadata"])
+        try:
+            if header["fingerprint"] != model.fingerprint():
+                raise CheckpointError(
+                    f"{path} holds the context of another model; prefill it again."
+                )
+            if (stored := json.loads(header.get("kv_bits", "null"))) != kv_bits:
+                kind, way = ("exact", "without") if stored is None else (f"{stored}-bit", "with")
+                raise CheckpointError(
+                    f"{path} holds an {kind} context: read it {way} kv_bits={BITS} "
+                    f"(--kv-bits {BITS}), or prefill it again."
+                )
+            bases = json.loads(header["bases"])
+            for index, (layer, base) in enumerate(zip(cache.layers, bases, strict=True)):
+                arrays = [tensors.get(f"layers.{index}.{part}") for part in layer.parts]
+                held = tuple(array for array in arrays if array is not None)
+                layer.reset(base, held if len(held) == len(arrays) else None)
+            if any(layer.offset != int(header["offset"]) for layer in cache.layers):
+                raise CheckpointError(f"{path} is incomplete; delete it and prefill again.")
+            mx.eval(cache.arrays)
+            cache.metadata = dict(json.loads(header["metadata"]))
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged; delete it and prefill again.") from error
         return cache
 
     def _forget_snapshots_after(self, offset: int) -> None:
@@ -253,9 +262,11 @@ def _copied(tail: Tail | None) -> Tail | None:
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
     try:
+        path.open("rb").close()  # MLX does not say why it cannot
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         tensors, header = loaded
         mx.eval(tensors)
     except (OSError, RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as a saved context: {error}.") from error
+        reason = getattr(error, "strerror", None) or "it is damaged, or something else"
+        raise CheckpointError(f"{path} cannot be read as a saved context: {reason}.") from error
     return tensors, header

@@ -63,6 +63,11 @@ class ServerSettings:
             )
         if not 0 <= self.port <= 65535:
             raise InputError(f"port={self.port} is not possible: use 1 to 65535.")
+        if self.max_prompt_tokens is not None and self.max_prompt_tokens < 1:
+            raise InputError(
+                f"max_prompt_tokens={self.max_prompt_tokens} is not possible: use at least 1, or "
+                "leave it out."
+            )
         for name in ("max_body_bytes", "max_output_tokens", "max_choices", "max_concurrent"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use at least 1.")

@@ -106,5 +106,6 @@ def test_the_notes_say_what_the_command_counts(capsys: pytest.CaptureFixture[str
 def test_a_synthetic_name_that_is_none() -> None:
     with pytest.raises(InputError, match="26b-4bit"):
         synthetic_config("27b")
-    with pytest.raises(InputError, match="at least 1"):
-        synthetic_config("medium", 0)
+    for layers in (0, 999_999):
+        with pytest.raises(InputError, match=f"{layers} is not possible: use 1 to 6"):
+            synthetic_config("medium", layers)

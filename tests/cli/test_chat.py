@@ -121,6 +121,7 @@ def test_seed_think_and_help(talk) -> None:  # type: ignore[no-untyped-def]
     [
         ("/nope", "There is no command /nope"),
         ("/seed x", "/seed takes a whole number"),
+        ("/seed ²", "/seed takes a whole number"),
         ("/think maybe", "/think takes on, off or nothing"),
         ("/save", "/save takes a file name"),
         ("/save /no/such/folder/x", "There is nothing to save yet"),
@@ -145,6 +146,26 @@ def test_a_context_without_its_conversation_is_refused(talk, tmp_path: Path) -> 
     _, _, err = talk(f"/load {tmp_path / 'bare.safetensors'}")
     assert "error: " in err
     assert json.dumps("Continuing") not in err
+
+
+@pytest.mark.parametrize("messages", ["x", [1], [{"role": "pope"}], [{"content": [{}]}]])
+def test_a_damaged_conversation_is_refused(messages, talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    from mlx_dgemma.api import load
+
+    cache = PromptCache(load()[0])
+    cache.mark([])
+    cache.cache.metadata["messages"] = messages if messages == "x" else json.dumps(messages)
+    cache.save(tmp_path / "talk")
+    code, _, err = talk(f"/load {tmp_path / 'talk'}")
+    assert code == 0
+    assert f"error: The conversation in {tmp_path / 'talk'} is damaged: delete the file." in err
+
+
+def test_what_cannot_be_saved_says_why(talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    _, _, err = talk("hello", "/save /no/such/folder/x", f"/save {tmp_path}", "/load /no/such/file")
+    assert "error: The context cannot be saved to /no/such/folder/x: No such file or d" in err
+    assert f"error: {tmp_path} is no regular file and must not be replaced" in err
+    assert "error: /no/such/file cannot be read as a saved context: No such file or d" in err
 
 
 def test_quit_ends_at_once(talk, asked) -> None:  # type: ignore[no-untyped-def]

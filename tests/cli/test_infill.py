@@ -85,6 +85,7 @@ def test_a_filling_can_be_told_without_colour():
         (["<hole:99>"], "longer than the canvas"),
         (["<hole>", "--prefix", "a"], "once"),
         (["<hole>", "--strength", "0.5"], "--edit"),
+        (["<hole>", "--length", "2"], "write <hole:N> instead"),
         (["text", "--edit", "3:99"], "span"),
         (["--file", "/nowhere/at/all"], "Cannot read"),
         (["<hole>", "--n", "0"], "n=0"),
@@ -97,6 +98,14 @@ def test_mistakes_are_one_sentence_and_exit_code_2(call, words, capsys):
     assert words in captured.err
     assert captured.out == ""
     assert "Traceback" not in captured.err
+
+
+@pytest.mark.parametrize("value", ["-1", "1.5", "nan"])
+def test_a_probability_lies_between_0_and_1(value, capsys):
+    with pytest.raises(SystemExit) as left:
+        main(["<hole:1>", f"--refine={value}"])
+    assert left.value.code == 2
+    assert f"{value} is not between 0 and 1" in capsys.readouterr().err
 
 
 def test_a_context_in_8_bits(capsys, monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -69,11 +70,7 @@ def test_a_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(
     "arguments",
     [
         ["-m", "mlx_dgemma", "generate"],
-        ["-m", "mlx_dgemma.generate"],
-        ["-m", "mlx_dgemma.chat"],
-        ["-m", "mlx_dgemma.convert"],
-        ["-m", "mlx_dgemma.server"],
-        ["-m", "mlx_dgemma.benchmark"],
+        *(["-m", f"mlx_dgemma.{verb}"] for verb in VERBS),
     ],
 )
 def test_python_m_works(arguments: list[str]) -> None:
@@ -133,6 +130,17 @@ def test_a_closed_standard_output_is_one_sentence() -> None:
     assert done.returncode == 2
     assert done.stderr == "error: Standard output is closed: send it somewhere.\n"
     assert closed("--help", ">&-").stderr == ""
+
+
+def test_what_the_terminals_encoding_lacks_is_a_question_mark() -> None:
+    asked = "infill --edit 0:1 --strength 0 $'\\xe9 na\\u00efve'"  # a byte that is no UTF-8
+    done = subprocess.run(
+        ["bash", "-c", f'"{sys.executable}" -m mlx_dgemma {asked}'],
+        capture_output=True,
+        env={**os.environ, "LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1:strict"},
+        check=False,
+    )
+    assert (done.returncode, done.stdout) == (0, b"? na\xefve\n"), done.stderr
 
 
 def test_a_closed_standard_error_is_nobody_to_tell() -> None:

@@ -1,6 +1,7 @@
 """Sources and targets on the Hub, against a stub: download, resume, upload, refusals, headers."""
 
 import json
+import time
 from collections import namedtuple
 from pathlib import Path
 
@@ -10,8 +11,8 @@ from mlx_dgemma.cli.convert import main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
 from mlx_dgemma.convert.verify import verify
-from mlx_dgemma.errors import CheckpointError, ModelNotFoundError, ResourceError
-from tests.hub.conftest import hub  # noqa: F401 (a fixture)
+from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
+from tests.hub.conftest import hub, point_to  # noqa: F401 (a fixture)
 
 NAME = "someone/diffusion"
 
@@ -79,6 +80,24 @@ def test_disk_for_the_output_is_checked_before_the_download(stub, tmp_path, monk
     with pytest.raises(ResourceError, match="GB"):
         convert(NAME, tmp_path / "out", quantize=True)
     assert not any(asked.path.endswith(".safetensors") for asked in stub.downloads())
+
+
+def test_a_target_that_is_taken_is_found_before_the_download(stub, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="exists; choose another"):
+        convert(NAME, tmp_path / "out", quantize=True)
+    assert not any(asked.path.endswith(".safetensors") for asked in stub.downloads())
+
+
+@pytest.mark.parametrize("look", [inspect, lambda name: convert(name, "out", quantize=True)])
+def test_an_unreachable_hub_is_said_at_once(look, stub, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    point_to("http://127.0.0.1:9", monkeypatch)
+    began = time.monotonic()
+    with pytest.raises(ModelNotFoundError, match="cannot be reached"):
+        look("someone/other")
+    assert time.monotonic() - began < 5  # a download would try for half a minute
 
 
 def test_inspect_reads_headers_only(stub, checkpoint):

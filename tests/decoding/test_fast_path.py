@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import InputError
 
 PROMPT = "Count from 3 to 9."
@@ -182,6 +184,31 @@ def test_foreign_files_are_no_traces(demo, tmp_path):
         replay(*demo, path)
     with pytest.raises(InputError, match="Cannot read"):
         replay(*demo, tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"prompt": None},
+        {"prompt": ["a"]},
+        {"prompt": [1 << 40]},
+        {"settings": [1]},
+        {"settings": {"no_such_setting": 1}},
+        {"draws": []},
+        {"draws": {"0.0.0.canvas": [1e99] * 32}},
+        {"draws": {"0.0.0.canvas": None}},
+        {"steps": [{}]},
+        {"steps": [0]},
+        {"committed": 3},
+    ],
+)
+def test_a_damaged_trace_is_named(damage, tmp_path):
+    path = tmp_path / "trace.json"
+    Trace(1, [2, 3], {}, "digest").save(path)
+    assert Trace.load(path).prompt == [2, 3]
+    path.write_text(json.dumps({**json.loads(path.read_text()), **damage}))
+    with pytest.raises(InputError, match="is damaged"):
+        Trace.load(path)
 
 
 def test_a_sparse_signal_stays_within_its_bound(demo, context):

@@ -238,6 +238,31 @@ def test_files_that_are_no_context_of_this_model(model, tmp_path):
         ContextCache.load(path, other)
 
 
+@pytest.mark.parametrize("value", [None, "x", "[]", "-1", "null", "[1]"])
+@pytest.mark.parametrize("key", ["bases", "offset", "metadata", "fingerprint"])
+def test_a_damaged_header_is_named(key, value, model, tmp_path):
+    path = tmp_path / "file.safetensors"
+    prefilled(model, ids(9)).save(path)
+    tensors, header = mx.load(str(path), return_metadata=True)
+    header = {name: text for name, text in header.items() if name != key}
+    mx.save_safetensors(str(path), tensors, header if value is None else {**header, key: value})
+    if (key, value) == ("metadata", "[]"):
+        assert ContextCache.load(path, model).metadata == {}
+        return
+    with pytest.raises(CheckpointError, match=r"damaged|incomplete|another model"):
+        ContextCache.load(path, model)
+
+
+def test_tensors_of_another_shape_are_named(model, tmp_path):
+    path = tmp_path / "file.safetensors"
+    prefilled(model, ids(9)).save(path)
+    tensors, header = mx.load(str(path), return_metadata=True)
+    tensors = {name: tensor.T for name, tensor in tensors.items()}
+    mx.save_safetensors(str(path), tensors, header)
+    with pytest.raises(CheckpointError, match="damaged"):
+        ContextCache.load(path, model)
+
+
 def test_every_text_weight_tells_models_apart(tmp_path):
     """An adapter of one projection changes what a context should hold, and nothing else."""
     model = load_model(write_plain(tmp_path))

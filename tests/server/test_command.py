@@ -42,6 +42,7 @@ def test_flags_become_settings() -> None:
         (["--host", "0.0.0.0"], "set an API key"),
         (["--max-concurrent", "0"], "max_concurrent=0 is not possible"),
         (["--max-seconds", "0"], "max_seconds=0.0 is not possible"),
+        (["--max-prompt-tokens", "-1"], "max_prompt_tokens=-1 is not possible"),
         (["--port", "99999"], "port=99999 is not possible"),
         (["--port", "0", "--model", "/no/such/folder"], "/no/such/folder"),
         (["--host", "192.0.2.1", "--api-key", "k"], "Cannot listen on 192.0.2.1 ("),

@@ -46,4 +46,4 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     console.print(Text(f"Floors of a step in ms, {found['evidence']}:", "bold"))
     for name, floor in found["floor_ms"].items():
-        console.print(f"  {name:<15} {floor:>8.1f}")
+        console.print(f"  {name:<15} {floor:>8.3g}")
