@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.decoding import schedule
 from mlx_dgemma.decoding.canvas import CanvasRequest, stack_pins
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.logits import Logits, make_logits
 from mlx_dgemma.decoding.sampler import StepInput, make_sampler
-from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
@@ -134,17 +134,19 @@ def denoise_block(
     )
     for taken, step in enumerate(range(first, 0, -1), start=1):
         place = Place(block, attempt, taken)
-        now = temperature(step, total, settings.t_min, settings.t_max)
+        temperature = schedule.temperature(step, total, settings.t_min, settings.t_max)
         draws = [requests[row].draws for row in batch.rows]
 
-        seen = _predict(model, cache, settings, batch, requests, place, now, banned)
+        # One decoder pass, and what decoding wants to know of its distributions.
+        seen = _predict(model, cache, settings, batch, requests, place, temperature, banned)
+        # Which samples the next canvas keeps; all its other positions are noise again.
         decision = sampler.decide(
             StepInput(
                 canvas=batch.canvas,
                 entropy=seen.entropy,
                 draft=seen.draft,
                 sample=seen.sample,
-                sample_probability=_sample_probability(model, seen, now),
+                sample_probability=_sample_probability(model, seen, temperature),
                 fresh=mx.stack([source.renoise(place, length, vocab_size) for source in draws]),
                 previous_draft=batch.draft,
                 pinned=None if batch.pins is None else batch.pins[1],
@@ -153,7 +155,7 @@ def denoise_block(
         )
         changed = True if batch.draft is None else seen.draft != batch.draft
         batch.settled = mx.where(changed, taken, batch.settled)
-        survivors = seen.logits.survivors(seen.stats, now) if sparse and step > 1 else None
+        survivors = seen.logits.survivors(seen.stats, temperature) if sparse and step > 1 else None
         report = _report(decision.status, survivors, batch.pins)
         mx.eval(report, decision.complete, seen.draft, seen.entropy, batch.settled)
         yield Step(
@@ -189,8 +191,9 @@ def denoise_block(
             )
         if ended.all():
             break
+        # What the next step is told of this one's distributions, and the canvas it denoises.
         few = survivors if numbers[-2] < DROPPED_MASS else None
-        batch.signal = _signal(model, seen, now, batch.pins, few, int(numbers[-1]))
+        batch.signal = _signal(model, seen, temperature, batch.pins, few, int(numbers[-1]))
         batch.canvas, batch.draft = decision.canvas, seen.draft
         if ended.any():
             going = np.flatnonzero(~ended)
@@ -226,7 +229,7 @@ def _predict(
     batch: _Batch,
     requests: Sequence[CanvasRequest],
     place: Place,
-    now: float,
+    temperature: float,
     banned: Sequence[int],
 ) -> _Prediction:
     shape = batch.canvas.shape
@@ -236,7 +239,7 @@ def _predict(
         uniforms = mx.zeros((*shape, 2))
     else:
         uniforms = mx.stack([requests[row].draws.sample(place, shape[1]) for row in batch.rows])
-    stats = logits.statistics(now, uniforms.reshape(-1, 2), settings.temp)
+    stats = logits.statistics(temperature, uniforms.reshape(-1, 2), settings.temp)
     entropy = stats.entropy.reshape(shape)
     draft, sample = stats.argmax.reshape(shape), stats.sample.reshape(shape)
     for line, row in enumerate(batch.rows):
@@ -244,7 +247,7 @@ def _predict(
             choice = mx.array(options)
             best = row_statistics(
                 logits.row(line, position, choice)[None],
-                now,
+                temperature,
                 uniforms[line, position][None],
                 softcap=model.config.text.final_logit_softcapping,
                 temp=settings.temp,
@@ -264,9 +267,9 @@ def _softcapped(model: Model, raw: mx.array) -> mx.array:
     return softcap * mx.tanh(raw / softcap)
 
 
-def _sample_probability(model: Model, seen: _Prediction, now: float) -> mx.array:
+def _sample_probability(model: Model, seen: _Prediction, temperature: float) -> mx.array:
     """float32 [b, C]: the tempered probability of each position's sample."""
-    tempered = _softcapped(model, seen.logits.at(seen.sample)) / now
+    tempered = _softcapped(model, seen.logits.at(seen.sample)) / temperature
     return mx.exp(tempered - seen.stats.log_z.reshape(tempered.shape))
 
 
@@ -286,7 +289,7 @@ def _report(
 def _signal(
     model: Model,
     seen: _Prediction,
-    now: float,
+    temperature: float,
     pins: tuple[mx.array, mx.array] | None,
     survivors: Survivors | None = None,
     kept: int = 0,
@@ -296,7 +299,7 @@ def _signal(
     survivors: the tokens to sum over, at most `kept` per position; None sums over all.
     """
     if survivors is None:
-        soft = seen.logits.signal(seen.stats, now)
+        soft = seen.logits.signal(seen.stats, temperature)
     else:
         width = 1 << max(kept - 1, 0).bit_length()  # few different shapes
         table = model.embedding_matrix
