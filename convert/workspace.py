@@ -17,6 +17,7 @@ from typing import Any
 from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.shards import file_digest, write_json
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.memory import gigabytes
 from mlx_dgemma.model.config import read_json
 
 JOURNAL = "conversion.json"
@@ -52,7 +53,7 @@ def check_disk(folder: Path, size: int) -> None:
     needed, free = size + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
         raise ResourceError(
-            f"{folder}: {needed / 1e9:.1f} GB are needed and {free / 1e9:.1f} GB are free; "
+            f"{folder}: {gigabytes(needed)} are needed and {gigabytes(free)} are free; "
             "make room or choose another --mlx-path."
         )
 
@@ -85,7 +86,11 @@ class Workspace:
                 raise ResourceError(
                     f"{self.folder}: another conversion is writing there; wait for it."
                 ) from error
-            yield self
+            try:
+                yield self
+            finally:
+                if self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [_LOCK]:
+                    shutil.rmtree(self.folder)  # refused before anything was written
 
     def recover(self, plan: Plan, on_bytes: Callable[[int], None]) -> list[str]:
         """Which shards of an interrupted run can be kept; everything else there is removed.

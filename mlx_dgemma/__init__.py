@@ -12,11 +12,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.errors import DGemmaError
 
 if TYPE_CHECKING:
     from mlx_dgemma.api import Replay, generate, load, replay, stream_generate
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
-    from mlx_dgemma.errors import DGemmaError
     from mlx_dgemma.filling.infill import edit, infill, refine, regenerate
     from mlx_dgemma.filling.results import Infill
     from mlx_dgemma.prompt_cache import PromptCache
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 _NAMES = {
     "api": ("Replay", "generate", "load", "replay", "stream_generate"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
-    "errors": ("DGemmaError",),
     "filling.infill": ("edit", "infill", "refine", "regenerate"),
     "filling.results": ("Infill",),
     "prompt_cache": ("PromptCache",),

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
 
 from mlx_dgemma._version import __version__
 
+INTERRUPTED = 130
 VERBS = {
     "generate": "one prompt, one reply, and the canvas while it resolves",
     "chat": "a conversation in the terminal",
@@ -42,10 +46,26 @@ def main(argv: Sequence[str] | None = None) -> int:
 def launch(verb: str, argv: Sequence[str] | None = None) -> int:
     """Imports and runs one command; Ctrl-C while it imports, half a second, ends it too."""
     try:
-        command = import_module(f"mlx_dgemma.cli.{verb}").main
+        with _left_on_interrupt():
+            command = import_module(f"mlx_dgemma.cli.{verb}").main
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return int(command(argv))
+
+
+@contextmanager
+def _left_on_interrupt() -> Iterator[None]:
+    """Ctrl-C ends the process at once: raised inside MLX's import, it would come out as an
+    ImportError."""
+    try:
+        before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+    except ValueError:  # not the main thread, which alone is interrupted
+        yield
+        return
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 generate, chat, infill, convert, server, benchmark, doctor = (

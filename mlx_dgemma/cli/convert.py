@@ -24,6 +24,7 @@ from rich.table import Table
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import USER_ERROR, Parser, command
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.memory import gigabytes
 
 DTYPES = ("float16", "bfloat16", "float32")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
@@ -85,9 +86,10 @@ def _convert(arguments: list[str]) -> int:
     if report.resumed:
         print(f"kept {len(report.resumed)} finished files of an earlier run", file=sys.stderr)
     verb = "wrote" if report.written else "would write"
+    files = "1 file" if len(report.shards) == 1 else f"{len(report.shards)} files"
     print(
-        f"{verb} {report.target}: recipe {report.recipe}, {report.total_size / 1e9:.2f} GB in "
-        f"{len(report.shards)} files, {report.bits_per_weight:.2f} bits per weight"
+        f"{verb} {report.target}: recipe {report.recipe}, {gigabytes(report.total_size)} in "
+        f"{files}, {report.bits_per_weight:.2f} bits per weight"
         + (f", {report.seconds:.0f} s" if report.written else "")
     )
     if report.table is not None:
@@ -199,7 +201,7 @@ def _inspect(arguments: list[str]) -> int:
         f"\n{found.tensors:,} tensors, {found.parameters:,} parameters, "
         f"{found.total_size:,} bytes, {found.bits_per_weight:.2f} bits per weight"
     )
-    console.print(f"with an 8k context: {found.needed_bytes / 1e9:.1f} GB (predicted)")
+    console.print(f"with an 8k context: {gigabytes(found.needed_bytes)} (predicted)")
     words = {"yes": "fits", "raise": "only with a raised iogpu.wired_limit_mb", "no": "too small"}
     for fit in found.fits:
         console.print(f"  Mac with {fit.memory_gb:>3} GB: {words[fit.fits]}")

@@ -199,7 +199,7 @@ class ContextCache:
             mx.save_safetensors(str(partial), tensors, header)
             os.replace(partial, path)
         except (OSError, RuntimeError) as error:
-            reason = getattr(error, "strerror", None) or error
+            reason = getattr(error, "strerror", None) or "the disk is probably full"
             raise ResourceError(f"The context cannot be saved to {path}: {reason}.") from error
         finally:
             with suppress(OSError):

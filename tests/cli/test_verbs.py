@@ -98,6 +98,30 @@ def test_a_command_imports_nothing_slow_before_it_can_be_interrupted(
     assert main(["generate"]) == launcher.server([]) == 130
 
 
+def test_ctrl_c_that_an_import_swallows_ends_it_too() -> None:
+    swallowing = """if True:
+        import signal
+        import mlx_dgemma.__main__ as launcher
+
+        def swallow(name):
+            try:
+                signal.raise_signal(signal.SIGINT)
+            except BaseException:
+                raise ImportError("as MLX's extension does")
+
+        launcher.import_module = swallow
+        launcher.doctor([])
+    """
+    done = subprocess.run([sys.executable, "-c", swallowing], capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (130, b"")
+
+
+def test_errors_are_there_before_anything_is_used() -> None:
+    seen = "import mlx_dgemma; print(mlx_dgemma.errors.InputError.__name__)"
+    done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=False)
+    assert done.stdout == "InputError\n", done.stderr
+
+
 def piped(to: str) -> subprocess.CompletedProcess[str]:
     generate = f'"{sys.executable}" -m mlx_dgemma generate --prompt abc --max-denoising-steps 1'
     line = f"{generate} {to}; exit ${{PIPESTATUS[0]}}"

@@ -129,7 +129,8 @@ def test_float8_sources_are_refused(write, config, tensors, tmp_path):
 def test_too_little_disk(source, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 1000))
-    refused(source, tmp_path, ResourceError, "GB are needed")
+    refused(source, tmp_path, ResourceError, "MB are needed and 0 MB are free")
+    assert not list(tmp_path.glob("*.partial"))
 
 
 def test_a_target_that_cannot_be_written(source, tmp_path):

@@ -70,6 +70,7 @@ def test_dry_run_and_notes(checkpoint, tmp_path, capsys):
     assert main([*arguments, "--q-bits", "4", "--q-group-size", "128"]) == 0
     captured = capsys.readouterr()
     assert "would write" in captured.out
+    assert " MB in 1 file, " in captured.out
     assert "192 is no multiple of 128: 4-bit/64 instead" in captured.err
 
 

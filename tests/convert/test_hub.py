@@ -77,7 +77,7 @@ def test_gated_private_and_unreachable(stub, checkpoint, tmp_path):
 def test_disk_for_the_output_is_checked_before_the_download(stub, tmp_path, monkeypatch):
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage(1, 1, 50_000_000))
-    with pytest.raises(ResourceError, match="GB"):
+    with pytest.raises(ResourceError, match="MB are needed and 50 MB are free"):
         convert(NAME, tmp_path / "out", quantize=True)
     assert not any(asked.path.endswith(".safetensors") for asked in stub.downloads())
 

@@ -285,6 +285,16 @@ def test_save_where_it_cannot(model, tmp_path):
         prefilled(model, ids(9)).save(tmp_path / "no" / "such" / "folder")
 
 
+def test_save_on_a_full_disk(model, tmp_path, monkeypatch):
+    def write(*_):
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    monkeypatch.setattr(mx, "save_safetensors", write)
+    with pytest.raises(ResourceError, match="the disk is probably full"):
+        prefilled(model, ids(9)).save(tmp_path / "file")
+    assert not list(tmp_path.iterdir())
+
+
 def test_buffers_grow_by_steps_and_sliding_ones_stay_small(model):
     cache = prefilled(model, ids(700), chunk_size=128)
     sliding, _, full = cache.layers
