@@ -12,6 +12,7 @@ from typing import Any
 from mlx_dgemma import memory
 from mlx_dgemma.convert.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError, DGemmaError, ModelNotFoundError
+from mlx_dgemma.hub import explained, resolve_model
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.names import quantization_of
 from mlx_dgemma.model.weights import read_headers
@@ -83,6 +84,7 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Inspection
     """
     folder = Path(path_or_repo)
     if folder.is_dir():
+        resolve_model(folder, revision=revision)  # refuses a revision of a folder
         config = ModelConfig.from_folder(folder)
         stored = _local(folder)
     else:
@@ -117,8 +119,6 @@ def _remote(repository: str, revision: str | None) -> tuple[ModelConfig, dict[st
     """config.json and the headers of a repository, the headers by range requests."""
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
-
-    from mlx_dgemma.hub import explained
 
     api = HfApi()
     try:

@@ -18,6 +18,7 @@ from mlx_dgemma.convert.workspace import JOURNAL
 from mlx_dgemma.errors import CheckpointError, DGemmaError
 from mlx_dgemma.model.config import read_json
 from mlx_dgemma.model.weights import INDEX
+from mlx_dgemma.prompt import load_tokenizer
 
 # Scales of the mx and nv modes are floats in a byte; these bytes mean NaN.
 _NAN_SCALES = {"mxfp4": (0xFF,), "mxfp8": (0xFF,), "nvfp4": (0x7F, 0xFF)}
@@ -65,6 +66,9 @@ def verify(
                 checked.append("digests of all files")
             problems += _number_problems(source, progress)
             checked.append("no NaN or Inf in any tensor")
+            if (folder / "tokenizer.json").exists():
+                load_tokenizer(folder, source.config.stop_ids)
+                checked.append("tokenizer")
     except CheckpointError as error:
         problems.append(str(error))
     if forward and not problems:

@@ -220,7 +220,7 @@ def stream_generate(
         enable_thinking=enable_thinking,
     )
     ids = prepared.network_ids(model.config.image_token_id)
-    if sliced_head is None and slices_head(model.config, len(ids) + max_tokens, kv_bits):
+    if sliced_head is None and slices_head(model.config, len(ids) + settings.max_tokens, kv_bits):
         settings = replace(settings, sliced_head=True)
     reader = ReplyReader(tokenizer, stop=stop, tools=_tool_names(tools))
     draws: Draws = SeededDraws(seed)

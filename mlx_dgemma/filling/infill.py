@@ -164,7 +164,9 @@ def _fill(
         system_prompt=options.get("system_prompt"),
     )
     kv_bits = options.get("kv_bits")
-    text = sum(len(tokenizer.encode(part)) for part in parts if isinstance(part, str))
+    sizes = [len(tokenizer.encode(part)) for part in parts if isinstance(part, str)]
+    text = sum(sizes)
+    _check_room(model, len(prompt.ids) + text - sizes[-1])
     job = Job(
         model=model,
         tokenizer=tokenizer,
@@ -192,3 +194,14 @@ def _fill(
     results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
     best, *others = sorted(results, key=lambda result: -result.score)
     yield replace(best, alternatives=tuple(others))
+
+
+def _check_room(model: Model, tokens: int) -> None:
+    """tokens: of the prompt and of all text before the last hole."""
+    canvas = model.config.canvas_length
+    room = model.config.text.max_position_embeddings - canvas
+    if tokens > room:
+        raise InputError(
+            f"The prompt and the text before the last hole have {tokens} tokens, but only {room} "
+            f"fit into the context beside a canvas of {canvas}: shorten them."
+        )

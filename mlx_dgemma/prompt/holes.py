@@ -84,6 +84,8 @@ def cut_spans(
     """
     if not spans:
         raise InputError("There is no span to fill: give at least one (start, end).")
+    if not all(isinstance(span, Sequence) and len(span) == 2 for span in spans):
+        raise InputError("spans is a list of pairs, [(start, end)], also where it is one alone.")
     parts: list[str | Hole] = []
     position = 0
     for start, end in spans:

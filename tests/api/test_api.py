@@ -40,6 +40,14 @@ def test_generate_joins_what_stream_generate_commits(demo):
     assert events[-1].prompt_tokens == len(encode_prompt(demo[1], PROMPT))
 
 
+def test_no_limit_of_tokens_is_the_default(demo):
+    """Wrappers pass on None for what their caller left out."""
+    options = {**QUICK, "max_tokens": None}
+    assert generate(*demo, PROMPT, **options) == generate(
+        *demo, PROMPT, **{**QUICK, "max_tokens": 256}
+    )
+
+
 def test_drafts_come_when_asked_for_and_add_no_text(demo):
     plain = list(stream_generate(*demo, PROMPT, **QUICK))
     drafted = list(stream_generate(*demo, PROMPT, drafts=True, **QUICK))

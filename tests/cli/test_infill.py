@@ -89,6 +89,8 @@ def test_a_filling_can_be_told_without_colour():
         (["text", "--edit", "3:99"], "span"),
         (["--file", "/nowhere/at/all"], "Cannot read"),
         (["<hole>", "--n", "0"], "n=0"),
+        (["word " * 9000 + "<hole>"], "fit into the context beside a canvas of 32: shorten them"),
+        (["<hole>", "--prompt", "word " * 9000], "fit into the context beside a canvas of 32"),
         (["<hole>", "--model", "/nowhere/at/all"], "no folder"),
     ],
 )

@@ -10,6 +10,8 @@ from mlx_dgemma.cli.convert import convert_parser, main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
 from mlx_dgemma.convert.verify import verify
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.errors import InputError
 
 
 def test_mlx_lms_flags_are_ours():
@@ -63,6 +65,19 @@ def test_recipes_are_listed(capsys):
     assert main(["--list-recipes"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("4bit", "quality", "small", "mixed_4_6"))
+
+
+def test_a_tokenizer_that_cannot_be_read_is_a_problem(tmp_path):
+    folder = shutil.copytree(CHECKPOINT, tmp_path / "demo")
+    assert "tokenizer" in verify(folder, forward=False).checked
+    (folder / "tokenizer.json").write_text("{")
+    (problem,) = verify(folder, forward=False).problems
+    assert "tokenizer.json cannot be read as a tokenizer" in problem
+
+
+def test_a_folder_has_no_revision_to_inspect():
+    with pytest.raises(InputError, match="has no revision v2"):
+        inspect(CHECKPOINT, "v2")
 
 
 def test_dry_run_and_notes(checkpoint, tmp_path, capsys):

@@ -55,7 +55,9 @@ def test_malformed_holes_are_explained(text, words):
         parse_holes(text)
 
 
-@pytest.mark.parametrize("spans", [[], [(2, 2)], [(3, 1)], [(0, 99)], [(0, 4), (2, 6)], [(-1, 2)]])
+@pytest.mark.parametrize(
+    "spans", [[], [(2, 2)], [(3, 1)], [(0, 99)], [(0, 4), (2, 6)], [(-1, 2)], (0, 4), [(0,)]]
+)
 def test_impossible_spans_are_explained(spans):
     with pytest.raises(InputError, match="span"):
         cut_spans("some text", spans)
