@@ -71,7 +71,7 @@ def belief(
     """Mean log-probability (nats) of the tokens expected on a canvas; one decoder pass for each.
 
     canvases: int32 [C] each, of one length, as they are shown to the network. expected: int32 [C].
-    counted: bool [C], the positions that count.
+    counted: bool [C], the positions that count; where none does, all lengths are alike: 0.
     """
     ids = mx.array(np.stack(canvases).astype(np.int32))
     tokens = mx.array(np.stack(expected).astype(np.int32))
@@ -80,7 +80,7 @@ def belief(
     logits: Logits = kind(model, hidden, np.zeros(0, dtype=np.int32))
     found = np.array(model.softcap(logits.at(tokens)))
     return [
-        float((row - np.array(logits.log_z(line)))[mask].mean())
+        float((row - np.array(logits.log_z(line)))[mask].mean()) if mask.any() else 0.0
         for line, (row, mask) in enumerate(zip(found, counted, strict=True))
     ]
 

@@ -108,6 +108,13 @@ def settings_of(model):
     return DecodingSettings.from_defaults(model.config.generation, {})
 
 
+def test_a_canvas_of_holes_alone_says_nothing_of_their_lengths(demo):
+    model, _ = demo
+    cache = model.make_cache()
+    canvas, none = np.zeros(8, dtype=np.int32), np.zeros(8, dtype=bool)
+    assert belief(model, cache, settings_of(model), [canvas], [canvas], [none]) == [0.0]
+
+
 @pytest.mark.parametrize("finalists", [1, 4])
 def test_few_of_many_lengths_are_filled(demo, monkeypatch, finalists):
     """A look at each, two steps for the finalists, another look at those where they are several."""
