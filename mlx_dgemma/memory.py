@@ -327,7 +327,9 @@ def _tensor_bytes(file: Path) -> int:
         return max(
             entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
         )
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
+    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{file} is no safetensors file or is damaged; download it again."
         ) from error

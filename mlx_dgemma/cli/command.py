@@ -31,6 +31,9 @@ USER_ERROR = 2
 INTERRUPTED = 130
 PIPE_CLOSED = 141
 
+# What a path can be refused for, wherever it is first looked at.
+UNREACHABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)
+
 Body = Callable[[Sequence[str] | None], int]
 
 
@@ -76,6 +79,9 @@ def command(body: Body) -> Main:
             _discard_output()  # the reader left (`| head`)
             return PIPE_CLOSED
         except OSError as error:
+            if error.errno in UNREACHABLE and error.filename is not None:
+                print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+                return USER_ERROR
             if error.errno != errno.ENOSPC:
                 raise
             _discard_output()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -59,6 +60,11 @@ def test_a_mistake_is_a_sentence_and_a_bug_keeps_its_traceback(
     def interrupted(argv: object = None) -> int:
         raise KeyboardInterrupt
 
+    def locked(argv: object = None) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "/their/file")
+
+    assert command(locked)() == 2
+    assert capsys.readouterr().err == "error: /their/file: Permission denied.\n"
     assert command(mistaken)() == 2
     assert capsys.readouterr().err == "error: Say what to do.\n"
     assert command(interrupted)() == 130

@@ -179,6 +179,12 @@ def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
         memory.stored_bytes(tmp_path)
 
 
+def test_weights_that_cannot_be_opened_are_not_called_damaged(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+        memory.stored_bytes(tmp_path)
+
+
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no safetensors files"):
         memory.stored_bytes(tmp_path)
