@@ -208,9 +208,10 @@ def _check_room(config: ModelConfig, prompt: int, length: int, offset: int) -> N
         )
     room = limit - offset - length
     if prompt > room:
+        anew = ", or begin a new conversation (/reset in the chat)" if offset else ""
         raise InputError(
             f"The prompt has {prompt} tokens, but only {max(room, 0)} fit into the context "
-            f"beside a canvas of {length}: shorten it."
+            f"beside a canvas of {length}: shorten it{anew}."
         )
 
 

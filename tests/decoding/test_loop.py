@@ -95,6 +95,13 @@ def test_prompts_that_cannot_be_answered(prompt, limit, words):
         run(ScriptedModel(blocks_of((4, 5, 6, 7)), limit=limit), prompt=prompt)
 
 
+def test_a_conversation_that_fills_the_context_can_be_begun_anew():
+    model = ScriptedModel(blocks_of((4, 5, 6, 7)), limit=20)
+    asked = generate_blocks(model, ScriptedCache(offset=15), request(prompt=(2, 3, 4)))
+    with pytest.raises(InputError, match=r"but only 1 fit .* or begin a new conversation"):
+        next(asked)
+
+
 def test_a_canvas_too_long_for_the_context_is_what_to_shorten():
     model = ScriptedModel(blocks_of((4, 5, 6, 7)), limit=20)
     with pytest.raises(InputError, match=r"canvas_length=18 .* room for 17; use at most that"):
