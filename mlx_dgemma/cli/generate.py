@@ -32,6 +32,11 @@ if TYPE_CHECKING:
     from mlx_dgemma.prompt.media import PreparedPrompt
 
 DEFAULT_TASK = "sudoku"
+# Where a record is run, and how it is shown; all else is in the record.
+_REPLAY_FLAGS = {
+    *("replay", "model", "revision", "adapter_path", "dtype"),
+    *("json", "drafts", "pace", "verbose"),
+}
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,11 +92,13 @@ def build_parser() -> argparse.ArgumentParser:
 
 @command
 def main(argv: Sequence[str] | None = None) -> int:
-    arguments = build_parser().parse_args(argv)
+    parser = build_parser()
+    arguments = parser.parse_args(argv)
     console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
     if arguments.logprobs and not arguments.json:
         raise InputError("--logprobs are part of the JSON: add --json, or leave them out.")
     if arguments.replay is not None:
+        _refuse_what_a_record_fixes(parser, arguments)
         return _replay(arguments, messages)
 
     if arguments.dry_run:
@@ -296,6 +303,21 @@ def _record(
     if right is not None:
         more["right"] = right
     return summary.record(reply.finish, **more)
+
+
+def _refuse_what_a_record_fixes(
+    parser: argparse.ArgumentParser, arguments: argparse.Namespace
+) -> None:
+    given = [
+        f"--{name.replace('_', '-')}"
+        for name, value in vars(arguments).items()
+        if name not in _REPLAY_FLAGS and value != parser.get_default(name)
+    ]
+    if given:
+        raise InputError(
+            "--replay repeats the prompt and the settings of its record: leave out "
+            f"{', '.join(given)}."
+        )
 
 
 def _replay(arguments: argparse.Namespace, messages: Console) -> int:

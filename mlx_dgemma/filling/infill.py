@@ -131,7 +131,12 @@ def refine(
     min_probability: float = 0.5,
     **options: Unpack[InfillOptions],
 ) -> Infill:
-    """Redoes just the filled tokens the network gave less than `min_probability`."""
+    """Redoes just the filled tokens the network gave less than `min_probability`.
+
+    Raises InputError unless that is from 0 to 1.
+    """
+    if not 0 <= min_probability <= 1:
+        raise InputError(f"min_probability is {min_probability}; choose a number from 0 to 1.")
     spans = uncertain_spans(result.tokens, min_probability=min_probability)
     return edit(model, tokenizer, result.text, spans, **options) if spans else result
 

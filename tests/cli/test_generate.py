@@ -166,6 +166,7 @@ def test_a_prompt_cache_spares_the_prefill(
         (["--dry-run", "--revision", "v2"], "has no revision v2: name the repository as well"),
         ([*PROMPT, "--logprobs"], "--logprobs are part of the JSON: add --json"),
         (["--replay", "/no/such/trace"], "Cannot read the trace /no/such/trace"),
+        (["--replay", "t", "--trace", "u", "--seed", "3"], "leave out --seed, --trace."),
         (
             [*PROMPT, "--prompt-cache-file", "/no/such/folder/c"],
             "there is no folder /no/such/folder",

@@ -165,6 +165,8 @@ def test_refine_redoes_doubtful_tokens_and_keeps_certain_ones(demo):
     doubtful = refine(*demo, result, min_probability=1.0, **QUICK)
     assert outside(doubtful).startswith("the ")
     assert refine(*demo, result, min_probability=0.0) is result
+    with pytest.raises(InputError, match="choose a number from 0 to 1"):
+        refine(*demo, result, min_probability=float("nan"))
 
 
 def test_uncertain_spans_join_neighbours():
