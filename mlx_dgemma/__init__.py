@@ -15,18 +15,20 @@ from mlx_dgemma._version import __version__
 from mlx_dgemma.errors import DGemmaError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.api import Replay, generate, load, replay, stream_generate
+    from mlx_dgemma.api import Replay, generate, replay, stream_generate
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
     from mlx_dgemma.filling.infill import edit, infill, refine, regenerate
     from mlx_dgemma.filling.results import Infill
+    from mlx_dgemma.loading import load
     from mlx_dgemma.prompt_cache import PromptCache
     from mlx_dgemma.runtime import Runtime
 
 _NAMES = {
-    "api": ("Replay", "generate", "load", "replay", "stream_generate"),
+    "api": ("Replay", "generate", "replay", "stream_generate"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
     "filling.infill": ("edit", "infill", "refine", "regenerate"),
     "filling.results": ("Infill",),
+    "loading": ("load",),
     "prompt_cache": ("PromptCache",),
     "runtime": ("Runtime",),
 }

@@ -11,8 +11,8 @@ from functools import partial
 from importlib import import_module
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
 
-INTERRUPTED = 130
 VERBS = {
     "generate": "one prompt, one reply, and the canvas while it resolves",
     "chat": "a conversation in the terminal",
@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if verb not in VERBS:
         print(f"mlx_dgemma: no verb {verb!r}; the verbs are {', '.join(VERBS)}", file=sys.stderr)
-        return 2
+        return USER_ERROR
     return launch(verb, rest)
 
 

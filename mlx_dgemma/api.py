@@ -1,4 +1,4 @@
-"""Load a model and generate with it: the rooms joined.
+"""Generate with a loaded model: the rooms joined.
 
 model, tokenizer = load()                        # the bundled demo checkpoint
 print(generate(model, tokenizer, "Count from 3 to 9."))
@@ -13,7 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict, Unpack
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
@@ -37,82 +36,18 @@ from mlx_dgemma.decoding.trace import (
     Trace,
     config_digest,
 )
-from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.hardware import machine
-from mlx_dgemma.memory import (
-    LEAST_CONTEXT,
-    check_fits,
-    is_short,
-    plan_for,
-    set_limits,
-    slices_head,
-    stored_bytes,
-    working_bytes,
-)
-from mlx_dgemma.model import Model, load_model
-from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
+from mlx_dgemma.memory import is_short, slices_head, working_bytes
+from mlx_dgemma.model import Model
+from mlx_dgemma.prompt import ReplyReader, Tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
 from mlx_dgemma.prompt.encode import encode_prompt as encode_prompt
 from mlx_dgemma.prompt.encode import prepare_prompt
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.reply import Increment
 from mlx_dgemma.prompt_cache import PromptCache
-
-DTYPES = ("float16", "bfloat16", "float32")
-
-
-def _check_dtype(dtype: str) -> None:
-    if dtype not in DTYPES:
-        raise InputError(f"dtype={dtype!r} is not possible: use {' or '.join(map(repr, DTYPES))}.")
-    if dtype != "float32" and mx.default_device() == mx.Device(mx.cpu):
-        raise InputError(
-            f"dtype={dtype!r} needs a GPU: MLX multiplies experts on a CPU in float32 alone; "
-            "leave it out."
-        )
-
-
-def load(
-    path_or_hf_repo: str | Path | None = None,
-    *,
-    lazy: bool = False,
-    revision: str | None = None,
-    adapter_path: str | Path | None = None,
-    dtype: str | None = None,
-) -> tuple[Model, Tokenizer]:
-    """A model and its tokenizer from a folder or a Hugging Face repository.
-
-    path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
-    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
-    format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
-    default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
-    stays in float32.
-
-    Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
-    InputError for a revision of the demo checkpoint, or another dtype.
-    """
-    if dtype is not None:
-        _check_dtype(dtype)
-    folder = CHECKPOINT
-    if path_or_hf_repo is not None or revision is not None:
-        from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
-
-        folder = resolve_model(path_or_hf_repo, revision=revision)
-    this = machine()
-    if not lazy:
-        least = plan_for(
-            this,
-            ModelConfig.from_folder(folder),
-            context_tokens=LEAST_CONTEXT,
-            weights=stored_bytes(folder),
-        )
-        check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
-    set_limits(this)
-    computed = None if dtype is None else getattr(mx, dtype)
-    model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
-    return model, load_tokenizer(folder, model.config.stop_ids)
 
 
 def stream_generate(

@@ -20,9 +20,10 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
-from mlx_dgemma.api import Options, Prompt, load, stream_generate
+from mlx_dgemma.api import Options, Prompt, stream_generate
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.loading import load
 from mlx_dgemma.memory import plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer

@@ -8,6 +8,7 @@ from typing import Any, get_args
 from mlx_dgemma._version import __version__
 from mlx_dgemma.decoding.settings import PRESETS, SamplerName, UnconvergedPolicy
 from mlx_dgemma.hub import COMMUNITY
+from mlx_dgemma.model.config import DTYPES
 
 # Flags that `stream_generate` takes by the same name; None leaves the checkpoint's own value.
 SETTINGS = (
@@ -47,7 +48,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument(
         "--dtype",
-        choices=("float16", "bfloat16", "float32"),
+        choices=DTYPES,
         help="what is computed in; float16 suits M1 and M2, which have no bfloat16 of their own "
         "(default: the checkpoint's; float32 without a GPU)",
     )

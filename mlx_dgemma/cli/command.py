@@ -20,16 +20,13 @@ from threading import Event, current_thread, main_thread
 from types import FrameType
 from typing import NoReturn, Protocol
 
+from mlx_dgemma.cli.exit_codes import INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from mlx_dgemma.errors import DGemmaError, UnconvergedWarning
 
 try:
     import termios
 except ImportError:  # not a Unix
     termios = None  # type: ignore[assignment]
-
-USER_ERROR = 2
-INTERRUPTED = 130
-PIPE_CLOSED = 141
 
 # What a path can be refused for, wherever it is first looked at.
 UNREACHABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG)

@@ -22,11 +22,12 @@ from rich.progress import (
 from rich.table import Table
 
 from mlx_dgemma.cli import arguments as flags
-from mlx_dgemma.cli.command import USER_ERROR, Parser, command
+from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.cli.exit_codes import USER_ERROR
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.memory import gigabytes
+from mlx_dgemma.model.config import DTYPES
 
-DTYPES = ("float16", "bfloat16", "float32")
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
 Report = Callable[[str, int, int], None]

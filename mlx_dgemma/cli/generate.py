@@ -14,7 +14,8 @@ from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
-from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
 from mlx_dgemma.cli.session import (
     DEMO_NAME,

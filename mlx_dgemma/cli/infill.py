@@ -16,7 +16,8 @@ from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.canvas import printable
-from mlx_dgemma.cli.command import INTERRUPTED, Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
 

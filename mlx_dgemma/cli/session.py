@@ -123,7 +123,7 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
 def _load(
     folder: Path, arguments: argparse.Namespace, messages: Console
 ) -> tuple[Model, Tokenizer]:
-    from mlx_dgemma.api import load
+    from mlx_dgemma.loading import load
 
     options = {"adapter_path": arguments.adapter_path, "dtype": arguments.dtype}
     if not messages.is_terminal:

@@ -169,7 +169,8 @@ def _fill(
         system_prompt=options.get("system_prompt"),
     )
     kv_bits = options.get("kv_bits")
-    sizes = [len(tokenizer.encode(part)) for part in parts if isinstance(part, str)]
+    literals = tuple(part for part in parts if isinstance(part, str))
+    sizes = [len(tokenizer.encode(literal)) for literal in literals]
     text = sum(sizes)
     _check_room(model, len(prompt.ids) + text - sizes[-1])
     job = Job(
@@ -188,7 +189,7 @@ def _fill(
         ),
         prompt=prompt.network_ids(model.config.image_token_id),
         images=[image.patches for image in prompt.images],
-        literals=tuple(part for part in parts if isinstance(part, str)),
+        literals=literals,
         holes=tuple(part for part in parts if isinstance(part, Hole)),
         final=options.get("final", True),
         lengths=options.get("lengths", "try"),

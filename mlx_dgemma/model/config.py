@@ -19,7 +19,7 @@ SLIDING = "sliding_attention"
 FULL = "full_attention"
 MODEL_TYPE = "diffusion_gemma"
 ACTIVATION = "gelu_pytorch_tanh"
-DTYPES = ("bfloat16", "float16", "float32")
+DTYPES = ("float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ tensors, `lm_head.weight`, per-expert or split gate/up tensors.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -223,3 +224,32 @@ def _clippable(name: str, shape: tuple[int, ...], vision: VisionConfig) -> Itera
     if vision.use_clipped_linears:
         for bound in ("input_min", "input_max", "output_min", "output_max"):
             yield f"{name}.{bound}", (), "vector"
+
+
+def together(names: list[str]) -> str:
+    """All the names in few words: those that differ in one number share a pattern, such as
+    model.decoder.layers.{0-4,6}.layer_scalar."""
+    found = [tuple(re.split(r"(?<=\.)(\d+)(?=\.)", name)) for name in names]
+    for column in range(max(map(len, found)) - 2, 0, -2):
+        alike: dict[tuple[str, ...], list[str]] = {}
+        for parts in found:
+            number = parts[column] if column < len(parts) else ""
+            alike.setdefault(parts[:column] + parts[column + 1 :], []).append(number)
+        found = [
+            rest[:column] + ((_ranges(numbers),) if numbers[0] else ()) + rest[column:]
+            for rest, numbers in alike.items()
+        ]
+    return ", ".join("".join(parts) for parts in found)
+
+
+def _ranges(numbers: list[str]) -> str:
+    """Numbers as {0-4,6}; one number as it is."""
+    if len(numbers) == 1:
+        return numbers[0]
+    runs: list[list[int]] = []
+    for number in sorted(map(int, numbers)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return "{" + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs) + "}"

@@ -21,6 +21,7 @@ import mlx.nn as nn
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model.adapters import merge_parameters, read_adapter
+from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.layers import Matrix
 from mlx_dgemma.model.names import (
@@ -30,6 +31,7 @@ from mlx_dgemma.model.names import (
     parameter_shapes,
     quantization_of,
     tied_to,
+    together,
 )
 from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.section import read_json
@@ -58,7 +60,6 @@ _DTYPES = {
     "F8_E5M2": (1, "float8"),
     "F8_E8M0": (1, "float8"),
 }
-_FLOATS = ("bfloat16", "float16", "float32")
 _EXPERTS = re.compile(
     r"(?P<experts>model\.decoder\.layers\.\d+\.experts)\.(?:(?P<expert>\d+)\.)?"
     r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(?P<suffix>weight|scales|biases))?"
@@ -241,7 +242,7 @@ def read_headers(folder: Path) -> dict[str, Header]:
         headers.update(_read_header(folder / shard))
     absent = [name for name in weight_map if name not in headers]
     if absent:
-        raise CheckpointError(f"{index} lists tensors its shards do not hold: {_together(absent)}.")
+        raise CheckpointError(f"{index} lists tensors its shards do not hold: {together(absent)}.")
     return headers
 
 
@@ -259,7 +260,7 @@ def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> di
         ("unexpected", strays + unused),
         ("misshapen", _misshapen(table, sources, headers)),
     ]
-    found = [f"{kind}: {_together(names)}" for kind, names in complaints if names]
+    found = [f"{kind}: {together(names)}" for kind, names in complaints if names]
     if found:
         raise CheckpointError(f"{source} does not fit its config.json; " + "; ".join(found) + ".")
     return {name: sources[name] for name in table}
@@ -275,7 +276,7 @@ def _misshapen(
         if name not in sources:
             continue
         found, kind = sources[name].shape(headers), sources[name].dtype(headers)
-        allowed = _FLOATS if dtype in _FLOATS else (dtype,)
+        allowed = FLOATS if dtype in FLOATS else (dtype,)
         if found != shape or kind not in allowed:
             is_now = "parts that do not match" if found is None else f"{kind} {list(found)}"
             wrong.append(f"{name} ({is_now}, expected {dtype} {list(shape)})")
@@ -386,32 +387,3 @@ def _dense_bytes(config: ModelConfig) -> int:
         for name, shape in matrices(config).items()
         if not name.startswith(VISION_TOWER)
     )
-
-
-def _together(names: list[str]) -> str:
-    """All the names in few words: those that differ in one number share a pattern, such as
-    model.decoder.layers.{0-4,6}.layer_scalar."""
-    found = [tuple(re.split(r"(?<=\.)(\d+)(?=\.)", name)) for name in names]
-    for column in range(max(map(len, found)) - 2, 0, -2):
-        alike: dict[tuple[str, ...], list[str]] = {}
-        for parts in found:
-            number = parts[column] if column < len(parts) else ""
-            alike.setdefault(parts[:column] + parts[column + 1 :], []).append(number)
-        found = [
-            rest[:column] + ((_ranges(numbers),) if numbers[0] else ()) + rest[column:]
-            for rest, numbers in alike.items()
-        ]
-    return ", ".join("".join(parts) for parts in found)
-
-
-def _ranges(numbers: list[str]) -> str:
-    """Numbers as {0-4,6}; one number as it is."""
-    if len(numbers) == 1:
-        return numbers[0]
-    runs: list[list[int]] = []
-    for number in sorted(map(int, numbers)):
-        if runs and number == runs[-1][1] + 1:
-            runs[-1][1] = number
-        else:
-            runs.append([number, number])
-    return "{" + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs) + "}"

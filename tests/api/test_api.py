@@ -12,7 +12,17 @@ import numpy as np
 import pytest
 
 import mlx_dgemma
-from mlx_dgemma import Commit, Draft, Finish, PromptCache, api, generate, load, stream_generate
+from mlx_dgemma import (
+    Commit,
+    Draft,
+    Finish,
+    PromptCache,
+    api,
+    generate,
+    load,
+    loading,
+    stream_generate,
+)
 from mlx_dgemma.api import Options, encode_prompt, replay
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
@@ -144,8 +154,8 @@ def test_missing_and_foreign_models_are_explained(tmp_path):
 
 def test_a_model_that_cannot_fit_is_refused_before_its_weights(monkeypatch):
     this = replace(machine(), memory=20_000_000)
-    monkeypatch.setattr("mlx_dgemma.api.machine", lambda: this)
-    monkeypatch.setattr("mlx_dgemma.api.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("mlx_dgemma.loading.machine", lambda: this)
+    monkeypatch.setattr("mlx_dgemma.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
     with pytest.raises(ResourceError, match=r"The demo checkpoint needs .* can be used"):
         load()
 
@@ -300,9 +310,9 @@ def test_what_is_computed_in(monkeypatch):
         load(dtype="int8")
     with pytest.raises(InputError, match="dtype='float16' needs a GPU"):
         load(dtype="float16")
-    monkeypatch.setattr(api, "load_model", loaded)
+    monkeypatch.setattr(loading, "load_model", loaded)
     load(dtype="float32")
     assert asked["dtype"] == mx.float32
-    monkeypatch.setattr(api.mx, "default_device", lambda: mx.Device(mx.gpu))
+    monkeypatch.setattr(loading.mx, "default_device", lambda: mx.Device(mx.gpu))
     load(dtype="float16", lazy=True)
     assert asked["dtype"] == mx.float16

@@ -60,6 +60,14 @@ def test_one_answer_has_no_error(
     assert printed.count("±") == shown
 
 
+def test_timing_needs_no_tokenizer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mlx_dgemma.loading.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    assert main([*QUICK, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)
+
+
 def test_counts_are_called_predictions(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--count"]) == 0
     shown = capsys.readouterr().out

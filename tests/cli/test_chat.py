@@ -137,7 +137,7 @@ def test_a_mistake_is_said_and_the_chat_goes_on(line: str, sentence: str, talk) 
 
 
 def test_a_context_without_its_conversation_is_refused(talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from mlx_dgemma.api import load
+    from mlx_dgemma.loading import load
 
     model, _ = load()
     cache = PromptCache(model)
@@ -150,7 +150,7 @@ def test_a_context_without_its_conversation_is_refused(talk, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("messages", ["x", [1], [{"role": "pope"}], [{"content": [{}]}]])
 def test_a_damaged_conversation_is_refused(messages, talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from mlx_dgemma.api import load
+    from mlx_dgemma.loading import load
 
     cache = PromptCache(load()[0])
     cache.mark([])

@@ -6,11 +6,14 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import encode_prompt, load
+from mlx_dgemma.api import encode_prompt
 from mlx_dgemma.decoding import denoise
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.loading import load
+
+from .driving import Spy
 
 
 def second_signal(conditioning: str, allowed: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
@@ -22,17 +25,10 @@ def second_signal(conditioning: str, allowed: float, monkeypatch: pytest.MonkeyP
         mx.array(encode_prompt(tokenizer, "Write a sentence about the fox."))[None], cache
     )
     settings = DecodingSettings(conditioning=conditioning, max_denoising_steps=4)
-    signals = []
-    hidden = model.hidden
-
-    def listen(canvas, cache, soft_embeddings=None, **settings):
-        signals.append(soft_embeddings)
-        return hidden(canvas, cache, soft_embeddings, **settings)
-
-    monkeypatch.setattr(model, "hidden", listen, raising=False)
-    steps = denoise.denoise_block(model, cache, settings, [CanvasRequest(SeededDraws(1))])
+    spy = Spy(model)
+    steps = denoise.denoise_block(spy, cache, settings, [CanvasRequest(SeededDraws(1))])
     next(steps), next(steps)
-    return np.array(signals[1])
+    return spy.signals[1]
 
 
 def test_rows_that_would_lose_too_much_are_summed_densely(monkeypatch):

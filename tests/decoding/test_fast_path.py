@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import encode_prompt, load, replay, stream_generate
+from mlx_dgemma.api import encode_prompt, replay, stream_generate
 from mlx_dgemma.decoding.canvas import CanvasRequest, Pins
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
@@ -17,6 +17,9 @@ from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.loading import load
+
+from .driving import Spy, drive
 
 PROMPT = "Count from 3 to 9."
 
@@ -74,21 +77,13 @@ def test_every_step_agrees_with_the_obvious_path(demo, context, seed):
         expected = np.where(accepted, draft, fresh)  # at temp 0 the sample is the argmax
 
 
-def finish(steps):
-    while True:
-        try:
-            next(steps)
-        except StopIteration as done:
-            return done.value
-
-
 def test_rows_of_a_batch_give_what_they_give_alone(demo, context):
     model, _ = demo
     settings = DecodingSettings(max_denoising_steps=6)
     rows = [CanvasRequest(SeededDraws(seed)) for seed in (3, 4, 5)]
-    together = finish(denoise_block(model, context, settings, rows))
+    _, together = drive(denoise_block(model, context, settings, rows))
     for row, both in zip(rows, together, strict=True):
-        (alone,) = finish(denoise_block(model, context, settings, [row]))
+        _, (alone,) = drive(denoise_block(model, context, settings, [row]))
         assert np.array_equal(alone.ids, both.ids)
         assert alone.steps == both.steps
         assert np.abs(alone.entropy - both.entropy).max() < 1e-3
@@ -103,13 +98,8 @@ def test_pinned_ids_never_change(demo, context, sampler, seed):
     pins = Pins(rng.integers(0, vocabulary, length).astype(np.int32), rng.random(length) < 0.5)
     settings = DecodingSettings(max_denoising_steps=5, sampler=sampler)
     request = CanvasRequest(SeededDraws(seed), pins)
-    steps = denoise_block(model, context, settings, [request])
-    while True:
-        try:
-            step = next(steps)
-        except StopIteration as done:
-            (result,) = done.value
-            break
+    steps, (result,) = drive(denoise_block(model, context, settings, [request]))
+    for step in steps:
         for ids in (step.canvas[0], step.draft[0], step.sample[0]):
             assert np.array_equal(np.array(ids)[pins.mask], pins.ids[pins.mask])
     assert np.array_equal(result.ids[pins.mask], pins.ids[pins.mask])
@@ -219,24 +209,9 @@ def test_a_sparse_signal_stays_within_its_bound(demo, context):
     for conditioning in ("dense", "sparse"):
         settings = DecodingSettings(max_denoising_steps=6, conditioning=conditioning, temp=0.0)
         spy = Spy(model)
-        finish(denoise_block(spy, context, settings, [request]))
+        drive(denoise_block(spy, context, settings, [request]))
         signals[conditioning] = spy.signals
     table = np.array(model.embedding_rows(mx.arange(model.config.text.vocab_size)))
     bound = 2 * 2**-8 * np.linalg.norm(table, axis=1).max() * model.embed_scale
     first = {name: values[1] for name, values in signals.items()}  # the same canvas before it
     assert np.linalg.norm(first["dense"] - first["sparse"], axis=-1).max() <= bound
-
-
-class Spy:
-    """The model, with an ear at the decoder pass."""
-
-    def __init__(self, model):
-        self._model = model
-        self.signals = []
-
-    def __getattr__(self, name):
-        return getattr(self._model, name)
-
-    def hidden(self, canvas, cache, soft_embeddings=None, **options):
-        self.signals.append(None if soft_embeddings is None else np.array(soft_embeddings))
-        return self._model.hidden(canvas, cache, soft_embeddings, **options)

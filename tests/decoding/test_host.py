@@ -12,6 +12,8 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 
+from .driving import drive
+
 
 @pytest.fixture(scope="module")
 def model():
@@ -24,14 +26,8 @@ def run(model, rows=1, **options):
     cache = model.make_cache()
     model.prefill(np.arange(60, 90), cache)
     requests = [CanvasRequest(draws=SeededDraws(row)) for row in range(rows)]
-    block = denoise.denoise_block(model, cache, settings, requests)
-    steps = 0
-    while True:
-        try:
-            next(block)
-            steps += 1
-        except StopIteration as end:
-            return end.value, steps
+    steps, results = drive(denoise.denoise_block(model, cache, settings, requests))
+    return results, len(steps)
 
 
 class CountingNumPy:

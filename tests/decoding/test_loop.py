@@ -15,6 +15,7 @@ from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError, NumericsError
 
+from .driving import drive
 from .scripted import STOP, VOCAB, ScriptedCache, ScriptedModel, certain, undecided
 
 
@@ -36,15 +37,6 @@ def run(model: ScriptedModel, **changes):
     commits = [event for event in events if isinstance(event, Commit)]
     assert isinstance(events[-1], Finish)
     return commits, events[-1], cache
-
-
-def drive(steps):
-    seen = []
-    while True:
-        try:
-            seen.append(next(steps))
-        except StopIteration as done:
-            return seen, done.value
 
 
 def blocks_of(*blocks):

@@ -10,11 +10,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.api import load
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.filling import edit, infill, refine, regenerate, uncertain_spans
 from mlx_dgemma.filling.results import TokenInfo
 from mlx_dgemma.filling.template import Layout, TokenTexts
+from mlx_dgemma.loading import load
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
 
 QUICK = {"seed": 1, "max_denoising_steps": 2}

@@ -3,7 +3,6 @@
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import load
 from mlx_dgemma.decoding.denoise import BlockResult
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.filling import infill, windows
@@ -19,6 +18,7 @@ from mlx_dgemma.filling.lengths import (
 )
 from mlx_dgemma.filling.template import Slot, Template
 from mlx_dgemma.filling.windows import Filler
+from mlx_dgemma.loading import load
 
 QUICK = {"seed": 1, "max_denoising_steps": 2}
 

@@ -38,15 +38,15 @@ def check_prompt(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def model_of(arguments: argparse.Namespace) -> Model:
-    from mlx_dgemma.api import load
     from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
     from mlx_dgemma.hub import resolve_model
+    from mlx_dgemma.loading import load_network
     from mlx_dgemma.memory import check_fits, plan
 
     config = check_prompt(arguments)
     if not arguments.synthetic:
         folder = resolve_model(arguments.model, revision=arguments.revision)
-        return load(folder, adapter_path=arguments.adapter_path, dtype=arguments.dtype)[0]
+        return load_network(folder, adapter_path=arguments.adapter_path, dtype=arguments.dtype)[0]
     wanted = plan(config, context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits)
     check_fits(wanted, machine(), name=arguments.synthetic)
     return synthetic_model(synthetic_config(arguments.synthetic, arguments.layers))
