@@ -101,7 +101,7 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Inspection
         parameters=parameters,
         bits_per_weight=8 * total / max(parameters, 1),
         needed_bytes=plan.total,
-        fits=tuple(_fit(size, plan.total) for size in MAC_MEMORY),
+        fits=tuple(fit(size, plan.total) for size in MAC_MEMORY),
     )
 
 
@@ -181,7 +181,7 @@ def _row(config: ModelConfig, module: str, parts: Mapping[str, Stored]) -> Row:
     return Row(module, 1, shape, how, 8 * nbytes / max(prod(shape), 1), nbytes)
 
 
-def _fit(gigabytes: int, needed: int) -> Fit:
+def fit(gigabytes: int, needed: int) -> Fit:
     total = gigabytes * 2**30
     default = total * (2 / 3 if gigabytes <= 32 else 3 / 4)
     if needed <= default:

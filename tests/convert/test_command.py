@@ -2,9 +2,11 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import mlx.core as mx
 import pytest
+import recipes
 
 from mlx_dgemma.cli.convert import convert_parser, main
 from mlx_dgemma.convert import convert
@@ -65,6 +67,17 @@ def test_recipes_are_listed(capsys):
     assert main(["--list-recipes"]) == 0
     text = capsys.readouterr().out
     assert all(name in text for name in ("4bit", "quality", "small", "mixed_4_6"))
+
+
+def test_the_readme_says_what_the_recipes_take():
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    table = readme.split("| recipe | experts |")[1].split("\n\n")[0]
+    written = {
+        cells[0].strip("` "): tuple(cell.strip() for cell in cells[3:6])
+        for line in table.splitlines()[2:]
+        if (cells := line.strip("|").split("|"))
+    }
+    assert written == recipes.rows()
 
 
 def test_a_tokenizer_that_cannot_be_read_is_a_problem(tmp_path):
