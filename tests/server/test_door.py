@@ -1,8 +1,10 @@
 """Who gets in and how much: keys, hosts, sizes, the queue, cancellation, any JSON at all."""
 
+import contextlib
 import json
 import logging
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from mlx_dgemma.decoding.events import Finish
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.server.settings import ServerSettings
 
@@ -79,26 +82,34 @@ def test_a_full_queue_answers_429(serve: Open) -> None:
 
 
 def test_requests_take_a_place_each(serve: Open) -> None:
-    """No more than max_concurrent are ever on the model."""
+    """max_concurrent are on the model at a time, and never more."""
     script = Script("one two three", pause=0.02)
     running, most, lock = 0, 0, threading.Lock()
+    pair = threading.Barrier(2)  # each waits for another: a server that runs one breaks it
     answer = script._answer
 
-    def counted(*args: Any) -> None:
+    def counted(prompt: Any, reply: Any, deliver: Callable[[Any], None], options: Any) -> None:
+        def told(item: Any) -> None:
+            nonlocal running
+            if isinstance(item, Finish):  # before the server hears of it and gives the place away
+                with lock:
+                    running -= 1
+            deliver(item)
+
         nonlocal running, most
         with lock:
             running += 1
             most = max(most, running)
-        answer(*args)
-        with lock:
-            running -= 1
+        with contextlib.suppress(threading.BrokenBarrierError):
+            pair.wait(timeout=60)
+        answer(prompt, reply, told, options)
 
     script._answer = counted  # type: ignore[method-assign]
     client = serve(script, max_concurrent=2)
     with ThreadPoolExecutor(6) as pool:
         answers = [pool.submit(client.post, URL, json={"messages": user()}) for _ in range(6)]
         assert {answer.result().status_code for answer in answers} == {200}
-    assert most == 2
+    assert (most, running, pair.broken) == (2, 0, False)
 
 
 def test_the_time_limit_ends_a_reply_with_what_it_has(serve: Open) -> None:
