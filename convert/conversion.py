@@ -20,10 +20,17 @@ from mlx_dgemma.convert.origin import (
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import Recipe, Rule
 from mlx_dgemma.convert.shards import SHARD_BYTES, file_digest, write_json
-from mlx_dgemma.convert.source import Source, compare_duplicates, dense_shapes, open_source
+from mlx_dgemma.convert.source import (
+    Source,
+    compare_duplicates,
+    dense_shapes,
+    describe_source,
+    open_source,
+)
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.hub import local_folder
 from mlx_dgemma.model.adapters import Adapter, read_adapter
 from mlx_dgemma.model.config import read_json
 from mlx_dgemma.model.weights import INDEX
@@ -93,9 +100,10 @@ def convert(
     Holds at most a few slices of 64 MB at a time. An interrupted conversion goes on where it
     was when called again with the same arguments; the output appears under its name only when
     it is whole. `recipe` is a name (see `recipes.RECIPES`) or a Recipe; `quantize` alone means
-    "4bit". `measure` also compares the recipe and its neighbours with the source (`measure.py`)
-    and writes the figures into the model card. `progress(what, done, total)` is called with
-    bytes.
+    "4bit". `dry_run` writes nothing, and of a Hub repository reads the headers alone unless it
+    is to measure. `measure` also compares the recipe and its neighbours with the source
+    (`measure.py`) and writes the figures into the model card. `progress(what, done, total)` is
+    called with bytes.
 
     Raises InputError, ModelNotFoundError, CheckpointError or ResourceError; the source is never
     touched.
@@ -115,17 +123,21 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
     target = Path(mlx_path).expanduser().resolve()
-    if not dry_run and not Path(hf_path).is_dir():
+    remote = local_folder(hf_path) is None
+    if remote and not dry_run:
         small = resolve_source(str(hf_path), revision, weights=False)
         check_target(target, small, overwrite=overwrite)
         foresee_disk(small, target, chosen, dtype)
-    folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
-    if not dry_run:
-        check_target(target, folder, overwrite=overwrite)
-
-    with open_source(folder) as source:
+    if remote and dry_run and not measure:
+        opened = describe_source(str(hf_path), revision)
+    else:
+        folder = resolve_source(str(hf_path), revision, download_progress=progress is not None)
+        if not dry_run:
+            check_target(target, folder, overwrite=overwrite)
+        opened = open_source(folder)
+    with opened as source:
         explicit = recipe is not None or to_hf or dequantize or chosen.default is not None
-        _check_quantization(source, dequantize=dequantize, explicit=explicit)
+        _check_quantization(source, str(hf_path), dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
         keep = to_hf or dequantize or not explicit
         plan = make_plan(
@@ -143,7 +155,7 @@ def convert(
             resumed = _write(target, source, plan, adapter, provenance, progress)
         report = Report(
             source=str(hf_path),
-            revision=source_revision(folder),
+            revision=source_revision(source.folder),
             target=str(mlx_path),
             recipe=chosen.name,
             layout=plan.layout,
@@ -159,7 +171,9 @@ def convert(
             written=not dry_run,
         )
     if measure:
-        measured = _measure(folder, target, chosen, adapter, dry_run=dry_run, progress=progress)
+        measured = _measure(
+            source.folder, target, chosen, adapter, dry_run=dry_run, progress=progress
+        )
         report = replace(report, measured=measured.as_dict(), table=measured.table())
     if upload_repo is not None and not dry_run:
         uploaded_to = card.upload(target, upload_repo, progress=progress is not None)
@@ -200,12 +214,12 @@ def _measure(
     return found
 
 
-def _check_quantization(source: Source, *, dequantize: bool, explicit: bool) -> None:
+def _check_quantization(source: Source, name: str, *, dequantize: bool, explicit: bool) -> None:
     if dequantize and not source.quantized:
-        raise InputError(f"{source.folder} is not quantized, so there is nothing for -d to undo.")
+        raise InputError(f"{name} is not quantized, so there is nothing for -d to undo.")
     if source.quantized and not explicit:
         raise InputError(
-            f"{source.folder} is quantized already; add -d to dequantize it, "
+            f"{name} is quantized already; add -d to dequantize it, "
             "or -q or --recipe to quantize it anew."
         )
 

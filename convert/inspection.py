@@ -10,12 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma import memory
-from mlx_dgemma.convert.tensorfile import TensorFile
-from mlx_dgemma.errors import CheckpointError, DGemmaError, ModelNotFoundError
-from mlx_dgemma.hub import explained, resolve_model
-from mlx_dgemma.model.config import ModelConfig, read_json
+from mlx_dgemma.convert.remote import local_files, read_headers
+from mlx_dgemma.convert.tensorfile import Entry
+from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.hub import local_folder, resolve_model
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import quantization_of
-from mlx_dgemma.model.weights import read_headers
 
 # Memory of Macs in GB, and the share of it that macOS keeps resident for the GPU by default:
 # two thirds up to 32 GB, three quarters above.
@@ -24,15 +24,6 @@ CONTEXT_TOKENS = 8192
 
 _PART = re.compile(r"(?P<module>.+)\.(?P<part>weight|scales|biases)")
 _LAYER = re.compile(r"(\.layers\.)(\d+)(\.)")
-
-
-@dataclass(frozen=True)
-class Stored:
-    """One tensor as a header describes it."""
-
-    dtype: str
-    shape: tuple[int, ...]
-    nbytes: int
 
 
 @dataclass(frozen=True)
@@ -82,13 +73,15 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Inspection
 
     Raises ModelNotFoundError or CheckpointError.
     """
-    folder = Path(path_or_repo)
-    if folder.is_dir():
+    folder = local_folder(path_or_repo)
+    if folder is not None:
         resolve_model(folder, revision=revision)  # refuses a revision of a folder
-        config = ModelConfig.from_folder(folder)
-        stored = _local(folder)
+        config, files = ModelConfig.from_folder(folder), local_files(folder)
     else:
-        config, stored = _remote(str(path_or_repo), revision)
+        _, config, files = read_headers(str(path_or_repo), revision)
+    stored = {name: entry for file in files.values() for name, entry in file.entries.items()}
+    for file in files.values():
+        file.close()
     rows = _rows(config, stored)
     total = sum(tensor.nbytes for tensor in stored.values())
     parameters = sum(row.count * prod(row.shape) for row in rows)
@@ -105,49 +98,9 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Inspection
     )
 
 
-def _local(folder: Path) -> dict[str, Stored]:
-    stored: dict[str, Stored] = {}
-    for path in sorted({header.path for header in read_headers(folder).values()}):
-        file = TensorFile(path)
-        for name, entry in file.entries.items():
-            stored[name] = Stored(entry.dtype, entry.shape, entry.nbytes)
-        file.close()
-    return stored
-
-
-def _remote(repository: str, revision: str | None) -> tuple[ModelConfig, dict[str, Stored]]:
-    """config.json and the headers of a repository, the headers by range requests."""
-    from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, NotASafetensorsRepoError
-
-    api = HfApi()
-    try:
-        # Says at once that the Hub cannot be reached; a download tries for half a minute.
-        api.model_info(repository, revision=revision, timeout=15)
-        path = api.hf_hub_download(repository, "config.json", revision=revision)
-        config = ModelConfig.from_dict(read_json(Path(path)), source=f"{repository}/config.json")
-        found = api.get_safetensors_metadata(repository, revision=revision)
-    except HFValidationError as error:
-        raise ModelNotFoundError(
-            f"There is no folder {repository}, and it is no Hub id either."
-        ) from error
-    except NotASafetensorsRepoError as error:
-        raise CheckpointError(f"{repository} has no safetensors weights on the Hub.") from error
-    except DGemmaError:
-        raise
-    except Exception as error:
-        raise explained(repository, error, revision) from error
-    stored = {}
-    for file in found.files_metadata.values():
-        for name, info in file.tensors.items():
-            start, end = info.data_offsets
-            stored[name] = Stored(info.dtype, tuple(info.shape), end - start)
-    return config, stored
-
-
-def _rows(config: ModelConfig, stored: Mapping[str, Stored]) -> list[Row]:
+def _rows(config: ModelConfig, stored: Mapping[str, Entry]) -> list[Row]:
     """One row for every module, those of many layers with the same form together."""
-    modules: dict[str, dict[str, Stored]] = {}
+    modules: dict[str, dict[str, Entry]] = {}
     for name, tensor in stored.items():
         match = _PART.fullmatch(name)
         module, part = (match["module"], match["part"]) if match else (name, "weight")
@@ -168,7 +121,7 @@ def _rows(config: ModelConfig, stored: Mapping[str, Stored]) -> list[Row]:
     return sorted(grouped.values(), key=lambda row: -row.nbytes)
 
 
-def _row(config: ModelConfig, module: str, parts: Mapping[str, Stored]) -> Row:
+def _row(config: ModelConfig, module: str, parts: Mapping[str, Entry]) -> Row:
     weight = parts.get("weight") or next(iter(parts.values()))
     shape, how = weight.shape, weight.dtype
     if "scales" in parts:

@@ -15,6 +15,7 @@ from mlx_dgemma.convert.recipes import Recipe
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Source, dense_shapes
 from mlx_dgemma.convert.workspace import check_disk
+from mlx_dgemma.hub import local_folder, resolve_model
 from mlx_dgemma.model.adapters import Adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 
@@ -26,8 +27,6 @@ def resolve_source(
 
     weights: False downloads the small files alone.
     """
-    from mlx_dgemma.hub import resolve_model
-
     return resolve_model(
         path, revision=revision, to_load=False, weights=weights, progress=download_progress
     )
@@ -69,7 +68,7 @@ def provenance_of(name: str, source: Source, plan: Plan, adapter: Adapter | None
                 if path.is_file()
             },
         }
-    local = Path(name).is_dir()
+    local = local_folder(name) is not None
     return {
         "made_by": "mlx_dgemma.convert",
         "source": {

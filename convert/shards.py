@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.convert.tensorfile import DTYPE_BYTES
 from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.model.weights import STORED_DTYPES
 
 # The shard size of the community's files: greedy, in module-tree order.
 SHARD_BYTES = 5 << 30
@@ -39,7 +39,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return DTYPE_BYTES[self.dtype] * prod(self.shape)
+        return STORED_DTYPES[self.dtype][0] * prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.convert.remote import local_files, read_headers
 from mlx_dgemma.convert.tensorfile import Entry, TensorFile
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model import weights
@@ -171,7 +172,10 @@ class Merged:
 
 @dataclass
 class Source:
-    """An opened checkpoint folder. Nothing but headers has been read."""
+    """An opened checkpoint. Nothing but headers has been read.
+
+    folder: holds the config.json, and the weights unless they are on the Hub (`describe_source`).
+    """
 
     folder: Path
     raw_config: dict[str, Any]
@@ -211,23 +215,33 @@ def open_source(folder: Path) -> Source:
     in one message.
     """
     config = ModelConfig.from_folder(folder)
-    headers = weights.read_headers(folder)
-    matched = weights.match(config, headers, str(folder))
-    files: dict[str, TensorFile] = {}
+    return _source(folder, config, local_files(folder), str(folder))
+
+
+def describe_source(repository: str, revision: str | None) -> Source:
+    """`open_source` of a Hub repository by its headers alone: shapes, and no rows to read."""
+    return _source(*read_headers(repository, revision), repository)
+
+
+def _source(folder: Path, config: ModelConfig, files: dict[str, TensorFile], name: str) -> Source:
+    headers = {
+        tensor: weights.Header(entry.shape, weights.STORED_DTYPES[entry.dtype][1], file.path)
+        for file in files.values()
+        for tensor, entry in file.entries.items()
+    }
     try:
-        for path in sorted({header.path for header in headers.values()}):
-            files[path.name] = TensorFile(path)
+        matched = weights.match(config, headers, name)
         stored, duplicates = _gather(files)
         tensors = _parameters(config, matched, stored)
     except BaseException:
         for file in files.values():
             file.close()
         raise
-    for name, dense in stored.items():
-        original = tied_to(name) if is_tied_duplicate(name) else name
+    for tied, dense in stored.items():
+        original = tied_to(tied) if is_tied_duplicate(tied) else tied
         original += ".weight" if f"{original}.weight" in tensors else ""
-        if is_tied_duplicate(name) and original in tensors:
-            duplicates.append((name, dense, original))
+        if is_tied_duplicate(tied) and original in tensors:
+            duplicates.append((tied, dense, original))
     raw_config = read_json(folder / "config.json")
     return Source(folder, raw_config, config, files, tensors, duplicates)
 

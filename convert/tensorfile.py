@@ -12,20 +12,16 @@ import struct
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.weights import STORED_DTYPES
 
 # A header of the real model is about 200 kB; the format itself caps it at 100 MB.
 MAX_HEADER_BYTES = 100_000_000
-
-DTYPE_BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1, "BOOL": 1,
-}  # fmt: skip
 
 # NumPy has no bfloat16: its bits travel as uint16.
 _NUMPY = {"F32": np.float32, "F16": np.float16, "BF16": np.uint16, "U32": np.uint32, "U8": np.uint8}
@@ -55,10 +51,9 @@ class Entry:
         return self.end - self.start
 
 
-def parse_header(raw: bytes, file: str, file_size: int | None) -> tuple[dict[str, Entry], dict]:
+def parse_header(raw: bytes, file: str, file_size: int) -> tuple[dict[str, Entry], dict]:
     """The tensors and the metadata of a header (without its 8-byte length).
 
-    `file_size` None skips the check of the data's extent (remote files).
     Raises CheckpointError for a header that is not JSON or whose ranges are wrong.
     """
     try:
@@ -75,14 +70,14 @@ def parse_header(raw: bytes, file: str, file_size: int | None) -> tuple[dict[str
             f"{file}: the safetensors header is damaged; download the file again."
         ) from error
     for entry in entries.values():
-        size = DTYPE_BYTES.get(entry.dtype)
+        size, _ = STORED_DTYPES.get(entry.dtype, (None, None))
         if size is not None and entry.nbytes != size * prod(entry.shape):
             raise CheckpointError(
                 f"{file}: {entry.name} is {entry.dtype} {list(entry.shape)} but spans "
                 f"{entry.nbytes} bytes; download the file again."
             )
     end = max((entry.end for entry in entries.values()), default=base)
-    if file_size is not None and file_size != end:
+    if file_size != end:
         state = "truncated" if file_size < end else "longer than its header says"
         raise CheckpointError(
             f"{file}: {state} ({file_size:,} bytes, {end:,} expected); download the file again."
@@ -92,6 +87,9 @@ def parse_header(raw: bytes, file: str, file_size: int | None) -> tuple[dict[str
 
 class TensorFile:
     """A memory-mapped safetensors file; slices are copied out, the map is never written."""
+
+    _file: BinaryIO | None
+    _map: mmap.mmap | None
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -110,7 +108,16 @@ class TensorFile:
             )
         self.header = self._file.read(length)
         self.entries, self.metadata = parse_header(self.header, path.name, self.size)
-        self._map: mmap.mmap | None = None
+        self._map = None
+
+    @classmethod
+    def elsewhere(cls, name: str, entries: dict[str, Entry]) -> TensorFile:
+        """A file of which only the header is here: its tensors have shapes and no rows."""
+        file = cls.__new__(cls)
+        file.path, file.entries, file.metadata = Path(name), entries, {}
+        file.size, file.header = max((entry.end for entry in entries.values()), default=0), b""
+        file._file = file._map = None
+        return file
 
     def numpy(self, name: str, start: int = 0, stop: int | None = None) -> np.ndarray:
         """Rows [start, stop) of a tensor's first axis as a view of the map; bfloat16 as uint16.
@@ -118,6 +125,8 @@ class TensorFile:
         A scalar is returned whole. The view must not outlive `release()` of its pages' use.
         """
         entry = self.entries[name]
+        if self._file is None:
+            raise CheckpointError(f"{self.path.name}: only its header was read, not {name}.")
         if entry.dtype not in _NUMPY:
             raise CheckpointError(
                 f"{self.path.name}: {name} is stored as {entry.dtype}; "
@@ -147,4 +156,5 @@ class TensorFile:
         if self._map is not None:
             self._map.close()
             self._map = None
-        self._file.close()
+        if self._file is not None:
+            self._file.close()

@@ -89,6 +89,30 @@ def demo_path() -> Path:
     return CHECKPOINT
 
 
+def local_folder(path_or_repo: str | Path) -> Path | None:
+    """The folder of that name on this machine, if there is one.
+
+    Raises ModelNotFoundError for a name that cannot be looked up.
+    """
+    try:
+        folder = Path(path_or_repo).expanduser()
+        return folder if folder.is_dir() else None
+    except (OSError, RuntimeError) as error:  # a name too long, a user unknown, no permission
+        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
+        raise ModelNotFoundError(f"{path_or_repo} cannot be opened: {reason}.") from error
+
+
+def check_repository_name(name: str) -> None:
+    """Refuses, with ModelNotFoundError, what is no folder and cannot be a Hub id either."""
+    if Path(name).expanduser().exists():
+        raise ModelNotFoundError(f"{name} is a file; give the folder that holds the checkpoint.")
+    if not _REPOSITORY.fullmatch(name):
+        raise ModelNotFoundError(
+            f"There is no folder {name}; give a checkpoint's folder or a Hub id such as "
+            f"{COMMUNITY}-4bit."
+        )
+
+
 def resolve_model(
     path_or_repo: str | Path | None,
     *,
@@ -120,13 +144,8 @@ def resolve_model(
                 "(--model)."
             )
         return demo_path()
-    try:
-        folder = Path(path_or_repo).expanduser()
-        known = folder.is_dir()
-    except (OSError, RuntimeError) as error:  # a name too long, a user unknown, no permission
-        reason = getattr(error, "strerror", None) or str(error).rstrip(".")
-        raise ModelNotFoundError(f"{path_or_repo} cannot be opened: {reason}.") from error
-    if known:
+    folder = local_folder(path_or_repo)
+    if folder is not None:
         if revision is not None:
             raise InputError(
                 f"{folder} is a folder on this machine and has no revision {revision}: leave "
@@ -134,13 +153,7 @@ def resolve_model(
             )
         return folder
     name = str(path_or_repo)
-    if folder.exists():
-        raise ModelNotFoundError(f"{name} is a file; give the folder that holds the checkpoint.")
-    if not _REPOSITORY.fullmatch(name):
-        raise ModelNotFoundError(
-            f"There is no folder {name}; give a checkpoint's folder or a Hub id such as "
-            f"{COMMUNITY}-4bit."
-        )
+    check_repository_name(name)
     return _Repository(name, revision, cache_dir, endpoint).fetch(
         to_load and weights, weights, progress
     )

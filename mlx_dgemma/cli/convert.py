@@ -132,7 +132,11 @@ def convert_parser() -> argparse.ArgumentParser:
     add("--adapter-path", help="folder of a PEFT LoRA adapter to merge")
     add("--upload-repo", metavar="HUB-ID", help="upload the result")
     add("--overwrite", action="store_true", help="replace a checkpoint at --mlx-path")
-    add("--dry-run", action="store_true", help="read headers, print the plan, write nothing")
+    add(
+        "--dry-run",
+        action="store_true",
+        help="print the plan, write nothing; of a Hub id only headers are read",
+    )
     add(
         "--measure",
         action="store_true",

@@ -42,7 +42,7 @@ SINGLE = "model.safetensors"
 # whose float32 weights fit in this many bytes is expanded at load.
 EXPAND_BYTES = 2 << 30
 # safetensors dtype -> (bytes per element, our name)
-_DTYPES = {
+STORED_DTYPES = {
     "BF16": (2, "bfloat16"),
     "F16": (2, "float16"),
     "F32": (4, "float32"),
@@ -349,7 +349,7 @@ def _read_header(path: Path) -> dict[str, Header]:
         for name, entry in content.items():
             if name == "__metadata__":
                 continue
-            width, dtype = _DTYPES[entry["dtype"]]
+            width, dtype = STORED_DTYPES[entry["dtype"]]
             shape = tuple(int(n) for n in entry["shape"])
             first, last = entry["data_offsets"]
             if not 0 <= first <= last or last - first != width * math.prod(shape):

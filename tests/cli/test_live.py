@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import time
 
 import pytest
 from rich.console import Console
@@ -149,23 +148,44 @@ def test_tool_calls_are_shown_as_calls() -> None:
     assert '→ get_time(city="Oslo", hours=12)' in screen(stream.getvalue())
 
 
-def test_pace_is_kept_and_counted() -> None:
+class Clock:
+    """In place of the module `time`: it passes only while somebody sleeps."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr("mlx_dgemma.cli.live.time", clock)
+    return clock
+
+
+def test_pace_is_kept_and_counted(clock: Clock) -> None:
     console, _ = terminal()
-    with view(console, pace=0.02) as live:
+    with view(console, pace=0.5) as live:
         for step in range(1, 5):
             live.show(settled([1], step=step))
-    assert 0.03 < live.held_seconds < 2
+            clock.now += 0.125  # the model's own time
+    assert clock.now == 100 + 3 * 0.5 + 0.125
+    assert live.held_seconds == 3 * (0.5 - 0.125)
 
 
-def test_the_pause_before_a_commit_is_outside_the_measured_time() -> None:
+def test_the_pause_before_a_commit_is_outside_the_measured_time(clock: Clock) -> None:
     """The block's time is taken when its Commit comes, before the view waits to show it."""
     console, _ = terminal()
-    with view(console, pace=0.05) as live:
-        started = time.monotonic()
+    with view(console, pace=0.5) as live:
         live.show(settled([1]))
         live.show(Commit(ids=(1,), text="The", block=0))
-        assert time.monotonic() - started >= 0.05
-    assert live.held_seconds < 0.01
+    assert clock.now == 100.5
+    assert live.held_seconds == 0
 
 
 @pytest.mark.parametrize(

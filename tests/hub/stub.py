@@ -243,7 +243,7 @@ def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
             size = size_of(content)
             wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
             start = int(wanted[1]) if wanted else 0
-            end = int(wanted[2]) + 1 if wanted and wanted[2] else size
+            end = min(int(wanted[2]) + 1, size) if wanted and wanted[2] else size
             if wanted and start >= size > 0:
                 return self.fail(416, "")
             self.send_response(206 if wanted else 200)

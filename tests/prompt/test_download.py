@@ -27,7 +27,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         elif kind == "drip":
             self.send_response(200)
             self.end_headers()
-            for _ in range(100):
+            for _ in range(600):  # half a minute
                 self.wfile.write(b"x")
                 self.wfile.flush()
                 time.sleep(0.05)
@@ -105,7 +105,7 @@ def test_limits_of_size_and_time(server):
     assert "larger than 1 MB" in refusal(f"{server.url}/file/2000000", max_bytes=1 << 20)
     started = time.monotonic()
     assert "did not answer within 0.5 seconds" in refusal(f"{server.url}/drip", seconds=0.5)
-    assert time.monotonic() - started < 4  # though every byte came in time
+    assert time.monotonic() - started < 15  # though every byte came in time
     with socket.create_server(("127.0.0.1", 0)) as silent:
         url = f"http://127.0.0.1:{silent.getsockname()[1]}/"
         assert "did not answer within 0.3 seconds" in refusal(url, seconds=0.3)

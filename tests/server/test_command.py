@@ -1,10 +1,10 @@
 """`mlx_dgemma.server` from the shell: flags, refusals, a start and a calm end."""
 
+import re
 import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import httpx2
@@ -75,29 +75,26 @@ def test_a_port_in_use_is_found_before_anything_is_loaded_or_announced(
 
 
 def test_it_starts_and_ends_when_asked(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlx_dgemma", "server", "--port", str(port)]
+    command = [sys.executable, "-m", "mlx_dgemma", "server", "--port", "0"]
     command += ["--prompt-cache-dir", str(tmp_path / "contexts")]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    assert process.stderr is not None
     try:
-        for _ in range(600):
-            try:
-                assert httpx2.get(f"http://127.0.0.1:{port}/health").json()["status"] == "ok"
-                break
-            except httpx2.ConnectError:
-                assert process.poll() is None
-                time.sleep(0.2)
+        errors = ""
+        while not (address := re.search(r"at (http://127\.0\.0\.1:\d+)/v1\n", errors)):
+            errors += process.stderr.readline()
+            assert process.poll() is None, errors
+        url = address[1]
+        assert httpx2.get(f"{url}/health", timeout=99).json()["status"] == "ok"
         asked = {"messages": user("Reverse: " + "abc " * 20), "max_tokens": 4, "canvas_length": 4}
-        answer = httpx2.post(f"http://127.0.0.1:{port}/v1/chat/completions", json=asked, timeout=99)
+        answer = httpx2.post(f"{url}/v1/chat/completions", json=asked, timeout=99)
         assert answer.status_code == 200
         assert not list((tmp_path / "contexts").iterdir())
         process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
+        process.wait(timeout=60)
+        errors += process.stderr.read()
     finally:
         process.kill()
-    assert f"http://127.0.0.1:{port}/v1" in errors
     assert errors.count("The demo checkpoint needs") == 1  # the memory plan
     assert "Traceback" not in errors
     assert process.returncode in (0, -signal.SIGTERM)

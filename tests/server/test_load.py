@@ -5,7 +5,6 @@ import random
 import subprocess
 import sys
 import threading
-import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import httpx2
 
 from .conftest import Script, user
-from .test_clients import running
+from .test_clients import running, settled
 
 CLIENTS = 50
 REQUESTS = 3
@@ -80,20 +79,11 @@ def test_fifty_clients_some_of_whom_misbehave() -> None:
         for thread in threads:
             thread.join()
         assert not failures
-        _settled(url)
+        settled(url)
         assert httpx2.post(f"{url}/v1/chat/completions", json={"messages": user()}).is_success
     assert outcomes["answered"] > 0
     assert outcomes["left"] > 0
     assert sum(outcomes.values()) == CLIENTS * REQUESTS
-
-
-def _settled(url: str) -> None:
-    """Waits until requests whose clients left are gone as well."""
-    for _ in range(100):
-        if "mlx_dgemma_requests_admitted 0" in httpx2.get(f"{url}/metrics").text:
-            return
-        time.sleep(0.1)
-    raise AssertionError("requests are left over")
 
 
 def test_the_load_script_finds_nothing_wrong() -> None:
