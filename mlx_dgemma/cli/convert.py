@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import (
@@ -27,6 +28,9 @@ from mlx_dgemma.cli.exit_codes import USER_ERROR
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.memory import gigabytes
 from mlx_dgemma.model.config import DTYPES
+
+if TYPE_CHECKING:
+    from mlx_dgemma.convert.inspection import Inspection
 
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 
@@ -187,21 +191,8 @@ def _inspect(arguments: list[str]) -> int:
     if args.json:
         print(json.dumps(found.as_dict(), indent=2))
         return 0
-    table = Table(title=found.source, title_justify="left", box=None)
-    table.add_column("module", overflow="fold")
-    for column in ("count", "shape", "stored as", "bits", "MB"):
-        table.add_column(column, justify="right" if column in ("count", "bits", "MB") else "left")
-    for row in found.rows:
-        table.add_row(
-            row.module,
-            str(row.count),
-            " x ".join(map(str, row.shape)),
-            row.stored,
-            f"{row.bits_per_weight:.2f}",
-            f"{row.nbytes / 1e6:,.2f}",
-        )
-    console = Console(width=None if sys.stdout.isatty() else 140, soft_wrap=False)
-    console.print(table)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
+    print_modules(console, found)
     console.print(
         f"\n{found.tensors:,} tensors, {found.parameters:,} parameters, "
         f"{found.total_size:,} bytes, {found.bits_per_weight:.2f} bits per weight"
@@ -211,6 +202,31 @@ def _inspect(arguments: list[str]) -> int:
     for fit in found.fits:
         console.print(f"  Mac with {fit.memory_gb:>3} GB: {words[fit.fits]}")
     return 0
+
+
+def print_modules(console: Console, found: Inspection) -> None:
+    """A table; where the names leave no room for its columns, two lines a module."""
+    table = Table(title=found.source, title_justify="left", box=None)
+    table.add_column("module", no_wrap=True)
+    for column in ("count", "shape", "stored as", "bits", "MB"):
+        right = column in ("count", "bits", "MB")
+        table.add_column(column, justify="right" if right else "left", no_wrap=True)
+    for row in found.rows:
+        shape, bits = " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}"
+        size = f"{row.nbytes / 1e6:,.2f}"
+        table.add_row(row.module, str(row.count), shape, row.stored, bits, size)
+    if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
+        console.print(table)
+        return
+    console.print(found.source, style="italic", markup=False, soft_wrap=True)
+    for row in found.rows:
+        times = f"{row.count} of " if row.count > 1 else ""
+        console.print(
+            f"{row.module}\n  {times}{' x '.join(map(str, row.shape))}, {row.stored}: "
+            f"{row.bits_per_weight:.2f} bits, {row.nbytes / 1e6:,.2f} MB",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 @contextmanager

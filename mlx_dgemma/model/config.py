@@ -253,7 +253,6 @@ class VisionConfig:
 class GenerationConfig:
     """Defaults of the diffusion loop, as the checkpoint recommends them."""
 
-    max_new_tokens: int = 256
     max_denoising_steps: int = 48
     entropy_bound: float = 0.1
     t_max: float = 0.8
@@ -271,7 +270,6 @@ class GenerationConfig:
         sampler = Section(section.get("sampler_config", {}), source, "sampler_config.")
         sampler.only("_cls_name", ("EntropyBoundSamplerConfig",), "EntropyBoundSamplerConfig")
         config = cls(
-            max_new_tokens=section.integer("max_new_tokens", cls.max_new_tokens),
             max_denoising_steps=section.integer("max_denoising_steps", cls.max_denoising_steps),
             entropy_bound=sampler.number("entropy_bound", cls.entropy_bound),
             t_max=section.positive("t_max", cls.t_max),

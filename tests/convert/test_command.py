@@ -1,5 +1,6 @@
 """The command line: mlx-lm's flags, one sentence per mistake, JSON, verify and inspect."""
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -7,8 +8,9 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 import recipes
+from rich.console import Console
 
-from mlx_dgemma.cli.convert import convert_parser, main
+from mlx_dgemma.cli.convert import convert_parser, main, print_modules
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
 from mlx_dgemma.convert.verify import verify
@@ -161,6 +163,16 @@ def test_verify_finds_a_wrong_total(converted):
     index["metadata"]["total_size"] += 1
     path.write_text(json.dumps(index))
     assert any("total_size" in problem for problem in verify(converted, forward=False).problems)
+
+
+@pytest.mark.parametrize("width", [40, 80, 160])
+def test_inspect_breaks_no_name(width):
+    found = inspect(CHECKPOINT)
+    console = Console(width=width, file=io.StringIO())
+    print_modules(console, found)
+    printed = console.file.getvalue()
+    assert all(f"{row.module} " in printed.replace("\n", " ") for row in found.rows)
+    assert ("stored as" in printed) == (width == 160)  # the table's heading
 
 
 def test_inspect_counts_what_plan_counts(checkpoint, tmp_path):
