@@ -1,4 +1,4 @@
-"""Where a test may be skipped for want of an oracle, and where that is an error."""
+"""Where a test may be skipped for want of an oracle; how property tests draw."""
 
 from __future__ import annotations
 
@@ -6,6 +6,16 @@ import importlib
 import os
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# A busy machine is no failure. CI draws the same examples every time; a run by hand, new ones.
+settings.register_profile(
+    "project",
+    deadline=None,
+    derandomize=os.environ.get("CI") is not None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)
+settings.load_profile("project")
 
 # What tests compare with or drive; all of it comes with the dev extra.
 ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright")

@@ -19,7 +19,7 @@ def ids(text):
     return TOKENIZER.encode(text, add_special_tokens=False).ids
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.text(st.characters(exclude_categories=("Cs",), exclude_characters="▁")))
 def test_any_text_comes_back(text):
     assert TOKENIZER.decode(ids(text), skip_special_tokens=False) == text

@@ -7,7 +7,7 @@ import threading
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CancelledError, InputError
@@ -96,9 +96,7 @@ def test_what_stands_outside_the_holes_stays_to_the_character(demo, text):
         assert result.text[slice(*token.span)] == token.text
 
 
-@settings(
-    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=12)
 @given(literals=st.lists(st.text(max_size=8), min_size=2, max_size=3), data=st.data())
 def test_any_text_survives_around_its_holes(demo, literals, data):
     literals = [literal.encode("utf-8", "ignore").decode() for literal in literals]

@@ -137,7 +137,7 @@ JSON = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(value=JSON, dialect=st.sampled_from([config, saved]), data=st.data())
 def test_any_value_anywhere_parses_or_is_refused(value, dialect, data):
     """Never another exception: users see one sentence."""

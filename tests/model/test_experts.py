@@ -30,7 +30,7 @@ def test_truth_table_of_exact_ties(row, count, chosen):
     assert top_indices(mx.array([row]), count).tolist() == [chosen]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(
         st.lists(

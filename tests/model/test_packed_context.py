@@ -122,7 +122,7 @@ def test_attention_over_packed_keys_agrees_with_float64(chunk, batch, masked):
     np.testing.assert_allclose(np.array(found), expected, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     st.lists(st.tuples(st.integers(1, 40), st.integers(0, 12)), min_size=1, max_size=6),
     st.sampled_from([mx.float32, mx.bfloat16]),

@@ -3,7 +3,7 @@
 import mlx.core as mx
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 from mlx_vlm_oracle import VlmReference
@@ -210,11 +210,9 @@ SIZES = st.builds(
 
 @settings(
     max_examples=8,
-    deadline=None,
     derandomize=True,
     database=None,
     phases=[Phase.generate],  # shrinking a pair of networks takes minutes
-    suppress_health_check=[HealthCheck.too_slow],
 )
 @given(dims=SIZES, length=st.integers(1, 50), chunk=st.integers(1, 60), seed=st.integers(0, 99))
 def test_any_dimensions(tmp_path_factory, oracle, dims, length, chunk, seed):

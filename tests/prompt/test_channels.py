@@ -4,7 +4,7 @@ from collections.abc import Collection, Iterable
 from itertools import pairwise
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.prompt.channels import ChannelParser, Piece, join, parse
@@ -12,9 +12,7 @@ from mlx_dgemma.prompt.chat_template import encode_messages
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.prompt.tools import ToolCall
 
-shared = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=150)
 
 
 def read(tokenizer: Tokenizer, reply: str, *tools: str) -> list[tuple[str, str]]:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CheckpointError, InputError
@@ -15,9 +15,7 @@ from mlx_dgemma.prompt.tokenizer import Tokenizer, load_tokenizer
 from .conftest import ASSETS, DEMO, STOP_IDS
 
 TRACES = ASSETS / "traces" / "real_traces.json"
-shared = settings(
-    deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=60)
 
 WEATHER: dict[str, Any] = {
     "type": "function",

@@ -158,7 +158,7 @@ def test_a_picture_of_no_width():
 
 
 @pytest.mark.parametrize("form", FILES)
-@settings(max_examples=30, deadline=None, derandomize=True, database=None)
+@settings(max_examples=30, derandomize=True, database=None)
 @given(data=st.data())
 def test_damaged_files_are_read_or_refused(form, data):
     """Bytes changed, cut out or repeated: a picture or one sentence, never a crash."""
@@ -175,7 +175,7 @@ def test_damaged_files_are_read_or_refused(form, data):
         assert picture.image.width * picture.image.height <= MAX_PIXELS
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(start=st.sampled_from(sorted(FILES)), body=st.binary(max_size=200))
 def test_any_bytes_behind_a_true_beginning(start, body):
     picture = read_or_refuse(FILES[start][:24] + body)

@@ -5,16 +5,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.prompt.tokenizer import SPELLINGS, Tokenizer, load_tokenizer
 
 # The tokenizers are read-only, so that one may serve every example.
-shared = settings(
-    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+shared = settings(max_examples=150)
 # Word separators are the one character that Gemma's tokenizer does not keep: it means a space.
 texts = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="▁"), max_size=60)
 

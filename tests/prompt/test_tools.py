@@ -98,7 +98,6 @@ def gemma(value: Any) -> str:
     return json.dumps(value)
 
 
-@settings(deadline=None)
 @given(arguments)
 def test_reads_back_what_the_template_writes(value: dict[str, Any]) -> None:
     call = one("call:f" + gemma(value))
@@ -106,13 +105,12 @@ def test_reads_back_what_the_template_writes(value: dict[str, Any]) -> None:
     assert json.loads(call.arguments_json) == value
 
 
-@settings(deadline=None)
 @given(arguments)
 def test_reads_json_arguments(value: dict[str, Any]) -> None:
     assert one("call:f" + json.dumps(value)).arguments == value
 
 
-@settings(deadline=None, max_examples=300)
+@settings(max_examples=300)
 @given(st.text("call:fg{}()[],=\"' 1.eTruen\\" + "\ufdd0", max_size=30))
 def test_any_text_gives_calls_or_none(text: str) -> None:
     for call in parse_tool_calls(text):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.decoding.events import Finish
@@ -203,10 +203,7 @@ bodies = st.fixed_dictionaries(
 )  # fmt: skip
 
 
-@settings(
-    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
-                                                            HealthCheck.too_slow]
-)  # fmt: skip
+@settings(max_examples=120)
 @given(path=st.sampled_from([URL, "/v1/completions", "/v1/responses", "/v1/messages"]), body=bodies)
 def test_no_body_breaks_the_server(fuzzed: Any, path: str, body: Any) -> None:
     response = fuzzed.post(path, json=body)

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.filling import Filling, Infill
@@ -117,10 +117,7 @@ def client(serve: Open, monkeypatch: pytest.MonkeyPatch) -> Any:
     return serve(Script(REPLY))
 
 
-@settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture,
-                                                            HealthCheck.too_slow]
-)  # fmt: skip
+@settings(max_examples=150)
 @given(path=st.sampled_from(PATHS), body=body)
 def test_every_request_gets_an_answer_or_a_reason(client: Any, path: str, body: Any) -> None:
     response = client.post(path, json=body)
@@ -131,7 +128,7 @@ def test_every_request_gets_an_answer_or_a_reason(client: Any, path: str, body: 
         assert response.json()["error"]["message"].endswith(".")
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(schemas, st.sampled_from(["1", "a", "1e999", "NaN", "0.1", "[[]]"]))
 def test_any_schema_is_pinned_or_refused(schema: Any, filling: str) -> None:
     try:
