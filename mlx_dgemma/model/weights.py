@@ -148,23 +148,32 @@ def load_model(
         settle(model, unbound)
     if config.vision is not None:
         model.reread_vision = partial(
-            _leave_vision_unread, sources=sources, headers=headers, settled=not lazy
+            _leave_vision_unread,
+            sources=sources,
+            headers=headers,
+            settled=not lazy,
+            unbound=unbound,
         )
     return model
 
 
 def _leave_vision_unread(
-    model: Model, sources: Mapping[str, Source], headers: Mapping[str, Header], settled: bool
+    model: Model,
+    sources: Mapping[str, Source],
+    headers: Mapping[str, Header],
+    settled: bool,
+    unbound: mx.Stream,
 ) -> None:
     """Put the vision tower back on the disk, as it was before the first image."""
     names = [name for name in sources if name.startswith(VISION_TOWER)]
-    with mx.stream(mx.new_thread_unsafe_stream(mx.cpu)):
+    widened = _is_widened(model)
+    with mx.stream(unbound):
         tensors: dict[str, mx.array] = {}
         for path in sorted({headers[part].path for n in names for part in sources[n].parts}):
             tensors.update(_load_shard(path))
         fill(model, {name: sources[name].read(tensors) for name in names})
         if settled:
-            _convert(model, model.model.encoder.vision_tower)
+            _convert(model, model.model.encoder.vision_tower, widened)
 
 
 def settle(model: Model, unbound: mx.Stream | None = None) -> None:
@@ -174,8 +183,9 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
     a large one keeps its 16-bit weights: twice their size is too much.
     unbound: where tensors that stay unread are converted once somebody reads them.
     """
+    widened = _is_widened(model)
     with mx.stream(unbound or mx.new_thread_unsafe_stream(mx.cpu)):
-        small = _convert(model, model)
+        small = _convert(model, model, widened)
     model.prepare()
     if small:
         for module in model.model.decoder.modules():
@@ -185,9 +195,16 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
     mx.eval(model.model.encoder.language_model.parameters())
 
 
-def _convert(model: Model, part: nn.Module) -> bool:
+def _is_widened(model: Model) -> bool:
+    """Whether this is the CPU backend in float32.
+
+    Ask before a stream of the CPU is entered: inside, the CPU is the default device everywhere.
+    """
+    return mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
+
+
+def _convert(model: Model, part: nn.Module, widened: bool) -> bool:
     """Bring a part of the model into the form that `settle` describes; True for a small model."""
-    widened = mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
     small = widened and _dense_bytes(model.config) <= EXPAND_BYTES
     if small:
         expand(model, part)

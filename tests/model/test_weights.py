@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlx.core as mx
@@ -114,6 +115,14 @@ WIDE = {
     "global_head_dim": 32,
 }
 ATTENTION = "model.decoder.layers.0.self_attn"
+VISION = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "head_dim": 64,
+}
 
 
 @pytest.mark.parametrize(
@@ -189,15 +198,7 @@ def test_packed_sixteen_bit_scales_compute_in_float32_on_the_cpu_backend(tmp_pat
 
 def test_the_vision_tower_stays_on_disk(tmp_path):
     """Loading reads the text weights; the tower's bytes come with the first image."""
-    vision = {
-        "hidden_size": 256,
-        "intermediate_size": 1024,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 4,
-        "head_dim": 64,
-    }
-    folder = write_plain(tmp_path, config() | {"vision_config": vision})
+    folder = write_plain(tmp_path, config() | {"vision_config": VISION})
     before = mx.get_active_memory()
     model = load_model(folder)
     tower = sum(tensor.nbytes for _, tensor in tree_flatten(model.model.encoder.vision_tower))
@@ -226,6 +227,53 @@ def test_no_tensor_widens_the_activations(tmp_path):
     model.prefill(IDS, cache)
     assert model.hidden(CANVAS, cache).dtype == mx.bfloat16
     assert cache.layers[0].buffers[0].dtype == mx.bfloat16
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    """What MLX answers where a GPU is the default device: the CPU, inside a stream of the CPU."""
+    entered = []
+
+    @contextmanager
+    def stream(where, real=mx.stream):
+        entered.append(where)
+        with real(where):
+            yield
+        entered.pop()
+
+    monkeypatch.setattr(mx, "stream", stream)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.cpu if entered else mx.gpu))
+
+
+@pytest.mark.parametrize("expandable", [True, False])
+def test_float32_on_a_gpu_widens_every_tensor_and_unpacks_none(
+    tmp_path, monkeypatch, gpu, expandable
+):
+    if not expandable:
+        monkeypatch.setattr("mlx_dgemma.model.weights.EXPAND_BYTES", 0)
+    packing = {"group_size": 64, "bits": 4}
+    values = config(**WIDE) | {"vision_config": VISION, "quantization": packing}
+    model = load_model(write_plain(tmp_path, values, dtype=mx.bfloat16), dtype=mx.float32)
+    tower = model.model.encoder.vision_tower
+    for _ in range(2):
+        assert {t.dtype for _, t in tree_flatten(model.parameters())} == {mx.float32, mx.uint32}
+        assert {t.dtype for _, t in tree_flatten(tower.parameters())} == {mx.float32}
+        model.release_vision()
+    assert model.model.decoder.embed_tokens.quantized
+
+
+def test_releasing_the_vision_tower_again_and_again_needs_no_more_streams(tmp_path, monkeypatch):
+    """Each would keep a thread of its own."""
+    made = []
+    monkeypatch.setattr(
+        mx,
+        "new_thread_unsafe_stream",
+        lambda where, real=mx.new_thread_unsafe_stream: made.append(where) or real(where),
+    )
+    model = load_model(write_plain(tmp_path, config() | {"vision_config": VISION}))
+    for _ in range(3):
+        model.release_vision()
+    assert len(made) == 1
 
 
 def test_every_wrong_tensor_in_one_message(tmp_path):
