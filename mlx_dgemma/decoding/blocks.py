@@ -158,7 +158,7 @@ def generate_blocks(
             reason = "length"
         else:
             started = time.perf_counter()
-            model.prefill(mx.array(result.ids)[None], cache)
+            model.prefill(result.ids[None], cache)
             tally.denoise_seconds += time.perf_counter() - started
             block += 1
     yield tally.finish(reason, request.seed)
@@ -181,7 +181,7 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
         start = 0
         while start < part.size and not request.cancelled:
             upto = min(part.size, start + CHUNK - cache.offset % CHUNK)
-            model.prefill(mx.array(part[start:upto])[None], cache)
+            model.prefill(part[None, start:upto], cache)
             start = upto
         if request.cancelled:
             break

@@ -31,14 +31,10 @@ from mlx_dgemma.kernels.soft_embeddings import (
     gather_soft_embeddings,
     scale_embeddings,
 )
+from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
-
-
-# Layers after which the graph built so far is sent to the device. Building all thirty takes Python
-# several milliseconds, in which a GPU would have nothing to do.
-DISPATCH_EVERY = 5
 
 
 @dataclass(frozen=True)
@@ -199,6 +195,7 @@ def denoise_block(
             going = np.flatnonzero(~ended)
             batch.keep(going)
             sampler.keep(mx.array(going))
+        mx.async_eval(batch.signal)  # the device begins while Python builds the first layers
     return [results[row] for row in range(len(requests))]
 
 

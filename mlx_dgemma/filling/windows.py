@@ -10,7 +10,6 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
-import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas import CanvasRequest, Start
@@ -67,8 +66,7 @@ class Filler:
     def fill(self, seeds: Sequence[int]) -> Turns[list[Infill]]:
         """One Infill per seed; the prompt and what the first canvas needs are read once."""
         cache = self.model.make_cache(self.job.settings.kv_bits)
-        prompt = mx.array(list(self.job.prompt))[None]
-        self.model.prefill(prompt, cache, images=self.job.images)
+        self.model.prefill(np.array(self.job.prompt)[None], cache, images=self.job.images)
         window = self.plan.window(0)
         self._enter(cache, window)
         start = cache.snapshot()
@@ -92,12 +90,12 @@ class Filler:
     def _enter(self, cache: ContextCache, window: Window) -> None:
         skipped = self.plan.layout.literals[window.first][: window.skip]
         if skipped:
-            self.model.prefill(mx.array(skipped)[None], cache)
+            self.model.prefill(np.array(skipped)[None], cache)
 
     def _leave(self, cache: ContextCache, window: Window, filled: _Filled) -> None:
         """Commits a canvas up to the end of its last hole."""
         end = filled.template.slots[-1].end
-        self.model.prefill(mx.array(filled.result.ids[:end])[None], cache)
+        self.model.prefill(filled.result.ids[None, :end], cache)
 
     def _choose_lengths(self, cache: ContextCache, window: Window, seed: int) -> Turns[_Filled]:
         """Tries the lengths of one hole after the other, the others as they are."""

@@ -7,6 +7,8 @@ with image blocks whose members see each other.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import mlx.core as mx
 import numpy as np
 
@@ -29,15 +31,27 @@ def encoder_mask(
     hidden_by_window = window is not None and first_key <= first_query + queries - 1 - window
     if last_key <= first_query and not hidden_by_window:
         return None
-    i = np.arange(first_query, first_query + queries)[:, None]
-    j = np.arange(first_key, first_key + keys)[None, :]
+    if blocks is None or not (blocks >= 0).any():
+        return _text_mask(first_query - first_key, queries, keys, window)
+    visible = _visible(first_query - first_key, queries, keys, window)
+    cached = keys - queries
+    visible[:, cached:] |= (blocks[:, None] == blocks[None, :]) & (blocks[:, None] >= 0)
+    return mx.array(visible)
+
+
+@lru_cache(maxsize=16)  # what the layers of a chunk share, and most chunks with each other
+def _text_mask(ahead: int, queries: int, keys: int, window: int | None) -> mx.array:
+    return mx.array(_visible(ahead, queries, keys, window))
+
+
+def _visible(ahead: int, queries: int, keys: int, window: int | None) -> np.ndarray:
+    """bool [queries, keys] without images; the first query stands `ahead` of the first key."""
+    i = np.arange(ahead, ahead + queries)[:, None]
+    j = np.arange(keys)[None, :]
     visible = j <= i
     if window is not None:
         visible &= j > i - window
-    if blocks is not None and (blocks >= 0).any():
-        cached = keys - queries
-        visible[:, cached:] |= (blocks[:, None] == blocks[None, :]) & (blocks[:, None] >= 0)
-    return mx.array(visible)
+    return visible
 
 
 def image_blocks(is_image: np.ndarray) -> np.ndarray:

@@ -27,6 +27,9 @@ from mlx_dgemma.model.rope import RopeTables, Table
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches, VisionProjection, VisionTower
 
 CHUNK = 2048  # prompt tokens per encoder pass
+# Layers after which the graph built so far is sent to the device. Building all thirty takes Python
+# several milliseconds, in which a GPU would have nothing to do.
+DISPATCH_EVERY = 5
 
 
 class Layer(nn.Module):
@@ -312,10 +315,11 @@ class Model(nn.Module):
         layers = self.model.decoder.layers
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
-        for layer, scalar, context in zip(
-            layers[:-1], scalars[:-1], cache.layers[:-1], strict=True
-        ):
+        read = zip(layers[:-1], scalars[:-1], cache.layers[:-1], strict=True)
+        for index, (layer, scalar, context) in enumerate(read, 1):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
+            if index % DISPATCH_EVERY == 0:
+                mx.async_eval(x)
         last = layers[-1]  # its output is never used, only its keys and values
         last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
 

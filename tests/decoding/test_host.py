@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import load
-from mlx_dgemma.decoding import denoise
+from mlx_dgemma.decoding import blocks, denoise
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.model import masks, network
+from mlx_dgemma.model.network import DISPATCH_EVERY
 
 from .driving import drive
 
@@ -72,14 +74,41 @@ def test_layers_are_handed_over_while_the_rest_is_described(model, monkeypatch):
     assert len(handed) == model.config.text.num_hidden_layers // 2
     model.hidden(canvas, model.make_cache())
     assert len(handed) == model.config.text.num_hidden_layers // 2
-    run(model, stability_threshold=99)  # the loop does so by itself
-    per_step = model.config.text.num_hidden_layers // denoise.DISPATCH_EVERY
-    assert len(handed) == model.config.text.num_hidden_layers // 2 + 8 * per_step
+    handed.clear()
+    model.prefill(np.arange(60, 90), model.make_cache())
+    prompt = (model.config.text.num_hidden_layers - 1) // DISPATCH_EVERY
+    assert len(handed) == prompt > 0
+    handed.clear()
+    run(model, stability_threshold=99)  # the loop does so by itself, and with 7 steps' signals
+    per_step = model.config.text.num_hidden_layers // DISPATCH_EVERY
+    assert len(handed) == prompt + 8 * per_step + 7
+
+
+def test_reading_waits_for_nothing(model, monkeypatch):
+    """Ids that lay on the device would be read from behind all the work that is queued there."""
+    numpy = CountingNumPy()
+    monkeypatch.setattr(network, "np", numpy)
+    monkeypatch.setattr(blocks, "CHUNK", 32)
+    settings = DecodingSettings(max_denoising_steps=1, max_tokens=64, empty_reply="allow")
+    request = blocks.Request(
+        prompt=range(60, 130), settings=settings, draws=SeededDraws(0), seed=0, stop_ids=frozenset()
+    )
+    cache = model.make_cache()
+    *_, finish = blocks.generate_blocks(model, cache, request)
+    assert finish.blocks > 1
+    assert cache.offset > 70
+    assert numpy.reads == 0
+
+
+def test_layers_share_their_masks(model):
+    masks._text_mask.cache_clear()
+    model.prefill(np.arange(60, 90), model.make_cache())
+    assert masks._text_mask.cache_info().misses == 1
 
 
 def test_handing_over_early_changes_nothing(model, monkeypatch):
     ids = []
-    for every in (None, 1, denoise.DISPATCH_EVERY):
+    for every in (None, 1, DISPATCH_EVERY):
         monkeypatch.setattr(denoise, "DISPATCH_EVERY", every)
         (result,), _ = run(model)
         ids.append((result.ids.tolist(), result.entropy.tolist()))
