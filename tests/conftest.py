@@ -17,6 +17,9 @@ settings.register_profile(
 )
 settings.load_profile("project")
 
+# Else MLX multiplies float32 in TF32 on an M5, and what is compared in float32 would not agree.
+os.environ.setdefault("MLX_ENABLE_TF32", "0")
+
 # What tests compare with or drive; all of it comes with the dev extra.
 ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright")
 
