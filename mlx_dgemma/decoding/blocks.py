@@ -291,13 +291,13 @@ def _denoise(
 
 
 def draft_event(step: Step, row: int = 0) -> Draft:
-    """The row's draft, read from the device."""
+    """The row's draft. Whole arrays are read, for they are computed: a row would yet have to be."""
     line = step.rows.index(row)
     return Draft(
-        ids=np.array(step.draft[line]),
+        ids=np.array(step.draft)[line],
         draft_text="",
-        accepted=np.array(step.accepted[line]),
-        entropy=np.array(step.entropy[line]),
+        accepted=np.array(step.accepted)[line],
+        entropy=np.array(step.entropy)[line],
         step=step.place.step,
         block=step.place.block,
     )

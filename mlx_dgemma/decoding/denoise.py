@@ -153,7 +153,8 @@ def denoise_block(
         batch.settled = mx.where(changed, taken, batch.settled)
         survivors = seen.logits.survivors(seen.stats, temperature) if sparse and step > 1 else None
         report = _report(decision.status, survivors, batch.pins)
-        mx.eval(report, decision.complete, seen.draft, seen.entropy, batch.settled)
+        shown = (seen.draft, decision.accepted, seen.entropy)
+        mx.eval(report, decision.complete, *shown, batch.settled)
         yield Step(
             place=place,
             rows=tuple(batch.rows),

@@ -11,7 +11,7 @@ from mlx_dgemma.decoding.draws import Place
 
 @dataclass(frozen=True)
 class Step:
-    """One denoising step of a batch; reading an array costs a host read.
+    """One denoising step of a batch; draft, accepted and entropy are computed, others when read.
 
     place.step counts up from 1. rows: which rows of the batch are still being denoised, one
     line of every array each. canvas int32 [b, C] is what the step was given; draft int32

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import load
+from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.decoding import blocks, denoise
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
@@ -98,6 +99,19 @@ def test_reading_waits_for_nothing(model, monkeypatch):
     assert finish.blocks > 1
     assert cache.offset > 70
     assert numpy.reads == 0
+
+
+def test_a_draft_asks_nothing_of_the_device(model, monkeypatch):
+    cache = model.make_cache()
+    model.prefill(np.arange(60, 90), cache)
+    requests = [CanvasRequest(draws=SeededDraws(row)) for row in range(2)]
+    step = next(denoise.denoise_block(model, cache, DecodingSettings(), requests))
+    assert not launches([step.draft, step.accepted, step.entropy])
+    expected = np.array(step.draft[1])
+    monkeypatch.setattr(mx.array, "__getitem__", lambda *_: pytest.fail("a row of the device's"))
+    draft = blocks.draft_event(step, 1)
+    assert (draft.ids == expected).all()
+    assert draft.accepted.shape == draft.entropy.shape == expected.shape
 
 
 def test_layers_share_their_masks(model):
