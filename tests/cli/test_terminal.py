@@ -18,6 +18,7 @@ import pytest
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs a pseudo-terminal")
 
 ENDLESS = ["--max-denoising-steps", "10000", "--confidence-threshold", "0", "--pace", "0.01"]
+ENDLESS += ["--seed", "1"]
 CODES = re.compile(r"\x1b\[\??[\d;]*[A-Za-z]")
 
 
@@ -95,14 +96,18 @@ def test_the_canvas_is_drawn_and_the_figures_follow() -> None:
 
 
 def test_without_colour_nothing_is_coloured() -> None:
-    terminal = Terminal("generate", "-p", "abc", "--max-denoising-steps", "2", NO_COLOR="1")
+    terminal = Terminal(
+        "generate", "-p", "abc", "--seed", "1", "--max-denoising-steps", "2", NO_COLOR="1"
+    )
     assert terminal.finish() == 0
     colours = [code for code in CODES.findall(terminal.output) if re.search(r"[34]\d", code)]
     assert colours == []
 
 
 def test_a_dumb_terminal_gets_plain_text() -> None:
-    terminal = Terminal("generate", "-p", "abc", "--max-denoising-steps", "2", TERM="dumb")
+    terminal = Terminal(
+        "generate", "-p", "abc", "--seed", "1", "--max-denoising-steps", "2", TERM="dumb"
+    )
     assert terminal.finish() == 0
     assert "\x1b" not in terminal.output
 

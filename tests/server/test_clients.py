@@ -212,8 +212,9 @@ def test_the_demo_model_fills_a_schema_and_a_gap(demo: str) -> None:
     assert text.startswith('{"ok": "yes", "name": "')
     assert text.endswith('"}')
     gap = client.completions.create(
-        model="default", prompt="the old ", suffix=" sings.", extra_body={"max_denoising_steps": 1}
-    )
+        model="default", prompt="the old ", suffix=" sings.", seed=1,
+        extra_body={"max_denoising_steps": 1},
+    )  # fmt: skip
     assert gap.choices[0].text
 
 
@@ -289,13 +290,14 @@ def test_the_demo_model_makes_the_call_it_must(demo: str) -> None:
 def test_a_short_request_does_not_wait_for_a_long_one(demo: str) -> None:
     client = openai.OpenAI(base_url=f"{demo}/v1", api_key="none", max_retries=0)
 
-    def ask(tokens: int, **options: Any) -> Any:
+    def ask(extra: dict[str, Any], **options: Any) -> Any:
         return client.chat.completions.create(
-            model="default", messages=user("Count from 10 to 99"), seed=2, max_tokens=tokens,
-            extra_body={**QUICK, "empty_reply": "allow"}, **options,
+            model="default", messages=user("Count from 10 to 99"), seed=2,
+            extra_body={**QUICK, "empty_reply": "allow", **extra}, **options,
         )  # fmt: skip
 
-    with ask(4000, stream=True) as long:
+    slow = {"max_denoising_steps": 40, "confidence_threshold": 0}  # no block ends early
+    with ask(slow, stream=True) as long:
         next(chunk for chunk in long if chunk.choices and chunk.choices[0].delta.content)
-        assert ask(8).choices[0].finish_reason == "length"
+        assert ask({}, max_tokens=8).choices[0].finish_reason == "length"
         assert "mlx_dgemma_requests_admitted 1" in httpx2.get(f"{demo}/metrics").text

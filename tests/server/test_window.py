@@ -17,6 +17,9 @@ from mlx_dgemma.runtime import Runtime
 tkinter = pytest.importorskip("tkinter", reason="this Python was built without tkinter")
 EXAMPLE = Path(__file__).parents[2] / "examples" / "window.py"
 PATIENCE = 120.0
+# Tcl aborts the process when a root is freed on another thread than its own, and the collector may
+# run on any: so none is freed.
+ROOTS: list[Any] = []
 
 
 @pytest.fixture
@@ -46,7 +49,8 @@ def display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def window(display: None) -> Iterator[Any]:
+def window(display: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    monkeypatch.setattr("mlx_dgemma.api.fresh_seed", lambda: 1)
     spec = importlib.util.spec_from_file_location("window", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None
@@ -54,6 +58,7 @@ def window(display: None) -> Iterator[Any]:
     spec.loader.exec_module(module)
     with Runtime() as runtime:
         root = tkinter.Tk()
+        ROOTS.append(root)
         yield module.Window(root, runtime)
         root.destroy()
 
