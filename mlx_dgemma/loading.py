@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -58,11 +59,15 @@ def load_network(
         folder = resolve_model(path_or_hf_repo, revision=revision)
     this = machine()
     if not lazy:
+        config = ModelConfig.from_folder(folder)
+        widened = dtype == "float32" and mx.default_device() != mx.Device(mx.cpu)
+        if widened:
+            config = replace(config, text=replace(config.text, dtype="float32"))
         least = plan_for(
             this,
-            ModelConfig.from_folder(folder),
+            config,
             context_tokens=LEAST_CONTEXT,
-            weights=stored_bytes(folder),
+            weights=stored_bytes(folder, widened=widened),
         )
         check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
     set_limits(this)

@@ -308,25 +308,27 @@ def _layer_bytes(text: TextConfig, rows: int, queries: int, tokens: int) -> int:
     return (experts + residual) * ITEM_SIZE[text.dtype] + SCORES_HELD * scores * 4
 
 
-def stored_bytes(folder: str | Path) -> int:
+def stored_bytes(folder: str | Path, *, widened: bool = False) -> int:
     """Bytes of the tensors in a checkpoint folder, from the headers of its safetensors files.
 
+    widened: as a GPU holds them that computes in float32, with no float of 16 bits left.
     Raises CheckpointError when there are none or a header cannot be read.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files; download the checkpoint again.")
-    return sum(_tensor_bytes(file) for file in files)
+    return sum(_tensor_bytes(file, widened) for file in files)
 
 
-def _tensor_bytes(file: Path) -> int:
+def _tensor_bytes(file: Path, widened: bool) -> int:
     try:
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
             header = json.loads(stream.read(min(length, MAX_HEADER)))
-        return max(
-            entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"
-        )
+        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
+        narrow = [t["data_offsets"] for t in tensors if widened and t["dtype"] in ("BF16", "F16")]
+        added = sum(end - start for start, end in narrow)
+        return added + max(tensor["data_offsets"][1] for tensor in tensors)
     except OSError as error:
         raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
     except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:

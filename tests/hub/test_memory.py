@@ -11,7 +11,7 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from mlx_dgemma import memory
+from mlx_dgemma import loading, memory
 from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
@@ -161,6 +161,29 @@ def test_stored_bytes_come_from_the_headers() -> None:
     folder = demo_path()
     config = ModelConfig.from_folder(folder)
     assert memory.stored_bytes(folder) == memory.weight_bytes(config, layout="hf")
+
+
+def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = demo_path()
+    config = ModelConfig.from_folder(folder)
+    wide = replace(config, text=replace(config.text, dtype="float32"))
+    stored, widened = (memory.stored_bytes(folder, widened=wider) for wider in (False, True))
+    assert widened == 2 * stored
+    needs = [
+        memory.plan(config, context_tokens=memory.LEAST_CONTEXT, weights=stored).total,
+        memory.plan(
+            wide, context_tokens=memory.LEAST_CONTEXT, weights=widened, sliced_head=True
+        ).total,
+    ]
+    between = sum(needs) // 2
+    small = replace(machine(), memory=between * 4 // 3, working_set=None, metal=False)
+    assert needs[0] < memory.usable(small) < needs[1]
+    monkeypatch.setattr(loading, "machine", lambda: small)
+    monkeypatch.setattr(loading, "load_model", lambda *_, **__: None)
+    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
+    loading.load_network()
+    with pytest.raises(ResourceError, match="The demo checkpoint needs"):
+        loading.load_network(dtype="float32")
 
 
 @pytest.mark.parametrize(
