@@ -142,7 +142,8 @@ def load_model(
     del tensors  # else a tensor that an adapter replaces would stay beside its replacement
     if adapter_path is not None:
         adapter = read_adapter(adapter_path, config)
-        merge_parameters(parameters, adapter, config, read=not lazy)
+        with mx.stream(unbound if lazy else mx.default_device()):
+            merge_parameters(parameters, adapter, config, read=not lazy)
     fill(model, parameters)
     if not lazy:
         settle(model, unbound)
