@@ -6,7 +6,8 @@ working set    the most that one denoising step or one prefill chunk holds at on
 
 Weights are exact. The context is exact for a prompt read at once; one that grows turn by turn may
 hold up to 2,048 positions more in its full layers. The working set is an upper estimate from the
-arrays the loop keeps alive at once. The peak really reached is reported with every generation.
+arrays the loop keeps alive at once; work sent ahead to a GPU may hold more, up to the limit that
+`set_limits` sets. The peak really reached is reported with every generation.
 """
 
 from __future__ import annotations
