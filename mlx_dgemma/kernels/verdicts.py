@@ -6,6 +6,7 @@ than 95 percent of the twin's time. Nothing here is fatal: whatever goes wrong k
 logged once.
 """
 
+import functools
 import json
 import logging
 import os
@@ -45,12 +46,22 @@ def verdict(operation: Operation, shape: Shape, *, again: bool = False) -> Verdi
     key = verdict_key(operation, shape)
     known = None if again else remembered().get(key)
     if known is None:
+        _announce()
         _log.info("checking the %s kernel once on this machine", operation.name)
         known = self_check(operation.name, shape)
         _remember(key, known)
         if not known.enabled:
             _log.warning("the %s kernel is off: %s", operation.name, known.reason)
     return known
+
+
+@functools.cache
+def _announce() -> None:
+    """Once per process: who waits should know what for."""
+    _log.warning(
+        "checking Metal kernels, once on this machine for each kind and size of work; this takes "
+        "a while, and MLX_DGEMMA_KERNELS=off does without them"
+    )
 
 
 def verdict_key(operation: Operation, shape: Shape) -> str:

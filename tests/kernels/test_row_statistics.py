@@ -1,12 +1,14 @@
 """The row statistics' twin against float64, against itself slice by slice, and on poisoned rows."""
 
+import sys
+
 import mlx.core as mx
 import numpy as np
 import pytest
 import references as ref
 
 from mlx_dgemma.kernels import row_statistics, sliced_row_statistics
-from mlx_dgemma.kernels.row_statistics import SLICE
+from mlx_dgemma.kernels.row_statistics import OPERATION, SLICE
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
@@ -26,6 +28,13 @@ def test_agrees_with_float64(columns, dtype):
     ids, margins = ref.sample(p, np.array(uniforms).astype(np.float64))
     clear = margins > 1e-5
     np.testing.assert_array_equal(np.array(found.sample)[clear], ids[clear])
+
+
+def test_a_self_check_times_nothing_beside_what_it_compares(monkeypatch):
+    probe = next(OPERATION.probes({"dtype": "mlx.core.float32", "vocabulary": 100}))
+    module = sys.modules["mlx_dgemma.kernels.row_statistics"]
+    monkeypatch.setattr(module, "twin", lambda *_, **__: pytest.fail("a twin runs as well"))
+    assert len(probe.twin()) == 5
 
 
 def test_a_temperature_per_row():

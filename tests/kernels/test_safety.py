@@ -52,7 +52,16 @@ def test_a_broken_kernel_stays_off_and_is_logged_once(kind, reason, monkeypatch,
     assert not found.enabled
     assert reason in found.reason
     assert again == found
-    assert len(caplog.records) == 1
+    assert sum("kernel is off" in record.message for record in caplog.records) == 1
+
+
+def test_who_waits_for_checks_is_told_once(monkeypatch, caplog):
+    broken(monkeypatch, "good")
+    verdicts._announce.cache_clear()
+    for size in (4, 5):
+        verdicts.verdict(OPERATION, {"size": size})
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "MLX_DGEMMA_KERNELS=off" in caplog.text
 
 
 @pytest.mark.parametrize(("kernel_ms", "enabled"), [(0.94, True), (0.96, False), (1.0, False)])
