@@ -78,7 +78,8 @@ def twin(
     rank = _ranks(usable)
     positions = mx.broadcast_to(mx.arange(length, dtype=mx.int32), (batch, length))
     order = mx.put_along_axis(mx.zeros_like(rank), rank, positions, axis=1)
-    ascending = mx.take_along_axis(usable, order, axis=1)
+    # Zeros behind the eligible: a GPU sums in parallel, where _LAST would drown all it is added to.
+    ascending = mx.take_along_axis(mx.where(eligible, entropy, 0.0), order, axis=1)
     within = mx.cumsum(ascending, axis=1) - ascending <= entropy_bound
     accepted = mx.logical_and(mx.take_along_axis(within, rank, axis=1), eligible)
 

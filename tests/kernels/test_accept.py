@@ -67,6 +67,17 @@ def test_a_canvas_of_pins_alone():
     assert found.status.tolist() == [[1.0, 0.0, 1.0]]
 
 
+def test_positions_out_of_the_choice_add_nothing(monkeypatch):
+    """A large number in their place would drown the others where sums are taken in parallel."""
+    summed = []
+    monkeypatch.setattr(
+        mx, "cumsum", lambda x, real=mx.cumsum, **options: summed.append(x) or real(x, **options)
+    )
+    found = run([[0.0, 0.3, float("nan"), 0.05]], pinned=[[True, False, False, False]])
+    assert found.accepted.tolist() == [[False, True, False, True]]
+    np.testing.assert_allclose(np.array(summed[0]), [[0.05, 0.3, 0.0, 0.0]])
+
+
 def test_status_per_row():
     found = run([[0.1, 0.3], [0.2, 0.2]], previous=[[3, 3], [3, 4]])
     np.testing.assert_allclose(np.array(found.status), [[1, 0.2, 1], [0, 0.2, 1]], rtol=1e-6)
