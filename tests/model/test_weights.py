@@ -14,9 +14,11 @@ from configs import config
 from mlx.utils import tree_flatten
 from plain_checkpoint import random_tensors, write_plain
 
+from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model import ModelConfig, load_model
 from mlx_dgemma.model.layers import Matrix
+from mlx_dgemma.model.vision import VisionTower
 
 ORACLES = Path(__file__).parents[1] / "oracles"
 IDS = np.arange(1, 41)[None] % 90
@@ -260,6 +262,21 @@ def test_float32_on_a_gpu_widens_every_tensor_and_unpacks_none(
         assert {t.dtype for _, t in tree_flatten(tower.parameters())} == {mx.float32}
         model.release_vision()
     assert model.model.decoder.embed_tokens.quantized
+
+
+def test_the_vision_tower_is_read_before_it_computes(tmp_path, monkeypatch):
+    unread = []
+
+    def look(self, image, dtype):
+        unread.append(launches([tensor for _, tensor in tree_flatten(self.parameters())]).total())
+        return mx.zeros((1, VISION["hidden_size"]), dtype)
+
+    monkeypatch.setattr(VisionTower, "__call__", look)
+    model = load_model(write_plain(tmp_path, config() | {"vision_config": VISION}))
+    for _ in range(2):
+        model.image_features(None)
+        model.release_vision()
+    assert unread == [0, 0]
 
 
 def test_releasing_the_vision_tower_again_and_again_needs_no_more_streams(tmp_path, monkeypatch):
