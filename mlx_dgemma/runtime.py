@@ -20,6 +20,8 @@ from collections.abc import AsyncGenerator, Callable, Generator, Iterable
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
+import numpy as np
+
 from mlx_dgemma.api import Options, Prompt, stream_generate
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
@@ -134,6 +136,8 @@ class Runtime:
             long one to finish.
         """
         cancel = cancel or threading.Event()
+        if hasattr(prompt, "__array__"):  # an MLX array that is not computed belongs to its thread
+            prompt = np.asarray(prompt)
         if options.get("cache") is None:
             options.setdefault("kv_bits", self._kv_bits)
 

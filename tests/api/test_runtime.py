@@ -7,6 +7,7 @@ import logging
 import threading
 from dataclasses import replace
 
+import mlx.core as mx
 import pytest
 
 from mlx_dgemma import Commit, Finish, Runtime, generate, infill, load, memory, stream_generate
@@ -30,6 +31,11 @@ def runtime():
 
 def test_it_gives_what_a_direct_call_gives(runtime):
     assert runtime.generate(PROMPT, seed=3, **QUICK) == generate(*load(), PROMPT, seed=3, **QUICK)
+
+
+def test_ids_may_be_an_array_that_this_thread_has_yet_to_compute(runtime):
+    expected = runtime.generate(list(range(60, 80)), max_tokens=32, seed=1)
+    assert runtime.generate(mx.arange(60, 80), max_tokens=32, seed=1) == expected
 
 
 def test_many_threads_get_their_own_answers(runtime):
