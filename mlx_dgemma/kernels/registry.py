@@ -108,14 +108,22 @@ def use(operation: Operation, shape: Shape, supported: bool) -> bool:
 
 
 def shape_class(shape: Shape) -> Shape:
-    """What a verdict is about: counts of rows are rounded up to a power of two.
+    """What a verdict is about: counts of rows are rounded up to 32, 256, 2,048 and so on.
 
-    Prompts have any length; without classes nearly every one would wait for checks of its own.
+    Prompts have any length, and each new class waits for some eight checks of its own. A canvas of
+    256 and the prompts nearest to it share one.
     """
     return {
-        name: 1 << (size - 1).bit_length() if name in _ROWS and isinstance(size, int) else size
+        name: _rounded_up(size) if name in _ROWS and isinstance(size, int) else size
         for name, size in shape.items()
     }
+
+
+def _rounded_up(rows: int) -> int:
+    bound = 32
+    while bound < rows:
+        bound *= 8
+    return bound
 
 
 @functools.cache
