@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -10,7 +9,14 @@ import mlx.core as mx
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.hardware import machine
-from mlx_dgemma.memory import LEAST_CONTEXT, check_fits, plan_for, set_limits, stored_bytes
+from mlx_dgemma.memory import (
+    LEAST_CONTEXT,
+    check_fits,
+    in_float32,
+    plan_for,
+    set_limits,
+    stored_bytes,
+)
 from mlx_dgemma.model import Model, load_model
 from mlx_dgemma.model.config import DTYPES, ModelConfig
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -62,7 +68,7 @@ def load_network(
         config = ModelConfig.from_folder(folder)
         widened = dtype == "float32" and mx.default_device() != mx.Device(mx.cpu)
         if widened:
-            config = replace(config, text=replace(config.text, dtype="float32"))
+            config = in_float32(config)
         least = plan_for(
             this,
             config,

@@ -158,23 +158,33 @@ def plan_checkpoint(
     name: str,
     context_tokens: int = 0,
     kv_bits: int | None = None,
+    dtype: str | None = None,
     stored: bool = True,
 ) -> tuple[Plan, str | None]:
     """What a checkpoint will need on this machine, and advice where that is tight.
 
     context_tokens: what a request may take, where that is more than PLANNED_CONTEXT.
+    dtype: what is computed in, where that is not the checkpoint's own.
     stored: the weights lie in the folder; otherwise their bytes follow from the config.
     Raises ResourceError when it cannot fit.
     """
     config, here = ModelConfig.from_folder(folder), machine()
+    widened = dtype == "float32" and here.metal
+    if widened:
+        config = in_float32(config)
     wanted = plan_for(
         here,
         config,
         context_tokens=_planned_tokens(config, context_tokens),
-        weights=stored_bytes(folder) if stored else None,
+        weights=stored_bytes(folder, widened=widened) if stored else None,
         kv_bits=kv_bits,
     )
     return wanted, check_fits(wanted, here, name=name)
+
+
+def in_float32(config: ModelConfig) -> ModelConfig:
+    """The same model as a GPU holds it that computes in float32."""
+    return replace(config, text=replace(config.text, dtype="float32"))
 
 
 def slices_head(config: ModelConfig, context_tokens: int, kv_bits: int | None = None) -> bool:

@@ -103,7 +103,9 @@ class Runtime:
         try:
             self.model: Model
             self.tokenizer: Tokenizer
-            folder = _find(path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits)
+            folder = _find(
+                path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits, dtype=dtype
+            )
             self.model, self.tokenizer = self.call(
                 lambda: load(folder, lazy=lazy, adapter_path=adapter_path, dtype=dtype)
             )
@@ -299,6 +301,7 @@ def _find(
     *,
     planned: bool,
     kv_bits: int | None,
+    dtype: str | None,
 ) -> Path:
     """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
     from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
@@ -307,7 +310,7 @@ def _find(
     if not planned:
         return folder
     name = str(path_or_hf_repo or "The demo checkpoint")
-    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits)
+    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits, dtype=dtype)
     log.info("%s needs %s", name, wanted)
     if advice:
         log.warning(advice)

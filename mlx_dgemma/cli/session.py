@@ -88,6 +88,7 @@ def memory_plan(
         name=str(arguments.model or DEMO_NAME),
         context_tokens=context,
         kv_bits=arguments.kv_bits,
+        dtype=arguments.dtype,
         stored=stored,
     )
 

@@ -166,7 +166,7 @@ def test_stored_bytes_come_from_the_headers() -> None:
 def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = demo_path()
     config = ModelConfig.from_folder(folder)
-    wide = replace(config, text=replace(config.text, dtype="float32"))
+    wide = memory.in_float32(config)
     stored, widened = (memory.stored_bytes(folder, widened=wider) for wider in (False, True))
     assert widened == 2 * stored
     needs = [
@@ -184,6 +184,16 @@ def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) ->
     loading.load_network()
     with pytest.raises(ResourceError, match="The demo checkpoint needs"):
         loading.load_network(dtype="float32")
+
+    roomy = replace(machine(), metal=True, working_set=None)
+    monkeypatch.setattr(memory, "machine", lambda: roomy)
+    planned, _ = memory.plan_checkpoint(folder, name="demo", dtype="float32")
+    assert planned.weights == widened
+    unread, _ = memory.plan_checkpoint(folder, name="demo", dtype="float32", stored=False)
+    assert unread.weights == memory.weight_bytes(wide)
+    narrow, _ = memory.plan_checkpoint(folder, name="demo", stored=False)
+    assert unread.working == planned.working > narrow.working
+    assert unread.context == 2 * narrow.context
 
 
 @pytest.mark.parametrize(
