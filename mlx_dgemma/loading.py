@@ -12,13 +12,13 @@ from mlx_dgemma.hardware import machine
 from mlx_dgemma.memory import (
     LEAST_CONTEXT,
     check_fits,
-    in_float32,
+    computed_config,
     plan_for,
     set_limits,
     stored_bytes,
 )
 from mlx_dgemma.model import Model, load_model
-from mlx_dgemma.model.config import DTYPES, ModelConfig
+from mlx_dgemma.model.config import DTYPES
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 
 
@@ -65,10 +65,7 @@ def load_network(
         folder = resolve_model(path_or_hf_repo, revision=revision)
     this = machine()
     if not lazy:
-        config = ModelConfig.from_folder(folder)
-        widened = dtype == "float32" and mx.default_device() != mx.Device(mx.cpu)
-        if widened:
-            config = in_float32(config)
+        config, widened = computed_config(folder, dtype)
         least = plan_for(
             this,
             config,

@@ -20,6 +20,8 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
+
 from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.hardware import Machine, machine
 from mlx_dgemma.model.config import ModelConfig, TextConfig
@@ -168,10 +170,8 @@ def plan_checkpoint(
     stored: the weights lie in the folder; otherwise their bytes follow from the config.
     Raises ResourceError when it cannot fit.
     """
-    config, here = ModelConfig.from_folder(folder), machine()
-    widened = dtype == "float32" and here.metal
-    if widened:
-        config = in_float32(config)
+    here = machine()
+    config, widened = computed_config(folder, dtype)
     wanted = plan_for(
         here,
         config,
@@ -185,6 +185,16 @@ def plan_checkpoint(
 def in_float32(config: ModelConfig) -> ModelConfig:
     """The same model as a GPU holds it that computes in float32."""
     return replace(config, text=replace(config.text, dtype="float32"))
+
+
+def computed_config(folder: str | Path, dtype: str | None) -> tuple[ModelConfig, bool]:
+    """A checkpoint's config as it is computed in `dtype`, and whether that widens what is stored.
+
+    On a GPU float32 takes the place of every 16-bit float; None is the checkpoint's own dtype.
+    """
+    config = ModelConfig.from_folder(folder)
+    widened = dtype == "float32" and mx.default_device() != mx.Device(mx.cpu)
+    return (in_float32(config) if widened else config), widened
 
 
 def slices_head(config: ModelConfig, context_tokens: int, kv_bits: int | None = None) -> bool:

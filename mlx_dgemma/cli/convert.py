@@ -211,22 +211,27 @@ def print_modules(console: Console, found: Inspection) -> None:
     for column in ("count", "shape", "stored as", "bits", "MB"):
         right = column in ("count", "bits", "MB")
         table.add_column(column, justify="right" if right else "left", no_wrap=True)
-    for row in found.rows:
-        shape, bits = " x ".join(map(str, row.shape)), f"{row.bits_per_weight:.2f}"
-        size = f"{row.nbytes / 1e6:,.2f}"
-        table.add_row(row.module, str(row.count), shape, row.stored, bits, size)
+    rows = [
+        (
+            row.module,
+            str(row.count),
+            " x ".join(map(str, row.shape)),
+            row.stored,
+            f"{row.bits_per_weight:.2f}",
+            f"{row.nbytes / 1e6:,.2f}",
+        )
+        for row in found.rows
+    ]
+    for cells in rows:
+        table.add_row(*cells)
     if console.measure(table, options=console.options.update(width=1000)).maximum <= console.width:
         console.print(table)
         return
     console.print(found.source, style="italic", markup=False, soft_wrap=True)
-    for row in found.rows:
-        times = f"{row.count} of " if row.count > 1 else ""
-        console.print(
-            f"{row.module}\n  {times}{' x '.join(map(str, row.shape))}, {row.stored}: "
-            f"{row.bits_per_weight:.2f} bits, {row.nbytes / 1e6:,.2f} MB",
-            markup=False,
-            soft_wrap=True,
-        )
+    for module, count, shape, stored, bits, size in rows:
+        times = "" if count == "1" else f"{count} of "
+        line = f"{module}\n  {times}{shape}, {stored}: {bits} bits, {size} MB"
+        console.print(line, markup=False, soft_wrap=True)
 
 
 @contextmanager
