@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_dgemma.checkpoint.hub import progress_bars
 from mlx_dgemma.convert.plan import Plan, grouped
 from mlx_dgemma.convert.recipes import MIXES, RECIPES
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.hub import progress_bars
 
 
 def model_card(plan: Plan, provenance: dict[str, Any]) -> str:

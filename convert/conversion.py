@@ -9,6 +9,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mlx_dgemma.checkpoint.adapters import Adapter, read_adapter
+from mlx_dgemma.checkpoint.hub import local_folder
+from mlx_dgemma.checkpoint.weights import INDEX
 from mlx_dgemma.convert import card
 from mlx_dgemma.convert.choice import choose_recipe
 from mlx_dgemma.convert.origin import (
@@ -30,10 +33,7 @@ from mlx_dgemma.convert.source import (
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.hub import local_folder
-from mlx_dgemma.model.adapters import Adapter, read_adapter
 from mlx_dgemma.model.config import read_json
-from mlx_dgemma.model.weights import INDEX
 
 if TYPE_CHECKING:
     from mlx_dgemma.convert.measure import Measurement

@@ -9,11 +9,11 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
-from mlx_dgemma import memory
+from mlx_dgemma.checkpoint.hub import local_folder, resolve_model
 from mlx_dgemma.convert.remote import local_files, read_headers
 from mlx_dgemma.convert.tensorfile import Entry
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.hub import local_folder, resolve_model
+from mlx_dgemma.machine import memory
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import quantization_of
 

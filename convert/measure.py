@@ -20,15 +20,15 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma import memory
+from mlx_dgemma.checkpoint.adapters import Adapter
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import RECIPES, Recipe
 from mlx_dgemma.convert.source import dense_shapes, open_source, slices
 from mlx_dgemma.convert.streamed import Streamed
 from mlx_dgemma.convert.trajectories import State, record
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.hardware import machine
-from mlx_dgemma.model.adapters import Adapter
+from mlx_dgemma.machine import memory
+from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 
 if TYPE_CHECKING:
@@ -175,7 +175,7 @@ def _fits(nbytes: int) -> bool:
 
 def is_demo(folder: Path) -> bool:
     """Whether the checkpoint has the bundled demo's architecture and vocabulary."""
-    from mlx_dgemma.hub import demo_path
+    from mlx_dgemma.checkpoint.hub import demo_path
 
     return ModelConfig.from_folder(folder).text == ModelConfig.from_folder(demo_path()).text
 
@@ -234,9 +234,9 @@ def _with_generations(
     scratch: Path | None,
 ) -> Figures:
     """The same row with steps per block and the share of valid answers, where the model fits."""
-    from mlx_dgemma.api import stream_generate
+    from mlx_dgemma.checkpoint.weights import load_model
     from mlx_dgemma.convert.conversion import convert
-    from mlx_dgemma.model.weights import load_model
+    from mlx_dgemma.generate import stream_generate
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
     if not _fits(figures.total_size):

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.checkpoint.adapters import Adapter
+from mlx_dgemma.checkpoint.hub import local_folder, resolve_model
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import Recipe
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Source, dense_shapes
 from mlx_dgemma.convert.workspace import check_disk
-from mlx_dgemma.hub import local_folder, resolve_model
-from mlx_dgemma.model.adapters import Adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 
 

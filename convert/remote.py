@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from mlx_dgemma.checkpoint.hub import check_repository_name, explained, resolve_model
+from mlx_dgemma.checkpoint.weights import STORED_DTYPES
+from mlx_dgemma.checkpoint.weights import read_headers as read_local_headers
 from mlx_dgemma.convert.tensorfile import Entry, TensorFile
 from mlx_dgemma.errors import CheckpointError, DGemmaError
-from mlx_dgemma.hub import check_repository_name, explained, resolve_model
 from mlx_dgemma.model.config import ModelConfig, read_json
-from mlx_dgemma.model.weights import STORED_DTYPES
-from mlx_dgemma.model.weights import read_headers as read_local_headers
 
 
 def read_headers(

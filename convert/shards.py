@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.checkpoint.weights import STORED_DTYPES
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.model.weights import STORED_DTYPES
 
 # The shard size of the community's files: greedy, in module-tree order.
 SHARD_BYTES = 5 << 30

@@ -16,11 +16,11 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.checkpoint import weights
+from mlx_dgemma.checkpoint.adapters import Adapter
 from mlx_dgemma.convert.remote import local_files, read_headers
 from mlx_dgemma.convert.tensorfile import Entry, TensorFile
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model import weights
-from mlx_dgemma.model.adapters import Adapter
 from mlx_dgemma.model.config import ModelConfig, read_json
 from mlx_dgemma.model.names import (
     Quantization,

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.weights import fill
 from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.source import Tensor, slices
 from mlx_dgemma.convert.stream import DTYPES
@@ -14,7 +15,6 @@ from mlx_dgemma.convert.trajectories import State
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import LayerContext
 from mlx_dgemma.model.network import Layer, Model
-from mlx_dgemma.model.weights import fill
 
 
 class Streamed:

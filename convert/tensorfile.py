@@ -17,8 +17,8 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.checkpoint.weights import STORED_DTYPES
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model.weights import STORED_DTYPES
 
 # A header of the real model is about 200 kB; the format itself caps it at 100 MB.
 MAX_HEADER_BYTES = 100_000_000

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.model.adapters import Adapter
+from mlx_dgemma.checkpoint.adapters import Adapter
 from mlx_dgemma.model.network import Model
 
 
@@ -53,13 +53,13 @@ def record(
     folder: Path, prompts: Sequence[Any], seed: int, kept: int, adapter: Adapter | None = None
 ) -> list[State]:
     """States of the first block of every prompt: `kept` steps spread over it, and its draft."""
-    from mlx_dgemma.api import encode_prompt
+    from mlx_dgemma.checkpoint.weights import load_model
     from mlx_dgemma.decoding.canvas import CanvasRequest
     from mlx_dgemma.decoding.denoise import denoise_block
     from mlx_dgemma.decoding.draws import SeededDraws
     from mlx_dgemma.decoding.schedule import temperature
     from mlx_dgemma.decoding.settings import DecodingSettings
-    from mlx_dgemma.model.weights import load_model
+    from mlx_dgemma.generate import encode_prompt
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
     model = load_model(folder, adapter_path=adapter.folder if adapter else None)

@@ -10,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.checkpoint.weights import INDEX
 from mlx_dgemma.convert.origin import resolve_source
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Packed, Source, Tensor, open_source, slices
@@ -17,7 +18,6 @@ from mlx_dgemma.convert.stream import is_finite
 from mlx_dgemma.convert.workspace import JOURNAL
 from mlx_dgemma.errors import CheckpointError, DGemmaError
 from mlx_dgemma.model.config import read_json
-from mlx_dgemma.model.weights import INDEX
 from mlx_dgemma.prompt import load_tokenizer
 
 # Scales of the mx and nv modes are floats in a byte; these bytes mean NaN.
@@ -135,7 +135,7 @@ def _sound(tensor: Tensor) -> bool:
 
 
 def _forward_problems(folder: Path) -> list[str]:
-    from mlx_dgemma.model.weights import load_model
+    from mlx_dgemma.checkpoint.weights import load_model
 
     model = load_model(folder)
     cache = model.make_cache()

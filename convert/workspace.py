@@ -17,7 +17,7 @@ from typing import Any
 from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.shards import file_digest, write_json
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.memory import gigabytes
+from mlx_dgemma.machine.memory import gigabytes
 from mlx_dgemma.model.config import read_json
 
 JOURNAL = "conversion.json"

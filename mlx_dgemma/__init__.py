@@ -8,23 +8,25 @@ Importing the package takes no time; the first use of a name below imports MLX. 
 answer --help, a wrong verb and Ctrl-C at once.
 """
 
+import sys
 from importlib import import_module
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.errors import DGemmaError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.api import Replay, generate, replay, stream_generate
+    from mlx_dgemma.checkpoint.loading import load
+    from mlx_dgemma.context.prompt_cache import PromptCache
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
-    from mlx_dgemma.filling.infill import edit, infill, refine, regenerate
-    from mlx_dgemma.filling.results import Infill
-    from mlx_dgemma.loading import load
-    from mlx_dgemma.prompt_cache import PromptCache
+    from mlx_dgemma.generate import Replay, generate, replay, stream_generate
+    from mlx_dgemma.infilling.fill import edit, infill, refine, regenerate
+    from mlx_dgemma.infilling.results import Infill
     from mlx_dgemma.runtime import Runtime
 
 _NAMES = {
-    "api": ("Replay", "generate", "replay", "stream_generate"),
+    "generate": ("Replay", "generate", "replay", "stream_generate"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
     "filling.infill": ("edit", "infill", "refine", "regenerate"),
     "filling.results": ("Infill",),
@@ -66,3 +68,19 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
+
+
+class _Package(ModuleType):
+    """`mlx_dgemma.generate` and `mlx_dgemma.infill` are functions, whatever is imported first.
+
+    Importing a submodule binds it to its name in the package; for these two names the function is
+    bound instead, as `from .generate import generate` does in mlx-lm.
+    """
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if isinstance(value, ModuleType) and name in ("generate", "infill"):
+            value = getattr(value, name)
+        super().__setattr__(name, value)
+
+
+sys.modules[__name__].__class__ = _Package

@@ -1,8 +1,12 @@
-"""So that `python -m mlx_dgemma.infill` works."""
+"""So that `python -m mlx_dgemma.infill` and `from mlx_dgemma.infill import infill` work."""
 
 import sys
 
-from mlx_dgemma.__main__ import infill
+from mlx_dgemma.infilling import edit, infill, refine, regenerate
+
+__all__ = ["edit", "infill", "refine", "regenerate"]
 
 if __name__ == "__main__":
-    sys.exit(infill())
+    from mlx_dgemma.__main__ import launch
+
+    sys.exit(launch("infill"))

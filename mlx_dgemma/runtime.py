@@ -22,11 +22,11 @@ from typing import Any, ClassVar, TypeVar, Unpack
 
 import numpy as np
 
-from mlx_dgemma.api import Options, Prompt, stream_generate
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.loading import load
-from mlx_dgemma.memory import plan_checkpoint
+from mlx_dgemma.generate import Options, Prompt, stream_generate
+from mlx_dgemma.machine.memory import plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
@@ -304,7 +304,7 @@ def _find(
     dtype: str | None,
 ) -> Path:
     """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
-    from mlx_dgemma.hub import resolve_model  # huggingface-hub takes a moment
+    from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
     folder = resolve_model(path_or_hf_repo, revision=revision)
     if not planned:

@@ -21,6 +21,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.checkpoint.weights import fill
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.logits import WholeLogits
 from mlx_dgemma.decoding.sampler import EntropyBoundSampler, StepInput
@@ -29,7 +30,6 @@ from mlx_dgemma.kernels import registry
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
-from mlx_dgemma.model.weights import fill
 
 _VIEWS = {
     "AsStrided",

@@ -11,10 +11,10 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mlx_dgemma.api import stream_generate
 from mlx_dgemma.decoding.events import Commit, Finish
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.generate import stream_generate
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 

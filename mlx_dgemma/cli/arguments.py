@@ -6,8 +6,8 @@ import argparse
 from typing import Any, get_args
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.checkpoint.hub import COMMUNITY
 from mlx_dgemma.decoding.settings import PRESETS, SamplerName, UnconvergedPolicy
-from mlx_dgemma.hub import COMMUNITY
 from mlx_dgemma.model.config import DTYPES
 
 # Flags that `stream_generate` takes by the same name; None leaves the checkpoint's own value.

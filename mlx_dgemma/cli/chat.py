@@ -19,13 +19,13 @@ from mlx_dgemma.cli import media
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.reply import Reply, print_summary, receive
 from mlx_dgemma.cli.session import Session, check_writable, open_session
+from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
 from mlx_dgemma.prompt.images import ImageProcessor
 from mlx_dgemma.prompt.media import Medium
 from mlx_dgemma.prompt.messages import check_messages
 from mlx_dgemma.prompt.pictures import open_picture
-from mlx_dgemma.prompt_cache import PromptCache
 
 PROMPT = "› "
 MESSAGES = "messages"  # where a saved context keeps the conversation that it belongs to
@@ -100,7 +100,7 @@ class Conversation:
 
     def ask(self, text: str, console: Console, live: bool) -> Reply:
         """One turn. A reply that was stopped before its first block leaves no trace."""
-        from mlx_dgemma.api import stream_generate
+        from mlx_dgemma.generate import stream_generate
 
         said = media.message(self.shown, text) if self.shown else {"role": "user", "content": text}
         asked = [*self.messages, said]

@@ -26,7 +26,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.exit_codes import USER_ERROR
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.memory import gigabytes
+from mlx_dgemma.machine.memory import gigabytes
 from mlx_dgemma.model.config import DTYPES
 
 if TYPE_CHECKING:

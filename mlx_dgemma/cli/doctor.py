@@ -14,12 +14,12 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.hardware import Conditions, Machine, conditions, machine
-from mlx_dgemma.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
-from mlx_dgemma.memory import gigabytes, usable
+from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
+from mlx_dgemma.machine.memory import gigabytes, usable
 
 GIB = 1 << 30
 

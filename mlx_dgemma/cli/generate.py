@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
+from mlx_dgemma.checkpoint.hub import resolve_model
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
@@ -25,11 +26,10 @@ from mlx_dgemma.cli.session import (
     open_session,
 )
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.hub import resolve_model
 
 if TYPE_CHECKING:
-    from mlx_dgemma.api import Prompt
     from mlx_dgemma.demo.tasks import Example
+    from mlx_dgemma.generate import Prompt
     from mlx_dgemma.prompt.media import PreparedPrompt
 
 DEFAULT_TASK = "sudoku"
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if example and not arguments.json:
         _print_question(example, console if console.is_terminal else messages)
     with stop_on_interrupt() as cancel:
-        from mlx_dgemma.api import stream_generate
+        from mlx_dgemma.generate import stream_generate
 
         events = stream_generate(
             session.model, session.tokenizer, prepared, drafts=live, cancel=cancel, **options
@@ -252,7 +252,7 @@ def _prepare(
     options: dict[str, Any],
 ) -> PreparedPrompt:
     """The prompt's ids, its images read."""
-    from mlx_dgemma.api import prepare_prompt
+    from mlx_dgemma.generate import prepare_prompt
 
     drawn = None if example is None or example.picture is None else [example.picture.draw()]
     asked = ("system_prompt", "tools", "enable_thinking")
@@ -322,7 +322,7 @@ def _refuse_what_a_record_fixes(
 
 
 def _replay(arguments: argparse.Namespace, messages: Console) -> int:
-    from mlx_dgemma.api import replay
+    from mlx_dgemma.generate import replay
 
     session = open_session(arguments, messages)
     again = replay(session.model, session.tokenizer, arguments.replay)

@@ -22,7 +22,7 @@ from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.filling import Infill
+    from mlx_dgemma.infilling import Infill
 
 ADDED, REMOVED, DOUBTFUL = "green", "red strike", "yellow underline"
 REFINE_BELOW = 0.5
@@ -124,7 +124,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.length is not None and not (arguments.edit or sided):
         raise InputError("--length is for --edit, --prefix and --suffix: write <hole:N> instead.")
 
-    from mlx_dgemma.filling import refine
+    from mlx_dgemma.infilling import refine
 
     session = open_session(arguments, messages, context=len(text))
     options: dict[str, Any] = {
@@ -196,7 +196,7 @@ def _hole(asked: int | tuple[int, int] | None) -> str:
 
 
 def _run(session: Any, text: str, arguments: argparse.Namespace, options: dict[str, Any]) -> Infill:
-    from mlx_dgemma.filling import edit, infill
+    from mlx_dgemma.infilling import edit, infill
 
     if not arguments.edit:
         return infill(session.model, session.tokenizer, text, **options)

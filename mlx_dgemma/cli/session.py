@@ -10,18 +10,18 @@ from typing import Any
 
 from rich.console import Console
 
+from mlx_dgemma.checkpoint.hub import COMMUNITY, demo_path, resolve_model
 from mlx_dgemma.cli.arguments import settings
 from mlx_dgemma.cli.canvas import Pieces
+from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.files import check_replaceable
-from mlx_dgemma.hub import COMMUNITY, demo_path, resolve_model
-from mlx_dgemma.memory import Plan, plan_checkpoint
+from mlx_dgemma.machine.memory import Plan, plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer
-from mlx_dgemma.prompt_cache import PromptCache
 
 DEMO_NOTICE = (
     "Using the bundled demo checkpoint, a miniature that knows its own puzzles and nothing else. "
@@ -124,7 +124,7 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
 def _load(
     folder: Path, arguments: argparse.Namespace, messages: Console
 ) -> tuple[Model, Tokenizer]:
-    from mlx_dgemma.loading import load
+    from mlx_dgemma.checkpoint.loading import load
 
     options = {"adapter_path": arguments.adapter_path, "dtype": arguments.dtype}
     if not messages.is_terminal:

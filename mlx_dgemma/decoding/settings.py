@@ -16,7 +16,7 @@ Conditioning = Literal["auto", "dense", "sparse"]
 PresetName = Literal["reference", "balanced", "fast"]
 
 # Named settings. The reference is the checkpoint's own generation config; the others trade accuracy
-# for fewer denoising steps (benchmarks/README.md has both, measured).
+# for fewer denoising steps (studies/README.md has both, measured).
 PRESETS: dict[str, dict[str, int | float]] = {
     "reference": {},
     "balanced": {"stability_threshold": 0, "max_denoising_steps": 32, "confidence_threshold": 0.02},

@@ -4,7 +4,6 @@ from mlx_dgemma.model.config import GenerationConfig, ModelConfig, TextConfig, V
 from mlx_dgemma.model.context import ContextCache, Snapshot
 from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.vision import ImagePatches
-from mlx_dgemma.model.weights import load_model
 
 __all__ = [
     "ContextCache",
@@ -15,5 +14,4 @@ __all__ = [
     "Snapshot",
     "TextConfig",
     "VisionConfig",
-    "load_model",
 ]

@@ -22,7 +22,7 @@ from mlx_dgemma.model.layer_context import Arrays, LayerContext
 
 # Packing keys costs more accuracy than packing values, since their error enters the scores, most
 # where attention is peaked. But packing values alone would leave four fifths of the longest
-# context, and the cost of keys is small (benchmarks/README.md has both).
+# context, and the cost of keys is small (studies/README.md has both).
 BITS = 8
 _GROUPS = (64, 32)
 # Of scales and biases: bfloat16's would be coarse enough to add half the packing's own error.

@@ -21,17 +21,17 @@ from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.server.chat import chat_completions
-from mlx_dgemma.server.completions import completions
+from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, messages
+from mlx_dgemma.server.endpoints.openai_chat import chat_completions
+from mlx_dgemma.server.endpoints.openai_completions import completions
+from mlx_dgemma.server.endpoints.openai_responses import responses
 from mlx_dgemma.server.engine import Engine, Model
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.messages import count_tokens, messages
 from mlx_dgemma.server.metrics import Metrics
 from mlx_dgemma.server.replies import new_id
-from mlx_dgemma.server.responses import responses
 from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
-from mlx_dgemma.server.streams import EventStream
+from mlx_dgemma.server.sse import EventStream
 
 PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 log = logging.getLogger("mlx_dgemma.server")

@@ -15,16 +15,16 @@ from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mlx_dgemma.context.disk_cache import DiskCache
+from mlx_dgemma.context.prefix_cache import PrefixCache
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError, InputError
-from mlx_dgemma.filling import Infill, infill_turns
+from mlx_dgemma.infilling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
-from mlx_dgemma.server.disk_cache import DiskCache
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
-from mlx_dgemma.server.prefix_cache import PrefixCache
 from mlx_dgemma.server.settings import ServerSettings
 
 log = logging.getLogger("mlx_dgemma.server")

@@ -23,7 +23,7 @@ from mlx_dgemma.server.sampling import (
     read_warnings,
 )
 from mlx_dgemma.server.schema import Schema
-from mlx_dgemma.server.streams import EventStream, unless_gone
+from mlx_dgemma.server.sse import EventStream, unless_gone
 from mlx_dgemma.server.structured import pinned, refuse_together
 from mlx_dgemma.server.tool_choice import ToolUse, forced_call
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
-from mlx_dgemma.filling import Infill
+from mlx_dgemma.infilling import Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source

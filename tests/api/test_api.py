@@ -12,22 +12,14 @@ import numpy as np
 import pytest
 
 import mlx_dgemma
-from mlx_dgemma import (
-    Commit,
-    Draft,
-    Finish,
-    PromptCache,
-    api,
-    generate,
-    load,
-    loading,
-    stream_generate,
-)
-from mlx_dgemma.api import Options, encode_prompt, replay
+from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
+from mlx_dgemma import generate as api
+from mlx_dgemma.checkpoint import loading
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
-from mlx_dgemma.hardware import machine
-from mlx_dgemma.model import load_model
+from mlx_dgemma.generate import Options, encode_prompt, replay
+from mlx_dgemma.machine.hardware import machine
 
 PROMPT = "Count from 3 to 9."
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40, "seed": 4}
@@ -154,8 +146,10 @@ def test_missing_and_foreign_models_are_explained(tmp_path):
 
 def test_a_model_that_cannot_fit_is_refused_before_its_weights(monkeypatch):
     this = replace(machine(), memory=20_000_000)
-    monkeypatch.setattr("mlx_dgemma.loading.machine", lambda: this)
-    monkeypatch.setattr("mlx_dgemma.loading.load_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("mlx_dgemma.checkpoint.loading.machine", lambda: this)
+    monkeypatch.setattr(
+        "mlx_dgemma.checkpoint.loading.load_model", lambda *_, **__: pytest.fail("loaded")
+    )
     with pytest.raises(ResourceError, match=r"The demo checkpoint needs .* can be used"):
         load()
 

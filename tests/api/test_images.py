@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
@@ -11,10 +12,10 @@ import pytest
 from mlx.utils import tree_flatten
 
 from mlx_dgemma import Finish, PromptCache, Runtime, generate, infill, load, stream_generate
-from mlx_dgemma.api import prepare_prompt
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.hardware import machine
-from mlx_dgemma.memory import is_short, usable
+from mlx_dgemma.generate import prepare_prompt
+from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.machine.memory import is_short, usable
 from tests.prompt.drawings import photograph
 
 QUESTION = "What is in the picture?"
@@ -146,7 +147,7 @@ def test_the_tower_is_released_when_memory_is_short(demo, encoded, monkeypatch):
     monkeypatch.setattr(model, "reread_vision", lambda own: released.append(reread(own)))
     generate(*demo, QUESTION, images=[photograph(64, 64, 23)], **QUICK)
     assert released == []  # this machine has room
-    monkeypatch.setattr("mlx_dgemma.api.is_short", lambda *_: True)
+    monkeypatch.setattr(import_module("mlx_dgemma.generate"), "is_short", lambda *_: True)
     before = mx.get_active_memory()
     generate(*demo, QUESTION, images=[photograph(64, 64, 24)], **QUICK)
     assert len(released) == 1

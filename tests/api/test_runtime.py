@@ -10,12 +10,13 @@ from dataclasses import replace
 import mlx.core as mx
 import pytest
 
-from mlx_dgemma import Commit, Finish, Runtime, generate, infill, load, memory, stream_generate
+from mlx_dgemma import Commit, Finish, Runtime, generate, infill, load, stream_generate
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
-from mlx_dgemma.filling.windows import Filler
-from mlx_dgemma.hardware import machine
+from mlx_dgemma.infilling.windows import Filler
+from mlx_dgemma.machine import memory
+from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 
 PROMPT = "Count from 10 to 99"  # a reply of several canvases

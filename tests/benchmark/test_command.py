@@ -63,7 +63,9 @@ def test_one_answer_has_no_error(
 def test_timing_needs_no_tokenizer(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_dgemma.loading.load_tokenizer", lambda *_: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "mlx_dgemma.checkpoint.loading.load_tokenizer", lambda *_: pytest.fail("loaded")
+    )
     assert main([*QUICK, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)
 

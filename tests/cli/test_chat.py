@@ -6,12 +6,13 @@ import io
 import json
 import sys
 import warnings
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 from mlx_dgemma.cli.chat import HELP, main
-from mlx_dgemma.prompt_cache import PromptCache
+from mlx_dgemma.context.prompt_cache import PromptCache
 
 SHORT = ["--max-tokens", "5", "--max-denoising-steps", "2", "--seed", "1"]
 
@@ -30,7 +31,7 @@ def talk(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):  
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[list[dict[str, str]]]:
     """The messages of every request, in order."""
-    import mlx_dgemma.api as api
+    api = import_module("mlx_dgemma.generate")
 
     seen: list[list[dict[str, str]]] = []
     real = api.stream_generate
@@ -137,7 +138,7 @@ def test_a_mistake_is_said_and_the_chat_goes_on(line: str, sentence: str, talk) 
 
 
 def test_a_context_without_its_conversation_is_refused(talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from mlx_dgemma.loading import load
+    from mlx_dgemma.checkpoint.loading import load
 
     model, _ = load()
     cache = PromptCache(model)
@@ -150,7 +151,7 @@ def test_a_context_without_its_conversation_is_refused(talk, tmp_path: Path) -> 
 
 @pytest.mark.parametrize("messages", ["x", [1], [{"role": "pope"}], [{"content": [{}]}]])
 def test_a_damaged_conversation_is_refused(messages, talk, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
-    from mlx_dgemma.loading import load
+    from mlx_dgemma.checkpoint.loading import load
 
     cache = PromptCache(load()[0])
     cache.mark([])

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
-from mlx_dgemma.hardware import Conditions, Machine, conditions, machine
+from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
 
 GIB = 1 << 30
 BIT4 = 17_601_119_960
@@ -76,8 +76,8 @@ def on_a_mac(pages: dict[tuple[str, ...], str], monkeypatch: pytest.MonkeyPatch)
             raise subprocess.CalledProcessError(1, command)
         return subprocess.CompletedProcess(command, 0, pages[command[1:]], "")
 
-    monkeypatch.setattr("mlx_dgemma.hardware.sys.platform", "darwin")
-    monkeypatch.setattr("mlx_dgemma.hardware.subprocess.run", run)
+    monkeypatch.setattr("mlx_dgemma.machine.hardware.sys.platform", "darwin")
+    monkeypatch.setattr("mlx_dgemma.machine.hardware.subprocess.run", run)
 
 
 BATTERY = "Now drawing from 'Battery Power'\n -InternalBattery-0 (id=1)\t80%; discharging"

@@ -91,7 +91,9 @@ def test_without_a_prompt_the_demo_answers_a_held_out_question(
 def test_a_dry_run_prints_the_plan_and_loads_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mlx_dgemma.loading.load", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr(
+        "mlx_dgemma.checkpoint.loading.load", lambda *_, **__: pytest.fail("loaded")
+    )
     code, out, _ = run(capsys, "--dry-run")
     assert code == 0
     assert "demo needs" in out

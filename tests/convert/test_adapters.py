@@ -8,10 +8,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.adapters import merge_parameters, read_adapter
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
-from mlx_dgemma.model import load_model
-from mlx_dgemma.model.adapters import merge_parameters, read_adapter
 from mlx_dgemma.model.config import ModelConfig
 
 DECODER_Q = r"model\.decoder\.layers\.\d+\.self_attn\.[qo]_proj"

@@ -7,11 +7,11 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.recipes import RECIPES, Precision, parse_rule
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.model import load_model
 
 
 def stored_name(name):

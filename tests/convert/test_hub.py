@@ -13,7 +13,7 @@ from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
 from mlx_dgemma.convert.verify import verify
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
-from tests.hub.conftest import hub, point_to  # noqa: F401 (a fixture)
+from tests.checkpoint.conftest import hub, point_to  # noqa: F401 (a fixture)
 
 NAME = "someone/diffusion"
 

@@ -6,6 +6,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.measure import BY_SIZE, compare, measure, neighbours
 from mlx_dgemma.convert.plan import make_plan
@@ -13,7 +14,6 @@ from mlx_dgemma.convert.recipes import RECIPES, custom
 from mlx_dgemma.convert.source import dense_shapes, open_source
 from mlx_dgemma.convert.streamed import Streamed
 from mlx_dgemma.convert.trajectories import record
-from mlx_dgemma.model import load_model
 
 PROMPTS = [[3, 4, 5, 6, 7], [11, 12, 13]]
 
@@ -93,7 +93,7 @@ def test_neighbours_are_the_next_sizes():
 
 def test_the_demo_generates(tmp_path):
     """One prompt through the bundled demo: figures, a label, and nothing left behind."""
-    from mlx_dgemma.hub import demo_path
+    from mlx_dgemma.checkpoint.hub import demo_path
 
     prompt = [{"role": "user", "content": "Reverse: abcdef"}]
     found = measure(demo_path(), [RECIPES["8bit"]], prompts=[prompt], scratch=tmp_path)

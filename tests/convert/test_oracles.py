@@ -7,9 +7,9 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.recipes import MIXES, RECIPES
-from mlx_dgemma.model import load_model
 
 PROMPT = [[5, 9, 20, 31, 7]]
 CANVAS = [[40, 41, 3, 50, 60, 12, 80, 33]]

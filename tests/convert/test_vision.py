@@ -4,9 +4,10 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.recipes import parse_rule
-from mlx_dgemma.model import ImagePatches, load_model
+from mlx_dgemma.model import ImagePatches
 
 TOWER = "model.encoder.vision_tower."
 

@@ -6,12 +6,12 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import encode_prompt
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding import denoise
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.loading import load
+from mlx_dgemma.generate import encode_prompt
 
 from .driving import Spy
 

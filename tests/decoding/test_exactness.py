@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import Commit, load, stream_generate
-from mlx_dgemma.api import encode_prompt
+from mlx_dgemma.checkpoint.weights import cast, expand, load_model
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import held_out
-from mlx_dgemma.model import Model, load_model
-from mlx_dgemma.model.weights import cast, expand
+from mlx_dgemma.generate import encode_prompt
+from mlx_dgemma.model import Model
 
 TASKS = ("reverse", "sort", "list", "sentence", "json")
 SEEDS = range(10)

@@ -9,7 +9,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import encode_prompt, replay, stream_generate
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding.canvas import CanvasRequest, Pins
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
@@ -17,7 +17,7 @@ from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.loading import load
+from mlx_dgemma.generate import encode_prompt, replay, stream_generate
 
 from .driving import Spy, drive
 

@@ -16,14 +16,14 @@ from collections import defaultdict
 import numpy as np
 import pytest
 
-from mlx_dgemma.api import encode_prompt
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.events import Commit, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import held_out
-from mlx_dgemma.loading import load
+from mlx_dgemma.generate import encode_prompt
 
 torch = pytest.importorskip("torch", reason="the oracle needs PyTorch (extra: dev)")
 transformers = pytest.importorskip("transformers", reason="the oracle needs transformers")

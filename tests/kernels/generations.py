@@ -34,14 +34,14 @@ if __name__ == "__main__":  # a test run has its own path
 from harness import emulated
 
 from mlx_dgemma import Commit, stream_generate
+from mlx_dgemma.checkpoint.weights import cast, load_model
 from mlx_dgemma.convert.conversion import convert
 from mlx_dgemma.decoding import sampler as decoding_sampler
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.kernels import router
-from mlx_dgemma.model import Model, load_model
+from mlx_dgemma.model import Model
 from mlx_dgemma.model import attention as network_attention
-from mlx_dgemma.model.weights import cast
 from mlx_dgemma.prompt.tokenizer import Tokenizer, load_tokenizer
 
 KEY_CHUNK = 48

@@ -27,6 +27,6 @@ def reference(checkpoint):
 
 @pytest.fixture(scope="session")
 def model(checkpoint):
-    from mlx_dgemma.model import load_model
+    from mlx_dgemma.checkpoint.weights import load_model
 
     return load_model(checkpoint)

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from plain_checkpoint import write_plain
 
-from mlx_dgemma.model import attention, load_model
+from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.model import attention
 from mlx_dgemma.model.attention import attend, attend_causal
 from mlx_dgemma.model.masks import encoder_mask, image_blocks
 

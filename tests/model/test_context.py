@@ -9,8 +9,9 @@ import pytest
 from mlx.utils import tree_flatten
 from plain_checkpoint import write_plain
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.model import ContextCache, load_model
+from mlx_dgemma.model import ContextCache
 from mlx_dgemma.model.layer_context import LayerContext
 
 CANVAS = 12

@@ -11,8 +11,8 @@ import pytest
 from transformers_oracle import Reference, assert_close
 
 import mlx_dgemma.demo
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.demo.tasks import held_out
-from mlx_dgemma.model import load_model
 from mlx_dgemma.prompt.chat_template import encode_messages
 from mlx_dgemma.prompt.tokenizer import load_tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from configs import config
 from plain_checkpoint import write_plain
 
-from mlx_dgemma.model import load_model
+from mlx_dgemma.checkpoint.weights import load_model
 
 # MLX's CPU backend multiplies experts in float16 only when they are quantized.
 QUANTIZED = {

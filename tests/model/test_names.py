@@ -8,7 +8,8 @@ from configs import REAL, config, needs_real, published_4bit
 from mlx.utils import tree_flatten
 from plain_checkpoint import write_plain
 
-from mlx_dgemma.model import ModelConfig, load_model
+from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.model import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes, quantization_of
 
 BYTES = {"bfloat16": 2, "float32": 4, "uint32": 4, "uint8": 1}

@@ -8,9 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plain_checkpoint import write_plain
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.kernels.attention import attend
-from mlx_dgemma.model import ContextCache, attention, load_model
+from mlx_dgemma.model import ContextCache, attention
 from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.packed_context import PackedLayerContext, pack, unpack
 

@@ -10,7 +10,7 @@ from mlx_vlm_oracle import VlmReference
 from random_checkpoint import FULL, SLIDING, Dims, write
 from transformers_oracle import Reference, assert_close
 
-from mlx_dgemma.model import load_model
+from mlx_dgemma.checkpoint.weights import load_model
 
 DIMS = Dims()
 ORACLES = {"transformers": Reference, "mlx-vlm": VlmReference}

@@ -16,9 +16,9 @@ from PIL import Image
 from random_checkpoint import Dims, write
 from transformers_oracle import Reference, assert_close
 
-from mlx_dgemma.api import prepare_prompt
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.demo import CHECKPOINT
-from mlx_dgemma.loading import load
+from mlx_dgemma.generate import prepare_prompt
 from tests.prompt.drawings import photograph, screenshot
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

@@ -6,8 +6,9 @@ import pytest
 from random_checkpoint import Dims, write
 from transformers_oracle import Reference, assert_close
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.model import ImagePatches, load_model
+from mlx_dgemma.model import ImagePatches
 
 DIMS = Dims()
 IMAGE = DIMS.image_token

@@ -15,8 +15,9 @@ from mlx.utils import tree_flatten
 from plain_checkpoint import random_tensors, write_plain
 
 from mlx_dgemma.benchmark.graph import launches
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
-from mlx_dgemma.model import ModelConfig, load_model
+from mlx_dgemma.model import ModelConfig
 from mlx_dgemma.model.layers import Matrix
 from mlx_dgemma.model.vision import VisionTower
 
@@ -252,7 +253,7 @@ def test_float32_on_a_gpu_widens_every_tensor_and_unpacks_none(
     tmp_path, monkeypatch, gpu, expandable
 ):
     if not expandable:
-        monkeypatch.setattr("mlx_dgemma.model.weights.EXPAND_BYTES", 0)
+        monkeypatch.setattr("mlx_dgemma.checkpoint.weights.EXPAND_BYTES", 0)
     packing = {"group_size": 64, "bits": 4}
     values = config(**WIDE) | {"vision_config": VISION, "quantization": packing}
     model = load_model(write_plain(tmp_path, values, dtype=mx.bfloat16), dtype=mx.float32)

@@ -13,7 +13,8 @@ from typing import Any
 from configs import published_4bit
 from mlx.utils import tree_flatten
 
-from mlx_dgemma.model import ModelConfig, load_model
+from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.model import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
 
 CODES = {"bfloat16": ("BF16", 2), "uint32": ("U32", 4), "float32": ("F32", 4)}

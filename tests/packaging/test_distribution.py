@@ -136,7 +136,7 @@ def test_the_library_imports_installed(
     installed: Path, tmp_path: Path, inside_the_repository: bool
 ) -> None:
     program = (
-        "import mlx_dgemma, mlx_dgemma.convert, mlx_dgemma.hub as hub;"
+        "import mlx_dgemma, mlx_dgemma.convert, mlx_dgemma.checkpoint.hub as hub;"
         "assert (hub.demo_path() / 'config.json').is_file();"
         "print(mlx_dgemma.__file__)"
     )

@@ -17,9 +17,9 @@ from pathlib import Path
 import pytest
 
 from mlx_dgemma.__main__ import VERBS
-from mlx_dgemma.hardware import machine
-from mlx_dgemma.hub import KNOWN_REPOSITORIES
-from mlx_dgemma.memory import gigabytes, usable
+from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.runtime import Runtime
 from tests.server.test_clients import running
 
@@ -142,8 +142,8 @@ def test_the_table_of_repositories_is_the_programs() -> None:
 
 
 def test_the_size_of_the_demo_is_right() -> None:
-    from mlx_dgemma.hub import demo_path
-    from mlx_dgemma.memory import stored_bytes
+    from mlx_dgemma.checkpoint.hub import demo_path
+    from mlx_dgemma.machine.memory import stored_bytes
 
     stored = stored_bytes(demo_path())
     said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", README)

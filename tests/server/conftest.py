@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 from starlette.testclient import TestClient
 
-from mlx_dgemma.api import encode_prompt
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
 from mlx_dgemma.server.app import create_app

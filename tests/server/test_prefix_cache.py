@@ -9,17 +9,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mlx_dgemma.api import prepare_prompt, stream_generate
+from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.context import disk_cache
+from mlx_dgemma.context.disk_cache import DiskCache
+from mlx_dgemma.context.prefix_cache import LEAST, PrefixCache, SharedContext
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.demo.tasks.pictures import Picture
 from mlx_dgemma.demo.tasks.tools import DECLARATIONS
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.loading import load
+from mlx_dgemma.generate import prepare_prompt, stream_generate
 from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.media import PreparedPrompt
-from mlx_dgemma.server import disk_cache
-from mlx_dgemma.server.disk_cache import DiskCache
-from mlx_dgemma.server.prefix_cache import LEAST, PrefixCache, SharedContext
 
 from .conftest import tokenizer
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import event, given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.filling import Filling, Infill
+from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server import engine as engine_module
 from mlx_dgemma.server.errors import ApiError

@@ -9,7 +9,7 @@ import pytest
 
 from mlx_dgemma import Commit, Finish, Runtime
 from mlx_dgemma.errors import InputError, ModelNotFoundError
-from mlx_dgemma.filling import Infill, infill_turns
+from mlx_dgemma.infilling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
 
 QUICK: Any = {"max_denoising_steps": 2, "canvas_length": 8, "seed": 4, "empty_reply": "allow"}

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mlx_dgemma.filling import Filling, Infill
+from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server import engine as engine_module
 from mlx_dgemma.server.errors import ApiError

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def display(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def window(display: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    monkeypatch.setattr("mlx_dgemma.api.fresh_seed", lambda: 1)
+    monkeypatch.setattr(import_module("mlx_dgemma.generate"), "fresh_seed", lambda: 1)
     spec = importlib.util.spec_from_file_location("window", EXAMPLE)
     assert spec is not None
     assert spec.loader is not None

@@ -16,7 +16,7 @@ from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import DEMO_NAME, check_writable
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.hardware import machine
+from mlx_dgemma.machine.hardware import machine
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -12,13 +12,13 @@ from rich.text import Text
 
 from mlx_dgemma.cli.benchmark.models import check_prompt
 from mlx_dgemma.cli.benchmark.tables import figures
-from mlx_dgemma.memory import gigabytes
+from mlx_dgemma.machine.memory import gigabytes
 
 
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
     from mlx_dgemma.benchmark.synthetic import synthetic_config, write_checkpoint
     from mlx_dgemma.benchmark.versus import THEIRS, compare
-    from mlx_dgemma.hub import resolve_model
+    from mlx_dgemma.checkpoint.hub import resolve_model
 
     check_prompt(arguments)
     with tempfile.TemporaryDirectory(prefix="mlx_dgemma-") as scratch:

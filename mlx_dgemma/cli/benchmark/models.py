@@ -6,7 +6,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.hardware import machine
+from mlx_dgemma.machine.hardware import machine
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import Model
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def config_of(arguments: argparse.Namespace) -> ModelConfig:
     """The model's shapes, without reading a weight."""
     from mlx_dgemma.benchmark.synthetic import synthetic_config
-    from mlx_dgemma.hub import resolve_model
+    from mlx_dgemma.checkpoint.hub import resolve_model
     from mlx_dgemma.model.config import ModelConfig
 
     if arguments.synthetic:
@@ -39,9 +39,9 @@ def check_prompt(arguments: argparse.Namespace) -> ModelConfig:
 
 def model_of(arguments: argparse.Namespace) -> Model:
     from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
-    from mlx_dgemma.hub import resolve_model
-    from mlx_dgemma.loading import load_network
-    from mlx_dgemma.memory import check_fits, plan
+    from mlx_dgemma.checkpoint.hub import resolve_model
+    from mlx_dgemma.checkpoint.loading import load_network
+    from mlx_dgemma.machine.memory import check_fits, plan
 
     config = check_prompt(arguments)
     if not arguments.synthetic:

@@ -13,7 +13,7 @@ from mlx_dgemma.cli.benchmark.tables import figures
 
 def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     from mlx_dgemma.benchmark.quality import measure, overall
-    from mlx_dgemma.loading import load
+    from mlx_dgemma.checkpoint.loading import load
 
     model, tokenizer = load(
         arguments.model,

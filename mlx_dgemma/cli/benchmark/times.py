@@ -11,7 +11,7 @@ from rich.text import Text
 
 from mlx_dgemma.cli.benchmark.models import model_of
 from mlx_dgemma.cli.benchmark.tables import figures
-from mlx_dgemma.memory import gigabytes
+from mlx_dgemma.machine.memory import gigabytes
 
 if TYPE_CHECKING:
     from mlx_dgemma.benchmark.chips import Chip

@@ -1,0 +1,407 @@
+"""Reading a checkpoint folder: shards, layouts, and every complaint in one message.
+
+Headers are checked before a tensor is touched. Tensors are read lazily, when first used; the
+vision tower stays on disk until an image arrives.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from mlx_dgemma.checkpoint.adapters import merge_parameters, read_adapter
+from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.config import DTYPES as FLOATS
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.layers import Matrix
+from mlx_dgemma.model.names import (
+    VISION_TOWER,
+    is_tied_duplicate,
+    matrices,
+    parameter_shapes,
+    quantization_of,
+    tied_to,
+    together,
+)
+from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.section import read_json
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+# On the CPU backend quantized and 16-bit products are slow, and 16-bit ones inaccurate: a model
+# whose float32 weights fit in this many bytes is expanded at load.
+EXPAND_BYTES = 2 << 30
+# safetensors dtype -> (bytes per element, our name)
+STORED_DTYPES = {
+    "BF16": (2, "bfloat16"),
+    "F16": (2, "float16"),
+    "F32": (4, "float32"),
+    "U32": (4, "uint32"),
+    "U8": (1, "uint8"),
+    "I8": (1, "int8"),
+    "I16": (2, "int16"),
+    "U16": (2, "uint16"),
+    "I32": (4, "int32"),
+    "I64": (8, "int64"),
+    "U64": (8, "uint64"),
+    "F64": (8, "float64"),
+    "BOOL": (1, "bool"),
+    "F8_E4M3": (1, "float8"),
+    "F8_E5M2": (1, "float8"),
+    "F8_E8M0": (1, "float8"),
+}
+_EXPERTS = re.compile(
+    r"(?P<experts>model\.decoder\.layers\.\d+\.experts)\.(?:(?P<expert>\d+)\.)?"
+    r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(?P<suffix>weight|scales|biases))?"
+)
+# Tensors that other savers write and no network needs: rope tables, bounds of unclipped layers.
+_IGNORED = re.compile(r"rotary_emb\.|\.(?:input|output)_(?:min|max)$")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a shard says about one tensor, and which shard that is."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    path: Path
+
+
+@dataclass(frozen=True)
+class Source:
+    """How one parameter comes from the files: a tensor, a stack of experts, or gate over up."""
+
+    kind: Literal["tensor", "stack", "gate_up"]
+    parts: tuple[Any, ...]  # a tensor's name, or Sources
+
+    def shape(self, headers: Mapping[str, Header]) -> tuple[int, ...] | None:
+        """The resulting shape; None when the parts do not fit together."""
+        if self.kind == "tensor":
+            return headers[self.parts[0]].shape
+        shapes = [part.shape(headers) for part in self.parts]
+        first = shapes[0]
+        if first is None or any(shape != first for shape in shapes):
+            return None
+        if self.kind == "stack":
+            return (len(shapes), *first)
+        return None if len(first) != 3 else (first[0], 2 * first[1], first[2])
+
+    def dtype(self, headers: Mapping[str, Header]) -> str:
+        if self.kind == "tensor":
+            return headers[self.parts[0]].dtype
+        return self.parts[0].dtype(headers)
+
+    def read(self, tensors: Mapping[str, mx.array]) -> mx.array:
+        """The parameter, still unevaluated."""
+        if self.kind == "tensor":
+            return tensors[self.parts[0]]
+        parts = [part.read(tensors) for part in self.parts]
+        return mx.stack(parts) if self.kind == "stack" else mx.concatenate(parts, axis=1)
+
+
+def load_model(
+    folder: str | Path,
+    lazy: bool = False,
+    dtype: mx.Dtype | None = None,
+    adapter_path: str | Path | None = None,
+) -> Model:
+    """Read a DiffusionGemma checkpoint folder, in either layout.
+
+    lazy: read no weights and keep the published parameter tree. Otherwise the text weights are
+        read now, and q/k/v and gate/up are joined.
+    dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
+        model under EXPAND_BYTES is also expanded to float32 weights.
+    adapter_path: a LoRA adapter in PEFT's format, merged into the weights.
+    Raises ModelNotFoundError or CheckpointError.
+    """
+    folder = Path(folder)
+    config = ModelConfig.from_folder(folder)
+    headers = read_headers(folder)
+    sources = match(config, headers, str(folder))
+    on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
+    model = Model(config, dtype or (mx.float32 if on_cpu else stored))
+
+    # What stays unread belongs to no thread, so that any thread may be the first to use it.
+    unbound = mx.new_thread_unsafe_stream(mx.cpu)
+    with mx.stream(unbound):
+        tensors: dict[str, mx.array] = {}
+        for path in sorted({header.path for header in headers.values()}):
+            tensors.update(_load_shard(path))
+        parameters = {name: source.read(tensors) for name, source in sources.items()}
+    del tensors  # else a tensor that an adapter replaces would stay beside its replacement
+    if adapter_path is not None:
+        adapter = read_adapter(adapter_path, config)
+        with mx.stream(unbound if lazy else mx.default_device()):
+            merge_parameters(parameters, adapter, config, read=not lazy)
+    fill(model, parameters)
+    if not lazy:
+        settle(model, unbound)
+    if config.vision is not None:
+        model.reread_vision = partial(
+            _leave_vision_unread,
+            sources=sources,
+            headers=headers,
+            settled=not lazy,
+            unbound=unbound,
+        )
+    return model
+
+
+def _leave_vision_unread(
+    model: Model,
+    sources: Mapping[str, Source],
+    headers: Mapping[str, Header],
+    settled: bool,
+    unbound: mx.Stream,
+) -> None:
+    """Put the vision tower back on the disk, as it was before the first image."""
+    names = [name for name in sources if name.startswith(VISION_TOWER)]
+    widened = _is_widened(model)
+    with mx.stream(unbound):
+        tensors: dict[str, mx.array] = {}
+        for path in sorted({headers[part].path for n in names for part in sources[n].parts}):
+            tensors.update(_load_shard(path))
+        fill(model, {name: sources[name].read(tensors) for name in names})
+        if settled:
+            _convert(model, model.model.encoder.vision_tower, widened)
+
+
+def settle(model: Model, unbound: mx.Stream | None = None) -> None:
+    """Bring a filled model into the form that this backend computes in, and read its weights.
+
+    On the CPU backend in float32 a small model becomes dense, laid out for its matrix product, and
+    a large one keeps its 16-bit weights: twice their size is too much.
+    unbound: where tensors that stay unread are converted once somebody reads them.
+    """
+    widened = _is_widened(model)
+    with mx.stream(unbound or mx.new_thread_unsafe_stream(mx.cpu)):
+        small = _convert(model, model, widened)
+    model.prepare()
+    if small:
+        for module in model.model.decoder.modules():
+            if isinstance(module, Matrix):
+                module.store_transposed()
+    mx.eval(model.model.decoder.parameters())
+    mx.eval(model.model.encoder.language_model.parameters())
+
+
+def _is_widened(model: Model) -> bool:
+    """Whether this is the CPU backend in float32.
+
+    Ask before a stream of the CPU is entered: inside, the CPU is the default device everywhere.
+    """
+    return mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32
+
+
+def _convert(model: Model, part: nn.Module, widened: bool) -> bool:
+    """Bring a part of the model into the form that `settle` describes; True for a small model."""
+    small = widened and _dense_bytes(model.config) <= EXPAND_BYTES
+    if small:
+        expand(model, part)
+    if small or not widened:
+        cast(model, part)
+    return small
+
+
+def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
+    """Put named tensors into the tree, and tell packed matrices how they are packed."""
+    for name, tensor in parameters.items():
+        module, attribute = _find(model, name)
+        module[attribute] = tensor
+        if attribute == "scales" and isinstance(module, Matrix):
+            path = name.removesuffix(".scales")
+            module.packing = quantization_of(model.config.quantization, path)
+
+
+def expand(model: Model, part: nn.Module | None = None) -> None:
+    """Make every matrix dense in the activation dtype, in the model or a part of it; what is
+    unread stays unread."""
+    for module in (model if part is None else part).modules():
+        if isinstance(module, Matrix):
+            module.dequantize(model.dtype)
+
+
+def cast(model: Model, part: nn.Module | None = None) -> None:
+    """Bring every float tensor to the activation dtype, so that none widens the activations."""
+    (model if part is None else part).apply(
+        lambda tensor: (
+            tensor.astype(model.dtype) if mx.issubdtype(tensor.dtype, mx.floating) else tensor
+        )
+    )
+
+
+def read_headers(folder: Path) -> dict[str, Header]:
+    """Every tensor the folder's shards hold; CheckpointError on a missing or damaged shard."""
+    index = folder / INDEX
+    if not index.exists():
+        if not (folder / SINGLE).exists():
+            raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}; download it again.")
+        return _read_header(folder / SINGLE)
+
+    content = read_json(index)
+    weight_map = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index} has no weight_map; download it again.")
+    headers: dict[str, Header] = {}
+    for shard in sorted(set(weight_map.values())):
+        if Path(shard).name != shard:
+            raise CheckpointError(f"{index} points outside its folder: {shard!r}.")
+        headers.update(_read_header(folder / shard))
+    absent = [name for name in weight_map if name not in headers]
+    if absent:
+        raise CheckpointError(f"{index} lists tensors its shards do not hold: {together(absent)}.")
+    return headers
+
+
+def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> dict[str, Source]:
+    """Parameter name -> where it comes from, for exactly the parameters of the network.
+
+    Raises CheckpointError that names every missing, unexpected and misshapen tensor.
+    """
+    sources, strays = _sources(headers)
+    scaled = {name.removesuffix(".scales") for name in sources if name.endswith(".scales")}
+    table = parameter_shapes(config, "mlx", scaled)
+    unused = [name for name in sources if name not in table and not _IGNORED.search(name)]
+    complaints = [
+        ("missing", [name for name in table if name not in sources]),
+        ("unexpected", strays + unused),
+        ("misshapen", _misshapen(table, sources, headers)),
+    ]
+    found = [f"{kind}: {together(names)}" for kind, names in complaints if names]
+    if found:
+        raise CheckpointError(f"{source} does not fit its config.json; " + "; ".join(found) + ".")
+    return {name: sources[name] for name in table}
+
+
+def _misshapen(
+    table: Mapping[str, tuple[tuple[int, ...], str]],
+    sources: Mapping[str, Source],
+    headers: Mapping[str, Header],
+) -> list[str]:
+    wrong = []
+    for name, (shape, dtype) in table.items():
+        if name not in sources:
+            continue
+        found, kind = sources[name].shape(headers), sources[name].dtype(headers)
+        allowed = FLOATS if dtype in FLOATS else (dtype,)
+        if found != shape or kind not in allowed:
+            is_now = "parts that do not match" if found is None else f"{kind} {list(found)}"
+            wrong.append(f"{name} ({is_now}, expected {dtype} {list(shape)})")
+    return wrong
+
+
+def _sources(headers: Mapping[str, Header]) -> tuple[dict[str, Source], list[str]]:
+    """Sort the files' tensors into parameters; strays belong nowhere."""
+    plain: dict[str, Source] = {}
+    experts: dict[tuple[str, str, str], dict[int | None, str]] = {}
+    strays: list[str] = []
+    for name in headers:
+        logical = tied_to(name) if is_tied_duplicate(name) else name
+        if logical != name and logical in headers:
+            continue
+        found = _EXPERTS.fullmatch(logical)
+        if found is None:
+            plain[logical] = Source("tensor", (name,))
+            continue
+        expert = None if found["expert"] is None else int(found["expert"])
+        key = (found["experts"], found["part"], found["suffix"] or "weight")
+        slots = experts.setdefault(key, {})
+        if expert in slots and logical != name:
+            continue
+        slots[expert] = name
+
+    stacked: dict[tuple[str, str, str], Source] = {}
+    for key, slots in experts.items():
+        if None in slots:
+            stacked[key] = Source("tensor", (slots[None],))
+        elif sorted(s for s in slots if s is not None) == list(range(len(slots))):
+            rows = tuple(Source("tensor", (slots[i],)) for i in range(len(slots)))
+            stacked[key] = Source("stack", rows)
+        else:
+            strays += slots.values()
+    for (prefix, part, suffix), source in stacked.items():
+        if part in ("gate_up_proj", "down_proj"):
+            plain[f"{prefix}.{part}.{suffix}"] = source
+        elif part == "gate_proj":
+            up = stacked.get((prefix, "up_proj", suffix))
+            if up is None:
+                plain[f"{prefix}.{part}.{suffix}"] = source
+            else:
+                plain[f"{prefix}.gate_up_proj.{suffix}"] = Source("gate_up", (source, up))
+        elif (prefix, "gate_proj", suffix) not in stacked:
+            plain[f"{prefix}.{part}.{suffix}"] = source
+    return plain, strays
+
+
+def _read_header(path: Path) -> dict[str, Header]:
+    """Parse and check one shard's header against the file's size."""
+    again = "download it again"
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            start = file.read(8)
+            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
+            if not 2 <= length <= min(size - 8, 100_000_000):
+                raise CheckpointError(f"{path} is truncated or no safetensors file; {again}.")
+            content = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path} is missing; {again}.") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}); {again}.") from error
+
+    headers, end = {}, 0
+    try:
+        for name, entry in content.items():
+            if name == "__metadata__":
+                continue
+            width, dtype = STORED_DTYPES[entry["dtype"]]
+            shape = tuple(int(n) for n in entry["shape"])
+            first, last = entry["data_offsets"]
+            if not 0 <= first <= last or last - first != width * math.prod(shape):
+                raise ValueError(f"{name} has offsets that do not fit its shape")
+            headers[name] = Header(shape, dtype, path)
+            end = max(end, last)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path} has a damaged header ({error}); {again}.") from error
+    if size < 8 + length + end:
+        raise CheckpointError(
+            f"{path} is truncated: {size:,} of {8 + length + end:,} bytes; {again}."
+        )
+    return headers
+
+
+def _load_shard(path: Path) -> dict[str, mx.array]:
+    try:
+        return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}.") from error
+
+
+def _find(model: Model, name: str) -> tuple[Any, str]:
+    *path, attribute = name.split(".")
+    module: Any = model
+    for step in path:
+        module = module[int(step)] if isinstance(module, list) else module[step]
+    return module, attribute
+
+
+def _dense_bytes(config: ModelConfig) -> int:
+    """float32 bytes of all text matrices."""
+    return 4 * sum(
+        math.prod(shape)
+        for name, shape in matrices(config).items()
+        if not name.startswith(VISION_TOWER)
+    )

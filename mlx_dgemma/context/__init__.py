@@ -1,0 +1,1 @@
+"""What is kept between replies: a conversation's prompt cache, and the prefixes requests share."""

@@ -1,0 +1,121 @@
+"""How long a hole should be: the length at which what follows the hole follows.
+
+A denoiser predicts every position of the canvas it is shown, those that are known among them. Where
+a hole is too short or too long, the known text behind it stands where it does not belong and looks
+to it like noise. So one decoder pass with noise in the hole ranks all lengths, and the best is
+filled. Filling four and choosing then costs three times as much and is right no more often.
+A few lengths are all filled, and one pass decides that is shown the filling but noise behind it:
+how probable is the text that was hidden? What the filled tokens' own probabilities say is worth
+less: a network that has talked itself into a filling is sure of it (studies/README.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.denoise import BlockResult
+from mlx_dgemma.decoding.logits import Logits, SlicedLogits, WholeLogits
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.infilling.template import Slot, Template
+from mlx_dgemma.model import ContextCache, Model
+
+# Lengths tried for a hole whose length is left to the model; never more than the canvas holds.
+LENGTHS = (*range(1, 13), 14, 16, 20, 24, 32)
+# So many lengths are all filled and the fillings compared; of more, the FINALISTS best are filled.
+FEW = 4
+FINALISTS = 1
+# A network that was trained for it ends a hole that is up to so many tokens too long with pads.
+SPARE = 6
+
+
+def spread(low: int, high: int) -> list[int]:
+    """Every length from low to high, or those of LENGTHS among them when that is many."""
+    if high - low < len(LENGTHS):
+        return list(range(low, high + 1))
+    return [low, *(length for length in LENGTHS if low < length < high), high]
+
+
+def roomy(lengths: Sequence[int]) -> list[int]:
+    """The fewest lengths that cover all of `lengths` with at most SPARE to spare."""
+    low, high = lengths[0], lengths[-1]
+    return [*range(low + SPARE, high, SPARE), high]
+
+
+def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+    """Indices of equal canvas lengths together, at most `most` at a time."""
+    for length in sorted(set(lengths)):
+        rows = [row for row, found in enumerate(lengths) if found == length]
+        yield from (rows[start : start + most] for start in range(0, len(rows), most))
+
+
+def following(template: Template, hole: int, length: int) -> np.ndarray:
+    """bool [length]: the known text behind a hole, the stop id included; all of it if none is."""
+    known = np.zeros(length, dtype=bool)
+    known[: len(template.ids)] = [token is not None for token in template.ids]
+    behind = known & (np.arange(length) >= template.slots[hole].end)
+    return behind if behind.any() else known
+
+
+def belief(
+    model: Model,
+    cache: ContextCache,
+    settings: DecodingSettings,
+    canvases: Sequence[np.ndarray],
+    expected: Sequence[np.ndarray],
+    counted: Sequence[np.ndarray],
+) -> list[float]:
+    """Mean log-probability (nats) of the tokens expected on a canvas; one decoder pass for each.
+
+    canvases: int32 [C] each, of one length, as they are shown to the network. expected: int32 [C].
+    counted: bool [C], the positions that count; where none does, all lengths are alike: 0.
+    """
+    ids = mx.array(np.stack(canvases).astype(np.int32))
+    tokens = mx.array(np.stack(expected).astype(np.int32))
+    hidden = model.hidden(ids, cache)
+    kind = SlicedLogits if settings.sliced_head else WholeLogits
+    logits: Logits = kind(model, hidden, np.zeros(0, dtype=np.int32))
+    found = np.array(model.softcap(logits.at(tokens)))
+    return [
+        float((row - np.array(logits.log_z(line)))[mask].mean()) if mask.any() else 0.0
+        for line, (row, mask) in enumerate(zip(found, counted, strict=True))
+    ]
+
+
+def suits(template: Template, ranges: Sequence[list[int]]) -> bool:
+    """Whether every hole is as long as was asked."""
+    lengths = [slot.end - slot.start for slot in template.slots]
+    pairs = zip(lengths, ranges, strict=True)
+    return all(choices[0] <= length <= choices[-1] for length, choices in pairs)
+
+
+def without_pads(template: Template, result: BlockResult, pad: int) -> tuple[Template, BlockResult]:
+    """A denoised canvas with the pads of its holes taken out; what follows moves up."""
+    spare = np.zeros(len(result.ids), dtype=bool)
+    for slot in template.slots:
+        spare[slot.start : slot.end] = result.ids[slot.start : slot.end] == pad
+    moved = np.cumsum(spare)
+    slots = tuple(
+        Slot(
+            slot.start - int(moved[slot.start - 1]) if slot.start else 0,
+            slot.end - int(moved[slot.end - 1]),
+        )
+        for slot in template.slots
+    )
+    ids = tuple(token for token, dropped in zip(template.ids, spare, strict=False) if not dropped)
+    compact = replace(template, ids=ids, slots=slots, allowed={})
+    fill = 0 if template.filler is None else int(spare.sum())
+
+    def shifted(values: np.ndarray, filler: int = 0) -> np.ndarray:
+        return np.concatenate([values[~spare], np.full(fill, filler, dtype=values.dtype)])
+
+    return compact, replace(
+        result,
+        ids=shifted(result.ids, template.filler or 0),
+        entropy=shifted(result.entropy),
+        settled=shifted(result.settled),
+        logprobs=None if result.logprobs is None else shifted(result.logprobs),
+    )

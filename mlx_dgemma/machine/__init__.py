@@ -1,0 +1,1 @@
+"""The computer: what it is, and whether a model fits its memory."""

@@ -1,0 +1,1 @@
+"""One module an endpoint: its request read, its reply written."""

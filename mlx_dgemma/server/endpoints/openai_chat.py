@@ -1,0 +1,117 @@
+"""POST /v1/chat/completions."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from mlx_dgemma.decoding.events import Commit
+from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.engine import Engine
+from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.openai_choices import answer
+from mlx_dgemma.server.replies import Reply
+from mlx_dgemma.server.requests import Asked, read_request
+from mlx_dgemma.server.sampling import read_thinking
+from mlx_dgemma.server.structured import read_format
+from mlx_dgemma.server.tool_choice import read_tools
+
+
+async def read_chat(engine: Engine, fields: Fields) -> Asked:
+    messages = fields.items("messages")
+    if messages is None:
+        raise fields.fail("messages", "given as a list")
+    for legacy in ("functions", "function_call"):
+        if fields.raw(legacy) is not None:
+            raise ApiError(400, f"{legacy} is not supported; use tools.", param=legacy)
+    if (fields.items("modalities") or ["text"]) != ["text"]:
+        raise fields.fail("modalities", "['text']")
+    limit = fields.integer("max_completion_tokens", 1)
+    older = fields.integer("max_tokens", 1)
+    return await read_request(
+        engine,
+        fields,
+        messages,
+        read_tools(fields),
+        max_tokens=older if limit is None else limit,
+        stop="stop",
+        thinking=read_thinking(fields),
+        schema=read_format(fields),
+        choices=fields.integer("n", 1, engine.settings.max_choices) or 1,
+        logprobs=fields.flag("logprobs") or False,
+    )
+
+
+async def chat_completions(engine: Engine, fields: Fields, request: Request) -> Any:
+    asked = await read_chat(engine, fields)
+
+    def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
+        return logprobs(engine.tokenizer, ids) if asked.logprobs else None
+
+    def choice(reply: Reply) -> dict[str, Any]:
+        return {
+            "message": _message(reply),
+            "finish_reason": reply.openai_reason,
+            "logprobs": scored(reply.logprobs),
+        }
+
+    def write(reply: Reply, event: Commit, calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
+        if event.thinking:
+            yield {"delta": _thought(event.thinking)}
+        if event.text or (scores and scores["content"]):
+            yield {"delta": {"content": event.text}, "logprobs": scores}
+        for position, call in enumerate(calls, len(reply.tool_calls) - len(calls)):
+            yield {"delta": {"tool_calls": [{"index": position, **openai_call(call)}]}}
+        if event.malformed_calls:
+            yield {"delta": {"x_malformed_tool_calls": list(event.malformed_calls)}}
+
+    return await answer(
+        engine,
+        request,
+        asked,
+        prefix="chatcmpl",
+        kinds=("chat.completion", "chat.completion.chunk"),
+        choice=choice,
+        first={"delta": {"role": "assistant", "content": ""}},
+        write=write,
+        last=lambda reply: {"delta": {}, "finish_reason": reply.openai_reason},
+    )
+
+
+def _message(reply: Reply) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
+    if reply.thinking:
+        message |= _thought(reply.thinking)
+    if reply.tool_calls:
+        message["tool_calls"] = [openai_call(call) for call in reply.tool_calls]
+        message["content"] = reply.text or None
+    if reply.malformed_calls:
+        message["x_malformed_tool_calls"] = reply.malformed_calls
+    return message
+
+
+def _thought(text: str) -> dict[str, str]:
+    """Two names, because clients are divided over them."""
+    return {"reasoning": text, "reasoning_content": text}
+
+
+def openai_call(call: dict[str, Any]) -> dict[str, Any]:
+    arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    function = {"name": call["name"], "arguments": arguments}
+    return {"id": call["id"], "type": "function", "function": function}
+
+
+def logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str, Any]:
+    """Every committed token, markers included, with its untempered log-probability."""
+    content = []
+    for id_, value in scored:
+        token = tokenizer.decode([id_])
+        content.append(
+            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
+        )
+    return {"content": content, "refusal": None}

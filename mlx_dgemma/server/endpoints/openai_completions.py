@@ -1,0 +1,124 @@
+"""POST /v1/completions: raw text or ids, continued without a chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from starlette.requests import Request
+
+from mlx_dgemma.decoding.events import Commit
+from mlx_dgemma.generate import encode_prompt
+from mlx_dgemma.infilling.fill import DEFAULT_PROMPT
+from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.engine import Call, Engine
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.openai_choices import answer
+from mlx_dgemma.server.replies import Reply
+from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming
+from mlx_dgemma.server.sampling import (
+    check_model,
+    check_room,
+    decoding_options,
+    read_seed,
+    read_warnings,
+)
+from mlx_dgemma.server.structured import between
+
+DEFAULT_MAX_TOKENS = 256
+
+
+def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
+    """The request, and the text that every choice begins with (`echo`)."""
+    model = check_model(engine, fields)
+    text, ids = _prompt(engine.tokenizer, fields)
+    check_room(engine, ids, "prompt")
+    suffix = fields.text("suffix")
+    choices = fields.integer("n", 1, engine.settings.max_choices) or 1
+    limit = fields.integer("max_tokens", 1)
+    # OpenAI's number is how many alternatives to list; there are none here beside the chosen.
+    logprobs = fields.integer("logprobs", 0, 5) is not None
+    options = {
+        **decoding_options(engine, fields, limit or DEFAULT_MAX_TOKENS),
+        "stop": fields.strings("stop", MAX_STOP_STRINGS),
+        "logprobs": logprobs,
+    }
+    streaming = read_streaming(fields)
+    seed = read_seed(fields, choices)
+    echo = text if fields.flag("echo") else ""
+    warnings = read_warnings(engine, fields, limit)
+    call = Call(ids, ids, options, streaming.drafts, warnings)
+    if suffix:
+        # Both sides stand in the reply; the question is the one the model knows for it.
+        if options["stop"] or logprobs:
+            raise fields.fail("suffix", "given without stop and logprobs")
+        ids = encode_prompt(engine.tokenizer, DEFAULT_PROMPT)
+        call = Call(ids, ids, options, False, warnings, between(text, suffix))
+    asked = Asked(
+        model=model,
+        calls=[call.with_seed(seed + i) for i in range(choices)],
+        stream=streaming.stream,
+        include_usage=streaming.include_usage,
+        logprobs=logprobs,
+    )
+    return asked, echo
+
+
+async def completions(engine: Engine, fields: Fields, request: Request) -> Any:
+    asked, echo = read_completion(engine, fields)
+
+    def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
+        return _logprobs(engine.tokenizer, ids) if asked.logprobs else None
+
+    def choice(reply: Reply) -> dict[str, Any]:
+        return {
+            "text": echo + reply.text,
+            "finish_reason": _reason(reply),
+            "logprobs": scored(reply.logprobs),
+        }
+
+    def write(_: Reply, event: Commit, __: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        if event.text or event.logprobs:
+            scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
+            yield {"text": event.text, "logprobs": scores}
+
+    return await answer(
+        engine,
+        request,
+        asked,
+        prefix="cmpl",
+        kinds=("text_completion", "text_completion"),
+        choice=choice,
+        first={"text": echo} if echo else None,
+        write=write,
+        last=lambda reply: {"text": "", "finish_reason": _reason(reply)},
+    )
+
+
+def _prompt(tokenizer: Tokenizer, fields: Fields) -> tuple[str, list[int]]:
+    """(text, ids) of `prompt`: a string, token ids, or a list with one of either."""
+    prompt = fields.raw("prompt")
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return prompt, [tokenizer.ids["bos"], *tokenizer.encode(prompt)]
+    whole = isinstance(prompt, list) and all(type(id_) is int for id_ in prompt)
+    if not whole or not prompt:
+        raise fields.fail("prompt", "one string or one non-empty list of token ids")
+    ids = encode_prompt(tokenizer, prompt)
+    return tokenizer.decode(ids, skip_special=True), ids
+
+
+def _reason(reply: Reply) -> str:
+    return "stop" if reply.end.finish.reason == "stop" else "length"
+
+
+def _logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str, Any]:
+    tokens = [tokenizer.decode([id_]) for id_, _ in scored]
+    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
+    return {
+        "tokens": tokens,
+        "token_logprobs": [value for _, value in scored],
+        "top_logprobs": None,
+        "text_offset": offsets,
+    }
