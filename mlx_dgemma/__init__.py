@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 _NAMES = {
     "generate": ("Replay", "generate", "replay", "stream_generate"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
-    "filling.infill": ("edit", "infill", "refine", "regenerate"),
-    "filling.results": ("Infill",),
-    "loading": ("load",),
-    "prompt_cache": ("PromptCache",),
+    "infilling.fill": ("edit", "infill", "refine", "regenerate"),
+    "infilling.results": ("Infill",),
+    "checkpoint.loading": ("load",),
+    "context.prompt_cache": ("PromptCache",),
     "runtime": ("Runtime",),
 }
 

@@ -13,7 +13,7 @@ from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.names import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
-for path in (ROOT / "benchmarks", ROOT / "tests" / "oracles"):
+for path in (ROOT / "studies", ROOT / "tests" / "oracles"):
     if str(path) not in sys.path:
         sys.path.insert(0, str(path))
 
