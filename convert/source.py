@@ -22,14 +22,9 @@ from mlx_dgemma.convert.remote import local_files, read_headers
 from mlx_dgemma.convert.tensorfile import Entry, TensorFile
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model.config import ModelConfig, read_json
-from mlx_dgemma.model.names import (
-    Quantization,
-    is_tied_duplicate,
-    matrices,
-    parameter_shapes,
-    quantization_of,
-    tied_to,
-)
+from mlx_dgemma.model.names import is_tied_duplicate, tied_to
+from mlx_dgemma.model.packing import Quantization, quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
 # What is held of one tensor at a time, counted in float32.
 SLICE_BYTES = 64 << 20
