@@ -12,6 +12,9 @@ import numpy as np
 from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
 
+# What a batch pins: ids int32 [B, C] and a mask bool [B, C].
+PinArrays = tuple[mx.array, mx.array]
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -110,8 +113,8 @@ class CanvasRequest:
         return canvas
 
 
-def stack_pins(rows: Sequence[CanvasRequest], length: int) -> tuple[mx.array, mx.array] | None:
-    """(ids int32 [B, C], mask bool [B, C]) of a batch, or None when no row pins anything."""
+def stack_pins(rows: Sequence[CanvasRequest], length: int) -> PinArrays | None:
+    """The pins of a batch, or None when no row pins anything."""
     if all(row.pins is None for row in rows):
         return None
     free = Pins(np.zeros(length, np.int32), np.zeros(length, bool))

@@ -205,7 +205,7 @@ class Comparison:
             expected[name] == record[name] for name in ("block", "attempt", "step", "draft")
         )
         if not same and self.divergence is None:
-            self.divergence = step.place
+            self.divergence = step.places[0]
 
     def over(self, committed: int) -> bool:
         """Whether the trace holds nothing more, once so many blocks are committed.
@@ -219,7 +219,7 @@ class Comparison:
 def _record(step: Step) -> dict[str, Any]:
     entropy = np.array(step.entropy[0])
     return {
-        **step.place._asdict(),
+        **step.places[0]._asdict(),
         "draft": step.draft[0].tolist(),
         "accepted": np.flatnonzero(np.array(step.accepted[0])).tolist(),
         "mean_entropy": float(entropy.mean()),

@@ -20,8 +20,10 @@ from typing import NamedTuple, Protocol
 import mlx.core as mx
 
 from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels.samples import dtype_named
 
-CHUNK = 4096  # keys per product; also the most that the kernel's threadgroups hold
+CHUNK = 2048  # keys per product
+_LONGEST = 4096  # keys per product that the kernel takes
 _LOWEST = -3e38  # below every score and, unlike -Inf, safe to subtract
 
 Pair = tuple[mx.array, mx.array]
@@ -198,7 +200,7 @@ _MERGE = registry.Kernel(
 def supported(queries: mx.array, chunk: int = CHUNK) -> bool:
     """Whether the kernels take these queries."""
     floats = (mx.float32, mx.float16, mx.bfloat16)
-    return queries.dtype in floats and queries.size > 0 and 0 < chunk <= CHUNK
+    return queries.dtype in floats and queries.size > 0 and 0 < chunk <= _LONGEST
 
 
 def metal(
@@ -217,7 +219,7 @@ def metal(
     for chunk_of in _chunks(queries, segments, scale, chunk, mask):
         keys, values = chunk_of.read(queries.dtype, output)
         scores = chunk_of.folded @ keys.swapaxes(2, 3)
-        weights, local_maximum, local_total = _softmax(scores, chunk_of.visible, length)
+        weights, local_maximum, local_total = _softmax(scores, chunk_of.visible, length, chunk)
         local = (weights @ values).reshape(rows, head_dim)
         kv_heads = keys.shape[1]
         maximum, total, output = registry.launch(
@@ -244,8 +246,11 @@ def metal(
     return mixed.reshape(queries.shape)
 
 
-def _softmax(scores: mx.array, mask: mx.array | None, length: int) -> list[mx.array]:
-    """Normalised weights like scores [.., rows, S], and per row the maximum and the sum."""
+def _softmax(scores: mx.array, mask: mx.array | None, length: int, chunk: int) -> list[mx.array]:
+    """Normalised weights like scores [.., rows, S], and per row the maximum and the sum.
+
+    Threads hold `chunk` scores however many there are, so that a length has no text of its own.
+    """
     count = scores.shape[-1]
     rows = scores.size // count
     weights, maximum, total = registry.launch(
@@ -258,7 +263,7 @@ def _softmax(scores: mx.array, mask: mx.array | None, length: int) -> list[mx.ar
         template=[
             ("T", scores.dtype),
             ("TG", _THREADS),
-            ("PER", CHUNK // _THREADS),
+            ("PER", -(-chunk // _THREADS)),
             ("HAS_MASK", mask is not None),
         ],
         grid=(_THREADS, rows, 1),
@@ -282,23 +287,32 @@ def _shape(queries: mx.array, segments: Sequence[Segment]) -> registry.Shape:
     }
 
 
-_PROBED_KEYS = 2 * CHUNK + 256  # two whole chunks and a canvas
-
-
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    """A mask that hides a whole chunk, a prefix that a batch shares, two chunks and a canvas."""
+    dtype = dtype_named(shape["dtype"])
     heads, kv_heads = int(shape["heads"]), int(shape["kv_heads"])
-    head_dim = int(shape["head_dim"])
-    for length, count, masked in ((3, 5, True), (int(shape["length"]), _PROBED_KEYS, False)):
-        seeds = mx.random.split(mx.random.key(length), 3)
-        queries = mx.random.normal((1, heads, length, head_dim), key=seeds[0]) * head_dim**-0.5
-        queries, shared = queries.astype(dtype), (1, kv_heads, count, head_dim)
-        keys, values = (mx.random.normal(shared, key=key).astype(dtype) for key in seeds[1:])
-        mask = mx.arange(5)[None, :] <= mx.arange(length)[:, None] + 1 if masked else None
+    length, dim = int(shape["length"]), int(shape["head_dim"])
+    for batch, queries, counts, chunk in (
+        (1, 3, (7,), 4),
+        (2, 2, (5, 2), CHUNK),
+        (1, length, (2 * CHUNK + length,), CHUNK),
+    ):
+        keys = iter(mx.random.split(mx.random.key(queries), 1 + 2 * len(counts)))
+        drawn = mx.random.normal((batch, heads, queries, dim), key=next(keys)) * dim**-0.5
+        q, segments, wide = drawn.astype(dtype), list[Segment](), list[Segment]()
+        for number, count in enumerate(counts):
+            sides = (1 if number == 0 else batch, kv_heads, count, dim)
+            k, v = (mx.random.normal(sides, key=next(keys)).astype(dtype) for _ in range(2))
+            segments.append((k, v))
+            wide.append((k.astype(mx.float32), v.astype(mx.float32)))
+        mask = None
+        if chunk < CHUNK:  # the first query sees nothing of the last chunk
+            mask = mx.arange(7)[None, :] <= mx.arange(queries)[:, None] + 3
         yield registry.Probe(
-            partial(metal, queries, [(keys, values)], mask=mask),
-            partial(twin, queries, [(keys, values)], mask=mask),
+            partial(metal, q, segments, chunk=chunk, mask=mask),
+            partial(twin, q, segments, chunk=chunk, mask=mask),
             tolerance=1e-4 if dtype == mx.float32 else 2e-2,
+            expected=partial(twin, q.astype(mx.float32), wide, chunk=chunk, mask=mask),
         )
 
 

@@ -35,6 +35,16 @@ class Matrix:
         width: int = self.weight.shape[-1]
         return width * 32 // self.bits if self.quantized else width
 
+    def widened(self) -> "Matrix":
+        """The same weights, computing in float32."""
+        floats = (mx.float16, mx.bfloat16)
+        weight, scales, biases = (
+            part.astype(mx.float32) if part is not None and part.dtype in floats else part
+            for part in (self.weight, self.scales, self.biases)
+        )
+        assert weight is not None
+        return Matrix(weight, scales, biases, self.group_size, self.bits, self.mode, mx.float32)
+
     def rows(self, start: int, stop: int) -> "Matrix":
         """A contiguous run of rows of a two-dimensional matrix."""
         return Matrix(

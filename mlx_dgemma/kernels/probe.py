@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma.kernels import registry
 
@@ -31,8 +32,10 @@ def check(operation: registry.Operation, shape: registry.Shape) -> dict[str, flo
     }
     probe = None
     for number, probe in enumerate(operation.probes(shape)):
-        expected, found = _evaluated(probe.twin), _evaluated(probe.metal)
-        error = largest_error(found, expected)
+        found, expected = _evaluated(probe.metal), _evaluated(probe.expected or probe.twin)
+        error = largest_error(found, expected, probe.least)
+        if [one.dtype for one in found] != [two.dtype for two in _listed(probe.twin())]:
+            error = float("inf")
         findings["error"] = max(float(findings["error"] or 0.0), error)
         if not error <= probe.tolerance:
             findings["failure"] = f"probe {number}: error {error:.3g} above {probe.tolerance:.3g}"
@@ -47,34 +50,46 @@ def check(operation: registry.Operation, shape: registry.Shape) -> dict[str, flo
     return findings
 
 
-def largest_error(found: Sequence[mx.array], expected: Sequence[mx.array]) -> float:
-    """Relative to each expected array's largest magnitude; infinite where anything else differs."""
+def largest_error(
+    found: Sequence[mx.array], expected: Sequence[mx.array], least: float = 0.0
+) -> float:
+    """Relative to each expected array's largest magnitude, or to `least` where that is larger.
+
+    Infinite where anything else differs: shapes, kinds of number, integers, places of NaN, or
+    something where nothing is expected.
+    """
     worst = 0.0
     if len(found) != len(expected):
         return float("inf")
     for one, two in zip(found, expected, strict=True):
-        if one.shape != two.shape or one.dtype != two.dtype:
+        if one.shape != two.shape:
             return float("inf")
         if not mx.issubdtype(two.dtype, mx.floating):
-            if not mx.array_equal(one, two).item():
+            if one.dtype != two.dtype or not mx.array_equal(one, two).item():
                 return float("inf")
             continue
+        if not mx.issubdtype(one.dtype, mx.floating):
+            return float("inf")
         one, two = one.astype(mx.float32), two.astype(mx.float32)
         if not mx.array_equal(mx.isnan(one), mx.isnan(two)).item():
             return float("inf")
         gap = _largest(mx.nan_to_num(one) - mx.nan_to_num(two))
-        worst = max(worst, gap / max(_largest(mx.nan_to_num(two)), 1e-6))
+        scale = max(_largest(mx.nan_to_num(two)), least)
+        if gap > 0.0:
+            worst = max(worst, gap / scale if scale > 0.0 else float("inf"))
     return worst
 
 
 def _largest(values: mx.array) -> float:
-    found: float = mx.abs(values).max().item() if values.size else 0.0  # type: ignore[assignment]
-    return found
+    return float(np.abs(np.array(values)).max(initial=0.0))
+
+
+def _listed(outputs: registry.Outputs) -> list[mx.array]:
+    return [outputs] if isinstance(outputs, mx.array) else list(outputs)
 
 
 def _evaluated(run: Callable[[], registry.Outputs]) -> Sequence[mx.array]:
-    outputs = run()
-    listed = [outputs] if isinstance(outputs, mx.array) else list(outputs)
+    listed = _listed(run())
     mx.eval(listed)
     return listed
 

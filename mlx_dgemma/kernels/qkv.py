@@ -13,6 +13,7 @@ from functools import partial
 import mlx.core as mx
 
 from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels.samples import dtype_named
 
 Rope = tuple[mx.array, mx.array]
 
@@ -86,7 +87,7 @@ def metal(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -
 
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    dtype = dtype_named(shape["dtype"])
     head_dim, tolerance = int(shape["head_dim"]), 1e-4 if dtype == mx.float32 else 2e-2
     for length, heads in ((1, 1), (3, 5), (int(shape["length"]), int(shape["heads"]))):
         joint = mx.random.normal((1, length, 2 * heads, head_dim), key=mx.random.key(length))
@@ -94,8 +95,17 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         angles = mx.arange(length * head_dim // 2).reshape(length, -1) / 64.0
         rope = (mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype))
         weight = mx.random.normal((head_dim,), key=mx.random.key(1)).astype(dtype)
-        arguments = (x, weight, rope, 1e-6) if shape["rope"] else (x, None, None, 1e-6)
-        yield registry.Probe(partial(metal, *arguments), partial(twin, *arguments), tolerance)
+        gain, tables = (weight, rope) if shape["rope"] else (None, None)
+        wide_gain = None if gain is None else gain.astype(mx.float32)
+        wide_tables = None
+        if tables is not None:
+            wide_tables = tables[0].astype(mx.float32), tables[1].astype(mx.float32)
+        yield registry.Probe(
+            partial(metal, x, gain, tables, 1e-6),
+            partial(twin, x, gain, tables, 1e-6),
+            tolerance,
+            expected=partial(twin, x.astype(mx.float32), wide_gain, wide_tables, 1e-6),
+        )
 
 
 OPERATION = registry.Operation("normed_heads", (_KERNEL,), _probes)

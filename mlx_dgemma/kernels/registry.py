@@ -24,13 +24,14 @@ import mlx.core as mx
 from mlx_dgemma.errors import InputError
 
 Mode = Literal["off", "auto", "force"]
+_MODES: tuple[Mode, ...] = ("off", "auto", "force")
 Shape = dict[str, int | str]
 Outputs = mx.array | Sequence[mx.array]
 Template = list[tuple[str, mx.Dtype | int | bool]]
 
 _SOURCES = Path(__file__).parent / "metal"
 _BODY = "//: body\n"
-_ROWS = ("tokens", "length")  # the parts of a shape that change from one prompt to the next
+_ROWS = ("tokens", "length", "rows")  # the parts of a shape that change from one prompt to the next
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,19 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Probe:
-    """One comparison of an operation's kernel with its twin, on the same deterministic inputs."""
+    """One comparison of an operation's kernel with its twin, on the same deterministic inputs.
+
+    tolerance: of the largest magnitude of each output, or of `least` where that is larger, as it
+        must be for an output that should vanish. Integers must be equal.
+    expected: the outputs by the twin from the same inputs in float32; None where the twin itself
+        computes in float32. In 16 bits the twin's own error can be larger than the kernel's.
+    """
 
     metal: Callable[[], Outputs]
     twin: Callable[[], Outputs]
-    tolerance: float  # of the largest magnitude of each output; integers must be equal
+    tolerance: float
+    least: float = 0.0
+    expected: Callable[[], Outputs] | None = None
 
 
 @dataclass(frozen=True)
@@ -88,9 +97,10 @@ class Operation:
 def mode() -> Mode:
     """The mode asked for; a misspelt one is an InputError."""
     value = os.environ.get("MLX_DGEMMA_KERNELS", "auto")
-    if value not in ("off", "auto", "force"):
-        raise InputError(f"MLX_DGEMMA_KERNELS is {value!r}: set it to off, auto or force")
-    return value  # type: ignore[return-value]
+    for known in _MODES:
+        if value == known:
+            return known
+    raise InputError(f"MLX_DGEMMA_KERNELS is {value!r}: set it to off, auto or force")
 
 
 def available() -> bool:

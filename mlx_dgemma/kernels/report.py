@@ -5,23 +5,31 @@ from importlib.metadata import version
 from typing import Any
 
 from mlx_dgemma.kernels import registry, verdicts
+from mlx_dgemma.kernels.soft_embeddings import CAPACITY
 
 EVIDENCE = "checked by emulation on Linux; not yet run on Apple hardware"
 
 
 def published_shapes() -> dict[str, registry.Shape]:
     """The shape classes of one denoising step of the published 4-bit checkpoint."""
-    dtype = "mlx.core.bfloat16"
+    dtype, table = "mlx.core.bfloat16", "affine 8/64"
+    rows = {"rows": 256}
     return {
-        "row_statistics": {"dtype": dtype, "vocabulary": 262144},
+        "row_statistics": {"dtype": dtype, "vocabulary": 262144, **rows},
         "accept": {"length": 256},
-        "survivors": {"dtype": dtype, "table": dtype, "vocabulary": 262144, "capacity": 1024},
+        "survivors": {
+            "dtype": dtype,
+            "table": dtype,
+            "vocabulary": 262144,
+            "capacity": CAPACITY,
+            **rows,
+        },
         "gather_embeddings": {
             "dtype": dtype,
-            "bits": 8,
-            "group_size": 64,
+            "table": table,
             "hidden": 2816,
-            "capacity": 1024,
+            "capacity": CAPACITY,
+            **rows,
         },
         "normed_heads": {
             "dtype": dtype,
@@ -45,9 +53,8 @@ def published_shapes() -> dict[str, registry.Shape]:
             "width": 704,
             "experts": 128,
             "top_k": 8,
-            "bits": 4,
-            "group_size": 64,
-            "mode": "affine",
+            "gate_up": "affine 4/64",
+            "down": "affine 4/64",
         },
     }
 

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels.samples import dtype_named
 
 
 class Routing(NamedTuple):
@@ -122,10 +123,10 @@ def metal(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
 
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    dtype = dtype_named(shape["dtype"])
     count, top_k = int(shape["experts"]), int(shape["top_k"])
     per_expert = mx.random.uniform(0.5, 1.5, (count,), key=mx.random.key(0))
-    for tokens in (1, 19, int(shape["tokens"])):
+    for tokens in (1, 9, int(shape["tokens"])):
         scores = mx.random.normal((tokens, count), key=mx.random.key(tokens))
         scores = (mx.round(scores * 4) / 4).astype(dtype)  # many ties
         yield registry.Probe(

@@ -13,7 +13,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
-from mlx_dgemma.kernels.attention import Segment, count_keys
+from mlx_dgemma.kernels.attention import CHUNK, Segment, count_keys
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
@@ -25,7 +25,7 @@ from mlx_dgemma.model.rope import Table
 QUERY_BLOCK = 256
 # Keys attended to at once; the results of longer contexts are merged. Both keep the scores small,
 # of which a few arrays are held at a time.
-KEY_CHUNK = 2048
+KEY_CHUNK = CHUNK
 # Attention scores held at once (256 MB of them in 16 bits); more queries are taken in turns.
 SCORES = 1 << 27
 

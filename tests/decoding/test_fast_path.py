@@ -67,13 +67,13 @@ def test_every_step_agrees_with_the_obvious_path(demo, context, seed):
     for step in denoise_block(model, context, settings, [CanvasRequest(SeededDraws(seed))]):
         assert np.array_equal(step.canvas[0], expected)
         conditioning, draft, entropy = obvious(
-            model, context, settings, step.canvas, conditioning, step.place
+            model, context, settings, step.canvas, conditioning, step.places[0]
         )
         assert np.array_equal(step.draft[0], draft)
         assert np.abs(np.array(step.entropy[0]) - entropy).max() < 1e-3
         accepted = accepted_by(np.array(step.entropy[0]), settings.entropy_bound)
         assert np.array_equal(step.accepted[0], accepted)
-        fresh = draws.renoise(step.place, length, vocabulary)
+        fresh = draws.renoise(step.places[0], length, vocabulary)
         expected = np.where(accepted, draft, fresh)  # at temp 0 the sample is the argmax
 
 
