@@ -27,8 +27,8 @@ from mlx_dgemma.files import check_replaceable, read_bytes
 from mlx_dgemma.untrusted_json import Limits, parse, shown
 
 FORMAT = 1
-# A block of 48 steps holds three numbers per position and step: some 2 MB.
-_LIMITS = Limits(size=64 << 20, parts=4_000_000)
+# A block of 256 positions and 48 steps takes 1 MB and 100,000 values.
+_LIMITS = Limits(size=512 << 20, parts=64_000_000)
 
 
 def config_digest(config: Any) -> str:
@@ -88,7 +88,7 @@ class Trace:
         """Reads a trace; raises InputError when the file is no trace of this format."""
         try:
             record = parse(read_bytes(path, _LIMITS.size), _LIMITS)
-            if record.get("format") != FORMAT:
+            if record.get("format", FORMAT) != FORMAT:
                 raise InputError(
                     f"{path} is a trace of format {shown(record.get('format'))}; "
                     f"this reads {FORMAT}."
@@ -97,7 +97,7 @@ class Trace:
             trace._check()
         except OSError as error:
             raise InputError(f"Cannot read the trace {path}: {error.strerror}.") from error
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is not a trace written by --trace, or is damaged: record it again."
             ) from error
@@ -114,8 +114,8 @@ class Trace:
         for name, numbers in self.draws.items():
             if name.endswith((".canvas", ".renoise")):
                 _check_ids(numbers)
-            elif not all(type(number) in (int, float) and 0 <= number <= 1 for number in numbers):
-                raise ValueError("a draw that is no number of 0 to 1")
+            else:
+                _check_uniforms(numbers, of=2 if name.endswith(".sample") else 1)
         for step in self.steps:
             if not all(_is_id(step[name]) for name in ("block", "attempt", "step")):
                 raise ValueError("a step without a place")
@@ -233,6 +233,18 @@ def _is_id(value: Any, below: int = 2**31) -> bool:
 def _check_ids(ids: Any) -> None:
     if not isinstance(ids, list) or not all(map(_is_id, ids)):
         raise ValueError("not a list of token ids")
+
+
+def _check_uniforms(numbers: Any, of: int) -> None:
+    """Numbers from 0 to 1, without 1; or lists of `of` such numbers."""
+    if not isinstance(numbers, list):
+        raise ValueError("not a list of numbers")
+    for number in numbers:
+        one = number if of > 1 else [number]
+        if not isinstance(one, list) or len(one) != of:
+            raise ValueError("not a list of draws")
+        if not all(type(value) in (int, float) and 0 <= value < 1 for value in one):
+            raise ValueError("a draw outside of 0 to 1")
 
 
 def _name(place: Place, purpose: str) -> str:
