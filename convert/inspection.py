@@ -15,7 +15,7 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.headers import Entry
 from mlx_dgemma.machine import memory
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import quantization_of
+from mlx_dgemma.model.packing import quantization_of
 
 # Memory of Macs in GB, and the share of it that macOS keeps resident for the GPU by default:
 # two thirds up to 32 GB, three quarters above.

@@ -21,7 +21,8 @@ from mlx_dgemma.convert.shards import SHARD_BYTES, Output, Shard, index_of, plan
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.headers import CODES
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import Quantization, matrices
+from mlx_dgemma.model.packing import Quantization
+from mlx_dgemma.model.parameters import matrices
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
 

@@ -24,14 +24,9 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import Entry
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import (
-    Quantization,
-    is_tied_duplicate,
-    matrices,
-    parameter_shapes,
-    quantization_of,
-    tied_to,
-)
+from mlx_dgemma.model.names import is_tied_duplicate, tied_to
+from mlx_dgemma.model.packing import Quantization, quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
 # What is held of one tensor at a time, counted in float32.
 SLICE_BYTES = 64 << 20

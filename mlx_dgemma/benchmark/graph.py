@@ -30,7 +30,7 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels import registry
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 _VIEWS = {
     "AsStrided",

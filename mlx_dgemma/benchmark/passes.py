@@ -182,10 +182,10 @@ def _components(model: Model, cache: ContextCache) -> Iterator[tuple[str, _Parts
     some = decoder.layers[0]
     everywhere = len(decoder.layers)
     yield "dense", [(everywhere, lambda: some.mlp(x))]
-    routing = some.router.fused(flat)
+    routing = some.router(flat)
     mx.eval(routing)
-    yield "router", [(everywhere, lambda: some.router.fused(flat))]
-    yield "experts", [(everywhere, lambda: some.experts.fused(flat, routing))]
+    yield "router", [(everywhere, lambda: some.router(flat))]
+    yield "experts", [(everywhere, lambda: some.experts(flat, routing))]
     raw = model.raw_logits(x)[0]
     mx.eval(raw)
     yield "head", [(1, lambda: model.raw_logits(x))]

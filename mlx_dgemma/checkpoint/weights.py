@@ -22,17 +22,11 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.layers import Matrix
-from mlx_dgemma.model.names import (
-    VISION_TOWER,
-    is_tied_duplicate,
-    matrices,
-    parameter_shapes,
-    quantization_of,
-    tied_to,
-    together,
-)
+from mlx_dgemma.model.layers import Weights
+from mlx_dgemma.model.names import VISION_TOWER, is_tied_duplicate, tied_to, together
 from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
 # On the CPU backend quantized and 16-bit products are slow, and 16-bit ones inaccurate: a model
 # whose float32 weights fit in this many bytes is expanded at load.
@@ -158,7 +152,7 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
     model.prepare()
     if small:
         for module in model.model.decoder.modules():
-            if isinstance(module, Matrix):
+            if isinstance(module, Weights):
                 module.store_transposed()
     mx.eval(model.model.decoder.parameters())
     mx.eval(model.model.encoder.language_model.parameters())
@@ -183,21 +177,26 @@ def _convert(model: Model, part: nn.Module, widened: bool) -> bool:
 
 
 def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
-    """Put named tensors into the tree, and tell packed matrices how they are packed."""
+    """Put named tensors into the tree, where packed matrices take the place of dense ones."""
+    for name in parameters:
+        path = name.removesuffix(".scales")
+        packing = quantization_of(model.config.quantization, path)
+        if path != name and packing is not None:
+            parent, attribute = _find(model, path)
+            parent[attribute] = parent[attribute].pack(packing)
     for name, tensor in parameters.items():
         module, attribute = _find(model, name)
         module[attribute] = tensor
-        if attribute == "scales" and isinstance(module, Matrix):
-            path = name.removesuffix(".scales")
-            module.packing = quantization_of(model.config.quantization, path)
 
 
 def expand(model: Model, part: nn.Module | None = None) -> None:
     """Make every matrix dense in the activation dtype, in the model or a part of it; what is
     unread stays unread."""
-    for module in (model if part is None else part).modules():
-        if isinstance(module, Matrix):
-            module.dequantize(model.dtype)
+    part = model if part is None else part
+    for name, module in part.named_modules():
+        if isinstance(module, Weights):
+            parent, attribute = _find(part, name)
+            parent[attribute] = module.dense(model.dtype)
 
 
 def cast(model: Model, part: nn.Module | None = None) -> None:
@@ -314,7 +313,7 @@ def _load_shard(path: Path) -> dict[str, mx.array]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-def _find(model: Model, name: str) -> tuple[Any, str]:
+def _find(model: nn.Module, name: str) -> tuple[Any, str]:
     *path, attribute = name.split(".")
     module: Any = model
     for step in path:

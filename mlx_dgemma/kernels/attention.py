@@ -101,7 +101,7 @@ def twin(
         weights = (weights / mx.maximum(total, 1e-30)).astype(values.dtype)
         output = (weights @ values).astype(mx.float32) * total
         shared = keys.shape[0] < shape[0]
-        part = _Part(*(_unfold(rows, shape, shared) for rows in (maximum, total, output)))
+        part = _Part(*(unfold(rows, shape, shared) for rows in (maximum, total, output)))
         merged = part if merged is None else _merge(merged, part)
     assert merged is not None
     return (merged.output / merged.total).astype(queries.dtype)
@@ -134,7 +134,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     all_keys, first = sum(map(count_keys, segments)), 0
     for segment in segments:
-        folded = _fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
+        folded = fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
         for start in range(0, count_keys(segment), chunk):
             stop = min(start + chunk, count_keys(segment))
             visible = None if mask is None else _part_of(mask, first - all_keys, stop - start)
@@ -158,8 +158,12 @@ def _shape_of(segment: Segment) -> tuple[int, ...]:
     return segment[0].shape if isinstance(segment, tuple) else segment.shape
 
 
-def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
-    """[B, heads, L, D] -> [B, kv heads, group * L, D], or [1, kv heads, B * group * L, D]."""
+def fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
+    """Queries [B, heads, L, D] with those that share a key head in one matrix.
+
+    keys: the shape [B or 1, kv heads, S, D] of the keys. The result is [B, kv heads, group * L, D],
+    or [1, kv heads, B * group * L, D] where the batch shares its keys.
+    """
     batch, heads, length, head_dim = queries.shape
     kv_heads = keys[1]
     folded = queries.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
@@ -168,7 +172,8 @@ def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
     return folded
 
 
-def _unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+def unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+    """Undoes `fold` for rows [.., kv heads, rows, D] of queries [B, heads, L]: [B, heads, L, D]."""
     batch, heads, length = shape
     if shared:
         kv_heads = rows.shape[1]

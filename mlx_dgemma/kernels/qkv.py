@@ -37,12 +37,14 @@ def normed_heads(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: f
 def twin(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
     """The same in plain MLX operations."""
     normed = mx.fast.rms_norm(x, weight, eps).swapaxes(1, 2)
-    if rope is None:
-        return normed
+    return normed if rope is None else rotate(normed, rope)
+
+
+def rotate(x: mx.array, rope: Rope) -> mx.array:
+    """Turns the pairs (i, i + D/2) of x [..., L, D] by cosine and sine, [L, D/2] each."""
     cosine, sine = rope
-    first, second = mx.split(normed, 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return mx.concatenate(list(turned), axis=-1)
+    first, second = mx.split(x, 2, axis=-1)
+    return mx.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
 _HEADS_PER_GROUP = 4

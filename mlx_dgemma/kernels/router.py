@@ -58,10 +58,15 @@ def choose_experts(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> 
 
 
 def twin(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
-    """The same in plain MLX operations, every sort on keys that cannot tie."""
+    """The same in plain MLX operations, every sort on keys that cannot tie.
+
+    The choice is a constant to gradients, which flow through the weights alone.
+    """
     tokens, count = scores.shape
     values = scores.astype(mx.float32)
-    keys = _ascending_bits(values).astype(mx.int64) * count - mx.arange(count, dtype=mx.int64)
+    keys = _ascending_bits(mx.stop_gradient(values)).astype(mx.int64) * count - mx.arange(
+        count, dtype=mx.int64
+    )
     experts = mx.argsort(-keys, axis=1)[:, :top_k].astype(mx.int32)
     chosen = mx.take_along_axis(values, experts, axis=1)
     weights = mx.softmax(chosen, axis=1) * per_expert_scale.astype(mx.float32)[experts]

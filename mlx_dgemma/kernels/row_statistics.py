@@ -154,7 +154,12 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
 def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
     """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
-    return softcap * mx.tanh(x / softcap) / divisor + (x - x)
+    return softcapped(x, softcap) / divisor + (x - x)
+
+
+def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
+    """softcap * tanh(x / softcap) of float32 logits, so that none passes the softcap."""
+    return softcap * mx.tanh(x / softcap)
 
 
 @fused

@@ -24,7 +24,8 @@ from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.headers import read_header
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.model.config import ModelConfig, TextConfig
-from mlx_dgemma.model.names import Layout, parameter_shapes
+from mlx_dgemma.model.names import Layout
+from mlx_dgemma.model.parameters import parameter_shapes
 
 GB = 1e9
 ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
