@@ -21,13 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.checkpoint.adapters import Adapter
+from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import RECIPES, Recipe
 from mlx_dgemma.convert.source import dense_shapes, open_source, slices
 from mlx_dgemma.convert.streamed import Streamed
 from mlx_dgemma.convert.trajectories import State, record
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.machine import memory
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 
@@ -161,7 +161,7 @@ def measure(
 def _driver(folder: Path, other: Path | None) -> Path:
     """Whose generations give the states: the source where it fits, else the smaller one."""
     for candidate in (folder, *([other] if other is not None else [])):
-        if _fits(memory.stored_bytes(candidate)):
+        if _fits(stored_bytes(candidate)):
             return candidate
     raise ResourceError(
         f"{folder.name} is too large to generate with on this machine; measure a recipe that fits."

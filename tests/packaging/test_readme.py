@@ -143,7 +143,7 @@ def test_the_table_of_repositories_is_the_programs() -> None:
 
 def test_the_size_of_the_demo_is_right() -> None:
     from mlx_dgemma.checkpoint.hub import demo_path
-    from mlx_dgemma.machine.memory import stored_bytes
+    from mlx_dgemma.checkpoint.sizes import stored_bytes
 
     stored = stored_bytes(demo_path())
     said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", README)
