@@ -1,10 +1,79 @@
-"""Files that are written under a temporary name and then renamed."""
+"""Opening files that anyone may have put there, and replacing files whole.
+
+A pipe, a device or a socket under a file's name would block, never end, or fail in a library
+without a word: nothing but a regular file is opened.
+"""
 
 from __future__ import annotations
 
+import os
+import stat
 from pathlib import Path
+from typing import Any, BinaryIO
 
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse
+
+_KINDS = (
+    (stat.S_ISDIR, "a folder"),
+    (stat.S_ISFIFO, "a pipe"),
+    (stat.S_ISSOCK, "a socket"),
+    (stat.S_ISCHR, "a device"),
+    (stat.S_ISBLK, "a device"),
+)
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """A regular file, opened for reading; never waits for whoever writes a pipe.
+
+    Raises OSError whose strerror says what is wrong, also for what is no regular file.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except ValueError as error:  # a null character in the name
+        raise OSError(None, str(error)) from error
+    except OSError:
+        kind = _kind(os.stat(path).st_mode)  # a socket cannot even be opened
+        if kind is None:
+            raise
+        raise OSError(None, f"it is {kind}, not a file") from None
+    kind = _kind(os.fstat(descriptor).st_mode)
+    if kind is not None:
+        os.close(descriptor)
+        raise OSError(None, f"it is {kind}, not a file")
+    return os.fdopen(descriptor, "rb")
+
+
+def _kind(mode: int) -> str | None:
+    """What a file's mode says it is, where that is no regular file."""
+    return next((name for test, name in _KINDS if test(mode)), None)
+
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The content of a regular file of at most `most` bytes; OSError as from `open_regular`."""
+    with open_regular(path) as file:
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise OSError(None, f"it is larger than {most:,} bytes")
+    return content
+
+
+def read_text(path: str | Path, most: int = 16 << 20) -> str:
+    """The content as UTF-8 text; OSError as from `read_bytes`, also for other encodings."""
+    try:
+        return read_bytes(path, most).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise OSError(None, f"it is not UTF-8 text (byte {error.start:,})") from error
+
+
+def read_json(path: str | Path, limits: Limits = DEFAULT) -> Any:
+    """The value of a JSON file; CheckpointError when it cannot be read, parsed or is too much."""
+    try:
+        return parse(read_bytes(path, limits.size), limits)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UntrustedJSONError as error:
+        raise CheckpointError(f"{path} {error}; download it again.") from error
 
 
 def check_replaceable(path: str | Path) -> None:

@@ -16,13 +16,16 @@ import contextlib
 import logging
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
 import numpy as np
 
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.decisions import Decision
+from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
+from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
@@ -231,6 +234,26 @@ class Runtime:
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
         """The whole answer; options are `stream_generate`'s keywords."""
         return "".join(event.text for event in self.stream(prompt, **options))
+
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question | Mapping[str, Any]],
+        **options: Unpack[DecideOptions],
+    ) -> Decision:
+        """`mlx_dgemma.decide` on the model's thread; others take turns between its questions."""
+        if options.get("cache") is None:
+            options.setdefault("kv_bits", self._kv_bits)
+        cancel = options.setdefault("cancel", threading.Event()) or threading.Event()
+        turns = decide_turns(self.model, self.tokenizer, state, questions, **options)
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.take_turns(turns, arrived.put, cancel)
+        for step in iter(arrived.get, None):
+            if isinstance(step, BaseException):
+                raise step
+            if isinstance(step, Decision):
+                return step
+        raise AssertionError("decide_turns ends with a Decision")
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the model's thread and returns its result."""

@@ -127,7 +127,7 @@ def divergence(model: Model, tokenizer: Any, replies: int, turns: int) -> dict[s
         request = CanvasRequest(SeededDraws(number))
         before = None
         for step in denoise_block(model, caches[EXACT], settings, [request]):
-            left = settings.max_denoising_steps + 1 - step.place.step
+            left = settings.max_denoising_steps + 1 - step.places[0].step
             now = temperature(left, settings.max_denoising_steps, settings.t_min, settings.t_max)
             tempered = {
                 kind: model.denoise(step.canvas, cache, before) / now

@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import (
     LEAST_CONTEXT,
@@ -20,6 +21,7 @@ from mlx_dgemma.machine.memory import (
 )
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 
 
@@ -75,6 +77,8 @@ def load_network(
         )
         check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
     set_limits(this)
+    if not lazy:  # the checks need memory of their own, which the weights will take
+        dispatch.prepare(kernel_shapes(config, dtype))
     computed = None if dtype is None else getattr(mx, dtype)
     return load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path), folder
 

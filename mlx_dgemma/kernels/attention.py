@@ -19,9 +19,11 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels.samples import dtype_named
 
-CHUNK = 4096  # keys per product; also the most that the kernel's threadgroups hold
+CHUNK = 2048  # keys per product
+_LONGEST = 4096  # keys per product that the kernel takes
 _LOWEST = -3e38  # below every score and, unlike -Inf, safe to subtract
 
 Pair = tuple[mx.array, mx.array]
@@ -67,9 +69,10 @@ def attend(
     or makes them when it is read. `mask` bool [L, M] is of the last M keys, and all before them are
     visible; every query must see some key.
     """
-    run = twin
-    if registry.use(OPERATION, _shape(queries, segments), supported(queries, chunk)):
-        run = metal
+    _, heads, length, head_dim = queries.shape
+    kv_heads = _shape_of(segments[0])[1]
+    sizes = (queries.dtype, length, heads, kv_heads, head_dim, chunk)
+    run = metal if dispatch.use(OPERATION, *sizes) else twin
     return run(queries, segments, scale=scale, chunk=chunk, mask=mask)
 
 
@@ -99,7 +102,7 @@ def twin(
         weights = (weights / mx.maximum(total, 1e-30)).astype(values.dtype)
         output = (weights @ values).astype(mx.float32) * total
         shared = keys.shape[0] < shape[0]
-        part = _Part(*(_unfold(rows, shape, shared) for rows in (maximum, total, output)))
+        part = _Part(*(unfold(rows, shape, shared) for rows in (maximum, total, output)))
         merged = part if merged is None else _merge(merged, part)
     assert merged is not None
     return (merged.output / merged.total).astype(queries.dtype)
@@ -132,7 +135,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     all_keys, first = sum(map(count_keys, segments)), 0
     for segment in segments:
-        folded = _fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
+        folded = fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
         for start in range(0, count_keys(segment), chunk):
             stop = min(start + chunk, count_keys(segment))
             visible = None if mask is None else _part_of(mask, first - all_keys, stop - start)
@@ -156,8 +159,12 @@ def _shape_of(segment: Segment) -> tuple[int, ...]:
     return segment[0].shape if isinstance(segment, tuple) else segment.shape
 
 
-def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
-    """[B, heads, L, D] -> [B, kv heads, group * L, D], or [1, kv heads, B * group * L, D]."""
+def fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
+    """Queries [B, heads, L, D] with those that share a key head in one matrix.
+
+    keys: the shape [B or 1, kv heads, S, D] of the keys. The result is [B, kv heads, group * L, D],
+    or [1, kv heads, B * group * L, D] where the batch shares its keys.
+    """
     batch, heads, length, head_dim = queries.shape
     kv_heads = keys[1]
     folded = queries.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
@@ -166,7 +173,8 @@ def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
     return folded
 
 
-def _unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+def unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+    """Undoes `fold` for rows [.., kv heads, rows, D] of queries [B, heads, L]: [B, heads, L, D]."""
     batch, heads, length = shape
     if shared:
         kv_heads = rows.shape[1]
@@ -195,10 +203,9 @@ _MERGE = registry.Kernel(
 )
 
 
-def supported(queries: mx.array, chunk: int = CHUNK) -> bool:
-    """Whether the kernels take these queries."""
-    floats = (mx.float32, mx.float16, mx.bfloat16)
-    return queries.dtype in floats and queries.size > 0 and 0 < chunk <= CHUNK
+def _supports(shape: registry.Shape) -> bool:
+    some = int(shape["length"]) > 0 and int(shape["head_dim"]) > 0
+    return registry.is_float(shape) and some and 0 < int(shape["chunk"]) <= _LONGEST
 
 
 def metal(
@@ -217,7 +224,7 @@ def metal(
     for chunk_of in _chunks(queries, segments, scale, chunk, mask):
         keys, values = chunk_of.read(queries.dtype, output)
         scores = chunk_of.folded @ keys.swapaxes(2, 3)
-        weights, local_maximum, local_total = _softmax(scores, chunk_of.visible, length)
+        weights, local_maximum, local_total = _softmax(scores, chunk_of.visible, length, chunk)
         local = (weights @ values).reshape(rows, head_dim)
         kv_heads = keys.shape[1]
         maximum, total, output = registry.launch(
@@ -244,21 +251,24 @@ def metal(
     return mixed.reshape(queries.shape)
 
 
-def _softmax(scores: mx.array, mask: mx.array | None, length: int) -> list[mx.array]:
-    """Normalised weights like scores [.., rows, S], and per row the maximum and the sum."""
-    count = scores.shape[-1]
+def _softmax(scores: mx.array, mask: mx.array | None, length: int, chunk: int) -> list[mx.array]:
+    """Normalised weights like scores [.., rows, S], and per row the maximum and the sum.
+
+    Threads hold `chunk` scores however many there are, so that a length has no text of its own.
+    """
+    count, every = scores.shape[-1], mx.array([length], dtype=mx.int32)
     rows = scores.size // count
     weights, maximum, total = registry.launch(
         _SOFTMAX,
         [
             scores.reshape(1, rows, count),
-            mx.zeros((1,), dtype=mx.bool_) if mask is None else mask,
-            mx.array([length], dtype=mx.int32),
+            every if mask is None else mask,
+            every,
         ],
         template=[
             ("T", scores.dtype),
             ("TG", _THREADS),
-            ("PER", CHUNK // _THREADS),
+            ("PER", -(-chunk // _THREADS)),
             ("HAS_MASK", mask is not None),
         ],
         grid=(_THREADS, rows, 1),
@@ -272,34 +282,39 @@ def _softmax(scores: mx.array, mask: mx.array | None, length: int) -> list[mx.ar
     return [weights.reshape(scores.shape), maximum, total]
 
 
-def _shape(queries: mx.array, segments: Sequence[Segment]) -> registry.Shape:
-    return {
-        "dtype": str(queries.dtype),
-        "length": queries.shape[2],
-        "heads": queries.shape[1],
-        "kv_heads": _shape_of(segments[0])[1],
-        "head_dim": queries.shape[3],
-    }
-
-
-_PROBED_KEYS = 2 * CHUNK + 256  # two whole chunks and a canvas
-
-
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
+    """A mask that hides a whole chunk, a prefix that a batch shares, two chunks and a canvas."""
+    dtype = dtype_named(shape["dtype"])
     heads, kv_heads = int(shape["heads"]), int(shape["kv_heads"])
-    head_dim = int(shape["head_dim"])
-    for length, count, masked in ((3, 5, True), (int(shape["length"]), _PROBED_KEYS, False)):
-        seeds = mx.random.split(mx.random.key(length), 3)
-        queries = mx.random.normal((1, heads, length, head_dim), key=seeds[0]) * head_dim**-0.5
-        queries, shared = queries.astype(dtype), (1, kv_heads, count, head_dim)
-        keys, values = (mx.random.normal(shared, key=key).astype(dtype) for key in seeds[1:])
-        mask = mx.arange(5)[None, :] <= mx.arange(length)[:, None] + 1 if masked else None
+    length, dim, whole = (int(shape[name]) for name in ("length", "head_dim", "chunk"))
+    for batch, queries, counts, chunk in (
+        (1, 3, (7,), 4),
+        (2, 2, (5, 2), whole),
+        (1, length, (2 * whole + length,), whole),
+    ):
+        keys = iter(mx.random.split(mx.random.key(queries), 1 + 2 * len(counts)))
+        drawn = mx.random.normal((batch, heads, queries, dim), key=next(keys)) * dim**-0.5
+        q, segments, wide = drawn.astype(dtype), list[Segment](), list[Segment]()
+        for number, count in enumerate(counts):
+            sides = (1 if number == 0 else batch, kv_heads, count, dim)
+            k, v = (mx.random.normal(sides, key=next(keys)).astype(dtype) for _ in range(2))
+            segments.append((k, v))
+            wide.append((k.astype(mx.float32), v.astype(mx.float32)))
+        mask = None
+        if chunk < whole:  # the first query sees nothing of the last chunk
+            mask = mx.arange(7)[None, :] <= mx.arange(queries)[:, None] + 3
         yield registry.Probe(
-            partial(metal, queries, [(keys, values)], mask=mask),
-            partial(twin, queries, [(keys, values)], mask=mask),
+            partial(metal, q, segments, chunk=chunk, mask=mask),
+            partial(twin, q, segments, chunk=chunk, mask=mask),
             tolerance=1e-4 if dtype == mx.float32 else 2e-2,
+            expected=partial(twin, q.astype(mx.float32), wide, chunk=chunk, mask=mask),
         )
 
 
-OPERATION = registry.Operation("attention", (_SOFTMAX, _MERGE), _probes)
+OPERATION = registry.Operation(
+    "attention",
+    ("dtype", "length", "heads", "kv_heads", "head_dim", "chunk"),
+    (_SOFTMAX, _MERGE),
+    _supports,
+    _probes,
+)

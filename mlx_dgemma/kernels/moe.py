@@ -13,10 +13,12 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.fuse import fused
-from mlx_dgemma.kernels.matrix import Matrix
-from mlx_dgemma.kernels.router import Routing, choose_experts
+from mlx_dgemma.kernels.matrix import DENSE, Matrix
+from mlx_dgemma.kernels.router import Routing
+from mlx_dgemma.kernels.router import twin as choose_experts
+from mlx_dgemma.kernels.samples import dtype_named, random_matrix
 
 
 def moe(
@@ -26,8 +28,19 @@ def moe(
     down: Matrix,
 ) -> mx.array:
     """Output [T, H] for tokens x [T, H]; gate_up [E, 2F, H], gate first; down [E, H, F]."""
-    can = supported(x, gate_up, down)
-    run = metal if registry.use(OPERATION, _shape(x, routing, gate_up), can) else twin
+    tokens, hidden = x.shape
+    sizes = (
+        x.dtype,
+        tokens,
+        hidden,
+        gate_up.weight.shape[1] // 2,
+        gate_up.weight.shape[0],
+        routing.experts.shape[1],
+        gate_up.packing,
+        down.packing,
+    )
+    same = gate_up.dtype == down.dtype == x.dtype
+    run = metal if same and dispatch.use(OPERATION, *sizes) else twin
     return run(x, routing, gate_up, down)
 
 
@@ -85,17 +98,15 @@ _EXPERTS = registry.Kernel(
 )
 _COMBINE = registry.Kernel("combine", inputs=("rows", "weights"), outputs=("y",))
 ROW_TILES = (8, 16, 32)
-_PACKED = (("affine", 4), ("affine", 8), ("mxfp4", 4))
+_PACKED = ("affine 4", "affine 8", "mxfp4 4")
 
 
-def supported(x: mx.array, gate_up: Matrix, down: Matrix) -> bool:
-    """Whether the kernels take these experts: dense, affine with 4 or 8 bits, or mxfp4."""
-    return x.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(
-        matrix.columns % 32 == 0
-        and matrix.dtype == x.dtype
-        and (not matrix.quantized or (matrix.mode, matrix.bits) in _PACKED)
-        for matrix in (gate_up, down)
-    )
+def _supports(shape: registry.Shape) -> bool:
+    """Dense, affine with 4 or 8 bits, or mxfp4, in whole blocks of columns."""
+    packings = (str(shape[side]).split("/")[0] for side in ("gate_up", "down"))
+    known = all(packing == DENSE or packing in _PACKED for packing in packings)
+    whole = int(shape["hidden"]) % 32 == 0 and int(shape["width"]) % 32 == 0
+    return registry.is_float(shape) and known and whole and int(shape["tokens"]) > 0
 
 
 def row_tile(pairs: int, experts: int) -> int:
@@ -134,7 +145,7 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
     out = matrix.weight.shape[1] // (2 if glu else 1)
     columns = 32 if glu else 64
     tiles = min(pairs, pairs // tile + experts)
-    empty = mx.zeros((8,), dtype=x.dtype)
+    scales = x if matrix.scales is None else matrix.scales
     return registry.launch(
         _EXPERTS,
         [
@@ -142,8 +153,8 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
             routing.order,
             routing.offsets,
             matrix.weight,
-            empty if matrix.scales is None else matrix.scales,
-            empty if matrix.biases is None else matrix.biases,
+            scales,
+            scales if matrix.biases is None else matrix.biases,
         ],
         template=[
             ("T", x.dtype),
@@ -161,59 +172,35 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
     )[0]
 
 
-def _shape(x: mx.array, routing: Routing, gate_up: Matrix) -> registry.Shape:
-    return {
-        "dtype": str(x.dtype),
-        "tokens": x.shape[0],
-        "hidden": x.shape[1],
-        "width": gate_up.weight.shape[1] // 2,
-        "experts": gate_up.weight.shape[0],
-        "top_k": routing.experts.shape[1],
-        "bits": gate_up.bits if gate_up.quantized else 0,
-        "group_size": gate_up.group_size,
-        "mode": gate_up.mode,
-    }
-
-
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2}
 _PROBED_EXPERTS = 32  # enough to spill every cache, and a quarter of the published layer's memory
 
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype: mx.Dtype = getattr(mx, str(shape["dtype"]).split(".")[-1])
-    size = {name: int(value) for name, value in shape.items() if name not in ("dtype", "mode")}
-    mode = str(shape["mode"])
-    count = min(size["experts"], _PROBED_EXPERTS)
-    top_k, width, hidden = min(size["top_k"], count), size["width"], size["hidden"]
+    dtype, width, hidden = dtype_named(shape["dtype"]), int(shape["width"]), int(shape["hidden"])
+    count = min(int(shape["experts"]), _PROBED_EXPERTS)
+    top_k = min(int(shape["top_k"]), count)
     keys = mx.random.split(mx.random.key(0), 2)
-    up = _random_experts((count, 2 * width, hidden), keys[0], dtype, size, mode)
-    down = _random_experts((count, hidden, width), keys[1], dtype, size, mode)
-    for tokens in (1, 5, max(1, size["tokens"] * count // size["experts"])):
+    up = random_matrix((count, 2 * width, hidden), str(shape["gate_up"]), dtype, keys[0])
+    down = random_matrix((count, hidden, width), str(shape["down"]), dtype, keys[1])
+    wide = up.widened(), down.widened()
+    for tokens in (1, 5, max(1, int(shape["tokens"]) * count // int(shape["experts"]))):
         x = mx.random.normal((tokens, hidden), key=mx.random.key(tokens)).astype(dtype)
         scores = mx.random.normal((tokens, count), key=mx.random.key(tokens + 1))
-        routing = choose_experts(scores, mx.ones((count,)), top_k)
+        routing = choose_experts(scores, mx.linspace(0.5, 1.5, count), top_k)
+        mx.eval(routing)  # else it would be timed with the kernel and with its twin
         yield registry.Probe(
             partial(metal, x, routing, up, down),
             partial(twin, x, routing, up, down),
             tolerance=_TOLERANCE[dtype],
+            expected=partial(twin, x.astype(mx.float32), routing, *wide),
         )
 
 
-def _random_experts(
-    shape: tuple[int, int, int], key: mx.array, dtype: mx.Dtype, size: dict[str, int], mode: str
-) -> Matrix:
-    count, rows, columns = shape
-    bits, group_size = size["bits"], size["group_size"]
-    if not bits:
-        return Matrix((mx.random.normal(shape, key=key) * columns**-0.5).astype(dtype))
-    words = (count, rows, columns * bits // 32)
-    packed: mx.array = mx.random.bits(words, key=key)  # type: ignore[operator]
-    if mode != "affine":
-        scales = mx.full((count, rows, columns // group_size), 120, dtype=mx.uint8)
-        return Matrix(packed, scales, None, group_size, bits, mode, dtype)
-    spread = columns**-0.5 / 2 ** (bits - 2)  # codes are uniform: unit variance in, about that out
-    scales = mx.full((count, rows, columns // group_size), spread, dtype=dtype)
-    return Matrix(packed, scales, scales * -(2 ** (bits - 1)), group_size, bits)
-
-
-OPERATION = registry.Operation("moe", (_EXPERTS, _COMBINE), _probes)
+OPERATION = registry.Operation(
+    "moe",
+    ("dtype", "tokens", "hidden", "width", "experts", "top_k", "gate_up", "down"),
+    (_EXPERTS, _COMBINE),
+    _supports,
+    _probes,
+)

@@ -23,8 +23,9 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.fuse import fused
+from mlx_dgemma.kernels.samples import dtype_named
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
 _LEAF = 512  # columns per partial sum inside a slice of the twin
@@ -64,9 +65,11 @@ def row_statistics(
     `temperature` is the schedule's T, a number or one per row [R]. `uniforms` [R, 2] float32 in
     [0, 1). `temp` divides the tempered logits for sampling only; 0 takes the argmax.
     """
-    vocabulary = raw_logits.shape[1]
-    shape: registry.Shape = {"dtype": str(raw_logits.dtype), "vocabulary": vocabulary}
-    run = metal if registry.use(OPERATION, shape, supported(raw_logits)) else twin
+    # A single row is a choice between few ids, of any number: each would be a shape of its own.
+    several = raw_logits.shape[0] > 1
+    run = twin
+    if several and dispatch.use(OPERATION, raw_logits.dtype, *raw_logits.shape):
+        run = metal
     return run(raw_logits, temperature, uniforms, softcap=softcap, temp=temp)
 
 
@@ -89,7 +92,7 @@ def twin(
             raw, now, drawn = mx.depends([raw, now, drawn], list(blocks[-1]))
         blocks.append(
             sliced_row_statistics(
-                lambda start, stop, raw=raw: raw[:, start:stop],  # type: ignore[misc]
+                partial(_columns, raw),
                 raw.shape[0],
                 vocabulary,
                 now,
@@ -101,6 +104,10 @@ def twin(
     if len(blocks) == 1:
         return blocks[0]
     return RowStatistics(*(mx.concatenate(list(field)) for field in zip(*blocks, strict=True)))
+
+
+def _columns(raw: mx.array, start: int, stop: int) -> mx.array:
+    return raw[:, start:stop]
 
 
 def sliced_row_statistics(
@@ -145,7 +152,12 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
 def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
     """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
-    return softcap * mx.tanh(x / softcap) / divisor + (x - x)
+    return softcapped(x, softcap) / divisor + (x - x)
+
+
+def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
+    """softcap * tanh(x / softcap) of float32 logits, so that none passes the softcap."""
+    return softcap * mx.tanh(x / softcap)
 
 
 @fused
@@ -253,10 +265,8 @@ _KERNEL = registry.Kernel(
 )
 
 
-def supported(raw_logits: mx.array) -> bool:
-    """Whether the kernel takes these logits."""
-    floats = (mx.float32, mx.float16, mx.bfloat16)
-    return raw_logits.dtype in floats and 0 < raw_logits.shape[1] <= 32 * SLICE
+def _supports(shape: registry.Shape) -> bool:
+    return registry.is_float(shape) and 0 < int(shape["vocabulary"]) <= 32 * SLICE
 
 
 def metal(
@@ -294,18 +304,26 @@ def metal(
 
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype, vocabulary = getattr(mx, str(shape["dtype"]).split(".")[-1]), int(shape["vocabulary"])
-    for rows, columns in ((3, 77), (2, SLICE + 5), (256, vocabulary)):
+    """Small rows, then some of the whole vocabulary with every way to sample."""
+    dtype, vocabulary = dtype_named(shape["dtype"]), int(shape["vocabulary"])
+    rows = int(shape["rows"])
+    sizes = [(3, 77), (2, 3 * SLICE + 5), (1, vocabulary)]
+    cases = [(*size, temp) for size in sizes for temp in (0.0, 2.0, 1.0)]
+    for some, columns, temp in [*cases, (rows, vocabulary, 1.0)]:
         key = mx.random.key(columns)
-        raw = (8 * mx.random.normal((rows, columns), key=key)).astype(dtype)
+        raw = mx.random.normal((some, columns), key=key)
+        # half the mass in one column, and at a higher temperature next to nothing of it
+        raw[:, columns // 2] = 8.5
+        raw = raw.astype(dtype)
         low, mid, high = (
-            mx.broadcast_to(mx.array([0.37, u]), (rows, 2)) for u in (0.52, 0.5201, 0.5202)
+            mx.stack([0.25 + 0.38 * (mx.arange(some) % 2), mx.full((some,), u)], axis=1)
+            for u in (0.52, 0.5201, 0.5202)
         )
-        first, last = twin(raw, 0.7, low).sample, twin(raw, 0.7, high).sample
+        first, last = (twin(raw, 0.7, drawn, temp=temp).sample for drawn in (low, high))
         mx.eval(first, last)  # else they would be timed with the kernel and with its twin
         yield registry.Probe(
-            metal=partial(_compared, metal, raw, mid, first, last),
-            twin=partial(_compared, twin, raw, mid, first, last),
+            metal=partial(_compared, metal, raw, mid, first, last, temp),
+            twin=partial(_compared, twin, raw, mid, first, last, temp),
             tolerance=1e-4,
         )
 
@@ -316,11 +334,14 @@ def _compared(
     uniforms: mx.array,
     first: mx.array,
     last: mx.array,
+    temp: float,
 ) -> list[mx.array]:
     """All but the sample, and whether that lies where a uniform a little off would put it."""
-    stats = run(raw, 0.7, uniforms)
+    stats = run(raw, 0.7, uniforms, temp=temp)
     inside = mx.logical_and(stats.sample >= first, stats.sample <= last).astype(mx.int32)
     return [stats.entropy, stats.argmax, stats.max, stats.log_z, inside]
 
 
-OPERATION = registry.Operation("row_statistics", (_KERNEL,), _probes)
+OPERATION = registry.Operation(
+    "row_statistics", ("dtype", "rows", "vocabulary"), (_KERNEL,), _supports, _probes
+)

@@ -22,10 +22,12 @@ from functools import partial
 from typing import NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_dgemma.kernels import registry
-from mlx_dgemma.kernels.matrix import Matrix
+from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels.matrix import DENSE, Matrix
 from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, tempered, tempering
+from mlx_dgemma.kernels.samples import dtype_named, random_matrix
 
 DROPPED_MASS = 2.0**-8
 CAPACITY = 1024
@@ -143,15 +145,9 @@ def select_survivors(
     Read `counts.max()` and `dropped.max()` with the step's status; `gather_soft_embeddings` is
     right for these rows if dropped.max() < DROPPED_MASS.
     """
-    shape: registry.Shape = {
-        "dtype": str(raw_logits.dtype),
-        "table": str(dtype),
-        "vocabulary": raw_logits.shape[1],
-        "capacity": capacity,
-    }
-    run = survivors_twin
-    if registry.use(SELECT, shape, supported_logits(raw_logits, dtype)):
-        run = survivors_metal
+    rows, vocabulary = raw_logits.shape
+    sizes = (raw_logits.dtype, dtype, rows, vocabulary, capacity)
+    run = survivors_metal if dispatch.use(SELECT, *sizes) else survivors_twin
     return run(raw_logits, log_z, temperature, dtype, softcap=softcap, capacity=capacity)
 
 
@@ -202,14 +198,9 @@ def gather_soft_embeddings(
 
     `width`, if the host knows it, is an upper bound on `counts`; columns behind it are not visited.
     """
-    shape: registry.Shape = {
-        "dtype": str(table.dtype),
-        "bits": table.bits if table.quantized else 0,
-        "group_size": table.group_size,
-        "hidden": table.columns,
-        "capacity": survivors.ids.shape[1],
-    }
-    if registry.use(GATHER, shape, supported_table(table)):
+    rows, capacity = survivors.ids.shape
+    sizes = (table.dtype, table.packing, table.columns, rows, capacity)
+    if dispatch.use(GATHER, *sizes):
         return gather_metal(survivors, table, scale=scale)
     return gather_twin(survivors, table, width=width, scale=scale)
 
@@ -237,7 +228,6 @@ def gather_twin(
 
 
 _THREADS = 256
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _SURVIVORS = registry.Kernel(
     "survivors",
     inputs=("logits", "temperature", "log_z", "settings"),
@@ -250,16 +240,15 @@ _GATHER = registry.Kernel(
 )
 
 
-def supported_logits(raw_logits: mx.array, dtype: mx.Dtype) -> bool:
-    """Whether the selecting kernel takes these logits and a table of this dtype."""
-    return raw_logits.dtype in _FLOATS and dtype in _FLOATS and raw_logits.shape[1] > 0
+def _supports_logits(shape: registry.Shape) -> bool:
+    floats = registry.is_float(shape) and registry.is_float(shape, "table")
+    return floats and int(shape["vocabulary"]) > 0
 
 
-def supported_table(table: Matrix) -> bool:
-    """Whether the gathering kernel takes this table: dense, or affine with 4 or 8 bits."""
-    if table.quantized and (table.mode != "affine" or table.bits not in (4, 8)):
-        return False
-    return table.dtype in _FLOATS
+def _supports_table(shape: registry.Shape) -> bool:
+    """Dense, or affine with 4 or 8 bits."""
+    packing = str(shape["table"]).split("/")[0]
+    return registry.is_float(shape) and packing in (DENSE, "affine 4", "affine 8")
 
 
 def survivors_metal(
@@ -304,7 +293,7 @@ def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = N
     rows, hidden = survivors.ids.shape[0], table.columns
     bits = table.bits if table.quantized else 0
     threads = -(-hidden // (8 if bits == 4 else 4))
-    empty = mx.zeros((8,), dtype=table.dtype)
+    scales = survivors.weights if table.scales is None else table.scales
     return registry.launch(
         _GATHER,
         [
@@ -312,8 +301,8 @@ def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = N
             survivors.weights,
             survivors.counts,
             table.weight,
-            empty if table.scales is None else table.scales,
-            empty if table.biases is None else table.biases,
+            scales,
+            scales if table.biases is None else table.biases,
             mx.array([math.sqrt(hidden) if scale is None else scale], dtype=table.dtype),
         ],
         template=[("T", table.dtype), ("BITS", bits), ("GROUP", table.group_size)],
@@ -323,36 +312,63 @@ def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = N
     )[0]
 
 
-def _dtype(name: int | str) -> mx.Dtype:
-    found: mx.Dtype = getattr(mx, str(name).split(".")[-1])
-    return found
-
-
 def _survivor_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype, table = _dtype(shape["dtype"]), _dtype(shape["table"])
-    capacity = int(shape["capacity"])
-    for rows, columns in ((2, 33), (3, 2 * _THREADS * 8 + 1), (256, int(shape["vocabulary"]))):
-        # well apart from the threshold: a few certain tokens, the rest out of reach
-        raw = mx.where(mx.arange(rows * columns).reshape(rows, columns) % 1009 < 2, 20.0, -40.0)
-        raw = raw.astype(dtype)
-        log_z = mx.logsumexp(tempered(raw, mx.array(30.0), mx.array([[0.8]])), axis=1)
-        arguments = (raw, log_z, 0.8, table)
+    """Rows of a few likely tokens and many that are cut, about two hundredths of the mass.
+
+    No probability is near the threshold, and no tempered logit near the middle of two numbers of
+    the table's dtype: there a last digit decides.
+    """
+    dtype, table = dtype_named(shape["dtype"]), dtype_named(shape["table"])
+    capacity, vocabulary = int(shape["capacity"]), int(shape["vocabulary"])
+    likely, unlikely, mass = _levels(capacity)
+    for rows, columns in ((2, 33), (3, 2 * _THREADS * 8 + 1), (int(shape["rows"]), vocabulary)):
+        cut = min(columns - 3, round(0.02 / mass))
+        place = (mx.arange(columns)[None] * 7 + mx.arange(rows)[:, None] * 5) % columns
+        raw = mx.where(place < cut + 3, unlikely, -300.0)
+        raw = mx.where(place < 3, likely, raw).astype(dtype)
+        log_z = mx.full((rows,), _tempered_level(likely) + math.log(3.0 / 0.98))
+        arguments = (raw, log_z, _PROBED_TEMPERATURE, table)
         yield registry.Probe(
             metal=partial(survivors_metal, *arguments, capacity=capacity),
             twin=partial(survivors_twin, *arguments, capacity=capacity),
-            tolerance=1e-4 if table == mx.float32 else 2e-2,
+            tolerance=1e-4,
+            least=1.0,  # what was dropped is one minus nearly one
         )
 
 
+_PROBED_TEMPERATURE = 0.8
+
+
+def _tempered_level(raw: float) -> float:
+    return 30.0 * math.tanh(raw / 30.0) / _PROBED_TEMPERATURE
+
+
+def _levels(capacity: int) -> tuple[float, float, float]:
+    """Raw logits of three tokens that share 0.98 and of one under the threshold, and its mass.
+
+    Raw logits are sixteenths, which every dtype has; tempered they are nearly quarters or eighths,
+    which bfloat16 has.
+    """
+    exact = [
+        raw
+        for raw in (sixteenths / 16 for sixteenths in range(16, 256))
+        if abs(_tempered_level(raw) * 8 - round(_tempered_level(raw) * 8)) < 1 / 32
+    ]
+    likely = exact[-1]
+
+    def mass(raw: float) -> float:
+        return 0.98 / 3.0 * math.exp(_tempered_level(raw) - _tempered_level(likely))
+
+    unlikely = max(raw for raw in exact if mass(raw) < 0.5 / capacity)
+    return likely, unlikely, mass(unlikely)
+
+
 def _gather_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    dtype, bits = _dtype(shape["dtype"]), int(shape["bits"])
-    hidden, capacity = int(shape["hidden"]), int(shape["capacity"])
-    weight = mx.random.normal((1024, hidden), key=mx.random.key(0)).astype(dtype)
-    matrix = Matrix(weight)
-    if bits:
-        group = int(shape["group_size"])
-        matrix = Matrix(*mx.quantize(weight, group_size=group, bits=bits), group, bits)
-    for rows, most in ((2, 1), (3, min(40, capacity)), (256, min(64, capacity))):
+    dtype, capacity = dtype_named(shape["dtype"]), int(shape["capacity"])
+    hidden = int(shape["hidden"])
+    table = random_matrix((1024, hidden), str(shape["table"]), dtype, mx.random.key(0))
+    factor = float(np.array(mx.array(math.sqrt(hidden)).astype(dtype).astype(mx.float32)))
+    for rows, most in ((2, 1), (3, min(40, capacity)), (int(shape["rows"]), min(64, capacity))):
         counts = (mx.arange(rows) * 7) % most + 1
         filled = mx.arange(capacity)[None, :] < counts[:, None]
         ids = mx.random.randint(0, 1024, (rows, capacity), key=mx.random.key(rows))
@@ -363,12 +379,27 @@ def _gather_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
             counts.astype(mx.int32),
             mx.zeros((rows,)),
         )
+        cast = survivors._replace(weights=survivors.weights.astype(dtype).astype(mx.float32))
+        mx.eval(survivors, cast)  # else they would be timed with the kernel and with its twin
         yield registry.Probe(
-            metal=partial(gather_metal, survivors, matrix),
-            twin=partial(gather_twin, survivors, matrix, width=most),
+            metal=partial(gather_metal, survivors, table),
+            twin=partial(gather_twin, survivors, table, width=most),
             tolerance={mx.float32: 1e-4, mx.float16: 5e-3}.get(dtype, 2e-2),
+            expected=partial(gather_twin, cast, table.widened(), width=most, scale=factor),
         )
 
 
-SELECT = registry.Operation("survivors", (_SURVIVORS,), _survivor_probes)
-GATHER = registry.Operation("gather_embeddings", (_GATHER,), _gather_probes)
+SELECT = registry.Operation(
+    "survivors",
+    ("dtype", "table", "rows", "vocabulary", "capacity"),
+    (_SURVIVORS,),
+    _supports_logits,
+    _survivor_probes,
+)
+GATHER = registry.Operation(
+    "gather_embeddings",
+    ("dtype", "table", "hidden", "rows", "capacity"),
+    (_GATHER,),
+    _supports_table,
+    _gather_probes,
+)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+from mlx_dgemma.decisions.questions import QuestionError
 from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
 
 _PARAMETER = re.compile(r"[a-z][a-z_]*(?:\[\d+\]|\.[a-z_]+)*(?=$|[ :=.])")
@@ -30,6 +31,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        location: tuple[str | int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -37,6 +39,7 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.location = location
 
     @property
     def headers(self) -> dict[str, str]:
@@ -47,6 +50,14 @@ class ApiError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def system_one(self) -> dict[str, Any]:
+        """The form of `/v1/systemone`: detail is a list for a request that cannot be read."""
+        if self.status == 422:
+            location = ["body", *(self.location or filter(None, (self.param,)))]
+            return {"detail": [{"loc": location, "msg": self.message, "type": "value_error"}]}
+        kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
+        return {"detail": {"error_type": kind, "message": self.message}}
+
     def anthropic(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
         return {"type": "error", "error": {"type": kind, "message": self.message}}
@@ -56,6 +67,8 @@ def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of any exception; a bug's details stay in the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QuestionError):
+        return ApiError(422, str(error), location=error.location)
     if isinstance(error, InputError):
         message = str(error)
         named = _PARAMETER.match(message)

@@ -6,6 +6,7 @@ import json
 import os
 import threading
 from dataclasses import FrozenInstanceError, replace
+from importlib import import_module
 
 import mlx.core as mx
 import numpy as np
@@ -13,7 +14,6 @@ import pytest
 
 import mlx_dgemma
 from mlx_dgemma import Commit, Draft, Finish, PromptCache, generate, load, stream_generate
-from mlx_dgemma import generate as api
 from mlx_dgemma.checkpoint import loading
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.decoding.trace import Trace
@@ -171,7 +171,7 @@ def test_all_committed_text_arrives_however_a_reply_ends(demo, monkeypatch, reas
         yield Commit(ids, "", 0)
         yield finish
 
-    monkeypatch.setattr(api, "generate_blocks", one_block)
+    monkeypatch.setattr(import_module("mlx_dgemma.generate"), "generate_blocks", one_block)
     events = list(stream_generate(*demo, PROMPT, stop="cd"))
     assert [event.text for event in events] == ["ab", "c", ""]
 

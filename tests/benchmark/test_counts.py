@@ -74,7 +74,7 @@ def test_fused_operations_need_fewer_launches() -> None:
 
 
 def test_the_notes_say_what_the_command_counts(capsys: pytest.CaptureFixture[str]) -> None:
-    notes = (Path(__file__).parents[2] / "benchmarks" / "README.md").read_text()
+    notes = (Path(__file__).parents[2] / "studies" / "README.md").read_text()
     section = notes.split("## A step, counted\n")[1].split("\n## ")[0]
     command = re.search(r"^    mlx_dgemma\.benchmark (.*)$", section, re.MULTILINE)
     assert command is not None

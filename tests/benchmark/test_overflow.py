@@ -9,14 +9,15 @@ import mlx.core as mx
 import numpy as np
 
 ROOT = Path(__file__).parents[2]
-for folder in (ROOT / "benchmarks", ROOT / "tests" / "oracles"):
+for folder in (ROOT / "studies", ROOT / "tests" / "oracles"):
     if str(folder) not in sys.path:
         sys.path.insert(0, str(folder))
 
 from overflow import LIMIT, watched  # noqa: E402
 from plain_checkpoint import write_plain  # noqa: E402
 
-from mlx_dgemma.model import attention, load_model  # noqa: E402
+from mlx_dgemma.checkpoint.weights import load_model  # noqa: E402
+from mlx_dgemma.model import attention  # noqa: E402
 
 
 def test_a_residual_beyond_the_limit_is_seen(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_fifty_clients_some_of_whom_misbehave() -> None:
 
 def test_the_load_script_finds_nothing_wrong() -> None:
     """The demo model under a few seconds of what studies/server_load.py does for minutes."""
-    script = Path(__file__).parents[2] / "benchmarks" / "server_load.py"
+    script = Path(__file__).parents[2] / "studies" / "server_load.py"
     command = [sys.executable, str(script), "--seconds", "4", "--clients", "16"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=500)
     assert done.stdout, done.stderr

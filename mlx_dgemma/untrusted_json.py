@@ -1,0 +1,124 @@
+"""JSON that anyone may have written, read with limits before anything is expanded.
+
+Python's reader recurses as deep as the text nests, multiplies a short text into much memory, and
+takes NaN, Infinity, 1e999 and half characters (lone surrogates). Here all of these are refused
+in words, and what is accepted can be formatted, compared and converted to float without an error.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The most that one text may hold.
+
+    size: bytes. depth: of nesting. parts: values and members. digits: of one number.
+    """
+
+    size: int = 16 << 20
+    depth: int = 64
+    parts: int = 500_000
+    digits: int = 64  # tokenizer_config.json writes 10**30 for "no limit"
+
+
+DEFAULT = Limits()
+
+
+class UntrustedJSONError(ValueError):
+    """Why a text was not read; the message continues a sentence: "config.json <message>"."""
+
+
+def parse(text: bytes | str, limits: Limits = DEFAULT) -> Any:
+    """The value of a JSON text (UTF-8 where it is bytes).
+
+    Raises UntrustedJSONError for everything else and for what exceeds the limits. Time and memory
+    are linear in the text's length.
+    """
+    if len(text) > limits.size:
+        raise UntrustedJSONError(f"is larger than {limits.size:,} bytes")
+    if isinstance(text, bytes):
+        try:
+            text = text.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UntrustedJSONError(f"is not valid UTF-8 (byte {error.start:,})") from error
+    _check_structure(text, limits)
+
+    def integer(digits: str) -> int:
+        if len(digits) > limits.digits:
+            raise UntrustedJSONError(f"holds a number of {len(digits):,} digits")
+        return int(digits)
+
+    def real(digits: str) -> float:
+        value = float(digits)
+        if len(digits) > limits.digits or not math.isfinite(value):
+            raise UntrustedJSONError(f"holds the number {digits[:20]}, which is out of range")
+        return value
+
+    def constant(name: str) -> float:
+        raise UntrustedJSONError(f"holds {name}, which is not JSON")
+
+    try:
+        value = json.loads(text, parse_int=integer, parse_float=real, parse_constant=constant)
+    except json.JSONDecodeError as error:
+        raise UntrustedJSONError(f"is not valid JSON ({error})") from error
+    if ("\\ud" in text or "\\uD" in text or not text.isascii()) and _has_surrogate(value):
+        raise UntrustedJSONError("holds half a character (a lone surrogate)")
+    return value
+
+
+def shown(value: Any, most: int = 60) -> str:
+    """A value for a message: one printable line, cut where it is long."""
+    if isinstance(value, dict | list | tuple):
+        kind = "an object" if isinstance(value, dict) else "a list"
+        short = len(value) <= 4 and all(isinstance(v, int | float) for v in value)
+        plain = short and not isinstance(value, dict)
+        text = "{}" if value == {} else f"{kind} of {len(value):,}"
+        text = json.dumps(value) if plain else text
+    elif isinstance(value, str | int | float | None):
+        text = json.dumps(value[: most + 1] if isinstance(value, str) else value)
+    else:
+        text = repr(value)
+    return text if len(text) <= most else text[: most - 3] + "..."
+
+
+def printable(name: str, most: int = 120) -> str:
+    """A name from a file for a message: without control characters, cut where it is long."""
+    cut = name if len(name) <= most else name[: most - 3] + "..."
+    return cut if cut.isprintable() else ascii(cut)[1:-1]
+
+
+def _check_structure(text: str, limits: Limits) -> None:
+    """Counts brackets and commas outside strings, as far as the text could exceed the limits."""
+    opened = text.count("[") + text.count("{")
+    if opened <= limits.depth and opened + text.count(",") <= limits.parts:
+        return
+    bare = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    if bare.count("[") + bare.count("{") + bare.count(",") > limits.parts:
+        raise UntrustedJSONError(f"holds more than {limits.parts:,} values")
+    depth = 0
+    for character in bare:
+        if character in "[{":
+            depth += 1
+            if depth > limits.depth:
+                raise UntrustedJSONError(f"nests deeper than {limits.depth} levels")
+        elif character in "]}":
+            depth -= 1
+
+
+def _has_surrogate(value: Any) -> bool:
+    waiting = [value]
+    while waiting:
+        one = waiting.pop()
+        if isinstance(one, str):
+            if not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
+                return True
+        elif isinstance(one, dict):
+            waiting += [*one, *one.values()]
+        elif isinstance(one, list):
+            waiting += one
+    return False
