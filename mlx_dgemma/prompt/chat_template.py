@@ -14,6 +14,7 @@ import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
@@ -112,7 +113,8 @@ def _take_texts_out(
     The place of each is marked in the name of the message's first call, by its number between
     two `spare` characters. Without text the template leaves the model's turn open.
     """
-    marked, spoken = [], []
+    marked: list[dict[str, Any]] = []
+    spoken: list[str] = []
     for message in messages:
         calls, text = message.get("tool_calls"), message["content"]
         if calls and isinstance(text, str) and text.strip():
@@ -139,6 +141,25 @@ def _put_texts_back(pieces: list[Piece], piece: str, spoken: list[str], veil: _V
             placed.insert(at, (False, veil.lift(text)))
             spoken[int(number)] = ""
     return [*placed, (False, veil.lift("".join(parts[::2])))]
+
+
+def read_template(template: str | Path) -> str:
+    """Jinja source: itself, or what the file of that name holds. Raises InputError."""
+    import jinja2
+
+    source = template if isinstance(template, str) else ""
+    if "{{" not in source and "{%" not in source:
+        try:
+            source = Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The chat template {template} cannot be read ({error}): name a Jinja file."
+            ) from error
+    try:
+        _compile(source)
+    except jinja2.TemplateError as error:
+        raise InputError(f"The chat template given is not valid Jinja: {error}.") from error
+    return source
 
 
 class _Veil:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.prompt.chat_template import encode_messages
 from mlx_dgemma.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -421,6 +422,21 @@ def test_bad_templates(template: str | None, error: type[Exception], says: str) 
     tokenizer.chat_template = template
     with pytest.raises(error, match=says):
         encode_messages(tokenizer, [user("a")])
+
+
+def test_another_template_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %}"
+    file = tmp_path / "newer.jinja"
+    file.write_text(source)
+    for given in (file, str(file), source):
+        _, tokenizer = load(chat_template=given, lazy=True)
+        assert tokenizer.decode(encode_messages(tokenizer, [user("a")])) == "user: a."
+
+
+@pytest.mark.parametrize("template", ["no/such.jinja", "{% if %}", "{{ a"])
+def test_a_template_that_cannot_be_read_is_refused_before_the_weights(template: str) -> None:
+    with pytest.raises(InputError, match="chat template"):
+        load("no/such-model", chat_template=template)
 
 
 def test_template_helpers(demo: Tokenizer) -> None:
