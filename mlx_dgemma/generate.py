@@ -344,6 +344,7 @@ def _commit(event: Commit, increment: Increment) -> Commit:
         thinking=increment.thinking,
         tool_calls=increment.tool_calls,
         malformed_calls=increment.malformed_calls,
+        cut_call=increment.cut_call,
     )
 
 

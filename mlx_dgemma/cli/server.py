@@ -110,6 +110,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 revision=arguments.revision,
                 adapter_path=arguments.adapter_path,
                 dtype=arguments.dtype,
+                chat_template=arguments.chat_template,
                 kv_bits=arguments.kv_bits,
             )
         )
