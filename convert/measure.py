@@ -117,7 +117,7 @@ def measure(
     prompts: Sequence[Any] | None = None,
     samples: int = 4,
     steps_kept: int = 4,
-    generate: bool = True,
+    convert: Callable[..., object] | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Measurement:
@@ -127,7 +127,8 @@ def measure(
         this machine's memory. scratch: where models to generate with are written for a while.
     prompts: texts, messages or lists of ids; by default `samples` held-out prompts of each demo
         task for the demo model, else the first of PROMPTS. steps_kept: states taken of each
-        block. generate: also generate with every recipe that fits.
+        block. convert: `mlx_dgemma.convert.convert`, to also generate with every recipe that fits;
+        None leaves that out.
 
     Raises ResourceError when neither source nor driver fits in memory.
     """
@@ -150,9 +151,11 @@ def measure(
             candidate = Streamed(source.config, parameters, plan, dtype)
             found = candidate.hidden(states, counter)
             rows.append(compare(plan, states, (reference, expected), (candidate, found)))
-    if generate:
+    if convert is not None:
         rows = [
-            _with_generations(row, folder, recipe, prompts, examples, seed, adapter, scratch)
+            _with_generations(
+                row, folder, recipe, prompts, examples, seed, adapter, scratch, convert
+            )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
     return Measurement(folder.name, demo, len(states), len(prompts), seed, tuple(rows))
@@ -232,10 +235,10 @@ def _with_generations(
     seed: int,
     adapter: Adapter | None,
     scratch: Path | None,
+    convert: Callable[..., object],
 ) -> Figures:
     """The same row with steps per block and the share of valid answers, where the model fits."""
     from mlx_dgemma.checkpoint.weights import load_model
-    from mlx_dgemma.convert.conversion import convert
     from mlx_dgemma.generate import stream_generate
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
