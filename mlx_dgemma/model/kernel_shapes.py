@@ -17,7 +17,8 @@ from mlx_dgemma.kernels.self_checks import Request
 from mlx_dgemma.kernels.soft_embeddings import CAPACITY, GATHER, SELECT
 from mlx_dgemma.model.attention import KEY_CHUNK, QUERY_BLOCK
 from mlx_dgemma.model.config import ModelConfig, TextConfig
-from mlx_dgemma.model.names import DECODER, EMBED_TOKENS, quantization_of
+from mlx_dgemma.model.names import DECODER, EMBED_TOKENS
+from mlx_dgemma.model.packing import quantization_of
 
 
 def kernel_shapes(config: ModelConfig, dtype: str | None = None) -> list[Request]:

@@ -19,7 +19,7 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.model import attention as network_attention
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 
 def classes(requests):
@@ -70,7 +70,7 @@ def test_the_published_layouts_ask_for_what_is_planned(layout, monkeypatch):
         for name in ("eval", "async_eval"):
             patch.setattr(mx, name, lambda *_: None)
         for tokens in (2048, 2048, 700, 50, 20):
-            model._encode(model._embed(np.zeros(tokens, np.int32), None, []), cache, None)
+            model.prefill(np.zeros(tokens, np.int32), cache)
         canvas = mx.zeros((1, length), mx.int32)
         logits = WholeLogits(model, model.hidden(canvas, cache), np.zeros(0, np.int32))
         stats = logits.statistics(0.8, mx.zeros((length, 2)), 1.0)
