@@ -18,6 +18,7 @@ from mlx_dgemma.generate import Prompt, prepare_prompt
 from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
 from mlx_dgemma.infilling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.windows import Filler
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.memory import canvases_together, slices_head
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
@@ -202,7 +203,8 @@ def _fill(
             model.config, context, MOST_TOGETHER, sliced_head=sliced, kv_bits=kv_bits
         ),
     )
-    results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
+    with explained():
+        results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
     best, *others = sorted(results, key=lambda result: -result.score)
     yield replace(best, alternatives=tuple(others))
 
