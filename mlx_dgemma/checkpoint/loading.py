@@ -24,6 +24,7 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
+from mlx_dgemma.prompt.chat_template import read_template
 
 
 def load(
@@ -33,6 +34,7 @@ def load(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    chat_template: str | Path | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
@@ -40,15 +42,21 @@ def load(
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
     format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
     default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
-    stays in float32.
+    stays in float32. chat_template: a file with a Jinja template, or its text, in the place of the
+    checkpoint's.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
-    InputError for a revision of the demo checkpoint, or another dtype.
+    InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
+    read.
     """
+    template = None if chat_template is None else read_template(chat_template)
     model, folder = load_network(
         path_or_hf_repo, lazy=lazy, revision=revision, adapter_path=adapter_path, dtype=dtype
     )
-    return model, load_tokenizer(folder, model.config.stop_ids)
+    tokenizer = load_tokenizer(folder, model.config.stop_ids)
+    if template is not None:
+        tokenizer.chat_template = template
+    return model, tokenizer
 
 
 def load_network(
