@@ -200,7 +200,9 @@ class Filler:
         """
         templates = [self.plan.template(window, lengths) for lengths, _ in rows]
         filled: dict[int, _Filled] = {}
-        for batch in alike([template.length(self.plan.limit) for template in templates], self.job.together):
+        for batch in alike(
+            [template.length(self.plan.limit) for template in templates], self.job.together
+        ):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]
             length = templates[batch[0]].length(self.plan.limit)
             results = self._run(cache, window, requests, length, pad)

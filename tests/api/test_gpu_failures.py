@@ -79,7 +79,8 @@ def test_each_failure_is_a_sentence_with_the_way_out(message):
     assert type(told) is kind
     sentence = str(told)
     assert all(word in sentence for word in words)
-    assert sentence.endswith(".") and "kIOGPU" not in sentence.partition("victim")[0]
+    assert sentence.endswith(".")
+    assert "kIOGPU" not in sentence.partition("victim")[0]
 
 
 def test_the_limit_is_named_where_raising_it_helps(monkeypatch):
@@ -108,7 +109,8 @@ def test_the_api_raises_it_and_a_cache_can_be_used_again(demo, fail, message, af
     fail(message, after)
     with pytest.raises(kind):
         generate(*demo, PROMPT, cache=cache, **QUICK)
-    assert cache.ids == [] and cache.cache.offset == 0
+    assert cache.ids == []
+    assert cache.cache.offset == 0
     assert generate(*demo, PROMPT, cache=cache, **QUICK) == expected
     fail(message, after)
     with pytest.raises(kind):
@@ -151,7 +153,8 @@ def test_a_command_says_it_and_exits_with_2(fail, capsys, monkeypatch, command, 
     assert command.main(arguments) == 2
     captured = capsys.readouterr()
     errors = [line for line in captured.err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and SENTENCES[message][1] in errors[0]
+    assert len(errors) == 1
+    assert SENTENCES[message][1] in errors[0]
     assert "Traceback" not in captured.err
 
 

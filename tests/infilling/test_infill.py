@@ -132,7 +132,9 @@ def test_fewer_canvases_at_once_where_memory_is_short_fill_the_same(demo, togeth
     monkeypatch.setattr(windows, "denoise_block", watched)
     result = infill(*demo, "the old.<hole:2-5>. sings.", **QUICK)
     [(context, most, how)] = asked
-    assert context > 0 and most == 8 and how == {"sliced_head": False, "kv_bits": None}
+    assert context > 0
+    assert most == 8
+    assert how == {"sliced_head": False, "kv_bits": None}
     assert max(widths) == min(together, 4)  # four lengths
     assert (result.text, result.forwards) == (expected.text, expected.forwards)
 
