@@ -6,13 +6,16 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
+from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, computed_config, prepare
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels import dispatch
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import set_limits
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 from mlx_dgemma.prompt.chat_template import read_template
 
@@ -69,8 +72,12 @@ def load_network(
             path_or_hf_repo, revision=revision, context_tokens=LEAST_CONTEXT, dtype=dtype
         )
     set_limits(machine())
+    if not lazy:  # the checks need memory of their own, which the weights will take
+        dispatch.prepare(kernel_shapes(computed_config(folder, dtype)[0], dtype))
     computed = None if dtype is None else getattr(mx, dtype)
-    return load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path), folder
+    with explained():
+        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
+    return model, folder
 
 
 def _check_dtype(dtype: str) -> None:
