@@ -30,7 +30,8 @@ PAGES = {
     for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 }
 BLOCK = re.compile(
-    r"(?:<!-- not run by the tests(?: here)?: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```",
+    r"(?:<!-- not run by the tests(?: here)?: (?P<why>.+?) -->\n)?"
+    r"```(?P<language>\w+)\n(?P<body>.*?)```",
     re.DOTALL,
 )
 SERVER = "http://127.0.0.1:8080"
