@@ -52,19 +52,20 @@ def pinned(schema: Schema) -> Source:
         results: list[Infill] = []
         problem: str | None = None
         started = time.monotonic()
-        for attempt in range(ATTEMPTS):
+        only = schema.parts[0] if len(schema.parts) == 1 else None
+        for attempt in range(ATTEMPTS if only is None else 0):
             results.append(await engine.fill(call, schema.parts, seed_of(call, attempt), deadline))
             problem = schema.problem(results[-1].text)
             if problem is None:
                 break
         tokenizer, limit = engine.tokenizer, call.options["max_tokens"]
-        text = results[-1].text
+        text = str(only) if only is not None else results[-1].text
         ids = tokenizer.encode(text)
         cut = len(ids) > limit
         if cut:
             ids = ids[:limit]
             text = tokenizer.decode(ids)
-        yield Commit(ids=tuple(ids), text=text, block=len(results) - 1)
+        yield Commit(ids=tuple(ids), text=text, block=max(len(results) - 1, 0))
         notes = (
             ()
             if problem is None
