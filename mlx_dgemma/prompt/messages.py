@@ -204,7 +204,8 @@ def _arguments(arguments: Any, where: str) -> dict[str, Any] | str:
         if text is not None:
             return text
         raise InputError(f"{where} must be a JSON object.")
-    return _plain(value, where)
+    plain: dict[str, Any] = _plain(value, where)
+    return plain
 
 
 def _match_tool_results(messages: list[dict[str, Any]]) -> None:
