@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_dgemma.checkpoint.hub import local_folder, resolve_model
 from mlx_dgemma.convert.remote import local_files, read_headers
-from mlx_dgemma.convert.tensorfile import Entry
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.headers import Entry
 from mlx_dgemma.machine import memory
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.packing import quantization_of
@@ -123,7 +123,7 @@ def _rows(config: ModelConfig, stored: Mapping[str, Entry]) -> list[Row]:
 
 def _row(config: ModelConfig, module: str, parts: Mapping[str, Entry]) -> Row:
     weight = parts.get("weight") or next(iter(parts.values()))
-    shape, how = weight.shape, weight.dtype
+    shape, how = weight.shape, weight.code
     if "scales" in parts:
         packing = quantization_of(config.quantization, module)
         if packing is None:

@@ -11,7 +11,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
@@ -22,11 +22,13 @@ from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 from mlx_dgemma.decoding.settings import (
     Conditioning,
+    DecodingOptions,
     DecodingSettings,
     EmptyReplyPolicy,
     PresetName,
     SamplerName,
     UnconvergedPolicy,
+    overrides,
 )
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
@@ -115,30 +117,11 @@ def stream_generate(
     Closing the generator frees everything it holds. Raises InputError for a request that
     cannot be served, NumericsError when the network produces NaN or Inf.
     """
+    given = overrides(locals())
     if cache is not None and kv_bits is None:
         kv_bits = cache.kv_bits
-    settings = DecodingSettings.from_defaults(
-        model.config.generation,
-        {
-            "max_tokens": max_tokens,
-            "temp": temp,
-            "preset": preset,
-            "sampler": sampler,
-            "max_denoising_steps": max_denoising_steps,
-            "entropy_bound": entropy_bound,
-            "t_min": t_min,
-            "t_max": t_max,
-            "stability_threshold": stability_threshold,
-            "confidence_threshold": confidence_threshold,
-            "reveal_threshold": reveal_threshold,
-            "canvas_length": canvas_length,
-            "on_unconverged": on_unconverged,
-            "empty_reply": empty_reply,
-            "conditioning": conditioning,
-            "sliced_head": sliced_head,
-            "kv_bits": kv_bits,
-        },
-    )
+    given["kv_bits"] = kv_bits
+    settings = DecodingSettings.from_defaults(model.config.generation, given)
     if cache is not None and kv_bits != cache.kv_bits:
         raise InputError(
             f"The cache keeps its context exactly: make it with PromptCache(model, {kv_bits=})."
@@ -188,34 +171,17 @@ def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Openin
     check_replaceable(path)
 
 
-class Options(TypedDict, total=False):
+class Options(DecodingOptions, total=False):
     """The keywords of `stream_generate`, for functions that pass them on."""
 
     images: Sequence[Any] | None
     image_tokens: int | None
-    max_tokens: int
     seed: int | None
-    temp: float
-    preset: PresetName
-    sampler: SamplerName
-    max_denoising_steps: int | None
-    entropy_bound: float | None
-    t_min: float | None
-    t_max: float | None
-    stability_threshold: int | None
-    confidence_threshold: float | None
-    reveal_threshold: float | None
-    canvas_length: int | None
     stop: str | Sequence[str]
     system_prompt: str | None
     tools: Sequence[Mapping[str, Any]] | None
     enable_thinking: bool
     cache: PromptCache | None
-    on_unconverged: UnconvergedPolicy
-    empty_reply: EmptyReplyPolicy
-    conditioning: Conditioning
-    sliced_head: bool | None
-    kv_bits: int | None
     logprobs: bool
     opening: Opening | None
     trace: str | Path | None
@@ -376,6 +342,7 @@ def _commit(event: Commit, increment: Increment) -> Commit:
         thinking=increment.thinking,
         tool_calls=increment.tool_calls,
         malformed_calls=increment.malformed_calls,
+        cut_call=increment.cut_call,
     )
 
 

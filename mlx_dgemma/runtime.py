@@ -77,8 +77,8 @@ class _Worker:
 class Runtime:
     """A loaded model behind a queue.
 
-    path_or_hf_repo, lazy, revision, adapter_path, dtype: as in `load`, which runs on the model's
-    thread; the constructor returns when it has, and raises what it raised.
+    path_or_hf_repo, lazy, revision, adapter_path, dtype, chat_template: as in `load`, which runs
+    on the model's thread; the constructor returns when it has, and raises what it raised.
     kv_bits: the default of requests that do not name theirs.
 
     What the model will need is logged before it is loaded, as a warning where that is tight;
@@ -94,6 +94,7 @@ class Runtime:
         adapter_path: str | Path | None = None,
         dtype: str | None = None,
         kv_bits: int | None = None,
+        chat_template: str | Path | None = None,
     ) -> None:
         self._kv_bits = kv_bits
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -110,7 +111,13 @@ class Runtime:
                 path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits, dtype=dtype
             )
             self.model, self.tokenizer = self.call(
-                lambda: load(folder, lazy=lazy, adapter_path=adapter_path, dtype=dtype)
+                lambda: load(
+                    folder,
+                    lazy=lazy,
+                    adapter_path=adapter_path,
+                    dtype=dtype,
+                    chat_template=chat_template,
+                )
             )
         except BaseException:
             self.close()

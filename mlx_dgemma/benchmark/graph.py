@@ -27,7 +27,7 @@ from mlx_dgemma.decoding.denoise import step
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.parameters import parameter_shapes
@@ -134,10 +134,14 @@ def _count(build: _Build, model: Model, *, as_kernels: bool = False) -> Counter[
         for module, name in ((mx.fast, "rms_norm"), (mx, "softmax"), (mx, "logsumexp")):
             stack.enter_context(_swapped(module, name, _one(tally, name, getattr(module, name))))
         if as_kernels:
-            stack.enter_context(_swapped(registry, "use", lambda _, __, supported: supported))
+            stack.enter_context(_swapped(dispatch, "use", _supported))
             stack.enter_context(_swapped(registry, "launch", _launch(tally)))
         outputs = build(model, cache)
     return tally + launches(outputs)
+
+
+def _supported(operation: registry.Operation, *sizes: registry.Size) -> bool:
+    return operation.supports(operation.shape(*sizes))
 
 
 def _one(tally: Counter[str], name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -64,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="of the noise (default: 0)"
     )
-    flags.add_kv_bits(parser)
+    flags.add_setting(parser, "kv_bits")
     parser.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     flags.add_version(parser)
     parser.set_defaults(pace=0.0, **dict.fromkeys(set(flags.SETTINGS) - {"kv_bits"}))

@@ -126,7 +126,11 @@ def _load(
 ) -> tuple[Model, Tokenizer]:
     from mlx_dgemma.checkpoint.loading import load
 
-    options = {"adapter_path": arguments.adapter_path, "dtype": arguments.dtype}
+    options = {
+        "adapter_path": arguments.adapter_path,
+        "dtype": arguments.dtype,
+        "chat_template": arguments.chat_template,
+    }
     if not messages.is_terminal:
         return load(folder, **options)
     with messages.status(f"Loading {folder.name}", spinner="dots"):

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -78,10 +79,11 @@ class PromptCache:
         loaded = cls(model, kv_bits)
         loaded.cache = ContextCache.load(path, model, kv_bits)
         try:
-            ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
-        except (TypeError, ValueError):
+            ids = parse(loaded.cache.metadata.get(_IDS, "null"))
+        except UntrustedJSONError:
             ids = None
-        if not isinstance(ids, list) or len(ids) != loaded.cache.offset:
+        whole = isinstance(ids, list) and all(type(key) is int for key in ids)
+        if not whole or len(ids) != loaded.cache.offset:
             raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")
         loaded.mark(ids)
         return loaded

@@ -103,7 +103,18 @@ class CanvasRequest:
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
-        """int32 [length]: noise, or the draft with some positions noised; pins laid on top."""
+        """int32 [length]: noise, or the draft with some positions noised; pins laid on top.
+
+        Raises InputError for known ids outside the vocabulary, which no gather may see.
+        """
+        known = [] if self.pins is None else [self.pins.ids[self.pins.mask]]
+        known += [] if self.start is None else [self.start.ids]
+        for ids in (*known, *self.allowed.values()):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise InputError(
+                    f"Token ids of a canvas must be between 0 and {vocab_size - 1}, not "
+                    f"{ids.max() if ids.max() >= vocab_size else ids.min()}."
+                )
         canvas = self.draws.canvas(place, length, vocab_size)
         if self.start is not None:
             kept = self.draws.keep(place, length) >= self.start.strength

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
     ROW_BLOCK,
     Exponentials,
@@ -80,7 +80,7 @@ def make_logits(
     dtype = model.embedding_matrix.dtype
     sparse = settings.sparse_conditioning(8 * dtype.size)
     # With float32 tables nothing is cast between the logits and the signal.
-    if dtype == mx.float32 and not sparse and not registry.available():
+    if dtype == mx.float32 and not sparse and not dispatch.available():
         return ExponentialLogits(model, hidden, banned)
     return WholeLogits(model, hidden, banned)
 

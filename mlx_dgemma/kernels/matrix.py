@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -28,6 +30,11 @@ class Matrix:
             return self.weight.dtype
         floats = (mx.float32, mx.float16, mx.bfloat16)
         return self.scales.dtype if self.scales.dtype in floats else self.activation
+
+    @property
+    def packing(self) -> str:
+        """How shapes write it: "affine 4/64" (mode, bits, group size), or "dense"."""
+        return f"{self.mode} {self.bits}/{self.group_size}" if self.quantized else DENSE
 
     @property
     def columns(self) -> int:

@@ -12,8 +12,6 @@ arrays the loop keeps alive at once; work sent ahead to a GPU may hold more, up 
 
 from __future__ import annotations
 
-import json
-import struct
 from dataclasses import dataclass, replace
 from functools import cache
 from math import prod
@@ -23,6 +21,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError, ResourceError
+from mlx_dgemma.headers import read_header
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.names import Layout
@@ -44,7 +43,6 @@ PACKED_SCALES = 4  # bytes of those two
 VOCABULARY_SLICE = 16384  # columns of the sliced head
 # What MLX may keep of freed buffers; it would otherwise grow to the whole machine.
 CACHE_LIMIT = 2_000_000_000
-MAX_HEADER = 100_000_000  # the safetensors format's own limit
 
 
 @dataclass(frozen=True)
@@ -339,24 +337,9 @@ def stored_bytes(folder: str | Path, *, widened: bool = False) -> int:
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise CheckpointError(f"{folder} has no safetensors files; download the checkpoint again.")
-    return sum(_tensor_bytes(file, widened) for file in files)
-
-
-def _tensor_bytes(file: Path, widened: bool) -> int:
-    try:
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(min(length, MAX_HEADER)))
-        tensors = [entry for name, entry in header.items() if name != "__metadata__"]
-        narrow = [t["data_offsets"] for t in tensors if widened and t["dtype"] in ("BF16", "F16")]
-        added = sum(end - start for start, end in narrow)
-        return added + max(tensor["data_offsets"][1] for tensor in tensors)
-    except OSError as error:
-        raise CheckpointError(f"{file} cannot be read: {error.strerror or error}.") from error
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{file} is no safetensors file or is damaged; download it again."
-        ) from error
+    entries = [entry for file in files for entry in read_header(file).entries.values()]
+    narrow = ("bfloat16", "float16") if widened else ()
+    return sum(entry.nbytes * (2 if entry.dtype in narrow else 1) for entry in entries)
 
 
 def check_fits(wanted: Plan, machine: Machine, *, name: str = "This model") -> str | None:

@@ -209,13 +209,13 @@ def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) ->
 )
 def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"model\.safetensors is no safetensors file"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors (is trunc|has a damaged)"):
         memory.stored_bytes(tmp_path)
 
 
 def test_weights_that_cannot_be_opened_are_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
-    with pytest.raises(CheckpointError, match="cannot be read: Is a directory"):
+    with pytest.raises(CheckpointError, match="cannot be read: it is a folder, not a file"):
         memory.stored_bytes(tmp_path)
 
 

@@ -306,3 +306,18 @@ def test_impossible_strengths_are_named(strength):
 def test_the_signal_is_summed_sparsely_only_where_it_may(conditioning, sliced, bits, sparse):
     settings = DecodingSettings(conditioning=conditioning, sliced_head=sliced)
     assert settings.sparse_conditioning(bits) is sparse
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_known_ids_outside_the_vocabulary_are_refused(bad):
+    ids = np.array([3, bad, 4], np.int32)
+    pinned = np.array([True, True, False])
+    for known in (
+        {"pins": Pins(ids, pinned)},
+        {"start": Start(ids, 0.5)},
+        {"allowed": {1: ids}},
+    ):
+        with pytest.raises(InputError, match=rf"between 0 and 49, not {bad}"):
+            CanvasRequest(SeededDraws(0), **known).initial(Place(0, 0, 0), 3, 50)
+    free = CanvasRequest(SeededDraws(0), pins=Pins(ids, ~pinned))  # an id that is not read
+    assert free.initial(Place(0, 0, 0), 3, 50).tolist()[2] == 4

@@ -99,7 +99,7 @@ def test_shards_by_index(tmp_path, expected):
     with pytest.raises(CheckpointError, match=r"do not hold: x\.weight"):
         load_model(tmp_path)
     index.write_text(json.dumps({"weight_map": weight_map | {"x": "../a.safetensors"}}))
-    with pytest.raises(CheckpointError, match="outside its folder"):
+    with pytest.raises(CheckpointError, match=r"\.\./a\.safetensors.*no file of its folder"):
         load_model(tmp_path)
     index.write_text("{}")
     with pytest.raises(CheckpointError, match="has no weight_map"):
