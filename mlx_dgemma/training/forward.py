@@ -9,6 +9,7 @@ Metal kernels have no gradient, so their twins run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -67,8 +68,8 @@ class Passes:
             x = run(x, *rope[layer.kind], masks[layer.self_attn.window], keys, values)
         return decoder.norm(x).astype(model.dtype)
 
-    def _wrapped(self, layer: Layer, function: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def run(*arrays: mx.array) -> mx.array:
+    def _wrapped(self, layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arrays: mx.array) -> Any:
             return function(layer, *arrays)
 
         return nn.utils.checkpoint(layer, run) if self._checkpoint else run

@@ -22,6 +22,7 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 from mlx_dgemma.errors import CheckpointError, NumericsError, ResourceError
+from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.model import Model
 from mlx_dgemma.training.batches import Batches
 from mlx_dgemma.training.forward import Passes
@@ -136,7 +137,7 @@ class Trainer:
                 (loss, shares), found = gradients(batch)
                 total = found if total is None else tree_map(mx.add, total, found)
                 mx.eval(total, loss, shares)
-                parts.append([loss.item(), *shares.tolist()])
+                parts.append(_numbers(loss, shares))
                 tokens += int(batch.lengths.sum())
             since.append(self._means(parts))
             if not math.isfinite(since[-1][0]):
@@ -163,12 +164,12 @@ class Trainer:
         self.model.eval()
         losses = []
         for batch in self._valid:
-            loss, parts = self._objective(self._passes, batch)
-            losses.append([loss.item(), *parts.tolist()])
+            loss, parts = self._loss(batch)
+            losses.append(_numbers(loss, parts))
         facts = self._judge(self.model) if self._judge is not None else {}
         self.model.train()
-        loss, canvas, encoder = self._means(losses)
-        return Evaluated(self.step, loss, canvas, encoder, time.perf_counter() - started, facts)
+        whole, canvas, encoder = self._means(losses)
+        return Evaluated(self.step, whole, canvas, encoder, time.perf_counter() - started, facts)
 
     def resume(self) -> bool:
         """Goes on from the folder's state; False when there is none.
@@ -187,7 +188,7 @@ class Trainer:
         if found != self._identity:
             differing = _differing(json.loads(found), json.loads(self._identity))
             raise CheckpointError(
-                f"{path} was made with another {differing}: use the same, or another --adapter-path."
+                f"{path} was made with another {differing}: use the same, or a new --adapter-path."
             )
         weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
         state = {k[2:]: v for k, v in tensors.items() if k.startswith("o.")}
@@ -198,7 +199,8 @@ class Trainer:
         return True
 
     def _loss(self, batch: Any) -> tuple[mx.array, mx.array]:
-        return self._objective(self._passes, batch)
+        with twins_only():
+            return self._objective(self._passes, batch)
 
     def _update(self, gradients: Any) -> None:
         # A machine's part of the loss is its part of the sum; MLX averages them.
@@ -269,3 +271,8 @@ def write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, st
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
     keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
     return ", ".join(key.replace("_", "-") for key in keys)
+
+
+def _numbers(loss: mx.array, parts: mx.array) -> list[float]:
+    found: list[float] = mx.concatenate([loss[None], parts]).tolist()  # type: ignore[assignment]
+    return found

@@ -38,6 +38,4 @@ def make_optimizer(
             rate = build_schedule(schedule)
         return OPTIMIZERS[name](learning_rate=rate, **{**DEFAULTS.get(name, {}), **options})
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise InputError(
-            f"The optimizer's or the schedule's settings do not fit: {error}."
-        ) from error
+        raise InputError(f"These optimizer or schedule settings do not fit: {error}.") from error

@@ -117,7 +117,8 @@ def attach(model: Model, tuning: Tuning) -> None:
     )
     if EXPERTS in tuning.keys:
         for layer in chosen:
-            layer.experts = LoRAExperts(layer.experts, tuning.rank, tuning.scale)
+            adapted = LoRAExperts(layer.experts, tuning.rank, tuning.scale)
+            layer.update_modules({"experts": adapted})
 
 
 class LoRAExperts(nn.Module):
@@ -203,7 +204,8 @@ def read_tuning(folder: Path) -> Tuning:
 def load_trained(model: Model, file: Path) -> None:
     """Puts an adapter file's tensors into an attached model; every name and shape must fit."""
     try:
-        tensors = dict(mx.load(str(file)))
+        tensors = mx.load(str(file))
+        assert isinstance(tensors, dict)
     except (OSError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{file} is missing or damaged: {error}.") from error
     expected = trained(model)
