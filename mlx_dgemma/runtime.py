@@ -29,6 +29,7 @@ from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.memory import plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
@@ -268,7 +269,9 @@ class Runtime:
 
         def run() -> None:
             try:
-                outcome.put((True, function()))
+                with explained():
+                    value = function()
+                outcome.put((True, value))
             except BaseException as error:
                 outcome.put((False, error))
 

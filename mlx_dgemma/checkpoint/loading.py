@@ -10,6 +10,7 @@ from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import dispatch
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import (
     LEAST_CONTEXT,
@@ -88,7 +89,9 @@ def load_network(
     if not lazy:  # the checks need memory of their own, which the weights will take
         dispatch.prepare(kernel_shapes(config, dtype))
     computed = None if dtype is None else getattr(mx, dtype)
-    return load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path), folder
+    with explained():
+        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
+    return model, folder
 
 
 def _check_dtype(dtype: str) -> None:

@@ -211,6 +211,39 @@ def slices_head(config: ModelConfig, context_tokens: int, kv_bits: int | None = 
     ).sliced_head
 
 
+def canvases_together(
+    config: ModelConfig,
+    context_tokens: int,
+    most: int,
+    *,
+    sliced_head: bool = False,
+    kv_bits: int | None = None,
+) -> int:
+    """How many canvases this machine can denoise at once, 1 to `most`.
+
+    Follows from config and machine alone, as `slices_head` does and for the same reason.
+    """
+    here = _here()
+    room = usable(here)
+    if room is None:
+        return most
+    if here.metal:
+        room = min(room, here.limit or room)
+
+    def fits(canvases: int) -> bool:
+        wanted = plan(
+            config,
+            context_tokens=_planned_tokens(config, context_tokens),
+            weights=weight_bytes(config),
+            canvases=canvases,
+            sliced_head=sliced_head,
+            kv_bits=kv_bits,
+        )
+        return wanted.total <= room
+
+    return next((count for count in range(most, 1, -1) if fits(count)), 1)
+
+
 @cache
 def _here() -> Machine:
     """Read once: a request should not wait for a dozen answers from the system."""

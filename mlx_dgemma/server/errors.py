@@ -6,7 +6,15 @@ import re
 from typing import Any
 
 from mlx_dgemma.decisions.questions import QuestionError
-from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
+from mlx_dgemma.errors import (
+    CheckpointError,
+    DGemmaError,
+    GpuError,
+    GpuMemoryError,
+    InputError,
+    ResourceError,
+)
+from mlx_dgemma.machine.gpu_failures import explanation
 
 _PARAMETER = re.compile(r"[a-z][a-z_]*(?:\[\d+\]|\.[a-z_]+)*(?=$|[ :=.])")
 _TYPES = {
@@ -73,10 +81,17 @@ def as_api_error(error: BaseException) -> ApiError:
         message = str(error)
         named = _PARAMETER.match(message)
         return ApiError(400, message, param=named.group() if named else None)
+    if isinstance(error, GpuMemoryError):
+        return ApiError(507, str(error), code="out_of_memory")
+    if isinstance(error, GpuError):
+        return ApiError(503, str(error), code="gpu_failed", retry_after=5)
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), retry_after=30)
     if isinstance(error, CheckpointError):
         return ApiError(500, str(error))
     if isinstance(error, DGemmaError):
         return ApiError(500, str(error))
+    told = explanation(error)
+    if told is not None:
+        return as_api_error(told)
     return ApiError(500, "The server failed to answer this request; its log tells why.")

@@ -6,6 +6,7 @@ import gc
 import json
 import re
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import mlx.core as mx
@@ -101,6 +102,24 @@ def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> N
         chosen = memory.plan_for(mac(24, working_set), real, context_tokens=8192)
         assert chosen.sliced_head is in_slices
     assert "the head in slices" in str(sliced)
+
+
+def test_as_many_canvases_at_once_as_the_machine_has_room_for(
+    real: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    totals = [memory.plan(real, context_tokens=8192, canvases=n).total for n in range(1, 9)]
+    logits = real.canvas_length * real.text.vocab_size * 2
+    assert all(after - before > logits for before, after in pairwise(totals))
+    for count, total in enumerate(totals, 1):
+        for room, expected in ((total, count), (total - 1, max(count - 1, 1))):
+            monkeypatch.setattr(memory, "_here", lambda room=room: mac(64, room))
+            assert memory.canvases_together(real, 1000, 8) == expected
+    monkeypatch.setattr(memory, "_here", lambda: mac(64, totals[-1]))
+    longer = memory.canvases_together(real, 200_000, 8)
+    assert longer < 8
+    assert memory.canvases_together(real, 200_000, 8, kv_bits=8) > longer
+    monkeypatch.setattr(memory, "_here", lambda: mac(24, 17_179_869_184))  # what macOS gives
+    assert memory.canvases_together(real, 1000, 8) == 1
 
 
 def test_mlx_is_told_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
