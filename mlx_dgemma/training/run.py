@@ -14,11 +14,11 @@ import numpy as np
 
 from mlx_dgemma.checkpoint.hub import resolve_model
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.checkpoint.weights import EXPAND_BYTES, cast, expand
 from mlx_dgemma.decoding.events import Finish
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import stored_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.training.batches import Batch, Batches, Noise

@@ -18,7 +18,7 @@ LINES = (
     ("benchmark",),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions"),
+    ("infilling", "decisions", "training"),
     ("generate",),
     ("checkpoint", "context"),
     ("prompt", "decoding", "demo"),
