@@ -53,23 +53,23 @@ class Layer(nn.Module):
     ) -> mx.array:
         """Encoder pass of x [1, L, H]; its keys and values enter the context."""
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self._feed_forward(self._after_attention(x, mixed)) * scalar
+        return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
         """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
         scalar: mx.array = self.layer_scalar
-        return self._feed_forward(self._after_attention(x, mixed)) * scalar
+        return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def attention_input(self, x: mx.array) -> mx.array:
         normed: mx.array = self.input_layernorm(x)
         return normed.astype(self.dtype)
 
-    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
+    def after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
         normed: mx.array = self.post_attention_layernorm(mixed.astype(x.dtype))
         return x + normed
 
-    def _feed_forward(self, residual: mx.array) -> mx.array:
+    def feed_forward(self, residual: mx.array) -> mx.array:
         """The two branches; the router reads the raw residual."""
         wide = residual.dtype
         dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
