@@ -66,7 +66,7 @@ class KnownRepository:
         return self.weight_bytes + BESIDE_WEIGHTS
 
 
-# The 4-bit size is its index's total_size; the others are reckoned from the model's shapes with
+# The 4-bit size is its index's total_size; the others are computed from the model's shapes with
 # every quantized matrix in the named precision and the 4-bit repository's 8-bit modules.
 KNOWN_REPOSITORIES = (
     KnownRepository(

@@ -154,7 +154,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
     console.print()
     console.print(_models(found["models"]))
-    console.print(Text("needs: with a context of 8,192 tokens; ~: reckoned from shapes", "dim"))
+    console.print(Text("needs: with a context of 8,192 tokens; ~: estimated from shapes", "dim"))
     longest = found["longest_context"]
     exact, packed = (gigabytes(longest[f"{kind}_bytes"]) for kind in ("exact", "kv_bits_8"))
     console.print(

@@ -33,7 +33,7 @@ class Template:
     """One canvas before denoising.
 
     ids: a token, or None where it is to be found. slots: the holes. allowed: canvas position
-    -> the only ids it may take. filler: pinned behind the ids; None cuts the canvas there.
+    -> the only ids it may take. filler: pinned after the ids; None cuts the canvas there.
     unseen: tokens of right context that the canvas had no room for.
     """
 
@@ -154,16 +154,16 @@ class Layout:
             allowed |= self.allowed(hole, slots[-1])
             ids += [None] * length
             ids += self.literals[hole + 1]
-        behind = self.literals[first + len(lengths) + 1 :]
-        if not behind:
+        after = self.literals[first + len(lengths) + 1 :]
+        if not after:
             ids += tail
-        unseen = max(len(ids) - limit, 0) + sum(map(len, behind))
+        unseen = max(len(ids) - limit, 0) + sum(map(len, after))
         return Template(
             tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen
         )
 
     def _take_last(self, ids: list[int], literal: str) -> str:
-        """Moves a literal's last token into the hole behind it, if one could continue it."""
+        """Moves a literal's last token into the hole after it, if one could continue it."""
         if not ids or not (literal[-1].isalnum() or literal[-1].isspace()):
             return ""
         return self._take(ids, -1, self.texts.starting)

@@ -69,7 +69,7 @@ class Attention(nn.Module):
         context.append(*self.keys_and_values(keys, values, rope))
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Bidirectional pass over canvases x [B, C, H] behind one shared context."""
+        """Bidirectional pass over canvases x [B, C, H] after one shared context."""
         queries, keys, values = self.project(x)
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)

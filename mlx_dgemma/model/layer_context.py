@@ -24,7 +24,7 @@ class LayerContext:
     """Keys and values as they are, [1, kv_heads, capacity, D], of which `used` slots count.
 
     Slot 0 holds position `base`, so the next token's position is base + used. A canvas' own keys
-    are written behind the committed ones and overwritten by the next.
+    are written after the committed ones and overwritten by the next.
 
     parts: names of the buffers, which are all [1, kv_heads, capacity, ...].
     """
@@ -99,7 +99,7 @@ class LayerContext:
         return 0 if self.window is None else max(0, self.used - own - (self.window - 1))
 
     def _write(self, arrays: Arrays) -> None:
-        """Into the slots behind the used ones; they do not count yet."""
+        """Into the slots after the used ones; they do not count yet."""
         count = arrays[0].shape[2]
         self._reserve(count, arrays)
         # Rebinding the buffer lets MLX write in place: nothing else holds the old one.
@@ -107,7 +107,7 @@ class LayerContext:
             buffer[:, :, self.used : self.used + count] = rows
 
     def _reserve(self, count: int, like: Arrays) -> None:
-        """Room for `count` positions behind the used ones, and for a canvas behind those."""
+        """Room for `count` positions after the used ones, and for a canvas after those."""
         if self.used + count <= self.capacity:
             return
         kept = self.kept
