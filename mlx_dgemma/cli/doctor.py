@@ -14,7 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
+from mlx_dgemma.checkpoint.known_repositories import (
+    KNOWN_REPOSITORIES,
+    LONGEST_CONTEXT,
+    LONGEST_CONTEXT_BYTES,
+)
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
