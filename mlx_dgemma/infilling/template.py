@@ -204,13 +204,15 @@ class TokenTexts:
         return ["" if "\ufffd" in text else text for text in texts]
 
     def starting(self, prefix: str) -> np.ndarray:
+        """int32 [n]: tokens whose text begins with `prefix`."""
         return self._where(lambda text: text.startswith(prefix))
 
     def ending(self, suffix: str) -> np.ndarray:
+        """int32 [n]: tokens whose text ends with `suffix`."""
         return self._where(lambda text: text.endswith(suffix))
 
     def spanning(self, prefix: str, suffix: str) -> np.ndarray:
-        """Tokens that begin with one text and end with another, sharing no character."""
+        """int32 [n]: tokens that begin with one text and end with another, sharing no character."""
         shortest = len(prefix) + len(suffix)
         return self._where(
             lambda text: len(text) >= shortest and text.startswith(prefix) and text.endswith(suffix)

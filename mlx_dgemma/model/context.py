@@ -103,7 +103,7 @@ class ContextCache:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All buffers, for evaluation."""
+        """All buffers, [1, kv_heads, capacity, ...] each, for evaluation."""
         return [buffer for layer in self.layers for buffer in layer.buffers]
 
     @property

@@ -53,7 +53,8 @@ class LayerContext:
         return self.used if self.window is None else min(self.used, self.window - 1 + self.slack)
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
-        """Commit new positions; returns everything they may attend to, themselves last."""
+        """Commit keys and values [1, kv_heads, L, D]; returns all they may attend to, themselves
+        last."""
         count = keys.shape[2]
         if self.window is not None and count > self.slack:
             return self._replace(keys, values)
@@ -62,7 +63,8 @@ class LayerContext:
         return self._span(self._first_visible(count), self.used)
 
     def with_canvas(self, keys: mx.array, values: mx.array) -> list[Segment]:
-        """The visible context followed by a canvas, which is not committed."""
+        """The visible context followed by a canvas' keys and values [1, kv_heads, C, D], which are
+        not committed."""
         self._write((keys, values))
         return self._span(self._first_visible(), self.used + keys.shape[2])
 
