@@ -172,10 +172,7 @@ def damage_safetensors(content: bytes, chance: random.Random) -> bytes:
         claimed = chance.choice((0, 1, 2, length - 1, length + 1, 2**31, 2**63, 2**64 - 1))
         return claimed.to_bytes(8, "little") + content[8:]
     text, data = content[8 : 8 + length].decode(), content[8 + length :]
-    if kind < 0.55:
-        text = _damage_entries(json.loads(text), chance)
-    else:
-        text = damage_json(text, chance)
+    text = _damage_entries(json.loads(text), chance) if kind < 0.55 else damage_json(text, chance)
     header = text.encode("utf-8", "surrogatepass")
     header += b" " * (-len(header) % chance.choice((1, 8)))
     return len(header).to_bytes(8, "little") + header + data

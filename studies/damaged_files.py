@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import io
 import json
 import os
 import queue
@@ -53,6 +52,8 @@ KINDS = {
     "journal": ("packed/conversion.json", ("verify",)),
     "adapter config": ("adapter/adapter_config.json", ("adapter", "convert adapter")),
     "adapter weights": ("adapter/adapter_model.safetensors", ("adapter", "convert adapter")),
+    "mlx-lm adapter config": ("mlx/adapter_config.json", ("mlx adapter",)),
+    "mlx-lm adapter weights": ("mlx/adapters.safetensors", ("mlx adapter",)),
     "prompt cache": ("cache.safetensors", ("prompt cache",)),
     "trace": ("trace.json", ("trace",)),
 }
@@ -269,6 +270,8 @@ def _act(action: str, folder: Path, models: _Models, model: Path) -> None:
         tokenizer.decode(tokenizer.encode("Some words, 12 of them.", special=True))
     elif action == "adapter":
         load_model(models.whole / "model", adapter_path=folder / "adapter")
+    elif action == "mlx adapter":
+        load_model(models.whole / "model", adapter_path=folder / "mlx")
     elif action == "convert adapter":
         convert(models.whole / "model", folder / "out", adapter_path=folder / "adapter")
     elif action == "prompt cache":
@@ -395,10 +398,29 @@ def _write_adapter(folder: Path, tensors: dict[str, Any]) -> None:
     for name, tensor in tensors.items():
         if name.endswith(("q_proj.weight", "mlp.up_proj.weight")) and "decoder" in name:
             rows, columns = tensor.shape
-            lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
-            pairs[f"{lora}A.weight"] = mx.random.normal((2, columns)) * 0.1
-            pairs[f"{lora}B.weight"] = mx.random.normal((rows, 2)) * 0.1
+            a, b = mx.random.normal((2, columns)) * 0.1, mx.random.normal((rows, 2)) * 0.1
+            for side in ("decoder", "encoder.language_model"):
+                module = name.removesuffix(".weight").replace("decoder", side)
+                lora = f"base_model.model.{module}.lora_"
+                pairs |= {f"{lora}A.weight": a, f"{lora}B.weight": b}
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), pairs)
+    mlx = folder.with_name("mlx")
+    mlx.mkdir()
+    turned = {
+        name.removeprefix("base_model.model.").removesuffix(".weight").lower(): matrix.T
+        for name, matrix in pairs.items()
+        if ".encoder." not in name
+    }
+    mx.save_safetensors(str(mlx / "adapters.safetensors"), turned)
+    (mlx / "adapter_config.json").write_text(
+        json.dumps(
+            {
+                "fine_tune_type": "lora",
+                "num_layers": 2,
+                "lora_parameters": {"rank": 2, "scale": 2.0, "dropout": 0.0},
+            }
+        )
+    )
     settings = {
         "peft_type": "LORA",
         "r": 2,
@@ -423,7 +445,7 @@ def _memory(what: str) -> float:
 
 
 def _reset_peak() -> None:
-    with contextlib.suppress(OSError), io.open("/proc/self/clear_refs", "w") as file:
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
         file.write("5")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.adapters import adapter_bytes
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
@@ -39,11 +40,11 @@ def load(
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
-    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
-    format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
-    default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
-    stays in float32. chat_template: a file with a Jinja template, or its text, in the place of the
-    checkpoint's.
+    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter of PEFT's or
+    mlx-lm's form, kept beside the weights, each delta in the pass it was trained in. dtype:
+    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, and
+    float32 on MLX's CPU backend. In float16 the residual stream stays in float32. chat_template: a
+    file with a Jinja template, or its text, in the place of the checkpoint's.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
     InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
@@ -78,11 +79,12 @@ def load_network(
     this = machine()
     if not lazy:
         config, widened = computed_config(folder, dtype)
+        beside = 0 if adapter_path is None else adapter_bytes(adapter_path)
         least = plan_for(
             this,
             config,
             context_tokens=LEAST_CONTEXT,
-            weights=stored_bytes(folder, widened=widened),
+            weights=stored_bytes(folder, widened=widened) + beside,
         )
         check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
     set_limits(this)

@@ -26,6 +26,8 @@ def fingerprint(model: Model) -> str:
     digest.update(str(model.dtype).encode())
     text = {"decoder": model.model.decoder, "encoder": model.model.encoder.language_model}
     tree = {name: part.parameters() for name, part in text.items()}
+    for index, layer in enumerate(model.encoder_pass.layers or ()):
+        tree[f"encoder pass {index}"] = layer.parameters()
     tensors: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
     spread = {name: _spread(tensor) for name, tensor in tensors.items()}
     mx.eval(spread)
