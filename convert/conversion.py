@@ -207,6 +207,7 @@ def _measure(
         driver=written,
         adapter=adapter,
         scratch=target.parent,
+        convert=convert,
         progress=progress,
     )
     if not dry_run:
