@@ -122,6 +122,7 @@ def test_the_unmerged_model_is_the_oracle(kind, adapted):
     assert (model.encoder_pass.layers is None) == (kind in EQUAL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("base", "kind"),
     [

@@ -111,7 +111,7 @@ def test_applied_at_load_equals_merged(make, base, tmp_path):
     convert(base, tmp_path / "merged", adapter_path=folder)
     expected = logits_of(load_model(tmp_path / "merged"))
     ours = logits_of(load_model(base, adapter_path=folder))
-    assert np.abs(ours - expected).max() < 1e-5 * np.abs(expected).max()
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
     assert np.abs(ours - logits_of(load_model(base))).max() > 1e-2
     unread = load_model(base, adapter_path=folder, lazy=True)
     with ThreadPoolExecutor(1) as another:  # what is unread belongs to no thread
