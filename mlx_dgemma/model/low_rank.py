@@ -58,6 +58,7 @@ class LowRank(nn.Module):
         self.lora_scale = mx.concatenate(
             [mx.full((part.b.shape[0],), part.scale, mx.float32) for _, part in parts]
         )
+        mx.eval(self.lora_a, self.lora_b, self.lora_scale)  # by now: they belong to no thread then
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., out] of x [..., in], in the dtype that the linear map gives."""
@@ -92,6 +93,7 @@ class LowRankExperts(nn.Module):
         self.lora_scale = {name: mx.array(delta.scale) for name, delta in deltas.items()}
         self.lora_a = {name: delta.a for name, delta in deltas.items()}
         self.lora_b = {name: delta.b for name, delta in deltas.items()}
+        mx.eval(self.lora_a, self.lora_b, self.lora_scale)
 
     def __call__(self, x: mx.array, routing: Routing) -> mx.array:
         """x [T, H] -> [T, H] in the same dtype, in plain MLX operations."""

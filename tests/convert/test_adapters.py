@@ -180,10 +180,12 @@ def large(tmp_path, tensors):
     matrices = {}
     for name in names:
         rows, columns = tensors[name].shape
-        lora = f"base_model.model.{name.removesuffix('.weight')}.lora_"
         for side, shape in {"A": (RANK, columns), "B": (rows, RANK)}.items():
             values = generator.standard_normal(shape).astype(np.float32) * 0.01
-            matrices[f"{lora}{side}.weight"] = mx.array(values)
+            for both in ("decoder", "encoder.language_model"):
+                module = name.removesuffix(".weight").replace("decoder", both)
+                key = f"base_model.model.{module}.lora_{side}.weight"
+                matrices[key] = mx.array(values)
     folder = tmp_path / "large"
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapter_model.safetensors"), matrices)
