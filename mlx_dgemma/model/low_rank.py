@@ -62,7 +62,7 @@ class LowRank(nn.Module):
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., out] of x [..., in], in the dtype that the linear map gives."""
-        y = self.linear(x)
+        y: mx.array = self.linear(x)
         inner = (x @ self.lora_a).astype(mx.float32) * self.lora_scale
         return y + (inner.astype(self.lora_b.dtype) @ self.lora_b).astype(y.dtype)
 
@@ -100,7 +100,7 @@ class LowRankExperts(nn.Module):
         return moe(x, routing, self._adapted("gate_up_proj", x), self._adapted("down_proj", x))
 
     def _adapted(self, name: str, x: mx.array) -> Matrix:
-        matrix = self.experts[name].matrix(x.dtype)
+        matrix: Matrix = self.experts[name].matrix(x.dtype)
         if name not in self.lora_scale:
             return matrix
         held = {field.name: getattr(matrix, field.name) for field in fields(matrix)}
