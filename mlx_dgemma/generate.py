@@ -15,6 +15,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from mlx_dgemma.checkpoint.plan import slices_head
+from mlx_dgemma.checkpoint.sizes import working_bytes
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
@@ -39,10 +41,11 @@ from mlx_dgemma.decoding.trace import (
     Trace,
     config_digest,
 )
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.errors import GpuError, GpuMemoryError, InputError
 from mlx_dgemma.files import check_replaceable
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import is_short, slices_head, working_bytes
+from mlx_dgemma.machine.memory import is_short
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
@@ -115,7 +118,9 @@ def stream_generate(
     trace: a file to record every draw in; not together with an opening.
 
     Closing the generator frees everything it holds. Raises InputError for a request that
-    cannot be served, NumericsError when the network produces NaN or Inf.
+    cannot be served, NumericsError when the network produces NaN or Inf,
+    GpuError or GpuMemoryError when the GPU gave up: a cache is then empty, and the next request
+    may succeed.
     """
     given = overrides(locals())
     if cache is not None and kv_bits is None:
@@ -270,7 +275,8 @@ def _stream(
         context = model.make_cache(request.settings.kv_bits)
     else:
         keys = prepared.keys
-        read = len(keys) - len(cache.align(keys))
+        with explained():
+            read = len(keys) - len(cache.align(keys))
         context = cache.cache
         request = replace(
             request,
@@ -290,9 +296,14 @@ def _stream(
     try:
         while True:
             try:
-                event = blocks.send(answer)
+                with explained():
+                    event = blocks.send(answer)
             except StopIteration:
                 return
+            except (GpuError, GpuMemoryError):
+                if cache is not None:  # what it holds was perhaps never computed
+                    cache.reset()
+                raise
             answer = None
             if isinstance(event, Draft):
                 yield replace(event, draft_text=draft_text(tokenizer, event.ids))
@@ -342,6 +353,7 @@ def _commit(event: Commit, increment: Increment) -> Commit:
         thinking=increment.thinking,
         tool_calls=increment.tool_calls,
         malformed_calls=increment.malformed_calls,
+        cut_call=increment.cut_call,
     )
 
 

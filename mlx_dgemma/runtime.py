@@ -23,13 +23,14 @@ from typing import Any, ClassVar, TypeVar, Unpack
 import numpy as np
 
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.checkpoint.plan import prepare
 from mlx_dgemma.decisions import Decision
 from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
 from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
-from mlx_dgemma.machine.memory import plan_checkpoint
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
@@ -77,8 +78,8 @@ class _Worker:
 class Runtime:
     """A loaded model behind a queue.
 
-    path_or_hf_repo, lazy, revision, adapter_path, dtype: as in `load`, which runs on the model's
-    thread; the constructor returns when it has, and raises what it raised.
+    path_or_hf_repo, lazy, revision, adapter_path, dtype, chat_template: as in `load`, which runs
+    on the model's thread; the constructor returns when it has, and raises what it raised.
     kv_bits: the default of requests that do not name theirs.
 
     What the model will need is logged before it is loaded, as a warning where that is tight;
@@ -94,6 +95,7 @@ class Runtime:
         adapter_path: str | Path | None = None,
         dtype: str | None = None,
         kv_bits: int | None = None,
+        chat_template: str | Path | None = None,
     ) -> None:
         self._kv_bits = kv_bits
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -110,7 +112,13 @@ class Runtime:
                 path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits, dtype=dtype
             )
             self.model, self.tokenizer = self.call(
-                lambda: load(folder, lazy=lazy, adapter_path=adapter_path, dtype=dtype)
+                lambda: load(
+                    folder,
+                    lazy=lazy,
+                    adapter_path=adapter_path,
+                    dtype=dtype,
+                    chat_template=chat_template,
+                )
             )
         except BaseException:
             self.close()
@@ -261,7 +269,9 @@ class Runtime:
 
         def run() -> None:
             try:
-                outcome.put((True, function()))
+                with explained():
+                    value = function()
+                outcome.put((True, value))
             except BaseException as error:
                 outcome.put((False, error))
 
@@ -327,16 +337,14 @@ def _find(
     dtype: str | None,
 ) -> Path:
     """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
-    from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
-
-    folder = resolve_model(path_or_hf_repo, revision=revision)
     if not planned:
-        return folder
-    name = str(path_or_hf_repo or "The demo checkpoint")
-    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits, dtype=dtype)
-    log.info("%s needs %s", name, wanted)
-    if advice:
-        log.warning(advice)
+        from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
+
+        return resolve_model(path_or_hf_repo, revision=revision)
+    folder, plan = prepare(path_or_hf_repo, revision=revision, kv_bits=kv_bits, dtype=dtype)
+    log.info("%s needs %s", path_or_hf_repo or "The demo checkpoint", plan)
+    if plan.advice:
+        log.warning(plan.advice)
     return folder
 
 

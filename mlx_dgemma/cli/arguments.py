@@ -33,6 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter in PEFT's format, merged on loading",
     )
     group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja chat template in the place of the checkpoint's, such as a newer one",
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         help="what is computed in; float16 suits M1 and M2, which have no bfloat16 of their own "

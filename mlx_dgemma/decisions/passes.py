@@ -25,7 +25,14 @@ from mlx_dgemma.decisions.answers import Answer, make_answer
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
 from mlx_dgemma.decisions.questions import Choice, Question, as_text, read_questions
 from mlx_dgemma.decoding.draws import Place, SeededDraws, check_seed
-from mlx_dgemma.errors import CancelledError, InputError, NumericsError
+from mlx_dgemma.errors import (
+    CancelledError,
+    GpuError,
+    GpuMemoryError,
+    InputError,
+    NumericsError,
+)
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer, encode_messages
 from mlx_dgemma.prompt.encode import prepare_prompt
@@ -123,11 +130,16 @@ def _decide(
     reader: _Reader, questions: dict[str, Question], orders: int
 ) -> Generator[int | Decision, None, None]:
     started = time.perf_counter()
-    reader.read_state()
     answers: dict[str, Answer] = {}
-    for name, question in questions.items():
-        answers[name] = make_answer(question, reader.ask(question, orders))
-        yield reader.forwards
+    try:
+        with explained():
+            reader.read_state()
+            for name, question in questions.items():
+                answers[name] = make_answer(question, reader.ask(question, orders))
+                yield reader.forwards
+    except (GpuError, GpuMemoryError):
+        reader.forget()
+        raise
     yield Decision(
         answers,
         prompt_tokens=reader.prompt_tokens,
@@ -174,6 +186,10 @@ class _Reader:
             self._model.prefill(np.array(ids)[None], self._context, images=images or None)
         self._cache.mark(keys)
         self._start = self._context.snapshot()
+
+    def forget(self) -> None:
+        """Empties the cache, whose arrays were perhaps never computed."""
+        self._cache.reset()
 
     def ask(self, question: Question, orders: int) -> np.ndarray:
         """Reads [r, n]: distributions over the question's n answers, one for each noise and

@@ -6,7 +6,15 @@ import re
 from typing import Any
 
 from mlx_dgemma.decisions.questions import QuestionError
-from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
+from mlx_dgemma.errors import (
+    CheckpointError,
+    DGemmaError,
+    GpuError,
+    GpuMemoryError,
+    InputError,
+    ResourceError,
+)
+from mlx_dgemma.machine.gpu_failures import explanation
 
 _PARAMETER = re.compile(r"[a-z][a-z_]*(?:\[\d+\]|\.[a-z_]+)*(?=$|[ :=.])")
 _TYPES = {
@@ -32,6 +40,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         location: tuple[str | int, ...] = (),
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -40,6 +49,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.location = location
+        self._anthropic_message = anthropic_message or message
 
     @property
     def headers(self) -> dict[str, str]:
@@ -60,7 +70,7 @@ class ApiError(Exception):
 
     def anthropic(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"type": "error", "error": {"type": kind, "message": self._anthropic_message}}
 
 
 def as_api_error(error: BaseException) -> ApiError:
@@ -73,10 +83,17 @@ def as_api_error(error: BaseException) -> ApiError:
         message = str(error)
         named = _PARAMETER.match(message)
         return ApiError(400, message, param=named.group() if named else None)
+    if isinstance(error, GpuMemoryError):
+        return ApiError(507, str(error), code="out_of_memory")
+    if isinstance(error, GpuError):
+        return ApiError(503, str(error), code="gpu_failed", retry_after=5)
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), retry_after=30)
     if isinstance(error, CheckpointError):
         return ApiError(500, str(error))
     if isinstance(error, DGemmaError):
         return ApiError(500, str(error))
+    told = explanation(error)
+    if told is not None:
+        return as_api_error(told)
     return ApiError(500, "The server failed to answer this request; its log tells why.")

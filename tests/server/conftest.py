@@ -115,7 +115,7 @@ class Script:
             scores = tuple(-0.25 for _ in part) if options.get("logprobs") else ()
             yield Commit(
                 tuple(part), got.text, block, got.thinking, got.tool_calls, got.malformed_calls,
-                scores,
+                got.cut_call, scores,
             )  # fmt: skip
             block += 1
             stopped = got.stopped
@@ -125,7 +125,7 @@ class Script:
         if not held.empty:
             yield Commit(
                 (), held.text, max(block - 1, 0), held.thinking, held.tool_calls,
-                held.malformed_calls,
+                held.malformed_calls, held.cut_call,
             )  # fmt: skip
         if len(ids) > limit and not stopped:
             reason = "length"
