@@ -75,12 +75,16 @@ class Automaton:
 
     def prepare(self, ids: np.ndarray) -> None:
         """Makes room for ids, so that they are walked together."""
-        fresh = np.unique(ids[self._column[ids] < 0])
+        wanted = np.zeros(self.vocabulary.size, dtype=bool)
+        wanted[ids] = True
+        for alive in self._alive.values():
+            wanted[alive] = True
+        fresh = np.flatnonzero(wanted & (self._column < 0))
         if not fresh.size:
             return
         if (self._columns.size + fresh.size) * len(self._kept) > _MOST_KEPT:
             self._forget()
-            fresh = np.unique(ids)
+            fresh = np.flatnonzero(wanted)
         self._column[fresh] = np.arange(self._columns.size, self._columns.size + fresh.size)
         self._columns = np.concatenate([self._columns, fresh])
         more = np.full((len(self._kept), fresh.size), -1, dtype=np.int32)
@@ -205,7 +209,7 @@ class Automaton:
             current[going] = here
             at[going] += 1
             going = going[(here != DEAD) & (at[going] < end[going])]
-        current[np.isin(ids, self.vocabulary.stop_ids)] = END if self.accepting[state] else DEAD
+        current[self.vocabulary.is_stop[ids]] = END if self.accepting[state] else DEAD
         return current
 
 

@@ -312,7 +312,8 @@ class SchemaLanguage:
     ) -> Node:
         """A member that the schema does not name."""
         space, text = self.space, self.text
-        found, taken = [], []
+        found: list[Node] = []
+        taken: list[Node] = []
         for pattern, inner in patterns.items():
             name = text.any_key(text.inside.search(pattern))
             free = space.both([name, *map(space.without, taken)])

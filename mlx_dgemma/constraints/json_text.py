@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from functools import cached_property
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dgemma.constraints.characters import ANY, Characters

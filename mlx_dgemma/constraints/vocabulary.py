@@ -19,7 +19,7 @@ _SPACE = "\u2581"
 class Vocabulary:
     """What each id adds to a text.
 
-    stop_ids: end it. size: ids of the network, those beyond the tokenizer's included.
+    stop_ids: end it; is_stop: bool [size]. size: ids of the network, those beyond the tokenizer's included.
     symbols: int16, of all ids one after the other. offsets: int32 [size + 1] into them.
     """
 
@@ -27,6 +27,8 @@ class Vocabulary:
         self._tokenizer = tokenizer
         self.size = size
         self.stop_ids = np.array(sorted(tokenizer.stop_ids), dtype=np.int64)
+        self.is_stop = np.zeros(size, dtype=bool)
+        self.is_stop[self.stop_ids] = True
         named = {tokenizer.ids[name]: symbol for name, symbol in CONTROLS.items()
                  if name in tokenizer.ids}  # fmt: skip
         self._controls = {symbol: id_ for id_, symbol in named.items()}

@@ -24,8 +24,8 @@ import numpy as np
 from mlx_dgemma.constraints.automaton import DEAD, END, Automaton
 
 # States kept per position: the most probable, and those nearest to an end of the text.
-MOST_STATES = 48
-_NEAREST = 12
+MOST_STATES = 32
+_NEAREST = 8
 _SURELY_ENDED = 1 - 1e-9
 _TINY = 1e-280
 _FLOOR = 1e-30  # of a legal id, relative to the most probable legal one
@@ -57,7 +57,7 @@ class Conditioned:
     """The same canvas within the language.
 
     draft, sample: int32 [C]. entropy: float32 [C], nats. certainty: float32 [C], the marginal of
-    the sample. The marginals themselves: `plain` float32 [C] times the network's distribution, plus
+    the sample, NaN where that is the network's. The marginals themselves: `plain` float32 [C] times the network's distribution, plus
     `weights` float32 [C, n] of `ids` int32 [C, n], which may be negative.
     feasible: a text of the language fits; otherwise the draft is the beginning of one.
     left_out: the most probability that a position's candidates lack.
@@ -77,21 +77,32 @@ class Conditioned:
 class _Layer(NamedTuple):
     """One position, walked forward.
 
-    states int [s] and their forward weights [s]; ids int [k] and their probabilities p [k], scaled;
-    next int [s, k], indices into the next position's states, of which the one behind the last is
-    dead. side [s]: scaled probability that goes to side_next [s] without a listed id: everything
-    from END, and from open text what the ids leave out. rest: that of the network, unscaled.
+    states int [s] and their forward weights [s]; ids int [k] and their probabilities, scaled (p [k])
+    and as they are (plain [k]).
+    Its moves, sorted by source: from the state `source` [m] by the id `column` [m] to the next
+    position's state `target` [m]; first [s]: where each state's moves begin.
+    side [s]: scaled probability that goes to side_target [s] without a listed id: everything from
+    END, and from open text what the ids leave out; the target behind the last state is dead.
+    rest: that of the network, unscaled.
     """
 
     states: np.ndarray
     forward: np.ndarray
     ids: np.ndarray
     p: np.ndarray
-    scale: float
-    next: np.ndarray
+    plain: np.ndarray
+    source: np.ndarray
+    column: np.ndarray
+    target: np.ndarray
+    first: np.ndarray
     side: np.ndarray
-    side_next: np.ndarray
+    side_target: np.ndarray
     rest: float
+
+    def moves(self, state: int) -> slice:
+        """Which moves start from a state."""
+        last = self.first[state + 1] if state + 1 < self.first.size else self.source.size
+        return slice(int(self.first[state]), int(last))
 
 
 Pick = Callable[[int, np.ndarray], int]
@@ -149,7 +160,7 @@ def _forward(
     states, weights = np.array([start]), np.ones(1)
     layers: list[_Layer] = []
     if not seen.whole:
-        automaton.prepare(np.unique(seen.ids))
+        automaton.prepare(seen.ids[seen.probabilities > 0])
     for at in range(len(seen.ids)):
         if states.size == 1 and states[0] == END:
             break
@@ -157,36 +168,39 @@ def _forward(
         is_end = states == END
         targets = automaton.table(states, ids)
         targets[is_end] = DEAD  # everything at once, by the side
-        legal = (targets != DEAD).any(axis=0)
-        scale = 1 / max(float(plain[legal].max(initial=0)), _TINY)
-        p = np.maximum(plain * scale, _FLOOR) * legal
+        source, column = np.nonzero(targets)
+        goals = targets[source, column]
+        top = float(plain[column].max(initial=0))
+        scale = 1 / max(top, _TINY)
+        p = np.maximum(plain * scale, _FLOOR)
         rest = 0.0 if seen.whole else max(1.0 - float(plain.sum()), 0.0)
         side, goes = is_end * scale, np.where(is_end, END, DEAD)
         if rest > 0:
             open_text = np.array([automaton.typical(state) for state in states.tolist()])
             goes = np.where(is_end, END, open_text)
             side = np.where(is_end, scale, rest * scale * (open_text != DEAD))
-        found, where = np.unique(np.append(targets.ravel(), END), return_inverse=True)
-        mass = np.bincount(where[:-1], (weights[:, None] * p).ravel(), found.size)
-        reached = np.bincount(where[:-1], minlength=found.size) > 0
-        if is_end.any():
-            reached[np.searchsorted(found, END)] = True
-        aside = np.minimum(np.searchsorted(found, goes), found.size - 1)
-        known = (found[aside] == goes) & (goes != DEAD) & reached[aside]
-        side = side * known
-        mass += np.bincount(aside, weights * side, found.size)
-        keep = _beam(automaton, found, mass, reached & (found != DEAD), most)
-        index = np.full(found.size, keep.size)
-        index[keep] = np.arange(keep.size)
+        reached = np.zeros(len(automaton), dtype=bool)
+        reached[goals] = True
+        reached[END] |= bool(is_end.any())
+        reached[DEAD] = False
+        side = side * reached[goes]
+        goes = np.where(reached[goes], goes, DEAD)
+        mass = np.bincount(goals, weights[source] * p[column], len(automaton))
+        mass += np.bincount(goes, weights * side, len(automaton))
+        kept = _beam(automaton, np.flatnonzero(reached), mass, most)
+        index = np.full(len(automaton), kept.size)
+        index[kept] = np.arange(kept.size)
+        going = index[goals] < kept.size
+        source, column, goals = source[going], column[going], goals[going]
         layers.append(
             _Layer(
-                states, weights, ids, p, scale,
-                index[where[:-1]].reshape(targets.shape),
-                side, np.where(known, index[aside], keep.size), rest,
+                *(states, weights, ids, p, plain, source, column, index[goals]),
+                np.searchsorted(source, np.arange(states.size)),
+                *(side, index[goes], rest),
             )
-        )  # fmt: skip
-        states = found[keep]
-        weights = np.maximum(mass[keep] / max(float(mass[keep].max()), _TINY), _TINY)
+        )
+        states, mass = kept, mass[kept]
+        weights = np.maximum(mass / max(float(mass.max()), _TINY), _TINY)
     return layers, states
 
 
@@ -197,22 +211,21 @@ def _candidates(
     ids, p = seen.ids[at], seen.probabilities[at]
     if seen.whole:
         return ids, p
-    alive = np.concatenate([automaton.alive(state) for state in states.tolist() if state != END])
-    extra = np.setdiff1d(alive, ids)
-    if not extra.size:
-        return ids, p
+    ids, p = ids[p > 0], p[p > 0]
+    alive = np.zeros(automaton.vocabulary.size, dtype=bool)
+    for state in states.tolist():
+        alive[automaton.alive(state)] = True
+    alive[ids] = False
+    extra = np.flatnonzero(alive)
     return np.concatenate([ids, extra]), np.concatenate([p, seen.gather(at, extra)])
 
 
-def _beam(
-    automaton: Automaton, found: np.ndarray, mass: np.ndarray, live: np.ndarray, most: int
-) -> np.ndarray:
-    """Indices, ascending, of the states to go on with."""
-    keep = np.flatnonzero(live)
-    if keep.size <= most:
-        return keep
-    nearest = keep[np.argsort(automaton.least[found[keep]], kind="stable")[:_NEAREST]]
-    likeliest = keep[np.argsort(-mass[keep], kind="stable")[: most - _NEAREST]]
+def _beam(automaton: Automaton, found: np.ndarray, mass: np.ndarray, most: int) -> np.ndarray:
+    """Those of the states found, ascending, to go on with."""
+    if found.size <= most:
+        return found
+    nearest = found[np.argsort(automaton.least[found], kind="stable")[:_NEAREST]]
+    likeliest = found[np.argsort(-mass[found], kind="stable")[: most - _NEAREST]]
     return np.union1d(nearest, likeliest)
 
 
@@ -232,12 +245,16 @@ def _backward(
     messages = [behind]
     for at in range(len(layers) - 1, -1, -1):
         layer = layers[at]
-        each = layer.p * behind[layer.next]
-        aside = layer.side * behind[layer.side_next]
+        each = layer.p[layer.column] * behind[layer.target]
+        aside = layer.side * behind[layer.side_target]
         if most_probable:
-            found = np.maximum(each.max(axis=1), aside * (layer.states == END))
+            found = aside * (layer.states == END)
+            some = np.append(layer.first[1:], each.size) > layer.first
+            if some.any():
+                best = np.maximum.reduceat(each, layer.first[some])
+                found[some] = np.maximum(found[some], best)
         else:
-            found = each.sum(axis=1) + aside
+            found = np.bincount(layer.source, each, layer.states.size) + aside
         if ends_by is not None and at >= ends_by:
             found = found * (layer.states == END)
         top = found.max()
@@ -256,11 +273,13 @@ def _trace(
     state = 0
     for at, layer in enumerate(layers):
         if layer.states[state] == END:
-            state = int(layer.side_next[state])
+            state = int(layer.side_target[state])
             continue
-        chosen = pick(at, layer.p * messages[at + 1][layer.next[state]])
-        text[at] = layer.ids[chosen]
-        state = int(layer.next[state, chosen])
+        moves = layer.moves(state)
+        targets, columns = layer.target[moves], layer.column[moves]
+        chosen = pick(at, layer.p[columns] * messages[at + 1][targets])
+        text[at] = layer.ids[columns[chosen]]
+        state = int(targets[chosen])
     return text
 
 
@@ -278,13 +297,14 @@ def _marginals(
     weights = np.zeros((length, width), dtype=np.float32)
     plain = np.ones(length, dtype=np.float32)
     entropy = np.array(seen.entropy, dtype=np.float32)
-    certainty = np.ones(length, dtype=np.float32)
+    certainty = np.full(length, np.nan, dtype=np.float32)
     left_out = 0.0
     for at, layer in enumerate(layers):
         behind = messages[at + 1]
         forward = layer.forward * (messages[at][:-1] > 0)
-        own = layer.p * (forward @ behind[layer.next])
-        aside = forward * layer.side * behind[layer.side_next]
+        flow = forward[layer.source] * behind[layer.target]
+        own = layer.p * np.bincount(layer.column, flow, layer.ids.size)
+        aside = forward * layer.side * behind[layer.side_target]
         is_end = layer.states == END
         ended, other = float(aside[is_end].sum()), float(aside[~is_end].sum())
         total = own.sum() + ended + other
@@ -292,9 +312,7 @@ def _marginals(
         left_out = max(left_out, layer.rest)
         if ended > _SURELY_ENDED:
             continue
-        p = np.minimum(layer.p / layer.scale, 1.0)
-        if seen.whole:
-            p = seen.probabilities[at]
+        p = layer.plain
         share = other / layer.rest if layer.rest > 0 else 0.0
         plain[at] = ended + share
         count = layer.ids.size

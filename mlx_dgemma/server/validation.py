@@ -135,9 +135,8 @@ def _rewrite(schema: dict[str, Any]) -> None:
         if "additionalItems" in schema:
             schema["items"] = schema.pop("additionalItems")
     for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(schema.get(bound), bool):
-            if schema.pop(bound) and limit in schema:
-                schema[bound] = schema.pop(limit)
+        if isinstance(schema.get(bound), bool) and schema.pop(bound) and limit in schema:
+            schema[bound] = schema.pop(limit)
     needs = schema.pop("dependencies", None)
     for name, need in needs.items() if isinstance(needs, Mapping) else ():
         keyword = "dependentRequired" if isinstance(need, list) else "dependentSchemas"

@@ -11,7 +11,6 @@ from mlx_dgemma.constraints.automaton import END, Automaton
 from mlx_dgemma.constraints.expressions import Space
 from mlx_dgemma.constraints.regex import full_match
 from mlx_dgemma.decoding.conditioning import Distributions, condition
-
 from tests.constraints.tiny import TinyVocabulary
 
 TOKENS = ["a", "b", "ab", "<stop>", "c"]
@@ -124,7 +123,8 @@ def test_everything_leaves_the_distributions_as_they_are() -> None:
     np.testing.assert_array_equal(result.draft, seen.argmax)
     np.testing.assert_array_equal(result.sample, seen.sample)
     np.testing.assert_array_equal(result.entropy, seen.entropy.astype(np.float32))
-    assert (result.plain == 1).all() and not result.weights.any()
+    assert (result.plain == 1).all()
+    assert not result.weights.any()
 
 
 def test_a_text_too_long_for_its_room_is_the_beginning_of_one() -> None:
