@@ -14,7 +14,6 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.images import count_images, prepare_images
 
-MAX_STOP_STRINGS = 16
 # Fields that steer autoregressive sampling, and the value that asks for nothing.
 WITHOUT_EFFECT: dict[str, Any] = {
     "top_p": 1,

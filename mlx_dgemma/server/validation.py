@@ -236,9 +236,11 @@ _METASCHEMA = jsonschema.Draft202012Validator.META_SCHEMA
 _FORMATS = jsonschema.FormatChecker()
 
 
-@_FORMATS.checks("date-time", raises=ValueError)
 def _is_instant(value: Any) -> bool:
     """RFC 3339: a date, a time and an offset."""
     if not isinstance(value, str):
         return True
     return "T" in value.upper() and datetime.fromisoformat(value).tzinfo is not None
+
+
+_FORMATS.checks("date-time", raises=ValueError)(_is_instant)
