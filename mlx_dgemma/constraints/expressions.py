@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 from mlx_dgemma.errors import InputError
 
@@ -366,7 +366,7 @@ class Space:
                 parts = split
         return [Move(mask, self.either(targets)) for mask, targets in parts]
 
-    _MOVES: dict[str, Callable[[Space, Node], list[Move]]] = {
+    _MOVES: ClassVar[dict[str, Callable[[Space, Node], list[Move]]]] = {
         "none": _of_nothing,
         "empty": _of_nothing,
         "set": _of_set,

@@ -19,7 +19,8 @@ _SPACE = "\u2581"
 class Vocabulary:
     """What each id adds to a text.
 
-    stop_ids: end it; is_stop: bool [size]. size: ids of the network, those beyond the tokenizer's included.
+    stop_ids: end it; is_stop: bool [size]. size: ids of the network, also those beyond the
+    tokenizer's.
     symbols: int16, of all ids one after the other. offsets: int32 [size + 1] into them.
     """
 

@@ -8,8 +8,8 @@
 The draft is the most probable text of the language (the same recursion with max for sum), the
 sample one draw of a whole text (forward, each id by p times the backward message behind it).
 
-Sums run over candidates per position. What they leave out counts as an ordinary word where the text
-is open, so that it keeps its probability; numbers are scaled per position, so that they stay finite.
+Sums run over candidates per position. What they leave out counts as an ordinary word where the
+text is open, so that it keeps its probability; numbers are scaled per position and stay finite.
 Source: forward filtering, backward sampling, as for hidden Markov models.
 """
 
@@ -57,8 +57,8 @@ class Conditioned:
     """The same canvas within the language.
 
     draft, sample: int32 [C]. entropy: float32 [C], nats. certainty: float32 [C], the marginal of
-    the sample, NaN where that is the network's. The marginals themselves: `plain` float32 [C] times the network's distribution, plus
-    `weights` float32 [C, n] of `ids` int32 [C, n], which may be negative.
+    the sample, NaN where that is the network's. The marginals themselves: `plain` float32 [C]
+    times the network's distribution, plus `weights` float32 [C, n] of `ids` int32 [C, n], which may be negative.
     feasible: a text of the language fits; otherwise the draft is the beginning of one.
     left_out: the most probability that a position's candidates lack.
     """
@@ -77,8 +77,8 @@ class Conditioned:
 class _Layer(NamedTuple):
     """One position, walked forward.
 
-    states int [s] and their forward weights [s]; ids int [k] and their probabilities, scaled (p [k])
-    and as they are (plain [k]).
+    states int [s] and their forward weights [s]; ids int [k] and their probabilities, scaled
+    (p [k]) and as they are (plain [k]).
     Its moves, sorted by source: from the state `source` [m] by the id `column` [m] to the next
     position's state `target` [m]; first [s]: where each state's moves begin.
     side [s]: scaled probability that goes to side_target [s] without a listed id: everything from
