@@ -66,7 +66,7 @@ class Automaton:
             if (columns < 0).any():
                 self.prepare(ids)
                 columns = self._column[ids]
-            found = self._kept[states[:, None], columns[None]]
+            found: np.ndarray = self._kept[states[:, None], columns[None]]
             unknown = (found < 0).any(axis=1)
             if not unknown.any():
                 return found

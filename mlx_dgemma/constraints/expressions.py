@@ -32,6 +32,10 @@ class LanguageError(InputError):
     """A constraint that cannot be followed: malformed, empty, or too large."""
 
 
+class UnsupportedError(LanguageError):
+    """A rule that no automaton here can hold a text to; a check of the finished text can."""
+
+
 class Node:
     """One expression of a Space. nullable: whether it holds the empty string.
 

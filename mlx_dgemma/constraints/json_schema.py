@@ -14,7 +14,13 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from mlx_dgemma.constraints.expressions import UNBOUNDED, LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import (
+    UNBOUNDED,
+    LanguageError,
+    Node,
+    Space,
+    UnsupportedError,
+)
 from mlx_dgemma.constraints.formats import FORMATS
 from mlx_dgemma.constraints.json_text import JsonText
 from mlx_dgemma.constraints.merging import merged
@@ -114,10 +120,18 @@ class SchemaLanguage:
         if key not in self._plained:
             siblings, parts = self._parts(schema)
             alone = len(parts) == 1 and not any(name in MEANINGFUL for name in siblings)
-            self._plained[key] = (
-                parts[0] if alone else merged([siblings, *(self._flat(p, 0) for p in parts)])
-            )
+            self._plained[key] = parts[0] if alone else self._merged([siblings, *parts])
         return self._plained[key]
+
+    def _merged(self, schemas: list[Any]) -> Any:
+        """One schema for all; what cannot be joined is left to the check."""
+        result: Any = {}
+        for schema in schemas:
+            try:
+                result = merged([result, self._flat(schema, 0)])
+            except UnsupportedError:
+                self.unchecked["allOf"] = None
+        return result
 
     def _flat(self, schema: Any, level: int) -> Any:
         if not isinstance(schema, Mapping) or not ("$ref" in schema or "allOf" in schema):
@@ -188,7 +202,7 @@ class SchemaLanguage:
         if any(key in MEANINGFUL for key in rest):
             key = (id(schema), name)
             if key not in self._plained:
-                joined = [merged([rest, self._flat(option, 0)]) for option in options]
+                joined = [self._merged([rest, option]) for option in options]
                 self._plained[key] = joined
             options = self._plained[key]
         parts = [self._any(option, depth) for option in options]
@@ -220,7 +234,10 @@ class SchemaLanguage:
         if isinstance(values := schema.get("enum"), list):
             conditions.append(space.either(text.inside.literal(str(value)) for value in values))
         if "pattern" in schema:
-            conditions.append(text.inside.search(schema["pattern"]))
+            try:
+                conditions.append(text.inside.search(schema["pattern"]))
+            except UnsupportedError:
+                self.unchecked["pattern"] = None
         elif schema.get("format") in FORMATS:
             conditions.append(text.inside.full(FORMATS[schema["format"]]))
         low, high = _count(schema, "minLength") or 0, _count(schema, "maxLength")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_dgemma.constraints.expressions import LanguageError
+from mlx_dgemma.constraints.expressions import LanguageError, UnsupportedError
 
 _ANNOTATIONS = frozenset(
     (
@@ -81,7 +81,7 @@ def _plain(*patterns: str) -> bool:
 
 
 def _no(key: str) -> Any:
-    raise LanguageError(f"The schema joins two different {key!r:.40}: write them as one.")
+    raise UnsupportedError(f"The schema joins two different {key!r:.40}: write them as one.")
 
 
 def _types(ours: Any, theirs: Any) -> Any:

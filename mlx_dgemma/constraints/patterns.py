@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters
-from mlx_dgemma.constraints.expressions import UNBOUNDED, LanguageError
+from mlx_dgemma.constraints.expressions import UNBOUNDED, LanguageError, UnsupportedError
 
 MOST_CHARACTERS = 20_000
 MOST_REPEATS = 10_000
@@ -94,9 +94,9 @@ class _Parser:
             raise self.fail("has a ')' without a '('")
         return tree
 
-    def fail(self, why: str) -> LanguageError:
+    def fail(self, why: str, kind: type[LanguageError] = LanguageError) -> LanguageError:
         shown = self.pattern if len(self.pattern) <= 60 else f"{self.pattern[:57]}..."
-        return LanguageError(
+        return kind(
             f"The regular expression {shown!r} {why}, at character {self.at}: change it there."
         )
 
@@ -124,7 +124,7 @@ class _Parser:
             if high != UNBOUNDED and high < low:
                 raise self.fail("has a repeat whose bounds are in the wrong order")
             if self.take("+"):
-                raise self.fail("has a possessive repeat")
+                raise self.fail("has a possessive repeat", UnsupportedError)
             self.take("?")  # lazy: the same texts
             part = Repeat(part, low, high)
         return part
@@ -169,14 +169,14 @@ class _Parser:
             if self.take("=") or self.take("!"):
                 look = self.pattern[self.at - 1] == "="
             elif self.pattern.startswith(("<=", "<!"), self.at):
-                raise self.fail("looks behind, which this runtime cannot do")
+                raise self.fail("looks behind, which this runtime cannot do", UnsupportedError)
             elif self.take("P<") or self.take("<"):
                 end = self.pattern.find(">", self.at)
                 if end < 0:
                     raise self.fail("has a group name without an end")
                 self.at = end + 1
             elif not self.take(":"):
-                raise self.fail("has a group this runtime does not know")
+                raise self.fail("has a group this runtime does not know", UnsupportedError)
         inner = self.options(depth + 1)
         if not self.take(")"):
             raise self.fail("has a '(' without a ')'")
@@ -204,7 +204,7 @@ class _Parser:
         elif sign in _HEX_DIGITS:
             one = self.code_point(_HEX_DIGITS[sign])
         elif sign.isalnum():
-            raise self.fail(f"uses \\{sign}, which this runtime does not know")
+            raise self.fail(f"uses \\{sign}, which this runtime does not know", UnsupportedError)
         else:
             one = Characters.of(sign)
         return one, one
@@ -239,7 +239,7 @@ class _Parser:
         self.at += 1
         chosen = ~wide if negated else narrow
         if not chosen:
-            raise self.fail("has a class without a character")
+            raise self.fail("has a class without a character", UnsupportedError)
         return chosen
 
     def member(self) -> tuple[Characters, Characters]:

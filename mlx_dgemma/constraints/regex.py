@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_dgemma.constraints.characters import ANY, Characters
-from mlx_dgemma.constraints.expressions import LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import Node, Space, UnsupportedError
 from mlx_dgemma.constraints.patterns import (
     Anchor,
     Look,
@@ -74,7 +74,7 @@ class Builder:
             if tree.at == "end":
                 return space.empty if rest.nullable else space.none
             if not start:
-                raise LanguageError(
+                raise UnsupportedError(
                     "A regular expression has a '^' that is not at its start: take it out."
                 )
             return rest
@@ -86,7 +86,7 @@ class Builder:
             part = self._build(tree.part, space.empty, start=False)
             return space.then(space.repeat(part, tree.low, tree.high), rest)
         if (tree.low, tree.high) not in ((0, 1), (1, 1)):
-            raise LanguageError(
+            raise UnsupportedError(
                 "A regular expression repeats a group that looks ahead or has an anchor: "
                 "write it without."
             )

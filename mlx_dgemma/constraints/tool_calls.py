@@ -28,11 +28,13 @@ class ToolCalls:
     """tools: name and parameters of each that may be called.
 
     forced: the reply is a call, or several where `one` is false; else calls come inside free text.
+    otherwise: with `forced`, a schema that the reply may satisfy instead.
     """
 
     tools: tuple[tuple[str, Any], ...]
     forced: bool
     one: bool = False
+    otherwise: Any = None
 
 
 def tool_language(space: Space, calls: ToolCalls) -> tuple[Node, tuple[str, ...]]:
@@ -49,7 +51,12 @@ def tool_language(space: Space, calls: ToolCalls) -> tuple[Node, tuple[str, ...]
     marked = [_symbol(space, _BEGIN), space.either(options), _symbol(space, _END)]
     call = space.sequence(marked)
     if calls.forced:
-        return call if calls.one else space.repeat(call, 1, _MOST_CALLS), tuple(unchecked)
+        reply = call if calls.one else space.repeat(call, 1, _MOST_CALLS)
+        if calls.otherwise is not None:
+            schema = SchemaLanguage(space, calls.otherwise)
+            reply = space.either([reply, schema.build()])
+            unchecked += schema.unchecked
+        return reply, tuple(unchecked)
     free = space.repeat(space.symbols(EVERYTHING & ~(1 << _BEGIN)))
     more = space.repeat(space.then(call, free), 0, 1 if calls.one else -1)
     return space.then(free, more), tuple(unchecked)

@@ -58,7 +58,8 @@ class Conditioned:
 
     draft, sample: int32 [C]. entropy: float32 [C], nats. certainty: float32 [C], the marginal of
     the sample, NaN where that is the network's. The marginals themselves: `plain` float32 [C]
-    times the network's distribution, plus `weights` float32 [C, n] of `ids` int32 [C, n], which may be negative.
+    times the network's distribution, plus `weights` float32 [C, n] of `ids` int32 [C, n], which
+    may be negative.
     feasible: a text of the language fits; otherwise the draft is the beginning of one.
     left_out: the most probability that a position's candidates lack.
     """
@@ -331,4 +332,5 @@ def _marginals(
 
 
 def _xlogx(p: np.ndarray) -> np.ndarray:
-    return p * np.log(np.maximum(p, _TINY))
+    amount: np.ndarray = p * np.log(np.maximum(p, _TINY))
+    return amount
