@@ -320,21 +320,32 @@ class _Repository:
                 )
             )
         except (LocalEntryNotFoundError, OSError, ValueError) as error:
+            complete = self._newest_complete(weights)
+            if complete is not None:
+                return complete
             raise ModelNotFoundError(
                 f"{self.name} is not in the local Hub cache ({self.cache_dir}) and {reason}; "
                 "download it while online."
             ) from error
-        index = folder / INDEX
-        shards = ["model.safetensors"] if weights else []
-        if weights and index.is_file():
-            shards = sorted(set(read_weight_map(index).values()))
-        lost = [name for name in ["config.json", *shards] if not (folder / name).exists()]
+        lost = _lost(folder, weights)
         if lost:
+            complete = self._newest_complete(weights)
+            if complete is not None:
+                return complete
             raise ModelNotFoundError(
                 f"The copy of {self.name} in the local Hub cache lacks {lost[0]} and {reason}; "
                 "finish the download while online."
             )
         return folder
+
+    def _newest_complete(self, weights: bool) -> Path | None:
+        """A whole snapshot of no revision in particular: refs/ may be gone, or name a commit of
+        which another program fetched the config alone."""
+        if self.revision is not None:
+            return None
+        snapshots = self.cache_dir / ("models--" + self.name.replace("/", "--")) / "snapshots"
+        found = [folder for folder in snapshots.glob("*") if not _lost(folder, weights)]
+        return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
     def _explained(self, error: Exception) -> Exception:
         """What a failure of the Hub means for the user; unknown kinds come back as they are."""
@@ -404,3 +415,12 @@ def check_memory(name: str, files: dict[str, int], this: Machine) -> None:
         f"{name} needs {gigabytes(needed)} of memory ({gigabytes(weights)} weights), and this "
         f"machine has {gigabytes(this.memory)}, of which {gigabytes(room)} can be used; {advice}."
     )
+
+
+def _lost(folder: Path, weights: bool) -> list[str]:
+    """What a snapshot lacks of a model."""
+    index = folder / INDEX
+    shards = ["model.safetensors"] if weights else []
+    if weights and index.is_file():
+        shards = sorted(set(read_weight_map(index).values()))
+    return [name for name in ["config.json", *shards] if not (folder / name).exists()]

@@ -168,6 +168,26 @@ def test_offline_mode_asks_nobody(hub: HubStub, monkeypatch: pytest.MonkeyPatch)
     assert len(hub.requests) == asked
 
 
+def test_offline_a_whole_snapshot_serves_whatever_refs_say(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(NAME, FILES)
+    folder = resolve_model(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # Another program fetched the config of a newer commit, and nothing else.
+    newer = folder.parent / ("f" * 40)
+    newer.mkdir()
+    (newer / "config.json").write_bytes((folder / "config.json").read_bytes())
+    main = folder.parents[1] / "refs" / "main"
+    main.write_text(newer.name)
+    assert resolve_model(NAME) == folder
+    main.unlink()
+    main.parent.rmdir()
+    assert resolve_model(NAME) == folder
+    with pytest.raises(ModelNotFoundError):
+        resolve_model(NAME, revision="main")
+
+
 def test_a_plan_needs_no_weights(
     hub: HubStub, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -257,7 +257,7 @@ def test_every_dialect_answers_in_the_schema(demo: TestClient, seed: int) -> Non
     assert chat["choices"][0]["finish_reason"] == "stop"
     for text in texts:
         jsonschema.validate(json.loads(text), PERSON)
-    assert chat["x_warnings"] == []
+    assert all("converging" in warning for warning in chat["x_warnings"])
 
 
 @pytest.mark.parametrize(
@@ -274,7 +274,7 @@ def test_structured_outputs_in_vllms_spelling_with_several_choices_streamed_draf
     body = {"messages": ASK, "structured_outputs": outputs, "n": 2, "seed": 1}
     body |= {"stop": ["#"], "max_denoising_steps": 3}
     got = demo.post(CHAT, json=body).json()
-    assert got["x_warnings"] == []
+    assert all("converging" in warning for warning in got["x_warnings"])
     texts = [choice["message"]["content"] for choice in got["choices"]]
     assert len(texts) == 2
     assert all(re.fullmatch(pattern, text) for text in texts)

@@ -71,7 +71,7 @@ def test_arguments_fit_the_parameters(demo: TestClient, seed: int, forced: bool)
     assert calls or not forced
     for call in calls:
         jsonschema.validate(json.loads(call["function"]["arguments"]), COUNTRY)
-    assert body["x_warnings"] == []
+    assert all("converging" in warning for warning in body["x_warnings"])
 
 
 def test_thinking_is_left_out_and_said_to_be(serve: Open) -> None:
