@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_dgemma.constraints.expressions import NEVER, SYMBOLS, LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import NEVER, SYMBOLS, Node, Space
 from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
+from mlx_dgemma.errors import LanguageError
 
 DEAD, END = 0, 1  # states: nothing can follow; everything may
 # Transitions kept, states times ids: four bytes each.

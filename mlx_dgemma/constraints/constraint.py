@@ -14,12 +14,13 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mlx_dgemma.constraints.automaton import Automaton
-from mlx_dgemma.constraints.expressions import NEVER, LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import NEVER, Node, Space
 from mlx_dgemma.constraints.json_schema import SchemaLanguage
 from mlx_dgemma.constraints.json_text import JsonText
 from mlx_dgemma.constraints.regex import full_match
 from mlx_dgemma.constraints.tool_calls import ToolCalls, tool_language
 from mlx_dgemma.constraints.vocabulary import Vocabulary
+from mlx_dgemma.errors import LanguageError
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 
 MOST_CHOICES = 5_000

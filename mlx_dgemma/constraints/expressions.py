@@ -15,7 +15,7 @@ import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, NamedTuple, cast
 
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.errors import LanguageError
 
 BYTES = (1 << 256) - 1  # the mask of every byte
 SYMBOLS = 272
@@ -26,14 +26,6 @@ MOST_EXPRESSIONS = 60_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
 _MOST_SEARCHED = 4_000  # states visited to find one word of an intersection
-
-
-class LanguageError(InputError):
-    """A constraint that cannot be followed: malformed, empty, or too large."""
-
-
-class UnsupportedError(LanguageError):
-    """A rule that no automaton here can hold a text to; a check of the finished text can."""
 
 
 class Node:

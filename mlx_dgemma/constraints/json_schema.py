@@ -14,16 +14,12 @@ from collections.abc import Callable, Mapping
 from decimal import Decimal
 from typing import Any
 
-from mlx_dgemma.constraints.expressions import (
-    UNBOUNDED,
-    LanguageError,
-    Node,
-    Space,
-    UnsupportedError,
-)
+from mlx_dgemma.constraints.expressions import UNBOUNDED, Node, Space
 from mlx_dgemma.constraints.formats import FORMATS
 from mlx_dgemma.constraints.json_text import JsonText
+from mlx_dgemma.constraints.keywords import apart, bounds, count, decimal, is_of_type
 from mlx_dgemma.constraints.merging import merged
+from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 DEPTH = 5  # how often a reference may recurse
 _MOST_NESTED = 60
@@ -189,7 +185,7 @@ class SchemaLanguage:
         if not isinstance(values, list) or not values:
             raise LanguageError("An enum is a list of at least one value.")
         kinds = self._types(schema) if "type" in schema else list(_TYPES)
-        fitting = [value for value in values if any(_is(value, kind) for kind in kinds)]
+        fitting = [value for value in values if any(is_of_type(value, kind) for kind in kinds)]
         return self.text.constants(fitting)
 
     def _options(self, schema: Mapping[str, Any], name: str, depth: int) -> Node:
@@ -197,7 +193,7 @@ class SchemaLanguage:
         if not isinstance(options, list) or not options:
             raise LanguageError(f"{name} is a list of at least one schema.")
         rest = {k: v for k, v in schema.items() if k != name}
-        if name == "oneOf" and not _apart(options, self.resolve):
+        if name == "oneOf" and not apart(options, self.resolve):
             self.unchecked["oneOf"] = None
         if any(key in MEANINGFUL for key in rest):
             key = (id(schema), name)
@@ -240,7 +236,7 @@ class SchemaLanguage:
                 self.unchecked["pattern"] = None
         elif schema.get("format") in FORMATS:
             conditions.append(text.inside.full(FORMATS[schema["format"]]))
-        low, high = _count(schema, "minLength") or 0, _count(schema, "maxLength")
+        low, high = count(schema, "minLength") or 0, count(schema, "maxLength")
         if low or high is not None or not conditions:
             conditions.append(
                 space.repeat(text.character, low, UNBOUNDED if high is None else high)
@@ -248,9 +244,9 @@ class SchemaLanguage:
         return space.both(conditions)
 
     def _integer(self, schema: Mapping[str, Any], depth: int) -> Node:
-        low, high = _bounds(schema, 1)
+        low, high = bounds(schema, 1)
         multiple = schema.get("multipleOf", 1)
-        whole = _is(multiple, "number") and multiple > 0 and float(multiple).is_integer()
+        whole = is_of_type(multiple, "number") and multiple > 0 and float(multiple).is_integer()
         if not whole or multiple > 1000:
             self.unchecked["multipleOf"] = None
             multiple = 1
@@ -261,13 +257,13 @@ class SchemaLanguage:
     def _number(self, schema: Mapping[str, Any], depth: int) -> Node:
         places, multiple = _PLACES, schema.get("multipleOf")
         if multiple is not None:
-            step = _decimal(multiple, "multipleOf")
+            step = decimal(multiple, "multipleOf")
             if step == step.to_integral_value():
                 return self._integer(schema, depth)
             places = -int(step.as_tuple().exponent)
             if step != Decimal(1).scaleb(-places) or places > 10:
                 self.unchecked["multipleOf"] = None
-        low, high = _bounds(schema, 10**places)
+        low, high = bounds(schema, 10**places)
         if low is None and high is None and multiple is None:
             return self.text.any_number
         return self.text.number(low, high, places)
@@ -278,17 +274,17 @@ class SchemaLanguage:
         items = schema.get("items", True)
         if isinstance(items, list):  # before 2020-12
             first, items = items, schema.get("additionalItems", True)
-        low, high = _count(schema, "minItems") or 0, _count(schema, "maxItems")
+        low, high = count(schema, "minItems") or 0, count(schema, "maxItems")
         others = self._any(items, depth)
         if not first:
             if others is space.none:
                 high = 0
             return text.listed("[", others, "]", low, UNBOUNDED if high is None else high)
         # From the back: what may follow `index` items.
-        count = len(first)
-        more = UNBOUNDED if high is None else max(high - count, 0)
-        tail = space.repeat(space.then(text.comma, others), max(low - count, 0), more)
-        for index in range(count - 1, -1, -1):
+        given = len(first)
+        more = UNBOUNDED if high is None else max(high - given, 0)
+        tail = space.repeat(space.then(text.comma, others), max(low - given, 0), more)
+        for index in range(given - 1, -1, -1):
             part = self._any(first[index], depth)
             part = space.then(text.comma, part) if index else part
             ahead = space.none if high is not None and index >= high else space.then(part, tail)
@@ -352,7 +348,7 @@ class SchemaLanguage:
         self, schema: Mapping[str, Any], members: list[tuple[Node, bool]], others: Node
     ) -> Node:
         space, comma = self.space, self.text.comma
-        low, high = _count(schema, "minProperties") or 0, _count(schema, "maxProperties")
+        low, high = count(schema, "minProperties") or 0, count(schema, "maxProperties")
         needed = sum(is_required for _, is_required in members)
         if len(members) > needed and (low > needed or high is not None):
             self.unchecked["minProperties"] = None
@@ -379,87 +375,3 @@ MEANINGFUL = frozenset(
 ) | {name for names in _OF_TYPE.values() for name in names} | {
     *("minProperties", "maxProperties", "propertyNames", "additionalItems"),
 }  # fmt: skip
-
-
-def _count(schema: Mapping[str, Any], name: str) -> int | None:
-    value = schema.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not _is(value, "integer") or value < 0:
-        raise LanguageError(f"{name} is {value!r:.40}: use a whole number from 0 on.")
-    return int(value)
-
-
-def _decimal(value: Any, name: str) -> Decimal:
-    if not _is(value, "number") or not math.isfinite(value):
-        raise LanguageError(f"{name} is {value!r:.40}: use a number.")
-    found = Decimal(repr(value))
-    if name == "multipleOf" and found <= 0:
-        raise LanguageError("multipleOf is not above zero: use a positive number.")
-    return found
-
-
-def _bounds(schema: Mapping[str, Any], scale: int) -> tuple[Decimal | None, Decimal | None]:
-    """Inclusive bounds among the multiples of 1/scale."""
-    step = Decimal(1) / scale
-    low = high = None
-    if schema.get("minimum") is not None:
-        low = _decimal(schema["minimum"], "minimum")
-    if schema.get("maximum") is not None:
-        high = _decimal(schema["maximum"], "maximum")
-    least, most = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
-    if least is True:  # draft 4
-        least, low = low, None
-    if most is True:
-        most, high = high, None
-    if least not in (None, False):
-        value = _decimal(float(least) if isinstance(least, Decimal) else least, "exclusiveMinimum")
-        above = (math.floor(value * scale) + 1) * step
-        low = above if low is None else max(low, above)
-    if most not in (None, False):
-        value = _decimal(float(most) if isinstance(most, Decimal) else most, "exclusiveMaximum")
-        below = (math.ceil(value * scale) - 1) * step
-        high = below if high is None else min(high, below)
-    return low, high
-
-
-def _apart(options: list[Any], resolve: Callable[[Any], Any]) -> bool:
-    """Whether no value fits two options: other types, or a property with other constants."""
-    plain = []
-    for option in options:
-        if isinstance(option, Mapping) and "$ref" in option:
-            option = resolve(option["$ref"])
-        if not isinstance(option, Mapping):
-            return False
-        plain.append(option)
-    kinds = [option.get("type") for option in plain]
-    if all(isinstance(kind, str) for kind in kinds) and len(set(map(str, kinds))) == len(kinds):
-        return not {"integer", "number"} <= set(map(str, kinds))
-    constants = [_constants(option) for option in plain]
-    names = set.intersection(*map(set, constants)) if constants else set()
-    for name in names:
-        values = [repr(value) for each in constants for value in each[name]]
-        if len(values) == len(set(values)):
-            return True
-    alone = [option.get("enum", [option["const"]] if "const" in option else None)
-             for option in plain]  # fmt: skip
-    values = [repr(value) for each in alone for value in each or [None]]
-    return None not in alone and len(values) == len(set(values))
-
-
-def _constants(option: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Required properties that may only hold listed values."""
-    found = {}
-    for name in option.get("required", ()):
-        inner = option.get("properties", {}).get(name)
-        if isinstance(inner, Mapping) and ("const" in inner or "enum" in inner):
-            found[name] = inner["enum"] if "enum" in inner else [inner["const"]]
-    return found
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind in ("integer", "number"):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (kind == "number" or float(value).is_integer())
-    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return isinstance(value, types[kind])

@@ -14,8 +14,9 @@ from functools import cached_property
 from typing import Any
 
 from mlx_dgemma.constraints.characters import ANY, Characters
-from mlx_dgemma.constraints.expressions import LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import Node, Space
 from mlx_dgemma.constraints.regex import Builder
+from mlx_dgemma.errors import LanguageError
 
 ANY_DEPTH = 4  # how deeply a value of any shape may nest
 _MOST_DIGITS = 40

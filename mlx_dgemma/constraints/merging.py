@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_dgemma.constraints.expressions import LanguageError, UnsupportedError
+from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 _ANNOTATIONS = frozenset(
     (

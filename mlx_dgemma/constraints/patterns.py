@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters
-from mlx_dgemma.constraints.expressions import UNBOUNDED, LanguageError, UnsupportedError
+from mlx_dgemma.constraints.expressions import UNBOUNDED
+from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 MOST_CHARACTERS = 20_000
 MOST_REPEATS = 10_000

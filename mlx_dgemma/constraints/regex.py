@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from mlx_dgemma.constraints.characters import ANY, Characters
-from mlx_dgemma.constraints.expressions import Node, Space, UnsupportedError
+from mlx_dgemma.constraints.expressions import Node, Space
 from mlx_dgemma.constraints.patterns import (
     Anchor,
     Look,
@@ -18,6 +18,7 @@ from mlx_dgemma.constraints.patterns import (
     begins_anchored,
     parse,
 )
+from mlx_dgemma.errors import UnsupportedError
 
 Writer = Callable[[Characters], Node]
 

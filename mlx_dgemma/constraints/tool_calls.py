@@ -13,10 +13,11 @@ from functools import cached_property
 from typing import Any
 
 from mlx_dgemma.constraints.characters import ANY, Characters
-from mlx_dgemma.constraints.expressions import EVERYTHING, LanguageError, Node, Space
+from mlx_dgemma.constraints.expressions import EVERYTHING, Node, Space
 from mlx_dgemma.constraints.json_schema import SchemaLanguage
 from mlx_dgemma.constraints.json_text import JsonText
 from mlx_dgemma.constraints.vocabulary import CONTROLS
+from mlx_dgemma.errors import LanguageError
 from mlx_dgemma.prompt.tools import is_argument_name, is_tool_name
 
 _BEGIN, _END, _QUOTE = CONTROLS["stc"], CONTROLS["etc"], CONTROLS["escape"]
