@@ -5,12 +5,24 @@ import json
 import time
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.adapters import read_adapter
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.training.tuning import (
+    ATTENTION,
+    DENSE,
+    EXPERTS,
+    SELF_CONDITIONING,
+    Tuning,
+    attach,
+    trained,
+    write_config,
+)
 
 CONFIG = ModelConfig.from_folder(CHECKPOINT)
 MODULE = "model.decoder.layers.0.self_attn.q_proj"
@@ -112,3 +124,32 @@ def test_what_else_is_refused(tmp_path):
     nan = mx.full((4, WIDTH), float("nan"))
     with pytest.raises(CheckpointError, match="NaN or Inf"):
         read_adapter(peft(tmp_path, **{f"base_model.model.{MODULE}.lora_A.weight": nan}), CONFIG)
+
+
+@pytest.mark.parametrize("rank", [2, 5])
+def test_what_our_training_writes_is_applied_as_it_was_trained(rank, tmp_path):
+    """Attention, dense branch, experts and self-conditioning, in the last two layers and in all."""
+    model = load_model(CHECKPOINT, lazy=True)
+    keys = (*ATTENTION, *DENSE, EXPERTS, *SELF_CONDITIONING)
+    tuning = Tuning(num_layers=-1 if rank == 2 else 2, rank=rank, scale=3.0, keys=keys)
+    attach(model, tuning)
+    mx.random.seed(rank)
+    drawn = {name: mx.random.normal(part.shape) * 0.05 for name, part in trained(model).items()}
+    model.load_weights(list(drawn.items()), strict=False)
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), drawn)
+    write_config(tmp_path, tuning)
+    expected = logits(model)
+    found = logits(load_model(CHECKPOINT, adapter_path=tmp_path))
+    plain = logits(load_model(CHECKPOINT))
+    assert np.abs(found - expected).max() < 1e-4 * np.abs(expected).max()
+    assert np.abs(plain - expected).max() > 0.05 * np.abs(expected).max()
+
+
+def logits(model):
+    """Of a step with a signal, behind a short prompt."""
+    cache = model.make_cache()
+    model.prefill(list(range(5, 25)), cache)
+    canvas = mx.arange(CONFIG.canvas_length)[None] % CONFIG.text.vocab_size
+    shape = (1, CONFIG.canvas_length, CONFIG.text.vocab_size)
+    signal = mx.random.normal(shape, key=mx.random.key(1))
+    return np.array(model.denoise(canvas, cache, signal))
