@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 
 from mlx_dgemma.decoding.canvas import PinArrays
-from mlx_dgemma.decoding.prediction import Prediction
+from mlx_dgemma.decoding.predicted import Prediction
 from mlx_dgemma.kernels.soft_embeddings import (
     DROPPED_MASS,
     Survivors,
