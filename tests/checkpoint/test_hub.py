@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from mlx_dgemma.checkpoint import hub as module
-from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES, demo_path, resolve_model
+from mlx_dgemma.checkpoint.hub import demo_path, resolve_model
+from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
 from mlx_dgemma.cli.generate import main as generate
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.machine.hardware import machine
