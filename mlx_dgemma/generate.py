@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from typing import Any, TypedDict, Unpack
 
 import numpy as np
 
-from mlx_dgemma.context.prompt_cache import PromptCache
+from mlx_dgemma.context.prompt_cache import PromptCache, check_cache
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
@@ -41,6 +42,7 @@ from mlx_dgemma.errors import InputError
 from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import is_short, slices_head, working_bytes
+from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
@@ -115,6 +117,8 @@ def stream_generate(
     Closing the generator frees everything it holds. Raises InputError for a request that
     cannot be served, NumericsError when the network produces NaN or Inf.
     """
+    claim_process()
+    check_cache(cache)
     if cache is not None and kv_bits is None:
         kv_bits = cache.kv_bits
     settings = DecodingSettings.from_defaults(
@@ -299,52 +303,55 @@ def _stream(
     record: Trace | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
-    prompt, read = request.prompt, 0
-    if cache is None:
-        context = model.make_cache(request.settings.kv_bits)
-    else:
-        keys = prepared.keys
-        read = len(keys) - len(cache.align(keys))
-        context = cache.cache
-        request = replace(
-            request,
-            prompt=prompt[read:],
-            prefilled=partial(cache.mark, keys),
-            stops=cache.stops(keys),
-            reached=cache.reached,
-        )
-    unread = [image.patches for image in prepared.images_after(read)]
-    if unread:
-        request = replace(
-            request, images=unread, prefilled=_then_release(model, request.prefilled, len(prompt))
-        )
-    blocks = generate_blocks(model, context, request)
-    answer: bool | None = None
-    last_block = 0
-    try:
-        while True:
-            try:
-                event = blocks.send(answer)
-            except StopIteration:
-                return
-            answer = None
-            if isinstance(event, Draft):
-                yield replace(event, draft_text=draft_text(tokenizer, event.ids))
-            elif isinstance(event, Commit):
-                if record is not None:
-                    record.committed.append(list(event.ids))
-                increment = reader.feed(event.ids)
-                answer, last_block = increment.stopped or None, event.block
-                yield _commit(event, increment)
-            else:
-                held = reader.finish()
-                if not held.empty:
-                    yield _commit(Commit(ids=(), text="", block=last_block), held)
-                if record is not None and trace is not None:
-                    record.save(trace)
-                yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
-    finally:
-        blocks.close()
+    with nullcontext() if cache is None else cache.in_use():
+        prompt, read = request.prompt, 0
+        if cache is None:
+            context = model.make_cache(request.settings.kv_bits)
+        else:
+            keys = prepared.keys
+            read = len(keys) - len(cache.align(keys))
+            context = cache.cache
+            request = replace(
+                request,
+                prompt=prompt[read:],
+                prefilled=partial(cache.mark, keys),
+                stops=cache.stops(keys),
+                reached=cache.reached,
+            )
+        unread = [image.patches for image in prepared.images_after(read)]
+        if unread:
+            request = replace(
+                request,
+                images=unread,
+                prefilled=_then_release(model, request.prefilled, len(prompt)),
+            )
+        blocks = generate_blocks(model, context, request)
+        answer: bool | None = None
+        last_block = 0
+        try:
+            while True:
+                try:
+                    event = blocks.send(answer)
+                except StopIteration:
+                    return
+                answer = None
+                if isinstance(event, Draft):
+                    yield replace(event, draft_text=draft_text(tokenizer, event.ids))
+                elif isinstance(event, Commit):
+                    if record is not None:
+                        record.committed.append(list(event.ids))
+                    increment = reader.feed(event.ids)
+                    answer, last_block = increment.stopped or None, event.block
+                    yield _commit(event, increment)
+                else:
+                    held = reader.finish()
+                    if not held.empty:
+                        yield _commit(Commit(ids=(), text="", block=last_block), held)
+                    if record is not None and trace is not None:
+                        record.save(trace)
+                    yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
+        finally:
+            blocks.close()
 
 
 def _then_release(

@@ -18,6 +18,7 @@ from mlx_dgemma.machine.memory import (
     set_limits,
     stored_bytes,
 )
+from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -57,6 +58,7 @@ def load_network(
     dtype: str | None = None,
 ) -> tuple[Model, Path]:
     """The model alone, for who needs no tokenizer, and its folder; otherwise as `load`."""
+    claim_process()
     if dtype is not None:
         _check_dtype(dtype)
     folder = CHECKPOINT

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator, Mapping
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mlx_dgemma.prompt.messages import check_tools
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
@@ -20,6 +19,7 @@ from mlx_dgemma.server.replies import Reply, new_id
 from mlx_dgemma.server.requests import Asked, read_request, respond
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.tool_choice import ToolUse, force
+from mlx_dgemma.server.wire import JsonResponse
 
 # Fields about versions and storage, which change no reply.
 SILENT = (
@@ -50,13 +50,12 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
     asked = await read_messages(engine, fields, counting=True)
-    return JSONResponse({"input_tokens": len(asked.call.prompt_ids)})
+    return JsonResponse({"input_tokens": len(asked.call.prompt_ids)})
 
 
 async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
     asked = await read_messages(engine, fields)
     return await respond(
-        engine,
         request,
         asked,
         whole=lambda: _message(engine, asked),

@@ -78,7 +78,6 @@ async def responses(engine: Engine, fields: Fields, request: Request) -> Any:
         **_echoed(asked, fields),
     }
     return await respond(
-        engine,
         request,
         asked,
         whole=lambda: _response(engine, asked, head),
