@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.checkpoint.adapters import Adapter, read_adapter
 from mlx_dgemma.checkpoint.hub import local_folder
-from mlx_dgemma.checkpoint.weights import INDEX
 from mlx_dgemma.convert import card
 from mlx_dgemma.convert.choice import choose_recipe
 from mlx_dgemma.convert.origin import (
@@ -33,7 +32,8 @@ from mlx_dgemma.convert.source import (
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.model.config import read_json
+from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import INDEX
 
 if TYPE_CHECKING:
     from mlx_dgemma.convert.measure import Measurement
@@ -151,8 +151,12 @@ def convert(
         )
         resumed: list[str] = []
         if not dry_run:
+            companions(source.folder)  # refuses now, not after the weights
             provenance = provenance_of(str(hf_path), source, plan, adapter)
-            resumed = _write(target, source, plan, adapter, provenance, progress)
+            workspace = Workspace(
+                target, source.folder, plan.fingerprint(provenance), provenance, overwrite=overwrite
+            )
+            resumed = _write(workspace, source, plan, adapter, provenance, progress)
         report = Report(
             source=str(hf_path),
             revision=source_revision(source.folder),
@@ -201,6 +205,7 @@ def _measure(
         driver=written,
         adapter=adapter,
         scratch=target.parent,
+        convert=convert,
         progress=progress,
     )
     if not dry_run:
@@ -231,7 +236,7 @@ def _default_dtype(source: Source, *, keep: bool) -> str:
 
 
 def _write(
-    target: Path,
+    workspace: Workspace,
     source: Source,
     plan: Plan,
     adapter: Adapter | None,
@@ -239,7 +244,6 @@ def _write(
     progress: Progress | None,
 ) -> list[str]:
     """Stream the plan into the workspace and publish it; returns the shards kept from before."""
-    workspace = Workspace(target, plan.fingerprint(provenance), provenance)
     with workspace.hold():
         count = _Counter(progress, "checking", sum(s.data_bytes for s in plan.shards))
         resumed = workspace.recover(plan, count)
@@ -259,6 +263,7 @@ def _write(
                 _Counter(progress, "converting", total),
             )
             _write_companions(source.folder, workspace, plan, provenance)
+            source.check_unchanged()
             workspace.publish()
         except CheckpointError:
             workspace.discard()
@@ -269,6 +274,29 @@ def _write(
                 "run the same command again to go on."
             ) from error
     return resumed
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files beside the weights that are copied as they are.
+
+    Raises CheckpointError for a symbolic link that leads out of the folder: the output may be
+    published. In the Hub's cache every file of a snapshot is a link into the repository's own
+    blobs.
+    """
+    inside = [folder.resolve()]
+    if folder.absolute().parent.name == "snapshots":
+        inside.append(folder.absolute().parent.parent.resolve() / "blobs")
+    found = []
+    for path in sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern)}):
+        if path.name in _NOT_COPIED or not path.is_file():
+            continue
+        if not any(root in path.resolve().parents for root in inside):
+            raise CheckpointError(
+                f"{path} is a link to {path.resolve()}, outside the checkpoint's folder; copy the "
+                "file there, or remove the link."
+            )
+        found.append(path)
+    return found
 
 
 class _Counter:
@@ -288,10 +316,8 @@ def _write_companions(
 ) -> None:
     """Everything beside the weights: config, index, tokenizer files, card, digests."""
     out = workspace.folder
-    for pattern in _COMPANIONS:
-        for path in folder.glob(pattern):
-            if path.name not in _NOT_COPIED and path.is_file():
-                shutil.copyfile(path, out / path.name)
+    for path in companions(folder):
+        shutil.copyfile(path, out / path.name)
     write_json(out / "config.json", dict(sorted(plan.config.items())))
     write_json(out / INDEX, plan.index)
     (out / "README.md").write_text(card.model_card(plan, provenance), encoding="utf-8")

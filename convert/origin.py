@@ -17,7 +17,8 @@ from mlx_dgemma.convert.recipes import Recipe
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Source, dense_shapes
 from mlx_dgemma.convert.workspace import check_disk
-from mlx_dgemma.model.config import ModelConfig, read_json
+from mlx_dgemma.files import read_json
+from mlx_dgemma.model.config import ModelConfig
 
 
 def resolve_source(
@@ -54,7 +55,8 @@ def provenance_of(name: str, source: Source, plan: Plan, adapter: Adapter | None
         filename: {
             "bytes": file.size,
             "header_sha256": hashlib.sha256(file.header).hexdigest(),
-            "modified_ns": file.path.stat().st_mtime_ns,
+            "inode": file.identity[0],
+            "modified_ns": file.identity[2],
         }
         for filename, file in source.files.items()
     }

@@ -18,13 +18,13 @@ from typing import Any
 
 from mlx_dgemma.convert.recipes import Precision, Recipe, fit
 from mlx_dgemma.convert.shards import SHARD_BYTES, Output, Shard, index_of, plan_shards
-from mlx_dgemma.convert.tensorfile import DTYPE_NAMES
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.headers import CODES
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import Quantization, matrices
+from mlx_dgemma.model.packing import Quantization
+from mlx_dgemma.model.parameters import matrices
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
-_STORED = {"uint32": "U32", "uint8": "U8", "bfloat16": "BF16", "float16": "F16", "float32": "F32"}
 
 
 @dataclass(frozen=True)
@@ -138,10 +138,10 @@ def _outputs(
     module = name.removesuffix(".weight")
     if precision is None:
         stored = module if layout == "hf" and ".experts." in name else name
-        return (Output(stored, DTYPE_NAMES[dtype], shape),)
+        return (Output(stored, CODES[dtype], shape),)
     packing = Quantization(precision.group_size, precision.bits, precision.mode)
     return tuple(
-        Output(f"{module}.{suffix}", _STORED[kind], packed)
+        Output(f"{module}.{suffix}", CODES[kind], packed)
         for suffix, (packed, kind) in packing.packed(shape, dtype).items()
     )
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_dgemma.checkpoint.hub import check_repository_name, explained, resolve_model
-from mlx_dgemma.checkpoint.weights import STORED_DTYPES
 from mlx_dgemma.checkpoint.weights import read_headers as read_local_headers
-from mlx_dgemma.convert.tensorfile import Entry, TensorFile
+from mlx_dgemma.convert.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError, DGemmaError
-from mlx_dgemma.model.config import ModelConfig, read_json
+from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import check_ranges, read_entry
+from mlx_dgemma.model.config import ModelConfig
 
 
 def read_headers(
@@ -42,17 +43,22 @@ def read_headers(
         raise explained(repository, error, revision) from error
     files = {}
     for name, file in found.files_metadata.items():
+        called = Path(f"{repository}/{name}")
         entries = {
             # Offsets in the data: how long the header is, the Hub's client does not say.
-            tensor: Entry(tensor, info.dtype, tuple(info.shape), *info.data_offsets)
+            tensor: read_entry(
+                tensor,
+                {
+                    "dtype": info.dtype,
+                    "shape": info.shape,
+                    "data_offsets": list(info.data_offsets),
+                },
+                0,
+                called,
+            )
             for tensor, info in file.tensors.items()
         }
-        unknown = [entry for entry in entries.values() if entry.dtype not in STORED_DTYPES]
-        if unknown:
-            raise CheckpointError(
-                f"{repository}: {unknown[0].name} is stored as {unknown[0].dtype}, which no "
-                "checkpoint of this model uses."
-            )
+        check_ranges(entries.values(), 0, called)
         files[name] = TensorFile.elsewhere(name, entries)
     return path.parent, config, files
 

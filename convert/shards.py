@@ -20,8 +20,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.checkpoint.weights import STORED_DTYPES
 from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.headers import DTYPES
 
 # The shard size of the community's files: greedy, in module-tree order.
 SHARD_BYTES = 5 << 30
@@ -39,7 +39,7 @@ class Output:
 
     @property
     def nbytes(self) -> int:
-        return STORED_DTYPES[self.dtype][0] * prod(self.shape)
+        return DTYPES[self.dtype].nbytes * prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ be read slice by slice as floating point, without loading the rest.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,17 +19,14 @@ import numpy as np
 from mlx_dgemma.checkpoint import weights
 from mlx_dgemma.checkpoint.adapters import Adapter
 from mlx_dgemma.convert.remote import local_files, read_headers
-from mlx_dgemma.convert.tensorfile import Entry, TensorFile
+from mlx_dgemma.convert.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.model.config import ModelConfig, read_json
-from mlx_dgemma.model.names import (
-    Quantization,
-    is_tied_duplicate,
-    matrices,
-    parameter_shapes,
-    quantization_of,
-    tied_to,
-)
+from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import Entry
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.names import is_tied_duplicate, tied_to
+from mlx_dgemma.model.packing import Quantization, quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
 # What is held of one tensor at a time, counted in float32.
 SLICE_BYTES = 64 << 20
@@ -43,7 +40,6 @@ class Tensor(Protocol):
     @property
     def nbytes(self) -> int: ...
     def rows(self, start: int, stop: int) -> mx.array: ...
-    def files(self) -> Iterable[TensorFile]: ...
 
 
 @dataclass(frozen=True)
@@ -63,9 +59,6 @@ class Dense:
 
     def rows(self, start: int, stop: int) -> mx.array:
         return self.file.mlx(self.entry.name, start, stop)
-
-    def files(self) -> Iterable[TensorFile]:
-        return (self.file,)
 
 
 @dataclass(frozen=True)
@@ -98,10 +91,6 @@ class Packed:
             mode=self.packing.mode,
         )
 
-    def files(self) -> Iterable[TensorFile]:
-        parts = [self.weight, self.scales, *([self.biases] if self.biases else [])]
-        return [file for part in parts for file in part.files()]
-
 
 @dataclass(frozen=True)
 class Stacked:
@@ -119,9 +108,6 @@ class Stacked:
 
     def rows(self, start: int, stop: int) -> mx.array:
         return mx.stack([expert.rows(0, expert.shape[0]) for expert in self.experts[start:stop]])
-
-    def files(self) -> Iterable[TensorFile]:
-        return [file for expert in self.experts for file in expert.files()]
 
 
 @dataclass(frozen=True)
@@ -143,9 +129,6 @@ class Joined:
     def rows(self, start: int, stop: int) -> mx.array:
         return mx.concatenate([self.gate.rows(start, stop), self.up.rows(start, stop)], axis=1)
 
-    def files(self) -> Iterable[TensorFile]:
-        return [*self.gate.files(), *self.up.files()]
-
 
 @dataclass(frozen=True)
 class Merged:
@@ -165,9 +148,6 @@ class Merged:
 
     def rows(self, start: int, stop: int) -> mx.array:
         return self.adapter.merged(self.name, self.tensor.rows(start, stop), start)
-
-    def files(self) -> Iterable[TensorFile]:
-        return self.tensor.files()
 
 
 @dataclass
@@ -197,6 +177,15 @@ class Source:
             for name, tensor in self.tensors.items()
         }
 
+    def check_unchanged(self) -> None:
+        """Raises CheckpointError when a weight file or config.json is not what was read."""
+        for file in self.files.values():
+            file.check_unchanged()
+        if read_json(self.folder / "config.json") != self.raw_config:
+            raise CheckpointError(
+                f"{self.folder / 'config.json'} changed while it was read; run the command again."
+            )
+
     def close(self) -> None:
         for file in self.files.values():
             file.close()
@@ -224,11 +213,7 @@ def describe_source(repository: str, revision: str | None) -> Source:
 
 
 def _source(folder: Path, config: ModelConfig, files: dict[str, TensorFile], name: str) -> Source:
-    headers = {
-        tensor: weights.Header(entry.shape, weights.STORED_DTYPES[entry.dtype][1], file.path)
-        for file in files.values()
-        for tensor, entry in file.entries.items()
-    }
+    headers = {tensor: entry for file in files.values() for tensor, entry in file.entries.items()}
     try:
         matched = weights.match(config, headers, name)
         stored, duplicates = _gather(files)
@@ -297,12 +282,6 @@ def dense_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     for name, (shape, _) in parameter_shapes(config, "mlx", scaled=()).items():
         table[name] = dense.get(name, shape)
     return table
-
-
-def listing(names: list[str], shown: int = 5) -> str:
-    """The first few names of a list, and how many more there are."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def slices(shape: tuple[int, ...], limit: int = SLICE_BYTES) -> Iterator[tuple[int, int]]:

@@ -99,8 +99,6 @@ def write_shards(
                     if wants and filename not in writers:
                         writers[filename] = ShardWriter(folder, place[output.name], metadata)
                 _write_step(plan, step, tensor, wanted, place, writers, on_bytes)
-                for file in tensor.files():
-                    file.release()
                 mx.clear_cache()
             else:
                 on_bytes(tensor.nbytes)

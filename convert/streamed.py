@@ -56,8 +56,6 @@ class Streamed:
                 )
             mx.eval(rows)
             parts.append(rows)
-        for file in tensor.files():
-            file.release()
         return parts[0] if len(parts) == 1 else mx.concatenate(parts)
 
     def hidden(self, states: Sequence[State], on_layer: Callable[[], None]) -> list[mx.array]:

@@ -10,14 +10,14 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.checkpoint.weights import INDEX
 from mlx_dgemma.convert.origin import resolve_source
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Packed, Source, Tensor, open_source, slices
 from mlx_dgemma.convert.stream import is_finite
 from mlx_dgemma.convert.workspace import JOURNAL
 from mlx_dgemma.errors import CheckpointError, DGemmaError
-from mlx_dgemma.model.config import read_json
+from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import INDEX
 from mlx_dgemma.prompt import load_tokenizer
 
 # Scales of the mx and nv modes are floats in a byte; these bytes mean NaN.
@@ -110,8 +110,6 @@ def _number_problems(source: Source, progress: Callable[[str, int, int], None] |
     for name, tensor in source.tensors.items():
         if not _sound(tensor):
             problems.append(f"{name} holds NaN or Inf.")
-        for file in tensor.files():
-            file.release()
         done += tensor.nbytes
         if progress is not None:
             progress("checking numbers", done, total)

@@ -7,8 +7,10 @@ whole. The same command run again goes on from there; the target's name appears 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,8 +19,8 @@ from typing import Any
 from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.shards import file_digest, write_json
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.files import read_json
 from mlx_dgemma.machine.memory import gigabytes
-from mlx_dgemma.model.config import read_json
 
 JOURNAL = "conversion.json"
 _LOCK = ".lock"
@@ -34,10 +36,10 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
     ours, theirs = target.resolve(), source.resolve()
     if ours == theirs or ours in theirs.parents or theirs in ours.parents:
         raise InputError(f"{target}: the output cannot be the source or lie within it.")
-    if not target.exists():
+    if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise InputError(f"{target} is a file; choose another --mlx-path.")
+        raise InputError(f"{target} is no folder; choose another --mlx-path.")
     if not any(target.iterdir()):
         return
     if not overwrite:
@@ -59,10 +61,24 @@ def check_disk(folder: Path, size: int) -> None:
 
 
 class Workspace:
-    """An exclusive hold on `NAME.partial` and its journal."""
+    """An exclusive hold on `NAME.partial` and its journal.
 
-    def __init__(self, target: Path, plan_id: str, provenance: dict[str, Any]) -> None:
+    source: the folder that is converted. overwrite: the target may be a checkpoint, which is
+    then replaced.
+    """
+
+    def __init__(
+        self,
+        target: Path,
+        source: Path,
+        plan_id: str,
+        provenance: dict[str, Any],
+        *,
+        overwrite: bool = False,
+    ) -> None:
         self.target = target
+        self._source = source
+        self._overwrite = overwrite
         self.folder = target.with_name(target.name + ".partial")
         self._plan_id = plan_id
         self._provenance = provenance
@@ -72,25 +88,55 @@ class Workspace:
     def hold(self) -> Iterator[Workspace]:
         """Create or reopen the folder; nobody else may write it meanwhile.
 
-        Raises ResourceError when it cannot be written or another conversion holds it.
+        What a killed conversion left of the checkpoint it replaced is put back or removed.
+        Raises ResourceError when it cannot be written or another conversion holds it, InputError
+        when a folder has appeared at the target since it was first looked at.
         """
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            lock = (self.folder / _LOCK).open("w")
-        except OSError as error:
-            raise ResourceError(f"{self.folder}: cannot be written ({error.strerror}).") from error
-        with lock:
+        with self._locked():
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError as error:
-                raise ResourceError(
-                    f"{self.folder}: another conversion is writing there; wait for it."
-                ) from error
-            try:
+                self._settle_replaced()
+                check_target(self.target, self._source, overwrite=self._overwrite)
                 yield self
             finally:
                 if self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [_LOCK]:
                     shutil.rmtree(self.folder)  # refused before anything was written
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        """The folder's lock file, locked; the file that is locked is the one that lies there."""
+        path = self.folder / _LOCK
+        while True:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                lock = path.open("w")
+            except OSError as error:
+                raise ResourceError(
+                    f"{self.folder}: cannot be written ({error.strerror})."
+                ) from error
+            with lock:
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except OSError as error:
+                    raise ResourceError(
+                        f"{self.folder}: another conversion is writing there; wait for it."
+                    ) from error
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                        yield
+                        return
+            # Between opening and locking, the conversion that held it published its folder.
+
+    def _settle_replaced(self) -> None:
+        """`NAME.old-PID` of a conversion that was killed while it replaced the target: the last
+        whole checkpoint where there is no target, else superseded."""
+        name = re.compile(re.escape(self.target.name) + r"\.old-[0-9]+")
+        for old in sorted(self.target.parent.iterdir()):
+            if not name.fullmatch(old.name) or not (old / "config.json").is_file():
+                continue
+            if os.path.lexists(self.target):
+                shutil.rmtree(old, ignore_errors=True)
+            else:
+                old.rename(self.target)
 
     def recover(self, plan: Plan, on_bytes: Callable[[int], None]) -> list[str]:
         """Which shards of an interrupted run can be kept; everything else there is removed.
@@ -99,14 +145,15 @@ class Workspace:
         """
         journal = self._read_journal()
         names = {shard.filename for shard in plan.shards}
-        recorded = journal.get("shards", {}) if journal.get("plan") == self._plan_id else {}
-        for name, record in recorded.items():
+        recorded = journal.get("shards") if journal.get("plan") == self._plan_id else None
+        for name, record in recorded.items() if isinstance(recorded, dict) else ():
             path = self.folder / name
-            if name not in names or not path.exists() or path.stat().st_size != record["bytes"]:
+            if name not in names or not isinstance(record, dict) or not path.is_file():
                 continue
-            if file_digest(path) == record["sha256"]:
+            size = path.stat().st_size
+            if record == {"bytes": size, "sha256": file_digest(path)}:
                 self.finished[name] = record
-                on_bytes(record["bytes"])
+                on_bytes(size)
         # The journal stays until it is rewritten: it marks the folder as ours.
         for path in self.folder.iterdir():
             if path.name not in self.finished and path.name not in (_LOCK, JOURNAL):
@@ -147,17 +194,28 @@ class Workspace:
         shutil.rmtree(self.folder)
 
     def publish(self) -> None:
-        """Give the finished folder its name; an old output leaves only after the new one is in."""
-        (self.folder / _LOCK).unlink()
+        """Give the finished folder its name; an old output leaves only after the new one is in.
+
+        Raises InputError, and leaves what was made as it is, when something appeared at the target
+        that may not be replaced: the rename itself replaces nothing but an empty folder.
+        """
+        check_target(self.target, self._source, overwrite=self._overwrite)
         old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
-        replaced = self.target.exists() and any(self.target.iterdir())
+        replaced = self._overwrite and self.target.exists() and any(self.target.iterdir())
         if replaced:
             self.target.rename(old)
         try:
             self.folder.rename(self.target)
-        except OSError:
+        except OSError as error:
             if replaced:
                 old.rename(self.target)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise InputError(
+                    f"{self.target} appeared while it was converted to; what was made stays in "
+                    f"{self.folder}: move one of them away and run the same command again."
+                ) from error
             raise
+        with contextlib.suppress(OSError):
+            (self.target / _LOCK).unlink()  # kept until now, so that nobody else takes the folder
         if replaced:
-            shutil.rmtree(old)
+            shutil.rmtree(old, ignore_errors=True)

@@ -19,6 +19,7 @@ from mlx_dgemma.errors import DGemmaError
 if TYPE_CHECKING:
     from mlx_dgemma.checkpoint.loading import load
     from mlx_dgemma.context.prompt_cache import PromptCache
+    from mlx_dgemma.decisions import Choice, Decision, Noul, Score, decide
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
     from mlx_dgemma.generate import Replay, generate, replay, stream_generate
     from mlx_dgemma.infilling.fill import edit, infill, refine, regenerate
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "generate": ("Replay", "generate", "replay", "stream_generate"),
+    "decisions": ("Choice", "Decision", "Noul", "Score", "decide"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
     "infilling.fill": ("edit", "infill", "refine", "regenerate"),
     "infilling.results": ("Infill",),
@@ -36,16 +38,21 @@ _NAMES = {
 }
 
 __all__ = [
+    "Choice",
     "Commit",
     "DGemmaError",
+    "Decision",
     "Draft",
     "Event",
     "Finish",
     "Infill",
+    "Noul",
     "PromptCache",
     "Replay",
     "Runtime",
+    "Score",
     "__version__",
+    "decide",
     "edit",
     "generate",
     "infill",
@@ -71,14 +78,14 @@ def __dir__() -> list[str]:
 
 
 class _Package(ModuleType):
-    """`mlx_dgemma.generate` and `mlx_dgemma.infill` are functions, whatever is imported first.
+    """`mlx_dgemma.generate`, `.infill` and `.decide` are functions, whatever is imported first.
 
-    Importing a submodule binds it to its name in the package; for these two names the function is
+    Importing a submodule binds it to its name in the package; for these names the function is
     bound instead, as `from .generate import generate` does in mlx-lm.
     """
 
     def __setattr__(self, name: str, value: object) -> None:
-        if isinstance(value, ModuleType) and name in ("generate", "infill"):
+        if isinstance(value, ModuleType) and name in ("decide", "generate", "infill"):
             value = getattr(value, name)
         super().__setattr__(name, value)
 

@@ -17,6 +17,7 @@ VERBS = {
     "generate": "one prompt, one reply, and the canvas while it resolves",
     "chat": "a conversation in the terminal",
     "infill": "fill the holes of a text, or rewrite parts of it",
+    "decide": "answers to yes-or-no, choice and score questions, from one pass",
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
     "benchmark": "time, memory and quality of a model on this machine",
@@ -68,7 +69,7 @@ def _left_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-generate, chat, infill, convert, server, benchmark, doctor = (
+generate, chat, infill, decide, convert, server, benchmark, doctor = (
     partial(launch, verb) for verb in VERBS
 )
 

@@ -6,6 +6,8 @@
     ├── CheckpointError    the files: config, weights, tokenizer
     ├── CancelledError     the request's own cancel event ended it
     ├── ResourceError      memory or disk that does not suffice
+    │   └── GpuMemoryError while computing
+    ├── GpuError           the GPU gave up: too slow, in the screen's way, or for its own reasons
     └── NumericsError      the network produced NaN or Inf
 
 UnconvergedWarning is shown, not raised, where `on_unconverged="warn"` asks for it.
@@ -37,6 +39,14 @@ class CancelledError(DGemmaError):
 
 class ResourceError(DGemmaError):
     """Memory or disk space does not suffice; the message carries the numbers."""
+
+
+class GpuMemoryError(ResourceError):
+    """Memory ran out while a request was computed; other requests may fit."""
+
+
+class GpuError(DGemmaError):
+    """The system ended the GPU's work; the next request may succeed."""
 
 
 class NumericsError(DGemmaError):

@@ -8,26 +8,29 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypedDict, Unpack
+from typing import Any, Unpack
 
 import numpy as np
 
-from mlx_dgemma.context.prompt_cache import PromptCache, check_cache
+from mlx_dgemma.checkpoint.plan import slices_head
+from mlx_dgemma.checkpoint.sizes import working_bytes
+from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 from mlx_dgemma.decoding.settings import (
     Conditioning,
+    DecodingOptions,
     DecodingSettings,
     EmptyReplyPolicy,
     PresetName,
     SamplerName,
     UnconvergedPolicy,
+    overrides,
 )
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
@@ -38,10 +41,11 @@ from mlx_dgemma.decoding.trace import (
     Trace,
     config_digest,
 )
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.errors import GpuError, GpuMemoryError, InputError
 from mlx_dgemma.files import check_replaceable
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import is_short, slices_head, working_bytes
+from mlx_dgemma.machine.memory import is_short
 from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer
@@ -115,34 +119,17 @@ def stream_generate(
     trace: a file to record every draw in; not together with an opening.
 
     Closing the generator frees everything it holds. Raises InputError for a request that
-    cannot be served, NumericsError when the network produces NaN or Inf.
+    cannot be served, NumericsError when the network produces NaN or Inf,
+    GpuError or GpuMemoryError when the GPU gave up: a cache is then empty, and the next request
+    may succeed.
     """
+    given = overrides(locals())
     claim_process()
     check_cache(cache)
     if cache is not None and kv_bits is None:
         kv_bits = cache.kv_bits
-    settings = DecodingSettings.from_defaults(
-        model.config.generation,
-        {
-            "max_tokens": max_tokens,
-            "temp": temp,
-            "preset": preset,
-            "sampler": sampler,
-            "max_denoising_steps": max_denoising_steps,
-            "entropy_bound": entropy_bound,
-            "t_min": t_min,
-            "t_max": t_max,
-            "stability_threshold": stability_threshold,
-            "confidence_threshold": confidence_threshold,
-            "reveal_threshold": reveal_threshold,
-            "canvas_length": canvas_length,
-            "on_unconverged": on_unconverged,
-            "empty_reply": empty_reply,
-            "conditioning": conditioning,
-            "sliced_head": sliced_head,
-            "kv_bits": kv_bits,
-        },
-    )
+    given["kv_bits"] = kv_bits
+    settings = DecodingSettings.from_defaults(model.config.generation, given)
     if cache is not None and kv_bits != cache.kv_bits:
         raise InputError(
             f"The cache keeps its context exactly: make it with PromptCache(model, {kv_bits=})."
@@ -180,7 +167,9 @@ def stream_generate(
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
-    return _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+    return exclusively(
+        cache, _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+    )
 
 
 def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
@@ -192,34 +181,17 @@ def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Openin
     check_replaceable(path)
 
 
-class Options(TypedDict, total=False):
+class Options(DecodingOptions, total=False):
     """The keywords of `stream_generate`, for functions that pass them on."""
 
     images: Sequence[Any] | None
     image_tokens: int | None
-    max_tokens: int
     seed: int | None
-    temp: float
-    preset: PresetName
-    sampler: SamplerName
-    max_denoising_steps: int | None
-    entropy_bound: float | None
-    t_min: float | None
-    t_max: float | None
-    stability_threshold: int | None
-    confidence_threshold: float | None
-    reveal_threshold: float | None
-    canvas_length: int | None
     stop: str | Sequence[str]
     system_prompt: str | None
     tools: Sequence[Mapping[str, Any]] | None
     enable_thinking: bool
     cache: PromptCache | None
-    on_unconverged: UnconvergedPolicy
-    empty_reply: EmptyReplyPolicy
-    conditioning: Conditioning
-    sliced_head: bool | None
-    kv_bits: int | None
     logprobs: bool
     opening: Opening | None
     trace: str | Path | None
@@ -303,55 +275,58 @@ def _stream(
     record: Trace | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
-    with nullcontext() if cache is None else cache.in_use():
-        prompt, read = request.prompt, 0
-        if cache is None:
-            context = model.make_cache(request.settings.kv_bits)
-        else:
-            keys = prepared.keys
+    prompt, read = request.prompt, 0
+    if cache is None:
+        context = model.make_cache(request.settings.kv_bits)
+    else:
+        keys = prepared.keys
+        with explained():
             read = len(keys) - len(cache.align(keys))
-            context = cache.cache
-            request = replace(
-                request,
-                prompt=prompt[read:],
-                prefilled=partial(cache.mark, keys),
-                stops=cache.stops(keys),
-                reached=cache.reached,
-            )
-        unread = [image.patches for image in prepared.images_after(read)]
-        if unread:
-            request = replace(
-                request,
-                images=unread,
-                prefilled=_then_release(model, request.prefilled, len(prompt)),
-            )
-        blocks = generate_blocks(model, context, request)
-        answer: bool | None = None
-        last_block = 0
-        try:
-            while True:
-                try:
+        context = cache.cache
+        request = replace(
+            request,
+            prompt=prompt[read:],
+            prefilled=partial(cache.mark, keys),
+            stops=cache.stops(keys),
+            reached=cache.reached,
+        )
+    unread = [image.patches for image in prepared.images_after(read)]
+    if unread:
+        request = replace(
+            request, images=unread, prefilled=_then_release(model, request.prefilled, len(prompt))
+        )
+    blocks = generate_blocks(model, context, request)
+    answer: bool | None = None
+    last_block = 0
+    try:
+        while True:
+            try:
+                with explained():
                     event = blocks.send(answer)
-                except StopIteration:
-                    return
-                answer = None
-                if isinstance(event, Draft):
-                    yield replace(event, draft_text=draft_text(tokenizer, event.ids))
-                elif isinstance(event, Commit):
-                    if record is not None:
-                        record.committed.append(list(event.ids))
-                    increment = reader.feed(event.ids)
-                    answer, last_block = increment.stopped or None, event.block
-                    yield _commit(event, increment)
-                else:
-                    held = reader.finish()
-                    if not held.empty:
-                        yield _commit(Commit(ids=(), text="", block=last_block), held)
-                    if record is not None and trace is not None:
-                        record.save(trace)
-                    yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
-        finally:
-            blocks.close()
+            except StopIteration:
+                return
+            except (GpuError, GpuMemoryError):
+                if cache is not None:  # what it holds was perhaps never computed
+                    cache.forget()
+                raise
+            answer = None
+            if isinstance(event, Draft):
+                yield replace(event, draft_text=draft_text(tokenizer, event.ids))
+            elif isinstance(event, Commit):
+                if record is not None:
+                    record.committed.append(list(event.ids))
+                increment = reader.feed(event.ids)
+                answer, last_block = increment.stopped or None, event.block
+                yield _commit(event, increment)
+            else:
+                held = reader.finish()
+                if not held.empty:
+                    yield _commit(Commit(ids=(), text="", block=last_block), held)
+                if record is not None and trace is not None:
+                    record.save(trace)
+                yield replace(event, prompt_tokens=len(prompt), stop_string=reader.stop_string)
+    finally:
+        blocks.close()
 
 
 def _then_release(
@@ -383,6 +358,7 @@ def _commit(event: Commit, increment: Increment) -> Commit:
         thinking=increment.thinking,
         tool_calls=increment.tool_calls,
         malformed_calls=increment.malformed_calls,
+        cut_call=increment.cut_call,
     )
 
 

@@ -17,19 +17,23 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar, Unpack
 
 import numpy as np
 
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.checkpoint.plan import prepare
 from mlx_dgemma.context.prompt_cache import check_cache
+from mlx_dgemma.decisions import Decision
+from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
+from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
-from mlx_dgemma.machine.memory import plan_checkpoint
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
@@ -79,8 +83,8 @@ class _Worker:
 class Runtime:
     """A loaded model behind a queue.
 
-    path_or_hf_repo, lazy, revision, adapter_path, dtype: as in `load`, which runs on the model's
-    thread; the constructor returns when it has, and raises what it raised.
+    path_or_hf_repo, lazy, revision, adapter_path, dtype, chat_template: as in `load`, which runs
+    on the model's thread; the constructor returns when it has, and raises what it raised.
     kv_bits: the default of requests that do not name theirs.
 
     What the model will need is logged before it is loaded, as a warning where that is tight;
@@ -96,6 +100,7 @@ class Runtime:
         adapter_path: str | Path | None = None,
         dtype: str | None = None,
         kv_bits: int | None = None,
+        chat_template: str | Path | None = None,
     ) -> None:
         self._kv_bits = kv_bits
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
@@ -114,7 +119,13 @@ class Runtime:
                 path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits, dtype=dtype
             )
             self.model, self.tokenizer = self.call(
-                lambda: load(folder, lazy=lazy, adapter_path=adapter_path, dtype=dtype)
+                lambda: load(
+                    folder,
+                    lazy=lazy,
+                    adapter_path=adapter_path,
+                    dtype=dtype,
+                    chat_template=chat_template,
+                )
             )
         except BaseException:
             self.close()
@@ -243,6 +254,26 @@ class Runtime:
         """The whole answer; options are `stream_generate`'s keywords."""
         return "".join(event.text for event in self.stream(prompt, **options))
 
+    def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question | Mapping[str, Any]],
+        **options: Unpack[DecideOptions],
+    ) -> Decision:
+        """`mlx_dgemma.decide` on the model's thread; others take turns between its questions."""
+        if options.get("cache") is None:
+            options.setdefault("kv_bits", self._kv_bits)
+        cancel = options.setdefault("cancel", threading.Event()) or threading.Event()
+        turns = decide_turns(self.model, self.tokenizer, state, questions, **options)
+        arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.take_turns(turns, arrived.put, cancel)
+        for step in iter(arrived.get, None):
+            if isinstance(step, BaseException):
+                raise step
+            if isinstance(step, Decision):
+                return step
+        raise AssertionError("decide_turns ends with a Decision")
+
     def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the model's thread and returns its result.
 
@@ -254,7 +285,9 @@ class Runtime:
 
         def run() -> None:
             try:
-                outcome.put((True, function()))
+                with explained():
+                    value = function()
+                outcome.put((True, value))
             except BaseException as error:
                 outcome.put((False, error))
 
@@ -333,16 +366,14 @@ def _find(
     dtype: str | None,
 ) -> Path:
     """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
-    from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
-
-    folder = resolve_model(path_or_hf_repo, revision=revision)
     if not planned:
-        return folder
-    name = str(path_or_hf_repo or "The demo checkpoint")
-    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits, dtype=dtype)
-    log.info("%s needs %s", name, wanted)
-    if advice:
-        log.warning(advice)
+        from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
+
+        return resolve_model(path_or_hf_repo, revision=revision)
+    folder, plan = prepare(path_or_hf_repo, revision=revision, kv_bits=kv_bits, dtype=dtype)
+    log.info("%s needs %s", path_or_hf_repo or "The demo checkpoint", plan)
+    if plan.advice:
+        log.warning(plan.advice)
     return folder
 
 

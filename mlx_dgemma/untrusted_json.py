@@ -80,7 +80,10 @@ def shown(value: Any, most: int = 60) -> str:
     """A value for a message: one printable line, cut where it is long."""
     if isinstance(value, dict | list | tuple):
         kind = "an object" if isinstance(value, dict) else "a list"
-        text = "{}" if value == {} else f"{kind} of {len(value):,}" if value else "[]"
+        short = len(value) <= 4 and all(isinstance(v, int | float) for v in value)
+        plain = short and not isinstance(value, dict)
+        text = "{}" if value == {} else f"{kind} of {len(value):,}"
+        text = json.dumps(value) if plain else text
     elif isinstance(value, str | int | float | None):
         text = json.dumps(value[: most + 1] if isinstance(value, str) else value)
     else:

@@ -28,7 +28,13 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma import edit, infill, load
-from mlx_dgemma.decoding import CanvasRequest, DecodingSettings, SeededDraws, denoise, denoise_block
+from mlx_dgemma.decoding import (
+    CanvasRequest,
+    DecodingSettings,
+    SeededDraws,
+    denoise_block,
+    self_conditioning,
+)
 from mlx_dgemma.demo.tasks import InfillExample, infill_examples
 from mlx_dgemma.demo.tasks.example import ask
 from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
@@ -136,18 +142,18 @@ def accuracy(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
 
 def signals(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     """What a pinned position tells the next step: its own embedding, nothing, or the prediction."""
-    certain = denoise._signal
+    certain = self_conditioning.signal
 
-    def predicted(model: Any, seen: Any, now: float, pins: Any, *rest: Any) -> mx.array:
-        return certain(model, seen, now, None, *rest)
+    def predicted(model: Any, seen: Any, pins: Any, *few: Any, **counts: Any) -> mx.array:
+        return certain(model, seen, None, *few, **counts)
 
-    def zero(model: Any, seen: Any, now: float, pins: Any, *rest: Any) -> mx.array:
-        soft = certain(model, seen, now, None, *rest)
+    def zero(model: Any, seen: Any, pins: Any, *few: Any, **counts: Any) -> mx.array:
+        soft = certain(model, seen, None, *few, **counts)
         return soft if pins is None else mx.where(pins[1][..., None], 0.0, soft)
 
     figures = {}
     for name, signal in {"one-hot": certain, "zero": zero, "predicted": predicted}.items():
-        with patch.object(denoise, "_signal", signal):
+        with patch.object(self_conditioning, "signal", signal):
             outcomes, steps = [], []
             for seed, example in enumerate(examples("signals", n, model, tokenizer)):
                 result = fill(model, tokenizer, example, seed)

@@ -21,11 +21,11 @@ import mlx.core as mx
 from rich.console import Console
 from rich.table import Table
 
-from mlx_dgemma import stream_generate
+from mlx_dgemma import kernels, stream_generate
 from mlx_dgemma.checkpoint.weights import cast, expand, load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import TASKS, held_out
-from mlx_dgemma.model import Model, attention, experts, layers, network
+from mlx_dgemma.model import Model, attention, backbone, layers
 from mlx_dgemma.prompt import load_tokenizer
 
 LIMIT = 65504.0
@@ -38,9 +38,9 @@ class Audit:
     def __init__(self, model: Model) -> None:
         self.largest: dict[str, mx.array] = {}
         self.kinds = {
-            id(module): ".".join(part for part in name.split(".")[2:] if not part.isdigit())
+            id(module.weight): ".".join(part for part in name.split(".")[2:] if not part.isdigit())
             for name, module in model.named_modules()
-            if isinstance(module, layers.Matrix)
+            if isinstance(module, layers.Weights)
         }
 
     def see(self, kind: str, values: mx.array) -> None:
@@ -50,7 +50,7 @@ class Audit:
 
     def product(self, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
         def call(module: Any, x: mx.array, *more: Any) -> mx.array:
-            kind = self.kinds.get(id(module), "other")
+            kind = self.kinds.get(id(module.weight), "other")
             self.see(f"{kind} input", x)
             y = real(module, x, *more)
             self.see(f"{kind} output", y)
@@ -87,8 +87,9 @@ def watched(model: Model) -> Iterator[Audit]:
     audit = Audit(model)
     places = (
         (layers.Linear, "__call__", audit.product),
-        (experts.ExpertMatrix, "__call__", audit.product),
-        (network.Layer, "_feed_forward", audit.residual),
+        (layers.PackedLinear, "__call__", audit.product),
+        (kernels.Matrix, "apply_gathered", audit.product),
+        (backbone.Layer, "_feed_forward", audit.residual),
         (attention, "attend", audit.scores),
     )
     real = [getattr(owner, name) for owner, name, _ in places]

@@ -14,7 +14,7 @@ import numpy as np
 from mlx_dgemma.benchmark.synthetic import published_config
 from mlx_dgemma.convert.shards import Output, Shard, index_of, plan_shards
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 __all__ = ["fill", "published_config", "random_bfloat16", "write_sparse"]
 

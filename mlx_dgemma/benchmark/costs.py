@@ -16,10 +16,10 @@ from typing import Any, Literal
 from mlx.utils import tree_flatten
 
 from mlx_dgemma.benchmark.chips import Chip
-from mlx_dgemma.machine.memory import ITEM_SIZE, key_bytes
+from mlx_dgemma.checkpoint.sizes import ITEM_SIZE, key_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 Conditioning = Literal["none", "dense", "sparse"]
 

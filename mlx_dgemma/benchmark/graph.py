@@ -18,18 +18,19 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
-import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.checkpoint.weights import fill
+from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.canvas_state import CanvasState
+from mlx_dgemma.decoding.denoise import step
 from mlx_dgemma.decoding.draws import Place, SeededDraws
-from mlx_dgemma.decoding.logits import WholeLogits
-from mlx_dgemma.decoding.sampler import EntropyBoundSampler, StepInput
+from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 _VIEWS = {
     "AsStrided",
@@ -133,10 +134,14 @@ def _count(build: _Build, model: Model, *, as_kernels: bool = False) -> Counter[
         for module, name in ((mx.fast, "rms_norm"), (mx, "softmax"), (mx, "logsumexp")):
             stack.enter_context(_swapped(module, name, _one(tally, name, getattr(module, name))))
         if as_kernels:
-            stack.enter_context(_swapped(registry, "use", lambda _, __, supported: supported))
+            stack.enter_context(_swapped(dispatch, "use", _supported))
             stack.enter_context(_swapped(registry, "launch", _launch(tally)))
         outputs = build(model, cache)
     return tally + launches(outputs)
+
+
+def _supported(operation: registry.Operation, *sizes: registry.Size) -> bool:
+    return operation.supports(operation.shape(*sizes))
 
 
 def _one(tally: Counter[str], name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -202,34 +207,19 @@ def _written_out(model: Model, cache: ContextCache) -> list[mx.array]:
 
 
 def _step(model: Model, cache: ContextCache) -> list[mx.array]:
-    """The loop's step: the signal of the step before, decoder pass, statistics, next canvas."""
-    config, draws, place = model.config, SeededDraws(0), Place(0, 0, 2)
-    length, vocabulary = config.canvas_length, config.text.vocab_size
-    canvas, rows = mx.zeros((1, length), mx.int32), (length, kernels.CAPACITY)
+    """The loop's step, with the sum over survivors that gives it its signal."""
+    config = model.config
+    length, rows = config.canvas_length, (config.canvas_length, kernels.CAPACITY)
+    request, steps = CanvasRequest(SeededDraws(0)), DecodingSettings.max_denoising_steps
+    vocabulary = config.text.vocab_size
+    state = CanvasState.initial([request], Place(0, 0, 0), length, vocabulary, steps)
+    state.canvas = state.draft = mx.zeros((1, length), mx.int32)
     counts, dropped = mx.zeros((length,), mx.int32), mx.zeros((length,))
     survivors = kernels.Survivors(mx.zeros(rows, mx.int32), mx.zeros(rows), counts, dropped)
-    mx.eval(canvas, survivors)
-    signal = kernels.gather_soft_embeddings(
-        survivors, model.embedding_matrix, width=64, scale=model.embed_scale
-    )
-    hidden = model.hidden(canvas, cache, signal[None])
-    logits = WholeLogits(model, hidden, np.zeros(0, np.int32))
-    stats = logits.statistics(_TEMPERATURE, draws.sample(place, length), 1.0)
-    decision = EntropyBoundSampler(DecodingSettings()).decide(
-        StepInput(
-            canvas=canvas,
-            entropy=stats.entropy[None],
-            draft=stats.argmax[None],
-            sample=stats.sample[None],
-            sample_probability=stats.entropy[None],
-            fresh=draws.renoise(place, length, vocabulary)[None],
-            previous_draft=canvas,
-            pinned=None,
-        ),
-        last=False,
-    )
-    few = logits.survivors(stats, _TEMPERATURE)
-    report = mx.concatenate(
-        [decision.status.reshape(-1), few.dropped.max()[None], few.counts.max()[None]]
-    )
-    return [decision.canvas, report, few.ids, few.weights]
+    mx.eval(state.canvas, state.revealed, survivors)
+    state.signal = gathered(model, survivors, 64)[None]
+    settings = DecodingSettings(conditioning="sparse")
+    outcome = step(model, cache, settings, state, dispatch_every=None)
+    assert outcome.survivors is not None
+    few = outcome.survivors
+    return [outcome.decision.canvas, outcome.report.packed, few.ids, few.weights]

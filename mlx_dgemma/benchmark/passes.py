@@ -18,9 +18,11 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.benchmark.costs import Cost, loaded_bytes, prefill_costs, step_costs, total
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest
-from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
+from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
+from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.model import ContextCache, Model
@@ -180,10 +182,10 @@ def _components(model: Model, cache: ContextCache) -> Iterator[tuple[str, _Parts
     some = decoder.layers[0]
     everywhere = len(decoder.layers)
     yield "dense", [(everywhere, lambda: some.mlp(x))]
-    routing = some.router.fused(flat)
+    routing = some.router(flat)
     mx.eval(routing)
-    yield "router", [(everywhere, lambda: some.router.fused(flat))]
-    yield "experts", [(everywhere, lambda: some.experts.fused(flat, routing))]
+    yield "router", [(everywhere, lambda: some.router(flat))]
+    yield "experts", [(everywhere, lambda: some.experts(flat, routing))]
     raw = model.raw_logits(x)[0]
     mx.eval(raw)
     yield "head", [(1, lambda: model.raw_logits(x))]
@@ -210,8 +212,7 @@ def _components(model: Model, cache: ContextCache) -> Iterator[tuple[str, _Parts
             sharp, peaked.log_z, _TEMPERATURE, table.dtype, softcap=softcap
         )
         most = int(np.array(few.counts).max())
-        width = 1 << max(most - 1, 0).bit_length()
-        return conditioned(kernels.gather_soft_embeddings(few, table, width=width))
+        return conditioned(gathered(model, few, most))
 
     yield "self-conditioning, dense", [(1, densely)]
     yield "self-conditioning, sparse", [(1, sparsely)]

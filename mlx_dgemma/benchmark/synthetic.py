@@ -18,7 +18,8 @@ from mlx_dgemma.checkpoint.weights import fill, settle
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes, quantization_of
+from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.parameters import parameter_shapes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
 # Rows of a large random matrix that are drawn; the others repeat them in memory of their own.

@@ -22,14 +22,11 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
-from mlx_dgemma.model.config import ModelConfig, read_json
-from mlx_dgemma.model.names import (
-    Quantization,
-    is_tied_duplicate,
-    matrices,
-    quantization_of,
-    tied_to,
-)
+from mlx_dgemma.files import read_json
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.names import is_tied_duplicate, tied_to
+from mlx_dgemma.model.packing import Quantization, quantization_of
+from mlx_dgemma.model.parameters import matrices
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"

@@ -7,7 +7,6 @@ other program are reused and an interrupted download continues where it stopped.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
+from mlx_dgemma.headers import INDEX, read_weight_map
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 
@@ -48,7 +48,6 @@ SMALL_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-INDEX = "model.safetensors.index.json"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -246,7 +245,7 @@ class _Repository:
         path = api.hf_hub_download(
             self.name, INDEX, revision=self.revision, cache_dir=str(self.cache_dir)
         )
-        named = set(json.loads(Path(path).read_text())["weight_map"].values())
+        named = set(read_weight_map(Path(path)).values())
         lost = sorted(named - set(weights))
         if lost:
             raise ModelNotFoundError(
@@ -328,7 +327,7 @@ class _Repository:
         index = folder / INDEX
         shards = ["model.safetensors"] if weights else []
         if weights and index.is_file():
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            shards = sorted(set(read_weight_map(index).values()))
         lost = [name for name in ["config.json", *shards] if not (folder / name).exists()]
         if lost:
             raise ModelNotFoundError(

@@ -6,22 +6,19 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, computed_config, prepare
 from mlx_dgemma.checkpoint.weights import load_model
-from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels import dispatch
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import (
-    LEAST_CONTEXT,
-    check_fits,
-    computed_config,
-    plan_for,
-    set_limits,
-    stored_bytes,
-)
+from mlx_dgemma.machine.memory import set_limits
 from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
+from mlx_dgemma.prompt.chat_template import read_template
 
 
 def load(
@@ -31,6 +28,7 @@ def load(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    chat_template: str | Path | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
@@ -38,15 +36,21 @@ def load(
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
     format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
     default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
-    stays in float32.
+    stays in float32. chat_template: a file with a Jinja template, or its text, in the place of the
+    checkpoint's.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
-    InputError for a revision of the demo checkpoint, or another dtype.
+    InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
+    read.
     """
+    template = None if chat_template is None else read_template(chat_template)
     model, folder = load_network(
         path_or_hf_repo, lazy=lazy, revision=revision, adapter_path=adapter_path, dtype=dtype
     )
-    return model, load_tokenizer(folder, model.config.stop_ids)
+    tokenizer = load_tokenizer(folder, model.config.stop_ids)
+    if template is not None:
+        tokenizer.chat_template = template
+    return model, tokenizer
 
 
 def load_network(
@@ -61,24 +65,21 @@ def load_network(
     claim_process()
     if dtype is not None:
         _check_dtype(dtype)
-    folder = CHECKPOINT
-    if path_or_hf_repo is not None or revision is not None:
+    if lazy:
         from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(path_or_hf_repo, revision=revision)
-    this = machine()
-    if not lazy:
-        config, widened = computed_config(folder, dtype)
-        least = plan_for(
-            this,
-            config,
-            context_tokens=LEAST_CONTEXT,
-            weights=stored_bytes(folder, widened=widened),
+    else:
+        folder, _ = prepare(
+            path_or_hf_repo, revision=revision, context_tokens=LEAST_CONTEXT, dtype=dtype
         )
-        check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
-    set_limits(this)
+    set_limits(machine())
+    if not lazy:  # the checks need memory of their own, which the weights will take
+        dispatch.prepare(kernel_shapes(computed_config(folder, dtype)[0], dtype))
     computed = None if dtype is None else getattr(mx, dtype)
-    return load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path), folder
+    with explained():
+        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
+    return model, folder
 
 
 def _check_dtype(dtype: str) -> None:

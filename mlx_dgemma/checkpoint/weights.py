@@ -6,10 +6,8 @@ vision tower stays on disk until an image arrives.
 
 from __future__ import annotations
 
-import json
 import math
 import re
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -21,45 +19,18 @@ import mlx.nn as nn
 
 from mlx_dgemma.checkpoint.adapters import merge_parameters, read_adapter
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.layers import Matrix
-from mlx_dgemma.model.names import (
-    VISION_TOWER,
-    is_tied_duplicate,
-    matrices,
-    parameter_shapes,
-    quantization_of,
-    tied_to,
-    together,
-)
+from mlx_dgemma.model.layers import Weights
+from mlx_dgemma.model.names import VISION_TOWER, is_tied_duplicate, tied_to, together
 from mlx_dgemma.model.network import Model
-from mlx_dgemma.model.section import read_json
+from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 # On the CPU backend quantized and 16-bit products are slow, and 16-bit ones inaccurate: a model
 # whose float32 weights fit in this many bytes is expanded at load.
 EXPAND_BYTES = 2 << 30
-# safetensors dtype -> (bytes per element, our name)
-STORED_DTYPES = {
-    "BF16": (2, "bfloat16"),
-    "F16": (2, "float16"),
-    "F32": (4, "float32"),
-    "U32": (4, "uint32"),
-    "U8": (1, "uint8"),
-    "I8": (1, "int8"),
-    "I16": (2, "int16"),
-    "U16": (2, "uint16"),
-    "I32": (4, "int32"),
-    "I64": (8, "int64"),
-    "U64": (8, "uint64"),
-    "F64": (8, "float64"),
-    "BOOL": (1, "bool"),
-    "F8_E4M3": (1, "float8"),
-    "F8_E5M2": (1, "float8"),
-    "F8_E8M0": (1, "float8"),
-}
 _EXPERTS = re.compile(
     r"(?P<experts>model\.decoder\.layers\.\d+\.experts)\.(?:(?P<expert>\d+)\.)?"
     r"(?P<part>gate_up_proj|gate_proj|up_proj|down_proj)(?:\.(?P<suffix>weight|scales|biases))?"
@@ -69,22 +40,13 @@ _IGNORED = re.compile(r"rotary_emb\.|\.(?:input|output)_(?:min|max)$")
 
 
 @dataclass(frozen=True)
-class Header:
-    """What a shard says about one tensor, and which shard that is."""
-
-    shape: tuple[int, ...]
-    dtype: str
-    path: Path
-
-
-@dataclass(frozen=True)
 class Source:
     """How one parameter comes from the files: a tensor, a stack of experts, or gate over up."""
 
     kind: Literal["tensor", "stack", "gate_up"]
     parts: tuple[Any, ...]  # a tensor's name, or Sources
 
-    def shape(self, headers: Mapping[str, Header]) -> tuple[int, ...] | None:
+    def shape(self, headers: Mapping[str, Entry]) -> tuple[int, ...] | None:
         """The resulting shape; None when the parts do not fit together."""
         if self.kind == "tensor":
             return headers[self.parts[0]].shape
@@ -96,7 +58,7 @@ class Source:
             return (len(shapes), *first)
         return None if len(first) != 3 else (first[0], 2 * first[1], first[2])
 
-    def dtype(self, headers: Mapping[str, Header]) -> str:
+    def dtype(self, headers: Mapping[str, Entry]) -> str:
         if self.kind == "tensor":
             return headers[self.parts[0]].dtype
         return self.parts[0].dtype(headers)
@@ -161,7 +123,7 @@ def load_model(
 def _leave_vision_unread(
     model: Model,
     sources: Mapping[str, Source],
-    headers: Mapping[str, Header],
+    headers: Mapping[str, Entry],
     settled: bool,
     unbound: mx.Stream,
 ) -> None:
@@ -190,7 +152,7 @@ def settle(model: Model, unbound: mx.Stream | None = None) -> None:
     model.prepare()
     if small:
         for module in model.model.decoder.modules():
-            if isinstance(module, Matrix):
+            if isinstance(module, Weights):
                 module.store_transposed()
     mx.eval(model.model.decoder.parameters())
     mx.eval(model.model.encoder.language_model.parameters())
@@ -215,21 +177,26 @@ def _convert(model: Model, part: nn.Module, widened: bool) -> bool:
 
 
 def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
-    """Put named tensors into the tree, and tell packed matrices how they are packed."""
+    """Put named tensors into the tree, where packed matrices take the place of dense ones."""
+    for name in parameters:
+        path = name.removesuffix(".scales")
+        packing = quantization_of(model.config.quantization, path)
+        if path != name and packing is not None:
+            parent, attribute = _find(model, path)
+            parent[attribute] = parent[attribute].pack(packing)
     for name, tensor in parameters.items():
         module, attribute = _find(model, name)
         module[attribute] = tensor
-        if attribute == "scales" and isinstance(module, Matrix):
-            path = name.removesuffix(".scales")
-            module.packing = quantization_of(model.config.quantization, path)
 
 
 def expand(model: Model, part: nn.Module | None = None) -> None:
     """Make every matrix dense in the activation dtype, in the model or a part of it; what is
     unread stays unread."""
-    for module in (model if part is None else part).modules():
-        if isinstance(module, Matrix):
-            module.dequantize(model.dtype)
+    part = model if part is None else part
+    for name, module in part.named_modules():
+        if isinstance(module, Weights):
+            parent, attribute = _find(part, name)
+            parent[attribute] = module.dense(model.dtype)
 
 
 def cast(model: Model, part: nn.Module | None = None) -> None:
@@ -241,30 +208,25 @@ def cast(model: Model, part: nn.Module | None = None) -> None:
     )
 
 
-def read_headers(folder: Path) -> dict[str, Header]:
+def read_headers(folder: Path) -> dict[str, Entry]:
     """Every tensor the folder's shards hold; CheckpointError on a missing or damaged shard."""
     index = folder / INDEX
     if not index.exists():
         if not (folder / SINGLE).exists():
             raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}; download it again.")
-        return _read_header(folder / SINGLE)
+        return read_header(folder / SINGLE).entries
 
-    content = read_json(index)
-    weight_map = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise CheckpointError(f"{index} has no weight_map; download it again.")
-    headers: dict[str, Header] = {}
+    weight_map = read_weight_map(index)
+    headers: dict[str, Entry] = {}
     for shard in sorted(set(weight_map.values())):
-        if Path(shard).name != shard:
-            raise CheckpointError(f"{index} points outside its folder: {shard!r}.")
-        headers.update(_read_header(folder / shard))
+        headers.update(read_header(folder / shard).entries)
     absent = [name for name in weight_map if name not in headers]
     if absent:
         raise CheckpointError(f"{index} lists tensors its shards do not hold: {together(absent)}.")
     return headers
 
 
-def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> dict[str, Source]:
+def match(config: ModelConfig, headers: Mapping[str, Entry], source: str) -> dict[str, Source]:
     """Parameter name -> where it comes from, for exactly the parameters of the network.
 
     Raises CheckpointError that names every missing, unexpected and misshapen tensor.
@@ -287,7 +249,7 @@ def match(config: ModelConfig, headers: Mapping[str, Header], source: str) -> di
 def _misshapen(
     table: Mapping[str, tuple[tuple[int, ...], str]],
     sources: Mapping[str, Source],
-    headers: Mapping[str, Header],
+    headers: Mapping[str, Entry],
 ) -> list[str]:
     wrong = []
     for name, (shape, dtype) in table.items():
@@ -301,7 +263,7 @@ def _misshapen(
     return wrong
 
 
-def _sources(headers: Mapping[str, Header]) -> tuple[dict[str, Source], list[str]]:
+def _sources(headers: Mapping[str, Entry]) -> tuple[dict[str, Source], list[str]]:
     """Sort the files' tensors into parameters; strays belong nowhere."""
     plain: dict[str, Source] = {}
     experts: dict[tuple[str, str, str], dict[int | None, str]] = {}
@@ -344,45 +306,6 @@ def _sources(headers: Mapping[str, Header]) -> tuple[dict[str, Source], list[str
     return plain, strays
 
 
-def _read_header(path: Path) -> dict[str, Header]:
-    """Parse and check one shard's header against the file's size."""
-    again = "download it again"
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            start = file.read(8)
-            length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
-            if not 2 <= length <= min(size - 8, 100_000_000):
-                raise CheckpointError(f"{path} is truncated or no safetensors file; {again}.")
-            content = json.loads(file.read(length))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path} is missing; {again}.") from error
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}); {again}.") from error
-
-    headers, end = {}, 0
-    try:
-        for name, entry in content.items():
-            if name == "__metadata__":
-                continue
-            width, dtype = STORED_DTYPES[entry["dtype"]]
-            shape = tuple(int(n) for n in entry["shape"])
-            first, last = entry["data_offsets"]
-            if not 0 <= first <= last or last - first != width * math.prod(shape):
-                raise ValueError(f"{name} has offsets that do not fit its shape")
-            headers[name] = Header(shape, dtype, path)
-            end = max(end, last)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path} has a damaged header ({error}); {again}.") from error
-    if size < 8 + length + end:
-        raise CheckpointError(
-            f"{path} is truncated: {size:,} of {8 + length + end:,} bytes; {again}."
-        )
-    return headers
-
-
 def _load_shard(path: Path) -> dict[str, mx.array]:
     try:
         return mx.load(str(path), format="safetensors")  # type: ignore[return-value]
@@ -390,7 +313,7 @@ def _load_shard(path: Path) -> dict[str, mx.array]:
         raise CheckpointError(f"{path} cannot be read: {error}.") from error
 
 
-def _find(model: Model, name: str) -> tuple[Any, str]:
+def _find(model: nn.Module, name: str) -> tuple[Any, str]:
     *path, attribute = name.split(".")
     module: Any = model
     for step in path:

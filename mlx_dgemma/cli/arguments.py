@@ -3,29 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import Any, get_args
+from typing import Any
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.hub import COMMUNITY
-from mlx_dgemma.decoding.settings import PRESETS, SamplerName, UnconvergedPolicy
+from mlx_dgemma.decoding.settings import PRESETS, settings_by_name
 from mlx_dgemma.model.config import DTYPES
 
-# Flags that `stream_generate` takes by the same name; None leaves the checkpoint's own value.
-SETTINGS = (
-    "preset",
-    "max_tokens",
-    "temp",
-    "sampler",
-    "max_denoising_steps",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "stability_threshold",
-    "confidence_threshold",
-    "canvas_length",
-    "on_unconverged",
-    "kv_bits",
-)
+# Settings with a flag of the same name, and the preset; None leaves the checkpoint's own value.
+SETTINGS = ("preset", *(name for name, known in settings_by_name().items() if known.help))
 
 
 def add_version(parser: argparse.ArgumentParser) -> None:
@@ -47,6 +33,11 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         help="a LoRA adapter in PEFT's format, merged on loading",
     )
     group.add_argument(
+        "--chat-template",
+        metavar="FILE",
+        help="a Jinja chat template in the place of the checkpoint's, such as a newer one",
+    )
+    group.add_argument(
         "--dtype",
         choices=DTYPES,
         help="what is computed in; float16 suits M1 and M2, which have no bfloat16 of their own "
@@ -63,67 +54,27 @@ def add_preset(parser: argparse._ActionsContainer) -> None:
     )
 
 
-def add_kv_bits(parser: argparse._ActionsContainer) -> None:
+def add_setting(parser: argparse._ActionsContainer, name: str) -> None:
+    """The flag of one decoding setting, as its record describes it."""
+    known = settings_by_name()[name]
     parser.add_argument(
-        "--kv-bits",
-        type=int,
-        choices=(8,),
-        help="keep the context in 8 bits where it grows, about half the memory of a long one "
-        "(default: the exact context)",
+        f"--{name.replace('_', '-')}",
+        *filter(None, [known.short]),
+        type=known.kind,
+        choices=known.choices or None,
+        metavar=known.metavar,
+        help=known.help,
     )
 
 
 def add_decoding(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
     add_preset(group)
-    group.add_argument(
-        "--max-tokens",
-        "-m",
-        type=int,
-        metavar="N",
-        help="tokens to generate at most (default: 256)",
-    )
-    group.add_argument(
-        "--temp",
-        type=float,
-        metavar="T",
-        help="divides the logits for sampling; 0 is greedy (default: 1, as the reference samples)",
-    )
+    for name in SETTINGS[1:]:
+        add_setting(group, name)
     group.add_argument(
         "--seed", type=int, metavar="N", help="repeats a generation (default: drawn and shown)"
     )
-    group.add_argument(
-        "--sampler",
-        choices=get_args(SamplerName),
-        help="which positions a step accepts (default: entropy-bound)",
-    )
-    group.add_argument(
-        "--max-denoising-steps", type=int, metavar="N", help="steps a block may take at most"
-    )
-    group.add_argument(
-        "--entropy-bound", type=float, metavar="NATS", help="joint entropy accepted per step"
-    )
-    group.add_argument("--t-min", type=float, metavar="T", help="temperature of the last step")
-    group.add_argument("--t-max", type=float, metavar="T", help="temperature before the first step")
-    group.add_argument(
-        "--stability-threshold",
-        type=int,
-        metavar="N",
-        help="a block may stop once its draft equals this many drafts before it",
-    )
-    group.add_argument(
-        "--confidence-threshold",
-        type=float,
-        metavar="NATS",
-        help="... and once its mean entropy is below this",
-    )
-    group.add_argument("--canvas-length", type=int, metavar="N", help="positions denoised together")
-    group.add_argument(
-        "--on-unconverged",
-        choices=get_args(UnconvergedPolicy),
-        help="what to do with a block that ran out of steps (default: commit)",
-    )
-    add_kv_bits(group)
     group.add_argument(
         "--stop",
         action="append",

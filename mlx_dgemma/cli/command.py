@@ -70,6 +70,14 @@ def command(body: Body) -> Main:
         except DGemmaError as error:
             print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
+        except (RuntimeError, MemoryError) as error:
+            from mlx_dgemma.machine.gpu_failures import explanation  # imports MLX
+
+            told = explanation(error)
+            if told is None:
+                raise
+            print(f"error: {told}", file=sys.stderr)
+            return USER_ERROR
         except KeyboardInterrupt:
             return INTERRUPTED
         except BrokenPipeError:

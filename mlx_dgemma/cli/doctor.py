@@ -33,9 +33,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.add_argument("--report", metavar="FILE", help="also write the JSON report to a file")
     parser.add_argument(
-        "--check-kernels",
-        action="store_true",
-        help="compare every kernel with its twin at the real model's shapes (Metal only)",
+        "--check",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="compare every kernel with its twin, and time both, in the shapes of a model: a "
+        "folder or Hub id, by default the published 4-bit checkpoint; also what was checked "
+        "before (Metal only)",
     )
     flags.add_version(parser)
     return parser
@@ -44,7 +48,7 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    found = examine(machine(), check_kernels=arguments.check_kernels)
+    found = examine(machine(), check=arguments.check)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
         try:
@@ -60,10 +64,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def examine(this: Machine, *, check_kernels: bool = False) -> dict[str, Any]:
-    """The whole report, JSON-ready; it names no user, no path and no prompt."""
+def examine(this: Machine, *, check: str | None = None) -> dict[str, Any]:
+    """The whole report, JSON-ready; it names no user, no path and no prompt.
+
+    check: check the kernels for this model first; "" is the published one, None checks nothing.
+    """
     from mlx_dgemma.kernels.report import report
 
+    if check is not None:
+        check_kernels(check)
     return {
         "mlx_dgemma": __version__,
         "machine": this.record(),
@@ -87,8 +96,24 @@ def examine(this: Machine, *, check_kernels: bool = False) -> dict[str, Any]:
             "exact_bytes": LONGEST_CONTEXT_BYTES[None],
             "kv_bits_8_bytes": LONGEST_CONTEXT_BYTES[8],
         },
-        "kernels": report(check=check_kernels),
+        "kernels": report(),
     }
+
+
+def check_kernels(model: str) -> None:
+    """Check every kernel that a model can use, known or not; "" is the published checkpoint."""
+    from mlx_dgemma.benchmark.synthetic import synthetic_config
+    from mlx_dgemma.kernels import dispatch
+    from mlx_dgemma.model.config import ModelConfig
+    from mlx_dgemma.model.kernel_shapes import kernel_shapes
+
+    if model:
+        from mlx_dgemma.checkpoint.hub import resolve_model
+
+        config = ModelConfig.from_folder(resolve_model(model))
+    else:
+        config = ModelConfig.from_dict(synthetic_config("26b-4bit"))
+    dispatch.prepare(kernel_shapes(config), again=True)
 
 
 def concerns(this: Machine) -> list[str]:
@@ -147,6 +172,16 @@ def show(found: dict[str, Any], console: Console) -> None:
     for operation in kernels["operations"]:
         table.add_row(f"  {operation['name']}", operation["status"])
     console.print(table)
+    for operation in kernels["operations"]:
+        for verdict in operation["verdicts"]:
+            console.print(Text(_verdict(operation["name"], verdict), "dim"))
+
+
+def _verdict(name: str, verdict: dict[str, Any]) -> str:
+    """One line: the shape, what runs there and why, and when that was found out."""
+    runs = "kernel" if verdict["enabled"] else "twin"
+    again = "" if verdict["lasting"] else "; will be checked again"
+    return f"  {name} {verdict['shape']}: {runs}, {verdict['reason']} ({verdict['age']}{again})"
 
 
 def _facts(this: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str]]:

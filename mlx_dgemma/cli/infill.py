@@ -68,10 +68,8 @@ def build_parser() -> argparse.ArgumentParser:
     decoding = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
     decoding.add_argument("--n", type=int, default=1, help="alternatives (default: 1)")
     decoding.add_argument("--seed", type=int, metavar="N", help="repeats a filling")
-    decoding.add_argument("--temp", type=float, metavar="T", help="0 is greedy (default: 1)")
-    decoding.add_argument("--max-denoising-steps", type=int, metavar="N")
-    decoding.add_argument("--entropy-bound", type=float, metavar="NATS")
-    flags.add_kv_bits(decoding)
+    for name in _GIVEN:
+        flags.add_setting(decoding, name)
     decoding.add_argument(
         "--refine",
         type=probability,

@@ -66,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="memory for contexts kept between requests (default: 2048; 0 keeps none)",
     )
     flags.add_preset(parser)
-    flags.add_kv_bits(limits)
+    flags.add_setting(limits, "kv_bits")
     limits.add_argument(
         "--prompt-cache-dir",
         type=Path,
@@ -115,6 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 revision=arguments.revision,
                 adapter_path=arguments.adapter_path,
                 dtype=arguments.dtype,
+                chat_template=arguments.chat_template,
                 kv_bits=arguments.kv_bits,
             )
         )

@@ -71,9 +71,12 @@ class PrefixCache:
         self._entries: dict[str, Entry] = {}
         self._recent: deque[np.ndarray] = deque(maxlen=_REMEMBERED)
 
-    def lease(self) -> SharedContext | None:
-        """One request's context; None when nothing is to be kept. Any thread."""
-        return SharedContext(self) if self._budget else None
+    def lease(self, *, whole: bool = False) -> SharedContext | None:
+        """One request's context; None when nothing is to be kept. Any thread.
+
+        whole: others are likely to begin with this very prompt, so its end is kept as well.
+        """
+        return SharedContext(self, whole=whole) if self._budget else None
 
     @property
     def nbytes(self) -> int:
@@ -149,8 +152,9 @@ class PrefixCache:
 class SharedContext(PromptCache):
     """The context of one request, begun from a kept one. cached_tokens: how much that saved."""
 
-    def __init__(self, store: PrefixCache) -> None:
+    def __init__(self, store: PrefixCache, *, whole: bool = False) -> None:
         super().__init__(store.owner.model, store.kv_bits)
+        self._whole = whole
         self._store = store
         self._divisions: list[int] = []
         self._names: dict[int, str] = {}
@@ -167,6 +171,8 @@ class SharedContext(PromptCache):
             self.cached_tokens = len(self._begun.keys)
             self.cache.thaw(self._begun.frozen)
         chosen = self._store.worth_keeping(self.ids, self._divisions)
+        if self._whole:
+            chosen[len(self.ids)] = True
         self._chosen = {at: shared for at, shared in chosen.items() if at > self.cached_tokens}
         if self._begun is not None and chosen.get(self.cached_tokens):
             self._begun = replace(self._begun, shared=True)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
     from mlx_dgemma.model.context import Snapshot
 
 _IDS = "prompt_ids"
+T = TypeVar("T")
 
 
 class PromptCache:
@@ -58,7 +60,7 @@ class PromptCache:
         """Takes the cache back to where `prompt` continues it; returns the ids still to read."""
         prompt = list(prompt)
         if self._snapshot is None or prompt[: len(self.ids)] != self.ids:
-            self._begin()
+            self.forget()
             return prompt
         self.cache.restore(self._snapshot)
         return prompt[len(self.ids) :]
@@ -78,9 +80,10 @@ class PromptCache:
     def reset(self) -> None:
         """Forgets everything."""
         with self.in_use():
-            self._begin()
+            self.forget()
 
-    def _begin(self) -> None:
+    def forget(self) -> None:
+        """`reset`, for the request that has the cache."""
         self.cache = self._model.make_cache(self.kv_bits)
         self.ids = []
         self._snapshot = None
@@ -101,10 +104,11 @@ class PromptCache:
         loaded = cls(model, kv_bits)
         loaded.cache = ContextCache.load(path, model, kv_bits)
         try:
-            ids = json.loads(loaded.cache.metadata.get(_IDS, "null"))
-        except (TypeError, ValueError):
+            ids = parse(loaded.cache.metadata.get(_IDS, "null"))
+        except UntrustedJSONError:
             ids = None
-        if not isinstance(ids, list) or len(ids) != loaded.cache.offset:
+        whole = isinstance(ids, list) and all(type(key) is int for key in ids)
+        if not whole or len(ids) != loaded.cache.offset:
             raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")
         loaded.mark(ids)
         return loaded
@@ -117,3 +121,9 @@ def check_cache(cache: object) -> None:
             f"cache is a PromptCache or None, not a {type(cache).__name__}: make one with "
             "PromptCache(model)."
         )
+
+
+def exclusively(cache: PromptCache | None, events: Iterator[T]) -> Generator[T, None, None]:
+    """The events, with the cache kept to this request from the first to the last."""
+    with nullcontext() if cache is None else cache.in_use():
+        yield from events

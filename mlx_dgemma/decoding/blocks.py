@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
-from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
+from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -307,6 +308,6 @@ def draft_event(step: Step, row: int = 0) -> Draft:
         draft_text="",
         accepted=np.array(step.accepted)[line],
         entropy=np.array(step.entropy)[line],
-        step=step.place.step,
-        block=step.place.block,
+        step=step.places[line].step,
+        block=step.places[line].block,
     )

@@ -12,6 +12,9 @@ import numpy as np
 from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
 
+# What a batch pins: ids int32 [B, C] and a mask bool [B, C].
+PinArrays = tuple[mx.array, mx.array]
+
 
 @dataclass(frozen=True)
 class Pins:
@@ -100,7 +103,18 @@ class CanvasRequest:
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
 
     def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
-        """int32 [length]: noise, or the draft with some positions noised; pins laid on top."""
+        """int32 [length]: noise, or the draft with some positions noised; pins laid on top.
+
+        Raises InputError for known ids outside the vocabulary, which no gather may see.
+        """
+        known = [] if self.pins is None else [self.pins.ids[self.pins.mask]]
+        known += [] if self.start is None else [self.start.ids]
+        for ids in (*known, *self.allowed.values()):
+            if len(ids) and not 0 <= ids.min() <= ids.max() < vocab_size:
+                raise InputError(
+                    f"Token ids of a canvas must be between 0 and {vocab_size - 1}, not "
+                    f"{ids.max() if ids.max() >= vocab_size else ids.min()}."
+                )
         canvas = self.draws.canvas(place, length, vocab_size)
         if self.start is not None:
             kept = self.draws.keep(place, length) >= self.start.strength
@@ -110,8 +124,8 @@ class CanvasRequest:
         return canvas
 
 
-def stack_pins(rows: Sequence[CanvasRequest], length: int) -> tuple[mx.array, mx.array] | None:
-    """(ids int32 [B, C], mask bool [B, C]) of a batch, or None when no row pins anything."""
+def stack_pins(rows: Sequence[CanvasRequest], length: int) -> PinArrays | None:
+    """The pins of a batch, or None when no row pins anything."""
     if all(row.pins is None for row in rows):
         return None
     free = Pins(np.zeros(length, np.int32), np.zeros(length, bool))

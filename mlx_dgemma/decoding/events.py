@@ -49,6 +49,7 @@ class Commit:
     thinking: what they add to the thought channel, which is no part of the answer.
     tool_calls: calls completed by this block, {"name": str, "arguments": dict} each.
     malformed_calls: calls that could not be parsed; their text is part of `text` as well.
+    cut_call: what was written of a call the reply ended inside; neither a call nor text.
     logprobs: per id, the log-probability (nats) under the last step's untempered logits.
     entropies: per id, the entropy (nats) of the last step's tempered distribution.
     settled: per id, the denoising step (1 is the block's first) that last changed it.
@@ -60,6 +61,7 @@ class Commit:
     thinking: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     malformed_calls: tuple[str, ...] = ()
+    cut_call: str = ""
     logprobs: tuple[float, ...] = ()
     entropies: tuple[float, ...] = ()
     settled: tuple[int, ...] = ()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
     ROW_BLOCK,
     Exponentials,
@@ -44,13 +44,18 @@ _OUT_OF_REACH = -1e4
 class Logits(Protocol):
     """The raw logits of a batch of canvases; rows are canvas positions, flattened [b * C]."""
 
-    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
-        """Statistics and a sample of every row; uniforms float32 [b * C, 2]."""
+    def statistics(
+        self, temperature: float | mx.array, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
+        """Statistics and a sample of every row; uniforms float32 [b * C, 2].
 
-    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+        temperature: one number, or float32 [b * C].
+        """
+
+    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
         """Soft embeddings [b, C, H] of the tempered logits."""
 
-    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+    def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         """The tokens that carry each row's probability."""
 
     def at(self, ids: mx.array) -> mx.array:
@@ -75,7 +80,7 @@ def make_logits(
     dtype = model.embedding_matrix.dtype
     sparse = settings.sparse_conditioning(8 * dtype.size)
     # With float32 tables nothing is cast between the logits and the signal.
-    if dtype == mx.float32 and not sparse and not registry.available():
+    if dtype == mx.float32 and not sparse and not dispatch.available():
         return ExponentialLogits(model, hidden, banned)
     return WholeLogits(model, hidden, banned)
 
@@ -90,10 +95,12 @@ class WholeLogits:
         if banned.size:
             self._raw[..., mx.array(banned)] = _OUT_OF_REACH
 
-    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+    def statistics(
+        self, temperature: float | mx.array, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
         return row_statistics(self._rows, temperature, uniforms, softcap=self._softcap, temp=temp)
 
-    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
         soft = soft_embeddings(
             self._rows,
             stats.log_z,
@@ -104,7 +111,7 @@ class WholeLogits:
         )
         return soft.reshape(*self._raw.shape[:2], -1)
 
-    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+    def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         dtype = self._model.embedding_matrix.dtype
         return select_survivors(self._rows, stats.log_z, temperature, dtype, softcap=self._softcap)
 
@@ -135,10 +142,12 @@ class SlicedLogits:
         self._vocabulary = model.config.text.vocab_size
         self._banned = np.sort(banned)
 
-    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+    def statistics(
+        self, temperature: float | mx.array, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
         return self._statistics(self._flat, temperature, uniforms, temp)
 
-    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
         soft = sliced_soft_embeddings(
             lambda start, stop: self._slice(self._flat, start, stop),
             stats.log_z,
@@ -149,7 +158,7 @@ class SlicedLogits:
         )
         return soft.reshape(self._hidden.shape)
 
-    def survivors(self, stats: RowStatistics, temperature: float) -> Survivors:
+    def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         raise ValueError("a sliced head sums its signal densely")
 
     def at(self, ids: mx.array) -> mx.array:
@@ -171,7 +180,7 @@ class SlicedLogits:
     def _statistics(
         self,
         hidden: mx.array,
-        temperature: float,
+        temperature: float | mx.array,
         uniforms: mx.array,
         temp: float,
         kept: list[Exponentials] | None = None,
@@ -202,18 +211,21 @@ class ExponentialLogits(SlicedLogits):
         super().__init__(model, hidden, banned)
         self._kept: list[list[Exponentials]] = []  # by block of rows, then by slice
 
-    def statistics(self, temperature: float, uniforms: mx.array, temp: float) -> RowStatistics:
+    def statistics(
+        self, temperature: float | mx.array, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
         self._kept = []
         blocks: list[RowStatistics] = []
         for some in self._row_blocks():
             hidden, drawn = self._flat[some], uniforms[some]
+            t = temperature[some] if isinstance(temperature, mx.array) else temperature
             if blocks:  # one block at a time, so that temporaries stay small
                 hidden, drawn = mx.depends([hidden, drawn], list(blocks[-1]))
             self._kept.append([])
-            blocks.append(self._statistics(hidden, temperature, drawn, temp, self._kept[-1]))
+            blocks.append(self._statistics(hidden, t, drawn, temp, self._kept[-1]))
         return RowStatistics(*(mx.concatenate(list(field)) for field in zip(*blocks, strict=True)))
 
-    def signal(self, stats: RowStatistics, temperature: float) -> mx.array:
+    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
         soft = [
             kept_soft_embeddings(kept, stats.log_z[some], self._table, scale=self._scale)
             for kept, some in zip(self._kept, self._row_blocks(), strict=True)

@@ -1,7 +1,7 @@
 """Which positions of a denoised canvas stay, and what the next canvas holds.
 
-A sampler is made for one block's batch. It gets one step's statistics and answers with the
-next canvas; nothing is read by the host but `status`.
+A sampler gets one step's statistics and answers with the next canvas; it remembers nothing between
+steps, and the host reads nothing but `status` and `complete`.
 """
 
 from __future__ import annotations
@@ -9,13 +9,19 @@ from __future__ import annotations
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.accept import Accepted, accept_renoise
 
 
 class StepInput(NamedTuple):
-    """One denoised canvas. All [b, C]; previous_draft is None on a block's first step."""
+    """One denoised canvas, all [b, C].
+
+    canvas, draft, sample, fresh, previous_draft: int32 ids; previous_draft is None, or -1, on a
+    row's first step. entropy float32, nats. sample_probability float32. pinned bool, or None.
+    revealed bool: positions that a previous step revealed, and the pinned ones.
+    """
 
     canvas: mx.array
     entropy: mx.array
@@ -25,6 +31,7 @@ class StepInput(NamedTuple):
     fresh: mx.array
     previous_draft: mx.array | None
     pinned: mx.array | None
+    revealed: mx.array
 
 
 class Decision(NamedTuple):
@@ -32,40 +39,36 @@ class Decision(NamedTuple):
 
     canvas int32 [b, C]: what the next step denoises. accepted bool [b, C].
     status float32 [b, 3]: draft repeated (0 or 1), mean entropy (nats), all finite (0 or 1).
+    revealed: bool [b, C], the positions that stay as they are from now on.
     complete: bool [b] when the sampler itself can finish a row, or None.
     """
 
     canvas: mx.array
     accepted: mx.array
     status: mx.array
+    revealed: mx.array
     complete: mx.array | None = None
 
 
 class Sampler(Protocol):
-    """Accepts and renoises; may remember something of each row between steps."""
+    """Accepts and renoises."""
 
-    def decide(self, step: StepInput, *, last: bool) -> Decision:
-        """`last` is True on the schedule's final step."""
-
-    def keep(self, rows: mx.array) -> None:
-        """Forgets all rows but these (indices int32 [n])."""
+    def decide(self, step: StepInput, *, last: np.ndarray) -> Decision:
+        """`last` bool [b] is True for rows on the schedule's final step."""
 
 
 class EntropyBoundSampler:
     """The reference: keep the surest positions while their joint entropy stays within a bound.
 
-    Decided anew at every step; nothing freezes. Source: arXiv 2505.24857.
+    Decided at every step again; nothing freezes. Source: arXiv 2505.24857.
     """
 
     def __init__(self, settings: DecodingSettings) -> None:
         self.entropy_bound = settings.entropy_bound
 
-    def decide(self, step: StepInput, *, last: bool) -> Decision:
+    def decide(self, step: StepInput, *, last: np.ndarray) -> Decision:
         chosen = _accept(step, self.entropy_bound)
-        return Decision(chosen.canvas, chosen.accepted, chosen.status)
-
-    def keep(self, rows: mx.array) -> None:
-        """Nothing to forget."""
+        return Decision(chosen.canvas, chosen.accepted, chosen.status, step.revealed)
 
 
 class ConfidenceThresholdSampler:
@@ -78,24 +81,16 @@ class ConfidenceThresholdSampler:
 
     def __init__(self, settings: DecodingSettings) -> None:
         self.threshold = settings.reveal_threshold
-        self.revealed: mx.array | None = None
 
-    def decide(self, step: StepInput, *, last: bool) -> Decision:
-        if self.revealed is None:
-            nothing = mx.zeros(step.canvas.shape, dtype=mx.bool_)
-            self.revealed = nothing if step.pinned is None else step.pinned
-        hidden = mx.logical_not(self.revealed)
+    def decide(self, step: StepInput, *, last: np.ndarray) -> Decision:
+        hidden = mx.logical_not(step.revealed)
         sure = self._surest(step.sample_probability, hidden)
-        complete = mx.logical_or(self.revealed, sure).all(axis=1)
-        reveal = hidden if last else sure
+        complete = mx.logical_or(step.revealed, sure).all(axis=1)
+        reveal = mx.where(mx.array(last)[:, None], hidden, sure) if last.any() else sure
         tokens = mx.where(reveal, step.sample, step.canvas)
-        self.revealed = mx.logical_or(self.revealed, reveal)
-        canvas = mx.where(self.revealed, tokens, step.fresh)
-        return Decision(canvas, reveal, _accept(step, 0.0).status, complete)
-
-    def keep(self, rows: mx.array) -> None:
-        if self.revealed is not None:
-            self.revealed = self.revealed[rows]
+        revealed = mx.logical_or(step.revealed, reveal)
+        canvas = mx.where(revealed, tokens, step.fresh)
+        return Decision(canvas, reveal, _accept(step, 0.0).status, revealed, complete)
 
     def _surest(self, probability: mx.array, hidden: mx.array) -> mx.array:
         sure = mx.logical_and(hidden, probability >= self.threshold)
@@ -119,7 +114,7 @@ def _accept(step: StepInput, entropy_bound: float) -> Accepted:
 
 
 def make_sampler(settings: DecodingSettings) -> Sampler:
-    """The sampler of that name, ready for one block."""
+    """The sampler that the settings name."""
     if settings.sampler == "confidence-threshold":
         return ConfidenceThresholdSampler(settings)
     return EntropyBoundSampler(settings)

@@ -1,11 +1,14 @@
-"""The knobs of one request's decoding, checked when they are made."""
+"""The knobs of one request's decoding: one record, from which flags, request fields and keywords
+come, and which checks itself when it is made."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
 from numbers import Integral, Real
-from typing import Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, TypedDict, get_args
 
 from mlx_dgemma.errors import InputError
 
@@ -15,6 +18,7 @@ EmptyReplyPolicy = Literal["reroll", "suppress", "allow"]
 Conditioning = Literal["auto", "dense", "sparse"]
 PresetName = Literal["reference", "balanced", "fast"]
 
+MAX_FLOAT = sys.float_info.max
 # Named settings. The reference is the checkpoint's own generation config; the others trade accuracy
 # for fewer denoising steps (studies/README.md has both, measured).
 PRESETS: dict[str, dict[str, int | float]] = {
@@ -23,15 +27,55 @@ PRESETS: dict[str, dict[str, int | float]] = {
     "fast": {"stability_threshold": 0, "max_denoising_steps": 16, "confidence_threshold": 0.05},
 }
 
-_WHOLE = ("max_tokens", "max_denoising_steps", "stability_threshold")
-_REAL = (
-    "temp",
-    "entropy_bound",
-    "t_min",
-    "t_max",
-    "reveal_threshold",
-    "confidence_threshold",
-)
+
+@dataclass(frozen=True)
+class Setting:
+    """What there is to know about one setting besides its default.
+
+    kind: of its value. expected: how a refusal ends, "NAME=VALUE is not possible: use ...".
+    low, high: its bounds, inclusive unless `above`, which leaves `low` out. choices: its only
+        values, where there are few. optional: None is possible.
+    help, metavar, short: of its flag; without a help it has none.
+    request: the bounds of the field of a server's request, or its choices; None if it has none.
+    """
+
+    kind: type = float
+    expected: str = ""
+    low: float = -math.inf
+    high: float = math.inf
+    above: bool = False
+    choices: tuple[Any, ...] = ()
+    optional: bool = False
+    help: str = ""
+    metavar: str | None = None
+    short: str = ""
+    request: tuple[Any, ...] | None = None
+
+    def wrong_kind(self, value: object) -> str:
+        """What kind of value is expected, where this one is of another; else empty."""
+        if value is None and self.optional:
+            return ""
+        if self.kind is int and not isinstance(value, Integral):
+            return self.expected if self.optional else "a whole number"
+        if self.kind is float and not isinstance(value, Real):
+            return "a number"
+        return ""
+
+    def allows(self, value: Any) -> bool:
+        """Whether a value of the right kind is one of the choices and within the bounds."""
+        if value is None:
+            return self.optional
+        if self.choices:
+            return value in self.choices
+        if self.kind is bool:
+            return isinstance(value, bool)
+        return value <= self.high and (value > self.low if self.above else value >= self.low)
+
+
+def _setting(default: Any, kind: type = float, **known: Any) -> Any:
+    if known.get("choices") and "expected" not in known:
+        known["expected"] = " or ".join(map(repr, known["choices"]))
+    return field(default=default, metadata={"setting": Setting(kind, **known)})
 
 
 class GenerationDefaults(Protocol):
@@ -81,50 +125,130 @@ class DecodingSettings:
     kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.
     """
 
-    max_tokens: int = 256
-    temp: float = 1.0
-    sampler: SamplerName = "entropy-bound"
-    max_denoising_steps: int = 48
-    entropy_bound: float = 0.1
-    t_min: float = 0.4
-    t_max: float = 0.8
-    reveal_threshold: float = 0.9
-    stability_threshold: int = 1
-    confidence_threshold: float = 0.005
-    canvas_length: int | None = None
-    on_unconverged: UnconvergedPolicy = "commit"
-    empty_reply: EmptyReplyPolicy = "reroll"
-    conditioning: Conditioning = "auto"
-    sliced_head: bool = False
-    kv_bits: int | None = None
+    max_tokens: int = _setting(
+        256,
+        int,
+        low=1,
+        expected="at least 1",
+        help="tokens to generate at most (default: 256)",
+        metavar="N",
+        short="-m",
+    )
+    temp: float = _setting(
+        1.0,
+        low=0,
+        high=MAX_FLOAT,
+        expected="0 or more",
+        help="divides the logits for sampling; 0 is greedy (default: 1, as the reference samples)",
+        metavar="T",
+    )
+    sampler: SamplerName = _setting(
+        "entropy-bound",
+        str,
+        choices=get_args(SamplerName),
+        help="which positions a step accepts (default: entropy-bound)",
+        request=(),
+    )
+    max_denoising_steps: int = _setting(
+        48,
+        int,
+        low=1,
+        expected="at least 1",
+        help="steps a block may take at most",
+        metavar="N",
+        request=(1, 1024),
+    )
+    entropy_bound: float = _setting(
+        0.1,
+        low=0,
+        expected="0 or more (nats)",
+        help="joint entropy accepted per step",
+        metavar="NATS",
+        request=(0, 1e6),
+    )
+    t_min: float = _setting(0.4, help="temperature of the last step", metavar="T", request=(0, 100))
+    t_max: float = _setting(
+        0.8,
+        low=0,
+        above=True,
+        high=MAX_FLOAT,
+        expected="a finite number above 0, at least t_min",
+        help="temperature before the first step",
+        metavar="T",
+        request=(0, 100),
+    )
+    reveal_threshold: float = _setting(
+        0.9,
+        low=0,
+        above=True,
+        high=1,
+        expected="between 0 and 1",
+        help="probability at which confidence-threshold reveals a position (default: 0.9)",
+        metavar="P",
+        request=(0, 1),
+    )
+    stability_threshold: int = _setting(
+        1,
+        int,
+        low=0,
+        expected="0 or more",
+        help="a block may stop once its draft equals this many drafts before it",
+        metavar="N",
+        request=(0, 1024),
+    )
+    confidence_threshold: float = _setting(
+        0.005,
+        low=0,
+        expected="0 or more (nats)",
+        help="... and once its mean entropy is below this",
+        metavar="NATS",
+        request=(0, 1e6),
+    )
+    canvas_length: int | None = _setting(
+        None,
+        int,
+        low=1,
+        optional=True,
+        expected="1 or more",
+        help="positions denoised together",
+        metavar="N",
+        request=(1, 65536),
+    )
+    on_unconverged: UnconvergedPolicy = _setting(
+        "commit",
+        str,
+        choices=get_args(UnconvergedPolicy),
+        help="what to do with a block that ran out of steps (default: commit)",
+        request=("commit", "refuse"),
+    )
+    empty_reply: EmptyReplyPolicy = _setting(
+        "reroll",
+        str,
+        choices=get_args(EmptyReplyPolicy),
+        help="what to do with a reply that would begin with its end (default: reroll)",
+        request=(),
+    )
+    conditioning: Conditioning = _setting("auto", str, choices=get_args(Conditioning))
+    sliced_head: bool = _setting(False, bool, expected="True or False")
+    kv_bits: int | None = _setting(
+        None,
+        int,
+        choices=(8,),
+        optional=True,
+        expected="8, or None for the exact context",
+        help="keep the context in 8 bits where it grows, about half the memory of a long one "
+        "(default: the exact context)",
+    )
 
     def __post_init__(self) -> None:
-        for name in _WHOLE:
-            self._require(name, isinstance(getattr(self, name), Integral), "a whole number")
-        for name in _REAL:
-            self._require(name, isinstance(getattr(self, name), Real), "a number")
-        self._require("max_tokens", self.max_tokens >= 1, "at least 1")
-        self._require("temp", self.temp >= 0 and math.isfinite(self.temp), "0 or more")
-        self._require("max_denoising_steps", self.max_denoising_steps >= 1, "at least 1")
-        self._require("entropy_bound", self.entropy_bound >= 0, "0 or more (nats)")
-        finite = 0 < self.t_max < math.inf
-        self._require("t_max", finite, "a finite number above 0, at least t_min")
+        known = settings_by_name()
+        for name, setting in known.items():
+            expected = setting.wrong_kind(getattr(self, name))
+            self._require(name, not expected, expected)
+        for name, setting in known.items():
+            self._require(name, setting.allows(getattr(self, name)), setting.expected)
         above = f"above 0 and at most t_max={self.t_max}"
         self._require("t_min", 0 < self.t_min <= self.t_max, above)
-        self._require("reveal_threshold", 0 < self.reveal_threshold <= 1, "between 0 and 1")
-        self._require("stability_threshold", self.stability_threshold >= 0, "0 or more")
-        self._require("confidence_threshold", self.confidence_threshold >= 0, "0 or more (nats)")
-        if self.canvas_length is not None:
-            whole = isinstance(self.canvas_length, Integral)
-            self._require("canvas_length", whole and self.canvas_length >= 1, "1 or more")
-        self._require("kv_bits", self.kv_bits in (None, 8), "8, or None for the exact context")
-        for name, options in (
-            ("sampler", get_args(SamplerName)),
-            ("on_unconverged", get_args(UnconvergedPolicy)),
-            ("empty_reply", get_args(EmptyReplyPolicy)),
-            ("conditioning", get_args(Conditioning)),
-        ):
-            self._require(name, getattr(self, name) in options, " or ".join(map(repr, options)))
 
     def sparse_conditioning(self, bits: int) -> bool:
         """Whether the signal may be summed sparsely when activations have this many bits."""
@@ -145,7 +269,7 @@ class DecodingSettings:
 
         Raises InputError for a keyword that is no setting or a value out of range.
         """
-        known = {field.name for field in fields(cls)} | {"preset"}
+        known = {*settings_by_name(), "preset"}
         unknown = sorted(set(overrides) - known)
         if unknown:
             raise InputError(
@@ -169,3 +293,35 @@ class DecodingSettings:
             return replace(base, **given)  # type: ignore[arg-type]
         except TypeError as error:
             raise InputError(f"A generation option has the wrong type: {error}.") from error
+
+
+def settings_by_name() -> dict[str, Setting]:
+    """Field of DecodingSettings -> what there is to know about it."""
+    return {one.name: one.metadata["setting"] for one in fields(DecodingSettings)}
+
+
+class DecodingOptions(TypedDict, total=False):
+    """The settings as keywords of the functions that pass them on; None leaves them as they are."""
+
+    preset: PresetName
+    max_tokens: int
+    temp: float
+    sampler: SamplerName
+    max_denoising_steps: int | None
+    entropy_bound: float | None
+    t_min: float | None
+    t_max: float | None
+    reveal_threshold: float | None
+    stability_threshold: int | None
+    confidence_threshold: float | None
+    canvas_length: int | None
+    on_unconverged: UnconvergedPolicy
+    empty_reply: EmptyReplyPolicy
+    conditioning: Conditioning
+    sliced_head: bool | None
+    kv_bits: int | None
+
+
+def overrides(given: Mapping[str, object]) -> dict[str, object]:
+    """The settings, and the preset, among keywords such as a function's locals()."""
+    return {name: given[name] for name in DecodingOptions.__annotations__ if name in given}

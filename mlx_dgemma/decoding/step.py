@@ -13,12 +13,12 @@ from mlx_dgemma.decoding.draws import Place
 class Step:
     """One denoising step of a batch; draft, accepted and entropy are computed, others when read.
 
-    place.step counts up from 1. rows: which rows of the batch are still being denoised, one
-    line of every array each. canvas int32 [b, C] is what the step was given; draft int32
+    rows: which rows of the batch are still being denoised, one line of every array each, and one
+    place, whose step counts up from 1. canvas int32 [b, C] is what the step was given; draft int32
     [b, C] the argmax; sample int32 [b, C]; accepted bool [b, C]; entropy float32 [b, C], nats.
     """
 
-    place: Place
+    places: tuple[Place, ...]
     rows: tuple[int, ...]
     canvas: mx.array
     draft: mx.array

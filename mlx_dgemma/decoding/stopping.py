@@ -14,17 +14,17 @@ class StableAndConfident:
     Source: StableAndConfidentStoppingCriteria in transformers' diffusion_gemma.
     """
 
-    def __init__(self, stability_threshold: int, confidence_threshold: float, rows: int) -> None:
+    def __init__(self, stability_threshold: int, confidence_threshold: float) -> None:
         self.stability_threshold = stability_threshold
         self.confidence_threshold = np.float32(confidence_threshold)
-        self.repeats = np.zeros(rows, dtype=np.int64)
 
-    def __call__(
-        self, rows: np.ndarray, repeated: np.ndarray, mean_entropy: np.ndarray
-    ) -> np.ndarray:
-        """bool [b]: which of `rows` (indices) stop, given bool [b] and float32 [b] of the step."""
-        self.repeats[rows] = np.where(repeated, self.repeats[rows] + 1, 0)
-        stable = self.repeats[rows] >= self.stability_threshold
+    def count(self, repeats: np.ndarray, repeated: np.ndarray) -> np.ndarray:
+        """int64 [b]: equal drafts in a row, given those so far and bool [b] of this step."""
+        return np.where(repeated, repeats + 1, 0)
+
+    def __call__(self, repeats: np.ndarray, mean_entropy: np.ndarray) -> np.ndarray:
+        """bool [b]: which rows stop, given `count` and this step's mean entropy float32 [b]."""
+        stable = repeats >= self.stability_threshold
         return stable & (mean_entropy < self.confidence_threshold)
 
 

@@ -23,9 +23,12 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.files import check_replaceable
+from mlx_dgemma.files import check_replaceable, read_bytes
+from mlx_dgemma.untrusted_json import Limits, parse, shown
 
 FORMAT = 1
+# A block of 256 positions and 48 steps takes 1 MB and 100,000 values.
+_LIMITS = Limits(size=512 << 20, parts=64_000_000)
 
 
 def config_digest(config: Any) -> str:
@@ -84,28 +87,39 @@ class Trace:
     def load(cls, path: str | Path) -> Trace:
         """Reads a trace; raises InputError when the file is no trace of this format."""
         try:
-            record = json.loads(Path(path).read_text())
+            record = parse(read_bytes(path, _LIMITS.size), _LIMITS)
+            if record.get("format", FORMAT) != FORMAT:
+                raise InputError(
+                    f"{path} is a trace of format {shown(record.get('format'))}; "
+                    f"this reads {FORMAT}."
+                )
             trace = cls(**record)
             trace._check()
         except OSError as error:
             raise InputError(f"Cannot read the trace {path}: {error.strerror}.") from error
-        except (AttributeError, TypeError, ValueError) as error:
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise InputError(
                 f"{path} is not a trace written by --trace, or is damaged: record it again."
             ) from error
-        if trace.format != FORMAT:
-            raise InputError(f"{path} is a trace of format {trace.format}; this reads {FORMAT}.")
         return trace
 
     def _check(self) -> None:
         """Raises what Python raises where a field is not as `save` writes it."""
         self.decoding_settings()
-        for numbers in (self.prompt, *self.draws.values(), *self.committed):
-            array = np.asarray(numbers, dtype=np.float64)
-            if not array.ndim or not (np.abs(array) < 2**31).all():
-                raise ValueError("not a list of numbers")
-        if not all({"block", "attempt", "step", "draft"} <= step.keys() for step in self.steps):
-            raise ValueError("steps without a place or a draft")
+        texts = (self.config_digest, *self.versions.keys(), *self.versions.values())
+        if not _is_id(self.seed, 2**64) or not all(isinstance(text, str) for text in texts):
+            raise ValueError("a seed, a digest or a version of the wrong type")
+        for ids in (self.prompt, *self.committed):
+            _check_ids(ids)
+        for name, numbers in self.draws.items():
+            if name.endswith((".canvas", ".renoise")):
+                _check_ids(numbers)
+            else:
+                _check_uniforms(numbers, of=2 if name.endswith(".sample") else 1)
+        for step in self.steps:
+            if not all(_is_id(step[name]) for name in ("block", "attempt", "step")):
+                raise ValueError("a step without a place")
+            _check_ids(step["draft"])
 
     def decoding_settings(self) -> DecodingSettings:
         return DecodingSettings(**self.settings)
@@ -142,16 +156,25 @@ class RecordedDraws:
         self.trace = trace
 
     def canvas(self, place: Place, length: int, vocab_size: int) -> mx.array:
-        return mx.array(self._find(place, "canvas", length), dtype=mx.int32)
+        return self._ids(place, "canvas", length, vocab_size)
 
     def sample(self, place: Place, length: int) -> mx.array:
         return mx.array(self._find(place, "sample", length), dtype=mx.float32)
 
     def renoise(self, place: Place, length: int, vocab_size: int) -> mx.array:
-        return mx.array(self._find(place, "renoise", length), dtype=mx.int32)
+        return self._ids(place, "renoise", length, vocab_size)
 
     def keep(self, place: Place, length: int) -> mx.array:
         return mx.array(self._find(place, "keep", length), dtype=mx.float32)
+
+    def _ids(self, place: Place, purpose: str, length: int, vocab_size: int) -> mx.array:
+        ids = self._find(place, purpose, length)
+        if max(ids, default=0) >= vocab_size:
+            raise InputError(
+                f"The trace draws token {max(ids)}, and this model's last is {vocab_size - 1}: "
+                "replay it with the model that it was recorded with."
+            )
+        return mx.array(ids, dtype=mx.int32)
 
     def _find(self, place: Place, purpose: str, length: int) -> list[Any]:
         drawn = self.trace.draws.get(_name(place, purpose))
@@ -182,7 +205,7 @@ class Comparison:
             expected[name] == record[name] for name in ("block", "attempt", "step", "draft")
         )
         if not same and self.divergence is None:
-            self.divergence = step.place
+            self.divergence = step.places[0]
 
     def over(self, committed: int) -> bool:
         """Whether the trace holds nothing more, once so many blocks are committed.
@@ -196,11 +219,32 @@ class Comparison:
 def _record(step: Step) -> dict[str, Any]:
     entropy = np.array(step.entropy[0])
     return {
-        **step.place._asdict(),
+        **step.places[0]._asdict(),
         "draft": step.draft[0].tolist(),
         "accepted": np.flatnonzero(np.array(step.accepted[0])).tolist(),
         "mean_entropy": float(entropy.mean()),
     }
+
+
+def _is_id(value: Any, below: int = 2**31) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < below
+
+
+def _check_ids(ids: Any) -> None:
+    if not isinstance(ids, list) or not all(map(_is_id, ids)):
+        raise ValueError("not a list of token ids")
+
+
+def _check_uniforms(numbers: Any, of: int) -> None:
+    """Numbers from 0 to 1, without 1; or lists of `of` such numbers."""
+    if not isinstance(numbers, list):
+        raise ValueError("not a list of numbers")
+    for number in numbers:
+        one = number if of > 1 else [number]
+        if not isinstance(one, list) or len(one) != of:
+            raise ValueError("not a list of draws")
+        if not all(type(value) in (int, float) and 0 <= value < 1 for value in one):
+            raise ValueError("a draw outside of 0 to 1")
 
 
 def _name(place: Place, purpose: str) -> str:

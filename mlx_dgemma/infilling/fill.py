@@ -11,14 +11,15 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
+from mlx_dgemma.checkpoint.plan import canvases_together, slices_head
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Prompt, prepare_prompt
-from mlx_dgemma.infilling.planning import Job, LengthChoice
+from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
 from mlx_dgemma.infilling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.windows import Filler
-from mlx_dgemma.machine.memory import slices_head
+from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
@@ -172,7 +173,9 @@ def _fill(
     literals = tuple(part for part in parts if isinstance(part, str))
     sizes = [len(tokenizer.encode(literal)) for literal in literals]
     text = sum(sizes)
-    _check_room(model, len(prompt.ids) + text - sizes[-1])
+    context = len(prompt.ids) + text
+    _check_room(model, context - sizes[-1])
+    sliced = slices_head(model.config, context, kv_bits)
     job = Job(
         model=model,
         tokenizer=tokenizer,
@@ -183,7 +186,7 @@ def _fill(
                 "sampler": options.get("sampler"),
                 "max_denoising_steps": options.get("max_denoising_steps"),
                 "entropy_bound": options.get("entropy_bound"),
-                "sliced_head": slices_head(model.config, len(prompt.ids) + text, kv_bits),
+                "sliced_head": sliced,
                 "kv_bits": kv_bits,
             },
         ),
@@ -196,8 +199,12 @@ def _fill(
         cancel=options.get("cancel"),
         old=tuple(old),
         strength=strength,
+        together=canvases_together(
+            model.config, context, MOST_TOGETHER, sliced_head=sliced, kv_bits=kv_bits
+        ),
     )
-    results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
+    with explained():
+        results = yield from Filler(job).fill([check_seed(seed + index) for index in range(n)])
     best, *others = sorted(results, key=lambda result: -result.score)
     yield replace(best, alternatives=tuple(others))
 

@@ -21,6 +21,7 @@ from mlx_dgemma.prompt.holes import Hole
 
 # How a hole finds its length: candidates are tried, or the network ends it with pads.
 LengthChoice = Literal["try", "pad"]
+MOST_TOGETHER = 8  # canvases denoised side by side where memory allows
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Job:
 
     old: what each hole held before, if it is an edit. strength: how much of it to give up.
     images: one per run of image placeholders in the prompt. lengths: how a hole finds its own.
+    together: canvases denoised side by side at most; bounds memory to so many times one canvas'.
     """
 
     model: Model
@@ -43,6 +45,7 @@ class Job:
     strength: float = 1.0
     images: Sequence[ImagePatches] = ()
     lengths: LengthChoice = "try"
+    together: int = MOST_TOGETHER
 
 
 @dataclass(frozen=True)

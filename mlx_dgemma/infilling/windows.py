@@ -12,8 +12,9 @@ from typing import TypeVar
 
 import numpy as np
 
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Start
-from mlx_dgemma.decoding.denoise import BlockResult, denoise_block
+from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.infilling.lengths import (
@@ -32,8 +33,6 @@ from mlx_dgemma.infilling.results import Filling, Infill
 from mlx_dgemma.infilling.template import Template
 from mlx_dgemma.model import ContextCache
 
-# Canvases denoised side by side; bounds the logits to this many times [C, V].
-BATCH = 8
 # Work that pauses behind each batch of canvases, saying how many decoder passes there were so far.
 T = TypeVar("T")
 Turns = Generator[int, None, T]
@@ -179,7 +178,7 @@ class Filler:
     ) -> Turns[list[float]]:
         """`belief` of (canvas, expected ids, counted positions), in batches."""
         found: dict[int, float] = {}
-        for batch in alike([len(look[0]) for look in looks], BATCH):
+        for batch in alike([len(look[0]) for look in looks], self.job.together):
             columns = zip(*(looks[row] for row in batch), strict=True)
             values = belief(self.model, cache, self.job.settings, *columns)
             found.update(zip(batch, values, strict=True))
@@ -201,7 +200,9 @@ class Filler:
         """
         templates = [self.plan.template(window, lengths) for lengths, _ in rows]
         filled: dict[int, _Filled] = {}
-        for batch in alike([template.length(self.plan.limit) for template in templates], BATCH):
+        for batch in alike(
+            [template.length(self.plan.limit) for template in templates], self.job.together
+        ):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]
             length = templates[batch[0]].length(self.plan.limit)
             results = self._run(cache, window, requests, length, pad)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 
 _LAST = 3e38  # sorts behind every real entropy and, unlike Inf, survives arithmetic
 
@@ -50,8 +50,7 @@ def accept_renoise(
     mask of pinned positions. Positions are kept in ascending order of entropy, the lowest index
     first among equals, where inclusive cumsum - own <= entropy_bound in float32.
     """
-    shape: registry.Shape = {"length": entropy.shape[1]}
-    run = metal if registry.use(OPERATION, shape, supported(entropy)) else twin
+    run = metal if dispatch.use(OPERATION, entropy.dtype, entropy.shape[1]) else twin
     return run(canvas, entropy, draft, sample, fresh, previous_draft, entropy_bound, pinned=pinned)
 
 
@@ -116,9 +115,8 @@ _KERNEL = registry.Kernel(
 )
 
 
-def supported(entropy: mx.array) -> bool:
-    """Whether the kernel takes canvases of this length."""
-    return entropy.dtype == mx.float32 and 0 < entropy.shape[1] <= 512
+def _supports(shape: registry.Shape) -> bool:
+    return shape["dtype"] == "float32" and 0 < int(shape["length"]) <= 512
 
 
 def metal(
@@ -144,7 +142,7 @@ def metal(
             entropy,
             *ids[1:],
             previous,
-            mx.zeros((1,), dtype=mx.bool_) if pinned is None else pinned,
+            ids[0] if pinned is None else pinned,
             mx.array([entropy_bound], dtype=mx.float32),
         ],
         template=[
@@ -179,4 +177,4 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
             )
 
 
-OPERATION = registry.Operation("accept", (_KERNEL,), _probes)
+OPERATION = registry.Operation("accept", ("dtype", "length"), (_KERNEL,), _supports, _probes)

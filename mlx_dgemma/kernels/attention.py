@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.samples import dtype_named
 
 CHUNK = 2048  # keys per product
@@ -69,9 +69,10 @@ def attend(
     or makes them when it is read. `mask` bool [L, M] is of the last M keys, and all before them are
     visible; every query must see some key.
     """
-    run = twin
-    if registry.use(OPERATION, _shape(queries, segments), supported(queries, chunk)):
-        run = metal
+    _, heads, length, head_dim = queries.shape
+    kv_heads = _shape_of(segments[0])[1]
+    sizes = (queries.dtype, length, heads, kv_heads, head_dim, chunk)
+    run = metal if dispatch.use(OPERATION, *sizes) else twin
     return run(queries, segments, scale=scale, chunk=chunk, mask=mask)
 
 
@@ -101,7 +102,7 @@ def twin(
         weights = (weights / mx.maximum(total, 1e-30)).astype(values.dtype)
         output = (weights @ values).astype(mx.float32) * total
         shared = keys.shape[0] < shape[0]
-        part = _Part(*(_unfold(rows, shape, shared) for rows in (maximum, total, output)))
+        part = _Part(*(unfold(rows, shape, shared) for rows in (maximum, total, output)))
         merged = part if merged is None else _merge(merged, part)
     assert merged is not None
     return (merged.output / merged.total).astype(queries.dtype)
@@ -134,7 +135,7 @@ def _chunks(
 ) -> Iterator[_Chunk]:
     all_keys, first = sum(map(count_keys, segments)), 0
     for segment in segments:
-        folded = _fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
+        folded = fold(queries * scale if scale != 1.0 else queries, _shape_of(segment))
         for start in range(0, count_keys(segment), chunk):
             stop = min(start + chunk, count_keys(segment))
             visible = None if mask is None else _part_of(mask, first - all_keys, stop - start)
@@ -158,8 +159,12 @@ def _shape_of(segment: Segment) -> tuple[int, ...]:
     return segment[0].shape if isinstance(segment, tuple) else segment.shape
 
 
-def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
-    """[B, heads, L, D] -> [B, kv heads, group * L, D], or [1, kv heads, B * group * L, D]."""
+def fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
+    """Queries [B, heads, L, D] with those that share a key head in one matrix.
+
+    keys: the shape [B or 1, kv heads, S, D] of the keys. The result is [B, kv heads, group * L, D],
+    or [1, kv heads, B * group * L, D] where the batch shares its keys.
+    """
     batch, heads, length, head_dim = queries.shape
     kv_heads = keys[1]
     folded = queries.reshape(batch, kv_heads, (heads // kv_heads) * length, head_dim)
@@ -168,7 +173,8 @@ def _fold(queries: mx.array, keys: tuple[int, ...]) -> mx.array:
     return folded
 
 
-def _unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+def unfold(rows: mx.array, shape: tuple[int, ...], shared: bool) -> mx.array:
+    """Undoes `fold` for rows [.., kv heads, rows, D] of queries [B, heads, L]: [B, heads, L, D]."""
     batch, heads, length = shape
     if shared:
         kv_heads = rows.shape[1]
@@ -197,10 +203,9 @@ _MERGE = registry.Kernel(
 )
 
 
-def supported(queries: mx.array, chunk: int = CHUNK) -> bool:
-    """Whether the kernels take these queries."""
-    floats = (mx.float32, mx.float16, mx.bfloat16)
-    return queries.dtype in floats and queries.size > 0 and 0 < chunk <= _LONGEST
+def _supports(shape: registry.Shape) -> bool:
+    some = int(shape["length"]) > 0 and int(shape["head_dim"]) > 0
+    return registry.is_float(shape) and some and 0 < int(shape["chunk"]) <= _LONGEST
 
 
 def metal(
@@ -251,14 +256,14 @@ def _softmax(scores: mx.array, mask: mx.array | None, length: int, chunk: int) -
 
     Threads hold `chunk` scores however many there are, so that a length has no text of its own.
     """
-    count = scores.shape[-1]
+    count, every = scores.shape[-1], mx.array([length], dtype=mx.int32)
     rows = scores.size // count
     weights, maximum, total = registry.launch(
         _SOFTMAX,
         [
             scores.reshape(1, rows, count),
-            mx.zeros((1,), dtype=mx.bool_) if mask is None else mask,
-            mx.array([length], dtype=mx.int32),
+            every if mask is None else mask,
+            every,
         ],
         template=[
             ("T", scores.dtype),
@@ -277,25 +282,15 @@ def _softmax(scores: mx.array, mask: mx.array | None, length: int, chunk: int) -
     return [weights.reshape(scores.shape), maximum, total]
 
 
-def _shape(queries: mx.array, segments: Sequence[Segment]) -> registry.Shape:
-    return {
-        "dtype": str(queries.dtype),
-        "length": queries.shape[2],
-        "heads": queries.shape[1],
-        "kv_heads": _shape_of(segments[0])[1],
-        "head_dim": queries.shape[3],
-    }
-
-
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
     """A mask that hides a whole chunk, a prefix that a batch shares, two chunks and a canvas."""
     dtype = dtype_named(shape["dtype"])
     heads, kv_heads = int(shape["heads"]), int(shape["kv_heads"])
-    length, dim = int(shape["length"]), int(shape["head_dim"])
+    length, dim, whole = (int(shape[name]) for name in ("length", "head_dim", "chunk"))
     for batch, queries, counts, chunk in (
         (1, 3, (7,), 4),
-        (2, 2, (5, 2), CHUNK),
-        (1, length, (2 * CHUNK + length,), CHUNK),
+        (2, 2, (5, 2), whole),
+        (1, length, (2 * whole + length,), whole),
     ):
         keys = iter(mx.random.split(mx.random.key(queries), 1 + 2 * len(counts)))
         drawn = mx.random.normal((batch, heads, queries, dim), key=next(keys)) * dim**-0.5
@@ -306,7 +301,7 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
             segments.append((k, v))
             wide.append((k.astype(mx.float32), v.astype(mx.float32)))
         mask = None
-        if chunk < CHUNK:  # the first query sees nothing of the last chunk
+        if chunk < whole:  # the first query sees nothing of the last chunk
             mask = mx.arange(7)[None, :] <= mx.arange(queries)[:, None] + 3
         yield registry.Probe(
             partial(metal, q, segments, chunk=chunk, mask=mask),
@@ -316,4 +311,10 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         )
 
 
-OPERATION = registry.Operation("attention", (_SOFTMAX, _MERGE), _probes)
+OPERATION = registry.Operation(
+    "attention",
+    ("dtype", "length", "heads", "kv_heads", "head_dim", "chunk"),
+    (_SOFTMAX, _MERGE),
+    _supports,
+    _probes,
+)

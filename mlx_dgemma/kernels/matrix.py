@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+DENSE = "dense"
+
 
 @dataclass(frozen=True)
 class Matrix:
@@ -28,6 +30,11 @@ class Matrix:
             return self.weight.dtype
         floats = (mx.float32, mx.float16, mx.bfloat16)
         return self.scales.dtype if self.scales.dtype in floats else self.activation
+
+    @property
+    def packing(self) -> str:
+        """How shapes write it: "affine 4/64" (mode, bits, group size), or "dense"."""
+        return f"{self.mode} {self.bits}/{self.group_size}" if self.quantized else DENSE
 
     @property
     def columns(self) -> int:
@@ -57,20 +64,23 @@ class Matrix:
             self.activation,
         )
 
-    def take(self, ids: mx.array) -> mx.array:
-        """Dequantized rows [..., in] by their ids."""
+    def take(self, index: mx.array | slice, dtype: mx.Dtype | None = None) -> mx.array:
+        """Rows [..., in] by ids or a span, dense; computed in `dtype`, by default the matrix's."""
+        dtype = dtype or self.dtype
         if self.scales is None:
-            return self.weight[ids]
-        biases = None if self.biases is None else self.biases[ids]
-        values: mx.array = mx.dequantize(
-            self.weight[ids],
-            self.scales[ids],
+            return self.weight[index].astype(dtype)
+        scales, biases = self.scales[index], None
+        if self.biases is not None:  # affine; the other modes keep their scales in bytes
+            scales, biases = scales.astype(dtype), self.biases[index].astype(dtype)
+        rows: mx.array = mx.dequantize(
+            self.weight[index],
+            scales,
             biases,
             group_size=self.group_size,
             bits=self.bits,
             mode=self.mode,
         )
-        return values
+        return rows.astype(dtype)
 
     def apply(self, x: mx.array, *, transpose: bool) -> mx.array:
         """x @ W^T when `transpose`, else x @ W."""

@@ -13,12 +13,12 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.fuse import fused
-from mlx_dgemma.kernels.matrix import Matrix
+from mlx_dgemma.kernels.matrix import DENSE, Matrix
 from mlx_dgemma.kernels.router import Routing
 from mlx_dgemma.kernels.router import twin as choose_experts
-from mlx_dgemma.kernels.samples import dtype_named, packing_of, random_matrix
+from mlx_dgemma.kernels.samples import dtype_named, random_matrix
 
 
 def moe(
@@ -28,8 +28,19 @@ def moe(
     down: Matrix,
 ) -> mx.array:
     """Output [T, H] for tokens x [T, H]; gate_up [E, 2F, H], gate first; down [E, H, F]."""
-    can = supported(x, gate_up, down)
-    run = metal if registry.use(OPERATION, _shape(x, routing, gate_up, down), can) else twin
+    tokens, hidden = x.shape
+    sizes = (
+        x.dtype,
+        tokens,
+        hidden,
+        gate_up.weight.shape[1] // 2,
+        gate_up.weight.shape[0],
+        routing.experts.shape[1],
+        gate_up.packing,
+        down.packing,
+    )
+    same = gate_up.dtype == down.dtype == x.dtype
+    run = metal if same and dispatch.use(OPERATION, *sizes) else twin
     return run(x, routing, gate_up, down)
 
 
@@ -87,17 +98,15 @@ _EXPERTS = registry.Kernel(
 )
 _COMBINE = registry.Kernel("combine", inputs=("rows", "weights"), outputs=("y",))
 ROW_TILES = (8, 16, 32)
-_PACKED = (("affine", 4), ("affine", 8), ("mxfp4", 4))
+_PACKED = ("affine 4", "affine 8", "mxfp4 4")
 
 
-def supported(x: mx.array, gate_up: Matrix, down: Matrix) -> bool:
-    """Whether the kernels take these experts: dense, affine with 4 or 8 bits, or mxfp4."""
-    return x.dtype in (mx.float32, mx.float16, mx.bfloat16) and all(
-        matrix.columns % 32 == 0
-        and matrix.dtype == x.dtype
-        and (not matrix.quantized or (matrix.mode, matrix.bits) in _PACKED)
-        for matrix in (gate_up, down)
-    )
+def _supports(shape: registry.Shape) -> bool:
+    """Dense, affine with 4 or 8 bits, or mxfp4, in whole blocks of columns."""
+    packings = (str(shape[side]).split("/")[0] for side in ("gate_up", "down"))
+    known = all(packing == DENSE or packing in _PACKED for packing in packings)
+    whole = int(shape["hidden"]) % 32 == 0 and int(shape["width"]) % 32 == 0
+    return registry.is_float(shape) and known and whole and int(shape["tokens"]) > 0
 
 
 def row_tile(pairs: int, experts: int) -> int:
@@ -136,7 +145,7 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
     out = matrix.weight.shape[1] // (2 if glu else 1)
     columns = 32 if glu else 64
     tiles = min(pairs, pairs // tile + experts)
-    empty = mx.zeros((8,), dtype=x.dtype)
+    scales = x if matrix.scales is None else matrix.scales
     return registry.launch(
         _EXPERTS,
         [
@@ -144,8 +153,8 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
             routing.order,
             routing.offsets,
             matrix.weight,
-            empty if matrix.scales is None else matrix.scales,
-            empty if matrix.biases is None else matrix.biases,
+            scales,
+            scales if matrix.biases is None else matrix.biases,
         ],
         template=[
             ("T", x.dtype),
@@ -161,19 +170,6 @@ def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: 
         threadgroup=(128, 1, 1),
         outputs=[((pairs, out), x.dtype)],
     )[0]
-
-
-def _shape(x: mx.array, routing: Routing, gate_up: Matrix, down: Matrix) -> registry.Shape:
-    return {
-        "dtype": str(x.dtype),
-        "tokens": x.shape[0],
-        "hidden": x.shape[1],
-        "width": gate_up.weight.shape[1] // 2,
-        "experts": gate_up.weight.shape[0],
-        "top_k": routing.experts.shape[1],
-        "gate_up": packing_of(gate_up),
-        "down": packing_of(down),
-    }
 
 
 _TOLERANCE = {mx.float32: 1e-4, mx.float16: 5e-3, mx.bfloat16: 3e-2}
@@ -201,4 +197,10 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         )
 
 
-OPERATION = registry.Operation("moe", (_EXPERTS, _COMBINE), _probes)
+OPERATION = registry.Operation(
+    "moe",
+    ("dtype", "tokens", "hidden", "width", "experts", "top_k", "gate_up", "down"),
+    (_EXPERTS, _COMBINE),
+    _supports,
+    _probes,
+)

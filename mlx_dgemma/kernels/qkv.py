@@ -12,7 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.samples import dtype_named
 
 Rope = tuple[mx.array, mx.array]
@@ -23,26 +23,23 @@ def normed_heads(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: f
 
     `weight` [head_dim] or None; `rope` is (cosine, sine), each [L, head_dim / 2], or None.
     """
-    shape: registry.Shape = {
-        "dtype": str(x.dtype),
-        "length": x.shape[1],
-        "heads": x.shape[2],
-        "head_dim": x.shape[3],
-        "rope": int(rope is not None),
-    }
-    run = metal if registry.use(OPERATION, shape, supported(x)) else twin
+    _, length, heads, head_dim = x.shape
+    sizes = (x.dtype, length, heads, head_dim, int(rope is not None))
+    run = metal if dispatch.use(OPERATION, *sizes) else twin
     return run(x, weight, rope, eps)
 
 
 def twin(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
     """The same in plain MLX operations."""
     normed = mx.fast.rms_norm(x, weight, eps).swapaxes(1, 2)
-    if rope is None:
-        return normed
+    return normed if rope is None else rotate(normed, rope)
+
+
+def rotate(x: mx.array, rope: Rope) -> mx.array:
+    """Turns the pairs (i, i + D/2) of x [..., L, D] by cosine and sine, [L, D/2] each."""
     cosine, sine = rope
-    first, second = mx.split(normed, 2, axis=-1)
-    turned = (first * cosine - second * sine, second * cosine + first * sine)
-    return mx.concatenate(list(turned), axis=-1)
+    first, second = mx.split(x, 2, axis=-1)
+    return mx.concatenate([first * cosine - second * sine, second * cosine + first * sine], axis=-1)
 
 
 _HEADS_PER_GROUP = 4
@@ -54,22 +51,20 @@ _KERNEL = registry.Kernel(
 )
 
 
-def supported(x: mx.array) -> bool:
-    """Whether the kernel takes these heads."""
-    floats = (mx.float32, mx.float16, mx.bfloat16)
-    return x.dtype in floats and x.size > 0 and x.shape[3] % 64 == 0 and x.shape[3] <= 512
+def _supports(shape: registry.Shape) -> bool:
+    some = int(shape["length"]) > 0 and int(shape["heads"]) > 0
+    return registry.is_float(shape) and some and int(shape["head_dim"]) in range(64, 513, 64)
 
 
 def metal(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
     """The same as one Metal kernel, a SIMD-group per head and position."""
     batch, length, heads, head_dim = x.shape
-    empty = mx.zeros((8,), dtype=x.dtype)
-    cosine, sine = (empty, empty) if rope is None else (mx.contiguous(part) for part in rope)
+    cosine, sine = (x, x) if rope is None else (mx.contiguous(part) for part in rope)
     return registry.launch(
         _KERNEL,
         [
             x,
-            empty if weight is None else mx.contiguous(weight),
+            x if weight is None else mx.contiguous(weight),
             cosine,
             sine,
             mx.array([eps], dtype=mx.float32),
@@ -108,4 +103,10 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         )
 
 
-OPERATION = registry.Operation("normed_heads", (_KERNEL,), _probes)
+OPERATION = registry.Operation(
+    "normed_heads",
+    ("dtype", "length", "heads", "head_dim", "rope"),
+    (_KERNEL,),
+    _supports,
+    _probes,
+)

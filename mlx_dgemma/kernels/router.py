@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.samples import dtype_named
 
 
@@ -47,21 +47,21 @@ def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
 
 def choose_experts(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
     """Top k, softmax and counting sort from scores [T, E], any float dtype."""
-    shape: registry.Shape = {
-        "dtype": str(scores.dtype),
-        "tokens": scores.shape[0],
-        "experts": scores.shape[1],
-        "top_k": top_k,
-    }
-    run = metal if registry.use(OPERATION, shape, supported(scores, top_k)) else twin
+    tokens, count = scores.shape
+    run = metal if dispatch.use(OPERATION, scores.dtype, tokens, count, top_k) else twin
     return run(scores, per_expert_scale, top_k)
 
 
 def twin(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
-    """The same in plain MLX operations, every sort on keys that cannot tie."""
+    """The same in plain MLX operations, every sort on keys that cannot tie.
+
+    The choice is a constant to gradients, which flow through the weights alone.
+    """
     tokens, count = scores.shape
     values = scores.astype(mx.float32)
-    keys = _ascending_bits(values).astype(mx.int64) * count - mx.arange(count, dtype=mx.int64)
+    keys = _ascending_bits(mx.stop_gradient(values)).astype(mx.int64) * count - mx.arange(
+        count, dtype=mx.int64
+    )
     experts = mx.argsort(-keys, axis=1)[:, :top_k].astype(mx.int32)
     chosen = mx.take_along_axis(values, experts, axis=1)
     weights = mx.softmax(chosen, axis=1) * per_expert_scale.astype(mx.float32)[experts]
@@ -89,12 +89,10 @@ _SORT = registry.Kernel(
 )
 
 
-def supported(scores: mx.array, top_k: int) -> bool:
-    """Whether the kernels take these scores."""
-    tokens, count = scores.shape
-    floats = (mx.float32, mx.float16, mx.bfloat16)
+def _supports(shape: registry.Shape) -> bool:
+    tokens, count, top_k = (int(shape[name]) for name in ("tokens", "experts", "top_k"))
     fits = 0 < top_k <= count <= 512 and 0 < tokens * top_k <= _MOST_PAIRS
-    return scores.dtype in floats and fits
+    return registry.is_float(shape) and fits
 
 
 def metal(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
@@ -136,4 +134,6 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         )
 
 
-OPERATION = registry.Operation("router", (_TOP, _SORT), _probes)
+OPERATION = registry.Operation(
+    "router", ("dtype", "tokens", "experts", "top_k"), (_TOP, _SORT), _supports, _probes
+)

@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.fuse import fused
 from mlx_dgemma.kernels.samples import dtype_named
 
@@ -65,13 +65,11 @@ def row_statistics(
     `temperature` is the schedule's T, a number or one per row [R]. `uniforms` [R, 2] float32 in
     [0, 1). `temp` divides the tempered logits for sampling only; 0 takes the argmax.
     """
-    rows, vocabulary = raw_logits.shape
-    shape: registry.Shape = {
-        "dtype": str(raw_logits.dtype),
-        "vocabulary": vocabulary,
-        "rows": rows,
-    }
-    run = metal if registry.use(OPERATION, shape, supported(raw_logits)) else twin
+    # A single row is a choice between few ids, of any number: each would be a shape of its own.
+    several = raw_logits.shape[0] > 1
+    run = twin
+    if several and dispatch.use(OPERATION, raw_logits.dtype, *raw_logits.shape):
+        run = metal
     return run(raw_logits, temperature, uniforms, softcap=softcap, temp=temp)
 
 
@@ -154,7 +152,12 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
 def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
     """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
-    return softcap * mx.tanh(x / softcap) / divisor + (x - x)
+    return softcapped(x, softcap) / divisor + (x - x)
+
+
+def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
+    """softcap * tanh(x / softcap) of float32 logits, so that none passes the softcap."""
+    return softcap * mx.tanh(x / softcap)
 
 
 @fused
@@ -262,10 +265,8 @@ _KERNEL = registry.Kernel(
 )
 
 
-def supported(raw_logits: mx.array) -> bool:
-    """Whether the kernel takes these logits."""
-    floats = (mx.float32, mx.float16, mx.bfloat16)
-    return raw_logits.dtype in floats and 0 < raw_logits.shape[1] <= 32 * SLICE
+def _supports(shape: registry.Shape) -> bool:
+    return registry.is_float(shape) and 0 < int(shape["vocabulary"]) <= 32 * SLICE
 
 
 def metal(
@@ -341,4 +342,6 @@ def _compared(
     return [stats.entropy, stats.argmax, stats.max, stats.log_z, inside]
 
 
-OPERATION = registry.Operation("row_statistics", (_KERNEL,), _probes)
+OPERATION = registry.Operation(
+    "row_statistics", ("dtype", "rows", "vocabulary"), (_KERNEL,), _supports, _probes
+)

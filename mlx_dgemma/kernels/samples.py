@@ -2,20 +2,12 @@
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels.matrix import Matrix
-
-DENSE = "dense"
+from mlx_dgemma.kernels.matrix import DENSE, Matrix
 
 
 def dtype_named(name: int | str) -> mx.Dtype:
-    """The dtype of a shape's "mlx.core.bfloat16" or "bfloat16"."""
-    found: mx.Dtype = getattr(mx, str(name).split(".")[-1])
-    return found
-
-
-def packing_of(matrix: Matrix) -> str:
-    """How a matrix is stored, as shapes write it: "affine 4/64" (mode, bits, group) or "dense"."""
-    return f"{matrix.mode} {matrix.bits}/{matrix.group_size}" if matrix.quantized else DENSE
+    """The dtype of a shape's "bfloat16"."""
+    return {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}[str(name)]
 
 
 def random_matrix(shape: tuple[int, ...], packing: str, dtype: mx.Dtype, key: mx.array) -> Matrix:

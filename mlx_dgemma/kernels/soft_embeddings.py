@@ -24,10 +24,10 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.kernels import registry
-from mlx_dgemma.kernels.matrix import Matrix
+from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels.matrix import DENSE, Matrix
 from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, tempered, tempering
-from mlx_dgemma.kernels.samples import dtype_named, packing_of, random_matrix
+from mlx_dgemma.kernels.samples import dtype_named, random_matrix
 
 DROPPED_MASS = 2.0**-8
 CAPACITY = 1024
@@ -145,16 +145,9 @@ def select_survivors(
     Read `counts.max()` and `dropped.max()` with the step's status; `gather_soft_embeddings` is
     right for these rows if dropped.max() < DROPPED_MASS.
     """
-    shape: registry.Shape = {
-        "dtype": str(raw_logits.dtype),
-        "table": str(dtype),
-        "vocabulary": raw_logits.shape[1],
-        "capacity": capacity,
-        "rows": raw_logits.shape[0],
-    }
-    run = survivors_twin
-    if registry.use(SELECT, shape, supported_logits(raw_logits, dtype)):
-        run = survivors_metal
+    rows, vocabulary = raw_logits.shape
+    sizes = (raw_logits.dtype, dtype, rows, vocabulary, capacity)
+    run = survivors_metal if dispatch.use(SELECT, *sizes) else survivors_twin
     return run(raw_logits, log_z, temperature, dtype, softcap=softcap, capacity=capacity)
 
 
@@ -205,14 +198,9 @@ def gather_soft_embeddings(
 
     `width`, if the host knows it, is an upper bound on `counts`; columns behind it are not visited.
     """
-    shape: registry.Shape = {
-        "dtype": str(table.dtype),
-        "table": packing_of(table),
-        "hidden": table.columns,
-        "capacity": survivors.ids.shape[1],
-        "rows": survivors.ids.shape[0],
-    }
-    if registry.use(GATHER, shape, supported_table(table)):
+    rows, capacity = survivors.ids.shape
+    sizes = (table.dtype, table.packing, table.columns, rows, capacity)
+    if dispatch.use(GATHER, *sizes):
         return gather_metal(survivors, table, scale=scale)
     return gather_twin(survivors, table, width=width, scale=scale)
 
@@ -240,7 +228,6 @@ def gather_twin(
 
 
 _THREADS = 256
-_FLOATS = (mx.float32, mx.float16, mx.bfloat16)
 _SURVIVORS = registry.Kernel(
     "survivors",
     inputs=("logits", "temperature", "log_z", "settings"),
@@ -253,16 +240,15 @@ _GATHER = registry.Kernel(
 )
 
 
-def supported_logits(raw_logits: mx.array, dtype: mx.Dtype) -> bool:
-    """Whether the selecting kernel takes these logits and a table of this dtype."""
-    return raw_logits.dtype in _FLOATS and dtype in _FLOATS and raw_logits.shape[1] > 0
+def _supports_logits(shape: registry.Shape) -> bool:
+    floats = registry.is_float(shape) and registry.is_float(shape, "table")
+    return floats and int(shape["vocabulary"]) > 0
 
 
-def supported_table(table: Matrix) -> bool:
-    """Whether the gathering kernel takes this table: dense, or affine with 4 or 8 bits."""
-    if table.quantized and (table.mode != "affine" or table.bits not in (4, 8)):
-        return False
-    return table.dtype in _FLOATS
+def _supports_table(shape: registry.Shape) -> bool:
+    """Dense, or affine with 4 or 8 bits."""
+    packing = str(shape["table"]).split("/")[0]
+    return registry.is_float(shape) and packing in (DENSE, "affine 4", "affine 8")
 
 
 def survivors_metal(
@@ -307,7 +293,7 @@ def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = N
     rows, hidden = survivors.ids.shape[0], table.columns
     bits = table.bits if table.quantized else 0
     threads = -(-hidden // (8 if bits == 4 else 4))
-    empty = mx.zeros((8,), dtype=table.dtype)
+    scales = survivors.weights if table.scales is None else table.scales
     return registry.launch(
         _GATHER,
         [
@@ -315,8 +301,8 @@ def gather_metal(survivors: Survivors, table: Matrix, *, scale: float | None = N
             survivors.weights,
             survivors.counts,
             table.weight,
-            empty if table.scales is None else table.scales,
-            empty if table.biases is None else table.biases,
+            scales,
+            scales if table.biases is None else table.biases,
             mx.array([math.sqrt(hidden) if scale is None else scale], dtype=table.dtype),
         ],
         template=[("T", table.dtype), ("BITS", bits), ("GROUP", table.group_size)],
@@ -403,5 +389,17 @@ def _gather_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
         )
 
 
-SELECT = registry.Operation("survivors", (_SURVIVORS,), _survivor_probes)
-GATHER = registry.Operation("gather_embeddings", (_GATHER,), _gather_probes)
+SELECT = registry.Operation(
+    "survivors",
+    ("dtype", "table", "rows", "vocabulary", "capacity"),
+    (_SURVIVORS,),
+    _supports_logits,
+    _survivor_probes,
+)
+GATHER = registry.Operation(
+    "gather_embeddings",
+    ("dtype", "table", "hidden", "rows", "capacity"),
+    (_GATHER,),
+    _supports_table,
+    _gather_probes,
+)

@@ -13,10 +13,10 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
-from mlx_dgemma.kernels.attention import CHUNK, Segment, count_keys
+from mlx_dgemma.kernels.attention import CHUNK, Segment, count_keys, fold, unfold
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.layer_context import LayerContext
-from mlx_dgemma.model.layers import Linear, RMSNorm, fuse
+from mlx_dgemma.model.layers import Linear, fuse
 from mlx_dgemma.model.masks import encoder_mask
 from mlx_dgemma.model.rope import Table
 
@@ -40,13 +40,14 @@ class Attention(nn.Module):
         self.head_dim = text.head_dim_of(layer)
         self.window = text.window_of(layer)
         self.eps = text.rms_norm_eps
-        self.q_proj = Linear()
-        self.k_proj = Linear()
+        hidden, keys = text.hidden_size, self.kv_heads * self.head_dim
+        self.q_proj = Linear(self.heads * self.head_dim, hidden)
+        self.k_proj = Linear(keys, hidden)
         if text.is_sliding(layer):
-            self.v_proj = Linear()
-        self.o_proj = Linear()
-        self.q_norm = RMSNorm(self.eps)
-        self.k_norm = RMSNorm(self.eps)
+            self.v_proj = Linear(keys, hidden)
+        self.o_proj = Linear(hidden, self.heads * self.head_dim)
+        self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
 
     def encode(
         self, x: mx.array, rope: Table, context: LayerContext, blocks: np.ndarray | None
@@ -136,8 +137,7 @@ def attend(
     first = segments[0]
     if len(segments) == 1 and isinstance(first, tuple) and count <= KEY_CHUNK:
         return _attend_at_once(queries, *first, mask)
-    mixed = kernels.attend(queries, segments, chunk=KEY_CHUNK, mask=mask)
-    return mixed.transpose(0, 2, 1, 3).reshape(queries.shape[0], queries.shape[2], -1)
+    return _side_by_side(kernels.attend(queries, segments, chunk=KEY_CHUNK, mask=mask))
 
 
 def attend_causal(
@@ -179,10 +179,12 @@ def _attend_at_once(
     queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | None
 ) -> mx.array:
     """The queries that share a key head are folded into one matrix: keys are never repeated."""
-    scores = _fold(queries, keys.shape[1]) @ keys.swapaxes(-1, -2)
+    scores = fold(queries, keys.shape) @ keys.swapaxes(-1, -2)
     if mask is not None:
         scores = _hide(scores, mask)
-    return _unfold(mx.softmax(scores, axis=-1, precise=True) @ values, queries.shape)
+    mixed = mx.softmax(scores, axis=-1, precise=True) @ values
+    shared = keys.shape[0] < queries.shape[0]
+    return _side_by_side(unfold(mixed, queries.shape[:3], shared))
 
 
 def _after(queries: mx.array, done: list[mx.array]) -> mx.array:
@@ -200,15 +202,9 @@ def _turns(queries: mx.array, keys: int) -> list[slice]:
     return [slice(start, start + rows) for start in range(0, length, rows)]
 
 
-def _fold(queries: mx.array, kv_heads: int) -> mx.array:
-    batch, heads, length, dim = queries.shape
-    return queries.reshape(batch, kv_heads, heads // kv_heads * length, dim)
-
-
-def _unfold(mixed: mx.array, shape: tuple[int, ...]) -> mx.array:
-    batch, heads, length, dim = shape
-    mixed = mixed.reshape(batch, heads, length, dim)
-    return mixed.transpose(0, 2, 1, 3).reshape(batch, length, heads * dim)
+def _side_by_side(mixed: mx.array) -> mx.array:
+    """[B, heads, L, D] -> [B, L, heads * D]."""
+    return mixed.transpose(0, 2, 1, 3).reshape(mixed.shape[0], mixed.shape[2], -1)
 
 
 def _hide(scores: mx.array, mask: mx.array) -> mx.array:

@@ -7,19 +7,26 @@ refused here, in one sentence that names file, key and value.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
-from mlx_dgemma.model.section import Section, read_json
+from mlx_dgemma.files import read_json
+from mlx_dgemma.model.section import Section
 
 SLIDING = "sliding_attention"
 FULL = "full_attention"
 MODEL_TYPE = "diffusion_gemma"
 ACTIVATION = "gelu_pytorch_tanh"
 DTYPES = ("float16", "bfloat16", "float32")
+# What no network of this kind reaches, and what memory still holds when a file says so.
+MOST_LAYERS = 1024
+MOST_WIDTH = 1 << 20
+MOST_CANVAS = 1 << 14
+MOST_STEPS = 100_000
 
 
 @dataclass(frozen=True)
@@ -80,14 +87,14 @@ class TextConfig:
         sliding, full, partial = _rope(text)
         config = cls(
             vocab_size=text.integer("vocab_size"),
-            hidden_size=text.integer("hidden_size"),
-            intermediate_size=text.integer("intermediate_size"),
-            moe_intermediate_size=text.integer("moe_intermediate_size"),
-            num_experts=text.integer("num_experts"),
-            top_k_experts=text.integer("top_k_experts"),
-            num_attention_heads=text.integer("num_attention_heads"),
-            num_key_value_heads=text.integer("num_key_value_heads"),
-            head_dim=text.integer("head_dim"),
+            hidden_size=_width(text, "hidden_size"),
+            intermediate_size=_width(text, "intermediate_size"),
+            moe_intermediate_size=_width(text, "moe_intermediate_size"),
+            num_experts=_width(text, "num_experts"),
+            top_k_experts=_width(text, "top_k_experts"),
+            num_attention_heads=_width(text, "num_attention_heads"),
+            num_key_value_heads=_width(text, "num_key_value_heads"),
+            head_dim=_width(text, "head_dim"),
             num_global_key_value_heads=global_kv_heads,
             global_head_dim=global_head_dim,
             layer_types=layer_types,
@@ -124,8 +131,15 @@ class TextConfig:
                 raise CheckpointError(f"{text.source}: {text.prefix}{key} = {dim} must be even.")
 
 
+def _width(section: Section, key: str, default: int | None = None) -> int:
+    """A width of a matrix, or a count along one; required without a default."""
+    if default is not None and section.get(key) is None:
+        return default
+    return section.integer(key, maximum=MOST_WIDTH)
+
+
 def _layer_types(text: Section) -> tuple[str, ...]:
-    count = text.integer("num_hidden_layers")
+    count = text.integer("num_hidden_layers", maximum=MOST_LAYERS)
     listed = text.get("layer_types")
     if listed is None:  # five sliding layers, then a full one; the last is always full
         listed = [SLIDING if (i + 1) % 6 and i + 1 < count else FULL for i in range(count)]
@@ -140,9 +154,9 @@ def _layer_types(text: Section) -> tuple[str, ...]:
 
 def _full_attention_heads(text: Section, layer_types: tuple[str, ...]) -> tuple[int, int]:
     """(head_dim, key-value heads) of the full layers, from whichever dialect is written."""
-    shared = text.integer("num_key_value_heads")
-    head_dim = text.integer("global_head_dim", 512)
-    kv_heads = text.integer("num_global_key_value_heads", shared)
+    shared = _width(text, "num_key_value_heads")
+    head_dim = _width(text, "global_head_dim", 512)
+    kv_heads = _width(text, "num_global_key_value_heads", shared)
     if text.get("per_layer_config") is None:
         return head_dim, kv_heads
 
@@ -151,11 +165,11 @@ def _full_attention_heads(text: Section, layer_types: tuple[str, ...]) -> tuple[
     written = {_layer_index(layers, key, len(layer_types)): key for key in layers.values}
     for index, kind in enumerate(layer_types):
         entry = layers.section(written[index]) if index in written else None
-        own_dim = text.integer("head_dim")
+        own_dim = _width(text, "head_dim")
         if entry is not None:
             own = (
-                entry.integer("head_dim", own_dim),
-                entry.integer("num_key_value_heads", shared),
+                _width(entry, "head_dim", own_dim),
+                _width(entry, "num_key_value_heads", shared),
             )
         else:
             own = (own_dim, shared)
@@ -175,7 +189,7 @@ def _full_attention_heads(text: Section, layer_types: tuple[str, ...]) -> tuple[
 
 
 def _layer_index(layers: Section, key: str, count: int) -> int:
-    if not key.isdecimal() or int(key) >= count:
+    if not re.fullmatch("[0-9]{1,9}", key) or int(key) >= count:
         raise layers.refuse(key, f"names no layer; this model has {count}")
     return int(key)
 
@@ -228,14 +242,14 @@ class VisionConfig:
             rope.only("factor", (1.0,), 1.0)
             theta = rope.positive("rope_theta", 100.0)
         config = cls(
-            hidden_size=vision.integer("hidden_size"),
-            intermediate_size=vision.integer("intermediate_size"),
-            num_hidden_layers=vision.integer("num_hidden_layers"),
-            num_attention_heads=vision.integer("num_attention_heads"),
-            num_key_value_heads=vision.integer("num_key_value_heads"),
-            head_dim=vision.integer("head_dim"),
-            patch_size=vision.integer("patch_size", 16),
-            pooling_kernel_size=vision.integer("pooling_kernel_size", 3),
+            hidden_size=_width(vision, "hidden_size"),
+            intermediate_size=_width(vision, "intermediate_size"),
+            num_hidden_layers=vision.integer("num_hidden_layers", maximum=MOST_LAYERS),
+            num_attention_heads=_width(vision, "num_attention_heads"),
+            num_key_value_heads=_width(vision, "num_key_value_heads"),
+            head_dim=_width(vision, "head_dim"),
+            patch_size=vision.integer("patch_size", 16, maximum=1024),
+            pooling_kernel_size=vision.integer("pooling_kernel_size", 3, maximum=1024),
             position_embedding_size=vision.integer("position_embedding_size", 10_240),
             rope_theta=theta,
             rms_norm_eps=vision.number("rms_norm_eps", 1e-6),
@@ -270,7 +284,9 @@ class GenerationConfig:
         sampler = Section(section.get("sampler_config", {}), source, "sampler_config.")
         sampler.only("_cls_name", ("EntropyBoundSamplerConfig",), "EntropyBoundSamplerConfig")
         config = cls(
-            max_denoising_steps=section.integer("max_denoising_steps", cls.max_denoising_steps),
+            max_denoising_steps=section.integer(
+                "max_denoising_steps", cls.max_denoising_steps, maximum=MOST_STEPS
+            ),
             entropy_bound=sampler.number("entropy_bound", cls.entropy_bound),
             t_max=section.positive("t_max", cls.t_max),
             t_min=section.number("t_min", cls.t_min),
@@ -333,7 +349,7 @@ class ModelConfig:
         return cls(
             text=text,
             vision=vision,
-            canvas_length=top.integer("canvas_length", 256),
+            canvas_length=top.integer("canvas_length", 256, maximum=MOST_CANVAS),
             image_token_id=top.integer("image_token_id", 258_880, minimum=0),
             boi_token_id=top.integer("boi_token_id", 255_999, minimum=0),
             eoi_token_id=top.integer("eoi_token_id", 258_882, minimum=0),

@@ -9,23 +9,32 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.files import check_replaceable
-from mlx_dgemma.model.layer_context import LayerContext, Tail
+from mlx_dgemma.headers import read_header
+from mlx_dgemma.model.layer_context import Arrays, LayerContext, Tail
 from mlx_dgemma.model.packed_context import BITS, PackedLayerContext
-
-if TYPE_CHECKING:
-    from mlx_dgemma.model.network import Model
+from mlx_dgemma.untrusted_json import parse, shown
 
 _FORMAT = "mlx_dgemma context 1"
+
+
+class ContextOwner(Protocol):
+    """What a context must know about the model that computes it."""
+
+    def make_cache(self, kv_bits: int | None = None) -> ContextCache: ...
+
+    def prefill(self, ids: Sequence[int], cache: ContextCache) -> None: ...
+
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,7 +215,9 @@ class ContextCache:
                 partial.unlink()
 
     @classmethod
-    def load(cls, path: str | Path, model: Model, kv_bits: int | None = None) -> ContextCache:
+    def load(
+        cls, path: str | Path, model: ContextOwner, kv_bits: int | None = None
+    ) -> ContextCache:
         """Read a context that `save` wrote for this model; CheckpointError for anything else.
 
         One that is kept otherwise than `kv_bits` says is refused and not converted: it would go
@@ -222,22 +233,28 @@ class ContextCache:
                 raise CheckpointError(
                     f"{path} holds the context of another model; prefill it again."
                 )
-            if (stored := json.loads(header.get("kv_bits", "null"))) != kv_bits:
-                kind, way = ("exact", "without") if stored is None else (f"{stored}-bit", "with")
+            if (stored := parse(header.get("kv_bits", "null"))) != kv_bits:
+                packed = f"{shown(stored)}-bit"
+                kind, way = ("exact", "without") if stored is None else (packed, "with")
                 raise CheckpointError(
                     f"{path} holds an {kind} context: read it {way} kv_bits={BITS} "
                     f"(--kv-bits {BITS}), or prefill it again."
                 )
-            bases = json.loads(header["bases"])
+            bases, offset = parse(header["bases"]), int(header["offset"])
+            like = _one_position(model, kv_bits)
             for index, (layer, base) in enumerate(zip(cache.layers, bases, strict=True)):
                 arrays = [tensors.get(f"layers.{index}.{part}") for part in layer.parts]
                 held = tuple(array for array in arrays if array is not None)
-                layer.reset(base, held if len(held) == len(arrays) else None)
-            if any(layer.offset != int(header["offset"]) for layer in cache.layers):
-                raise CheckpointError(f"{path} is incomplete; delete it and prefill again.")
+                whole = held if len(held) == len(arrays) else None
+                if not _fits(layer, base, offset, whole, like.layers[index].buffers):
+                    raise CheckpointError(f"{path} is incomplete; delete it and prefill again.")
+                layer.reset(base, whole)
             mx.eval(cache.arrays)
-            cache.metadata = dict(json.loads(header["metadata"]))
-        except (KeyError, TypeError, ValueError) as error:
+            metadata = parse(header["metadata"])
+            if not all(isinstance(value, str) for value in metadata.values()):
+                raise ValueError("metadata that is no text")
+            cache.metadata = dict(metadata)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged; delete it and prefill again.") from error
         return cache
 
@@ -260,13 +277,38 @@ def _copied(tail: Tail | None) -> Tail | None:
     return tail[0], arrays
 
 
+def _one_position(model: ContextOwner, kv_bits: int | None) -> ContextCache:
+    """A context of one token, whose buffers show the shapes and dtypes that this model's have."""
+    like = model.make_cache(kv_bits)
+    model.prefill([0], like)
+    return like
+
+
+def _fits(layer: LayerContext, base: Any, offset: int, held: Arrays | None, like: Arrays) -> bool:
+    """Whether these arrays are a layer's context of `offset` tokens from position `base` on."""
+    if isinstance(base, bool) or not isinstance(base, int) or not 0 <= base <= offset:
+        return False
+    count = offset - base
+    if held is None:
+        return count == 0
+    forms = zip(held, like, strict=True)
+    if not all(
+        one.ndim == 4
+        and one.dtype == other.dtype
+        and one.shape == (1, other.shape[1], count, other.shape[3])
+        for one, other in forms
+    ):
+        return False
+    # A sliding layer keeps its window and what may be taken back, or all there is.
+    return layer.window is None or base == 0 or count >= min(offset, layer.window - 1)
+
+
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    read_header(path, "delete it and prefill again")
     try:
-        path.open("rb").close()  # MLX does not say why it cannot
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
         tensors, header = loaded
         mx.eval(tensors)
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or "it is damaged, or something else"
-        raise CheckpointError(f"{path} cannot be read as a saved context: {reason}.") from error
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{path} is damaged; delete it and prefill again.") from error
     return tensors, header

@@ -1,7 +1,6 @@
 """The network: an encoder pass that extends the context, a decoder pass that denoises canvases.
 
-Both passes share every weight except the layers' scalars. Attribute names equal the checkpoint's
-tensor names. Nothing here knows about sampling, schedules or text.
+Nothing here knows about sampling, schedules or text.
 """
 
 from __future__ import annotations
@@ -15,133 +14,19 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.model.attention import Attention
-from mlx_dgemma.model.config import ModelConfig, TextConfig
+from mlx_dgemma.kernels.row_statistics import softcapped
+from mlx_dgemma.model.backbone import Backbone, Layer
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
-from mlx_dgemma.model.experts import Experts, Router
 from mlx_dgemma.model.fingerprint import fingerprint
-from mlx_dgemma.model.layer_context import LayerContext
-from mlx_dgemma.model.layers import Embedding, GatedMLP, RMSNorm
 from mlx_dgemma.model.masks import image_blocks
-from mlx_dgemma.model.rope import RopeTables, Table
-from mlx_dgemma.model.vision import FeatureCache, ImagePatches, VisionProjection, VisionTower
+from mlx_dgemma.model.rope import RopeTables
+from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
 # Layers after which the graph built so far is sent to the device. Building all thirty takes Python
 # several milliseconds, in which a GPU would have nothing to do.
 DISPATCH_EVERY = 5
-
-
-class Layer(nn.Module):
-    """Attention, then a dense and an expert branch side by side.
-
-    The residual stream may be wider than `dtype`, in which every matrix product runs.
-    """
-
-    def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
-        super().__init__()
-        eps = text.rms_norm_eps
-        self.dtype = dtype
-        self.kind = text.layer_types[index]
-        self.fused = False
-        self.self_attn = Attention(text, index)
-        self.mlp = GatedMLP()
-        self.input_layernorm = RMSNorm(eps)
-        self.post_attention_layernorm = RMSNorm(eps)
-        self.pre_feedforward_layernorm = RMSNorm(eps)
-        self.post_feedforward_layernorm = RMSNorm(eps)
-        self.router = Router(text, dtype)
-        self.experts = Experts()
-        self.post_feedforward_layernorm_1 = RMSNorm(eps)
-        self.post_feedforward_layernorm_2 = RMSNorm(eps)
-        self.pre_feedforward_layernorm_2 = RMSNorm(eps)
-
-    def encode(
-        self,
-        x: mx.array,
-        rope: Table,
-        context: LayerContext,
-        blocks: np.ndarray | None,
-        scalar: mx.array,
-    ) -> mx.array:
-        mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self._feed_forward(self._after_attention(x, mixed)) * scalar
-
-    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        return self._feed_forward(self._after_attention(x, mixed)) * self.layer_scalar
-
-    def attention_input(self, x: mx.array) -> mx.array:
-        return self.input_layernorm(x).astype(self.dtype)
-
-    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
-        return x + self.post_attention_layernorm(mixed.astype(x.dtype))
-
-    def _feed_forward(self, residual: mx.array) -> mx.array:
-        """The two branches; the router reads the raw residual."""
-        wide = residual.dtype
-        dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
-        dense = self.post_feedforward_layernorm_1(dense.astype(wide))
-        flat = residual.reshape(-1, residual.shape[-1])
-        normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
-        if self.fused:
-            mixed = self.experts.fused(normed, self.router.fused(flat))
-        else:
-            mixed = self.experts(normed, *self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
-        return residual + self.post_feedforward_layernorm(dense + sparse)
-
-
-class SelfConditioning(GatedMLP):
-    """The previous step's prediction, as soft embeddings, added to the canvas embeddings."""
-
-    def __init__(self, eps: float):
-        super().__init__()
-        self.eps = eps
-        self.pre_norm = RMSNorm(eps)
-
-    def condition(self, embedded: mx.array, soft: mx.array | None) -> mx.array:
-        """Norm of embedded plus signal; without a signal (a first step) of embedded alone."""
-        if soft is not None:
-            embedded = embedded + self(self.pre_norm(soft))
-        return mx.fast.rms_norm(embedded, None, self.eps)
-
-
-class Decoder(nn.Module):
-    """Every text weight; the encoder pass borrows them."""
-
-    def __init__(self, text: TextConfig, dtype: mx.Dtype):
-        super().__init__()
-        self.embed_tokens = Embedding()
-        self.layers = [Layer(text, index, dtype) for index in range(text.num_hidden_layers)]
-        self.norm = RMSNorm(text.rms_norm_eps)
-        self.self_conditioning = SelfConditioning(text.rms_norm_eps)
-
-
-class LayerScalar(nn.Module):
-    """The one number per layer that the encoder does not share."""
-
-
-class EncoderText(nn.Module):
-    def __init__(self, text: TextConfig):
-        super().__init__()
-        self.layers = [LayerScalar() for _ in range(text.num_hidden_layers)]
-
-
-class Encoder(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.language_model = EncoderText(config.text)
-        if config.vision is not None:
-            self.vision_tower = VisionTower(config.vision)
-            self.embed_vision = VisionProjection(config.vision)
-
-
-class Backbone(nn.Module):
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype):
-        super().__init__()
-        self.decoder = Decoder(config.text, dtype)
-        self.encoder = Encoder(config)
 
 
 class Model(nn.Module):
@@ -159,13 +44,19 @@ class Model(nn.Module):
         self.config = config
         self.dtype = dtype
         self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
-        self.model = Backbone(config, dtype)
+        self.model = Backbone(config.text, config.vision, dtype)
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
         self._seen = FeatureCache()
         # Set by `load_model`: replaces the vision tower's tensors by unread ones.
         self.reread_vision: Callable[[Model], None] | None = None
+
+    @property
+    def layers(self) -> list[Layer]:
+        """The text layers, as mlx-lm's tools look for them."""
+        layers: list[Layer] = self.model.decoder.layers
+        return layers
 
     # The obvious path, and the contract
 
@@ -182,12 +73,14 @@ class Model(nn.Module):
         images: Sequence[ImagePatches] | None = None,
         chunk_size: int = CHUNK,
         cancelled: Callable[[], bool] | None = None,
+        *,
+        dispatch_every: int | None = DISPATCH_EVERY,
     ) -> None:
         """Extend the context by ids int [1, S] or [S], causally, in chunks that end on multiples of
         `chunk_size`, so that a reused prefix was computed exactly as a fresh one would be.
 
         images: one per run of image tokens, in order; a chunk never cuts a run. cancelled:
-            asked before every chunk; reading ends when it says so.
+            asked before every chunk; reading ends when it says so. dispatch_every: see `hidden`.
 
         Raises InputError for ids of another shape, outside the vocabulary, or whose image tokens
         do not fit the images; CheckpointError for images without a vision tower.
@@ -202,10 +95,31 @@ class Model(nn.Module):
             if cancelled is not None and cancelled():
                 return
             part = None if blocks is None else blocks[start:stop]
-            self._encode(self._embed(tokens[start:stop], part, soft), cache, part)
+            x = self._embed(tokens[start:stop], part, soft)
+            self._encode(x, cache, part, whole=False, dispatch_every=dispatch_every)
             evaluate = mx.eval if stop < tokens.size else mx.async_eval
             evaluate(cache.arrays)
             mx.clear_cache()
+
+    def encode(
+        self,
+        ids: mx.array | np.ndarray | Sequence[int] | Sequence[Sequence[int]],
+        cache: ContextCache,
+        images: Sequence[ImagePatches] | None = None,
+        *,
+        dispatch_every: int | None = None,
+    ) -> mx.array:
+        """[1, S, H] after the final norm: the encoder pass's hidden states at every position.
+
+        Extends the context as `prefill` does, but in one pass and, with `dispatch_every` None,
+        without evaluating anything, so that gradients flow through it. `raw_logits` and `softcap`
+        give its logits. Raises what `prefill` raises.
+        """
+        tokens = _token_ids(ids, self.config.text.vocab_size)
+        blocks = self._image_blocks(tokens, images)
+        x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
+        cache.expect(tokens.size)
+        return self._encode(x, cache, blocks, whole=True, dispatch_every=dispatch_every)
 
     def denoise(
         self,
@@ -252,8 +166,9 @@ class Model(nn.Module):
         return self.model.decoder.embed_tokens.logits(hidden)
 
     def softcap(self, raw_logits: mx.array) -> mx.array:
+        """float32 [..., V]."""
         cap = self.config.text.final_logit_softcapping
-        return mx.tanh(raw_logits.astype(mx.float32) / cap) * cap
+        return softcapped(raw_logits.astype(mx.float32), cap)
 
     def soft_embeddings(self, tempered_logits: mx.array) -> mx.array:
         """[B, C, H]: the mean embedding under softmax(tempered logits), times sqrt(hidden)."""
@@ -273,7 +188,7 @@ class Model(nn.Module):
     @property
     def embedding_matrix(self) -> kernels.Matrix:
         """The embedding table as the fused operations take it."""
-        return self.model.decoder.embed_tokens.as_kernels(self.dtype)
+        return self.model.decoder.embed_tokens.matrix(self.dtype)
 
     def image_features(self, image: ImagePatches) -> mx.array:
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
@@ -289,14 +204,12 @@ class Model(nn.Module):
             mx.clear_cache()
 
     def prepare(self) -> None:
-        """Join q/k/v and gate/up into one matrix each, free the originals, and take the fused
-        operations from now on.
+        """Join q/k/v and gate/up into one matrix each, and free the originals.
 
         The encoder's last layer needs keys and values alone, so that layer stays as it is.
         """
         decoder = self.model.decoder
         for layer in decoder.layers:
-            layer.fused = True
             layer.mlp.prepare()
             if layer is not decoder.layers[-1]:
                 layer.self_attn.prepare()
@@ -306,24 +219,38 @@ class Model(nn.Module):
         """Identifies config, text weights and dtype; computed once."""
         known = getattr(self, "_fingerprint", None)
         if known is None:
-            known = self._fingerprint = fingerprint(self)
+            text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
+            known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
         return known
 
     # The encoder pass
 
-    def _encode(self, x: mx.array, cache: ContextCache, blocks: np.ndarray | None) -> None:
+    def _encode(
+        self,
+        x: mx.array,
+        cache: ContextCache,
+        blocks: np.ndarray | None,
+        *,
+        whole: bool,
+        dispatch_every: int | None,
+    ) -> mx.array:
+        """The pass over x [1, L, H]. Without `whole` the last layer gives its keys and values
+        alone, which is all that the context keeps, and the result is what enters it."""
         if not self.config.text.bidirectional_images:
             blocks = None
-        layers = self.model.decoder.layers
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
-        read = zip(layers[:-1], scalars[:-1], cache.layers[:-1], strict=True)
+        through = None if whole else -1
+        read = zip(self.layers[:through], scalars[:through], cache.layers[:through], strict=True)
         for index, (layer, scalar, context) in enumerate(read, 1):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
-            if index % DISPATCH_EVERY == 0:
+            if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
-        last = layers[-1]  # its output is never used, only its keys and values
+        if whole:
+            return self.model.decoder.norm(x).astype(self.dtype)
+        last = self.layers[-1]
         last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        return x
 
     def _embed(
         self, tokens: np.ndarray, blocks: np.ndarray | None, soft: list[mx.array]

@@ -39,12 +39,6 @@ def table(frequencies: np.ndarray, positions: np.ndarray, dtype: mx.Dtype) -> Ta
     return cos, sin
 
 
-def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
-    """Rotate the pairs (i, i + D/2) of x [..., L, D]; cos and sin are [L, D/2]."""
-    low, high = mx.split(x, 2, axis=-1)
-    return mx.concatenate([low * cos - high * sin, high * cos + low * sin], axis=-1)
-
-
 class RopeTables:
     """The tables of both layer types for a span of positions; the last spans are remembered."""
 

@@ -13,10 +13,11 @@ import numpy as np
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels.moe import geglu
+from mlx_dgemma.kernels.qkv import rotate
 from mlx_dgemma.model.attention import attend
 from mlx_dgemma.model.config import VisionConfig
-from mlx_dgemma.model.layers import Linear, RMSNorm
-from mlx_dgemma.model.rope import inverse_frequencies, rotate, table
+from mlx_dgemma.model.layers import Linear
+from mlx_dgemma.model.rope import inverse_frequencies, table
 
 
 @dataclass(frozen=True)
@@ -72,10 +73,13 @@ class FeatureCache:
 class ClippableLinear(nn.Module):
     """A linear map whose input and output are clamped, where the checkpoint has bounds."""
 
-    def __init__(self, clipped: bool):
+    def __init__(self, outputs: int, inputs: int, clipped: bool):
         super().__init__()
-        self.linear = Linear()
+        self.linear = Linear(outputs, inputs)
         self.clipped = clipped
+        if clipped:
+            self.input_min, self.input_max = mx.zeros(()), mx.zeros(())
+            self.output_min, self.output_max = mx.zeros(()), mx.zeros(())
 
     def __call__(self, x: mx.array) -> mx.array:
         if not self.clipped:
@@ -92,12 +96,14 @@ class VisionAttention(nn.Module):
         clipped = config.use_clipped_linears
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.head_dim, self.eps = config.head_dim, config.rms_norm_eps
-        self.q_proj = ClippableLinear(clipped)
-        self.k_proj = ClippableLinear(clipped)
-        self.v_proj = ClippableLinear(clipped)
-        self.o_proj = ClippableLinear(clipped)
-        self.q_norm = RMSNorm(config.rms_norm_eps)
-        self.k_norm = RMSNorm(config.rms_norm_eps)
+        hidden, queries = config.hidden_size, self.heads * self.head_dim
+        keys = self.kv_heads * self.head_dim
+        self.q_proj = ClippableLinear(queries, hidden, clipped)
+        self.k_proj = ClippableLinear(keys, hidden, clipped)
+        self.v_proj = ClippableLinear(keys, hidden, clipped)
+        self.o_proj = ClippableLinear(hidden, queries, clipped)
+        self.q_norm = nn.RMSNorm(self.head_dim, self.eps)
+        self.k_norm = nn.RMSNorm(self.head_dim, self.eps)
 
     def __call__(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
         queries = self._rotated(self.q_norm(self._split(self.q_proj(x), self.heads)), rope)
@@ -111,16 +117,17 @@ class VisionAttention(nn.Module):
     def _rotated(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
         halves = mx.split(x.transpose(0, 2, 1, 3), 2, axis=-1)
         return mx.concatenate(
-            [rotate(half, *axis) for half, axis in zip(halves, rope, strict=True)], axis=-1
+            [rotate(half, axis) for half, axis in zip(halves, rope, strict=True)], axis=-1
         )
 
 
 class VisionMLP(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        self.gate_proj = ClippableLinear(config.use_clipped_linears)
-        self.up_proj = ClippableLinear(config.use_clipped_linears)
-        self.down_proj = ClippableLinear(config.use_clipped_linears)
+        hidden, width = config.hidden_size, config.intermediate_size
+        self.gate_proj = ClippableLinear(width, hidden, config.use_clipped_linears)
+        self.up_proj = ClippableLinear(width, hidden, config.use_clipped_linears)
+        self.down_proj = ClippableLinear(hidden, width, config.use_clipped_linears)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.down_proj(geglu(self.gate_proj(x), self.up_proj(x)))
@@ -129,13 +136,13 @@ class VisionMLP(nn.Module):
 class VisionLayer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
-        eps = config.rms_norm_eps
+        hidden, eps = config.hidden_size, config.rms_norm_eps
         self.self_attn = VisionAttention(config)
         self.mlp = VisionMLP(config)
-        self.input_layernorm = RMSNorm(eps)
-        self.post_attention_layernorm = RMSNorm(eps)
-        self.pre_feedforward_layernorm = RMSNorm(eps)
-        self.post_feedforward_layernorm = RMSNorm(eps)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps)
 
     def __call__(self, x: mx.array, rope: tuple[tuple[mx.array, mx.array], ...]) -> mx.array:
         mixed = self.self_attn(self.input_layernorm(x), rope)
@@ -145,9 +152,11 @@ class VisionLayer(nn.Module):
 
 
 class PatchEmbedder(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, config: VisionConfig) -> None:
         super().__init__()
-        self.input_proj = Linear()
+        hidden = config.hidden_size
+        self.input_proj = Linear(hidden, 3 * config.patch_size**2)
+        self.position_embedding_table = mx.zeros((2, config.position_embedding_size, hidden))
 
     def __call__(self, pixels: mx.array, positions: np.ndarray) -> mx.array:
         columns, rows = mx.array(positions[:, 0]), mx.array(positions[:, 1])
@@ -167,8 +176,11 @@ class VisionTower(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedder = PatchEmbedder()
+        self.patch_embedder = PatchEmbedder(config)
         self.encoder = VisionEncoder(config)
+        if config.standardize:
+            self.std_bias = mx.zeros((config.hidden_size,))
+            self.std_scale = mx.zeros((config.hidden_size,))
 
     def __call__(self, image: ImagePatches, dtype: mx.Dtype) -> mx.array:
         image = image.without_padding()
@@ -211,10 +223,10 @@ class VisionTower(nn.Module):
 class VisionProjection(nn.Module):
     """Soft tokens -> text width."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: VisionConfig, text_hidden: int):
         super().__init__()
         self.eps = config.rms_norm_eps
-        self.embedding_projection = Linear()
+        self.embedding_projection = Linear(text_hidden, config.hidden_size)
 
     def __call__(self, x: mx.array) -> mx.array:
         return self.embedding_projection(mx.fast.rms_norm(x, None, self.eps))

@@ -23,6 +23,7 @@ from mlx_dgemma.prompt.tools import (
 
 Kind = Literal["text", "thinking", "tool_call"]
 _HEADER = "thought\n"
+_ANSWER_HEADER = "final\n"  # a channel other models put their answer in
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,21 @@ class Piece:
     kind: "text" and "thinking" come in any number of stretches; a "tool_call" comes whole.
     text: for a tool call, what stands between its markers.
     calls: the calls parsed from it; empty for a malformed one, whose text is then all there is.
+    cut: the reply ended inside the call, which is therefore no call.
     """
 
     kind: Kind
     text: str
     calls: tuple[ToolCall, ...] = ()
+    cut: bool = False
 
 
 class ChannelParser:
     """Feed committed ids block by block; get pieces as soon as they are certain.
 
-    tools: the declared tool names. With them a call at the start of a line that lacks its
-        markers is still recognised; without them such a line is prose.
+    tools: the declared tool names. With them a `call:name{...}` that lacks its markers is still
+        recognised where the reply's answer begins, or directly after another call. Anywhere else,
+        in running text or in a code fence, it is text: a model may quote what it has read.
     """
 
     def __init__(self, tokenizer: Tokenizer, *, tools: Collection[str] = ()):
@@ -70,7 +74,8 @@ class ChannelParser:
 
     def finish(self) -> list[Piece]:
         """What is left when the reply is over; a thought or call without its end counts too."""
-        return self._words(self._detokenizer.finish()) + self._close("text", marked=False)
+        last = self._words(self._detokenizer.finish())
+        return last + self._close("text", marked=False, over=True)
 
     def _marker(self, name: str) -> list[Piece]:
         if name == "escape":
@@ -103,75 +108,86 @@ class ChannelParser:
             return self._bare.feed(text.replace(MARK, "\ufffd") if self._bare.reading else text)
         text, self._held = self._held + text, ""
         if self._header:
-            if _HEADER.startswith(text) and text != _HEADER:
+            headers = (_HEADER, _ANSWER_HEADER)
+            if text not in headers and any(header.startswith(text) for header in headers):
                 self._held = text
                 return []
             self._header = False
+            if text.startswith(_ANSWER_HEADER):
+                self._kind = "text"
+                return self._words(text.removeprefix(_ANSWER_HEADER))
             text = text.removeprefix(_HEADER)
         # The newline before the end marker belongs to the frame, so the last one waits.
         if text.endswith("\n"):
             text, self._held = text[:-1], "\n"
         return [Piece("thinking", text)] if text else []
 
-    def _close(self, following: Kind, *, marked: bool) -> list[Piece]:
+    def _close(self, following: Kind, *, marked: bool, over: bool = False) -> list[Piece]:
         kind, held = self._kind, self._held
         self._kind, self._held = following, ""
         header, self._header = self._header, False
         if kind == "text":
-            return self._bare.finish()
+            return self._bare.finish(over)
         if kind == "tool_call":
+            self._bare.begin()
             text = held.replace(MARK, DELIMITER)
-            return [Piece("tool_call", text, parse_tool_calls(held))] if held.strip() else []
+            calls = parse_tool_calls(held, closed=marked)
+            cut = over and not calls
+            return [Piece("tool_call", text, calls, cut)] if held.strip() else []
         if (header and _HEADER.startswith(held)) or (marked and held == "\n"):
             held = ""
         return [Piece("thinking", held)] if held else []
 
 
 class _BareCalls:
-    """Finds calls without markers in the answer's text; passes all other text on at once."""
+    """Finds calls without markers where the answer begins; passes all other text on at once."""
 
     def __init__(self, names: Collection[str]):
         self._pattern = bare_call_pattern(names)
-        self._heads = [head for name in names for head in (f"call:{name}(", f"{name}(")]
+        self._heads = [f"call:{name}{opening}" for name in names for opening in "{("]
         self._held = ""
-        self._line_begins = True
+        self._begins = True  # only calls and blanks so far
 
     @property
     def reading(self) -> bool:
         """Whether the start of a call is held back."""
         return bool(self._held)
 
+    def begin(self) -> None:
+        """A call between markers is over: another may follow."""
+        self._begins = True
+
     def feed(self, text: str) -> list[Piece]:
-        if self._pattern is None:
+        if self._pattern is None or not self._begins:
             return [Piece("text", text)]
         self._held += text
         pieces: list[Piece] = []
         while self._held:
-            if not self._line_begins:
-                newline = self._held.find("\n")
-                cut = newline + 1 if newline >= 0 else len(self._held)
-                pieces.append(_text(self._held[:cut]))
-                self._held = self._held[cut:]
-                self._line_begins = newline >= 0
-                continue
-            body = self._held.lstrip(" \t")
-            if self._pattern.match(body):
-                end = bare_call_end(body)
-                if end is None:
+            body = self._held.lstrip()
+            if not self._pattern.match(body):
+                if not body or any(head.startswith(body) for head in self._heads):
                     break
-                calls = parse_tool_calls(body[:end])
-                if calls:
-                    text = body[:end].replace(MARK, DELIMITER)
-                    pieces.append(Piece("tool_call", text, calls))
-                    self._held = body[end:]
-                    continue
-            elif not body or any(head.startswith(body) for head in self._heads):
+                self._begins = False
+                pieces.append(_text(self._held))
+                self._held = ""
                 break
-            self._line_begins = False
+            end = bare_call_end(body)
+            if end is None:
+                break
+            calls = parse_tool_calls(body[:end], closed=False)
+            if not calls:
+                self._begins = False
+                pieces.append(_text(self._held))
+                self._held = ""
+                break
+            pieces.append(Piece("tool_call", body[:end].replace(MARK, DELIMITER), calls))
+            self._held = body[end:]
         return pieces
 
-    def finish(self) -> list[Piece]:
-        held, self._held, self._line_begins = self._held, "", True
+    def finish(self, over: bool) -> list[Piece]:
+        held, self._held = self._held, ""
+        if over and held.lstrip().startswith("call:"):
+            return [Piece("tool_call", held.replace(MARK, DELIMITER), (), True)]
         return [_text(held)] if held else []
 
 

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.prompt.messages import check_messages, check_tools
+from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.prompt.messages import check_messages, declared, merge_turns
 
 if TYPE_CHECKING:
     from mlx_dgemma.prompt.tokenizer import Tokenizer
@@ -49,16 +50,16 @@ def encode_messages(
             f"The checkpoint of {tokenizer.source} has no chat template; "
             "pass token ids instead of messages, or add its chat_template.jinja."
         )
-    conversation = check_messages(messages, system_prompt=system_prompt)
-    declarations = check_tools(tools)
+    conversation = merge_turns(check_messages(messages, system_prompt=system_prompt))
+    declarations = declared(tools)
     veil = _Veil(tokenizer, [conversation, declarations])
-    from mlx_dgemma.prompt.sandbox import render  # Jinja takes a moment
-
-    rendered = render(
-        tokenizer.chat_template,
-        tokenizer.source,
-        **tokenizer.template_tokens,
-        messages=veil.cover(conversation),
+    covered: list[dict[str, Any]] = veil.cover(conversation)
+    spoken: list[str] = []
+    if any(m.get("tool_calls") and m["content"] for m in covered) and not _texts_first(tokenizer):
+        covered, spoken = _take_texts_out(covered, veil.spare)
+    rendered = _render(
+        tokenizer,
+        messages=covered,
         tools=veil.cover(declarations) or None,
         enable_thinking=enable_thinking,
         add_generation_prompt=add_generation_prompt,
@@ -66,7 +67,7 @@ def encode_messages(
     pieces: list[Piece] = []
     for trusted, piece in tokenizer.split_control(rendered):
         if not trusted:
-            pieces.append((False, veil.lift(piece)))
+            pieces = _put_texts_back(pieces, piece, spoken, veil)
         else:
             pieces += [(True, piece)] if expand is None else expand(piece)
     ids: list[int] = []
@@ -79,6 +80,90 @@ def encode_messages(
     return ids
 
 
+def _texts_first(tokenizer: Tokenizer) -> bool:
+    """Whether the template writes an assistant's text before the calls of the same message.
+
+    The published template of June 2026 writes it after the tool's results and closes the turn.
+    """
+    text, name = "Spoken", "called"
+    call = {"id": "1", "type": "function", "function": {"name": name, "arguments": {}}}
+    rendered = _render(
+        tokenizer,
+        messages=[
+            {"role": "user", "content": "a"},
+            {"role": "assistant", "content": text, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "1", "content": "b"},
+        ],
+        tools=None,
+        enable_thinking=False,
+        add_generation_prompt=True,
+    )
+    return 0 <= rendered.find(text) < rendered.find(name)
+
+
+def _take_texts_out(
+    messages: list[dict[str, Any]], spare: str
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """Messages whose calls follow text without that text, and the texts.
+
+    The place of each is marked in the name of the message's first call, by its number between
+    two `spare` characters. Without text the template leaves the model's turn open.
+    """
+    marked: list[dict[str, Any]] = []
+    spoken: list[str] = []
+    for message in messages:
+        calls, text = message.get("tool_calls"), message["content"]
+        if calls and isinstance(text, str) and text.strip():
+            function = calls[0]["function"]
+            name = f"{spare}{len(spoken)}{spare}{function['name']}"
+            first = {**calls[0], "function": {**function, "name": name}}
+            message = {**message, "content": "", "tool_calls": [first, *calls[1:]]}
+            spoken.append(text.strip())
+        marked.append(message)
+    return marked, spoken
+
+
+def _put_texts_back(pieces: list[Piece], piece: str, spoken: list[str], veil: _Veil) -> list[Piece]:
+    """The pieces with a further one, texts that were taken out standing before their calls.
+
+    A call begins with the control token before its name. Its name comes again with its result.
+    """
+    placed = list(pieces)
+    parts = piece.split(veil.spare)
+    for number in parts[1::2]:
+        text = spoken[int(number)]
+        at = len(placed) - (1 if placed and placed[-1][0] else 0)
+        if text:
+            placed.insert(at, (False, veil.lift(text)))
+            spoken[int(number)] = ""
+    return [*placed, (False, veil.lift("".join(parts[::2])))]
+
+
+def read_template(template: str | Path) -> str:
+    """Jinja source: itself, or what the file of that name holds. Raises InputError."""
+    from mlx_dgemma.prompt.sandbox import check_template
+
+    source = template if isinstance(template, str) else ""
+    if "{{" not in source and "{%" not in source:
+        try:
+            source = Path(template).expanduser().read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise InputError(
+                f"The chat template {template} cannot be read ({error}): name a Jinja file."
+            ) from error
+    check_template(source)
+    return source
+
+
+def _render(tokenizer: Tokenizer, **variables: Any) -> str:
+    from mlx_dgemma.prompt.sandbox import render  # Jinja takes a moment
+
+    assert tokenizer.chat_template is not None
+    return render(
+        tokenizer.chat_template, tokenizer.source, **tokenizer.template_tokens, **variables
+    )
+
+
 class _Veil:
     """Exchanges the characters that begin or end control tokens for private ones, and back."""
 
@@ -87,6 +172,7 @@ class _Veil:
         taken = set().union(*_strings(values), tokenizer.chat_template or "")
         free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
         exchange = dict(zip(edges, free, strict=False))
+        self.spare = next(free)  # a character that stands nowhere
         self._tokenizer = tokenizer
         self._there = str.maketrans(exchange)
         self._back = str.maketrans({private: edge for edge, private in exchange.items()})

@@ -101,7 +101,7 @@ class ImageProcessor:
             places=vision.position_embedding_size,
             image_tokens=images.only("max_soft_tokens", BUDGETS, default),
             frame_tokens=frames.only("max_soft_tokens", BUDGETS, 70),
-            num_frames=frames.integer("num_frames", 32),
+            num_frames=frames.integer("num_frames", 32, maximum=10_000),
         )
 
     def size(self, width: int, height: int, budget: int) -> tuple[int, int]:

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.prompt.declarations import plain_parameters
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 TEXT_PARTS = ("text", "input_text", "output_text")
@@ -52,10 +53,45 @@ def check_tools(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any
         name = function.get("name")
         if not isinstance(name, str) or not name:
             raise InputError(f"tools[{i}].function.name must be a non-empty string.")
-        if not isinstance(function.get("parameters", {}) or {}, Mapping):
+        parameters = function.get("parameters") or {}
+        properties = parameters.get("properties") if isinstance(parameters, Mapping) else 0
+        if not isinstance(properties, Mapping | None):
             raise InputError(f"tools[{i}].function.parameters must be a JSON schema object.")
         checked.append(_plain(tool, f"tools[{i}]"))
     return checked
+
+
+def declared(tools: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
+    """Tool declarations as a template reads them: checked, their schemas in its small language."""
+    checked = check_tools(tools)
+    for tool in checked:
+        function = tool["function"]
+        if function.get("parameters"):
+            function["parameters"] = plain_parameters(function["parameters"])
+    return checked
+
+
+def merge_turns(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """An assistant's messages in a row as one: a template opens the model's turn once.
+
+    A message that follows an unanswered call stays apart.
+    """
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        before = merged[-1] if merged else None
+        if (
+            before is None
+            or not before["role"] == message["role"] == "assistant"
+            or before.get("tool_calls")
+        ):
+            merged.append(message)
+            continue
+        merged[-1] = {
+            **before,
+            **message,
+            "content": _joined([*_parts(before["content"]), *_parts(message["content"])]),
+        }
+    return merged
 
 
 def strip_thinking(text: str) -> str:
@@ -87,14 +123,35 @@ def _message(message: Any, where: str) -> dict[str, Any]:
 
 def _content(message: Mapping[str, Any], role: str, where: str) -> str | list[dict[str, Any]]:
     content = message.get("content")
-    if content is None and role == "assistant":
+    if content is None and role in ("assistant", "tool"):
         return ""
     clean = strip_thinking if role == "assistant" else str
     if isinstance(content, str):
         return clean(content)
     if isinstance(content, Sequence) and not isinstance(content, bytes):
-        return [_part(part, role, f"{where}.content[{i}]", clean) for i, part in enumerate(content)]
+        return _joined(
+            [_part(part, role, f"{where}.content[{i}]", clean) for i, part in enumerate(content)]
+        )
     raise InputError(f"{where}.content must be a string or a list of parts.")
+
+
+def _parts(content: str | list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _joined(parts: list[dict[str, Any]]) -> str | list[dict[str, Any]]:
+    """Neighbouring texts as one, on lines of their own, where a template would glue them."""
+    joined: list[dict[str, Any]] = []
+    for part in parts:
+        if part["type"] != "text" or not joined or joined[-1]["type"] != "text":
+            joined.append(part)
+            continue
+        before, after = joined[-1]["text"], part["text"]
+        blank = not before or not after or before[-1].isspace() or after[0].isspace()
+        joined[-1] = {"type": "text", "text": f"{before}{'' if blank else chr(10)}{after}"}
+    if all(part["type"] == "text" for part in joined):
+        return joined[0]["text"] if joined else ""
+    return joined
 
 
 def _part(part: Any, role: str, where: str, clean: Any) -> dict[str, Any]:
@@ -132,16 +189,19 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
     return checked
 
 
-def _arguments(arguments: Any, where: str) -> dict[str, Any]:
-    """OpenAI sends arguments as a JSON string, which a template would copy as it stands."""
+def _arguments(arguments: Any, where: str) -> dict[str, Any] | str:
+    """OpenAI sends arguments as a JSON string; a template copies one that is no JSON object."""
+    text = arguments
     if isinstance(arguments, str):
         try:
             arguments = json.loads(arguments) if arguments.strip() else {}
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{where} is not valid JSON: {error}.") from error
+        except (ValueError, RecursionError):
+            return arguments
     if arguments is None:
         return {}
     if not isinstance(arguments, Mapping):
+        if isinstance(text, str):
+            return text
         raise InputError(f"{where} must be a JSON object.")
     return _plain(arguments, where)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mlx_dgemma.errors import InputError
@@ -13,17 +13,21 @@ from mlx_dgemma.prompt.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Increment:
-    """What some ids add to a reply. stopped: a stop string was met; nothing follows."""
+    """What some ids add to a reply.
+
+    stopped: a stop string was met; nothing follows. cut_call: the call the reply ended inside.
+    """
 
     text: str = ""
     thinking: str = ""
     tool_calls: tuple[dict[str, Any], ...] = ()
     malformed_calls: tuple[str, ...] = ()
+    cut_call: str = ""
     stopped: bool = False
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.thinking or self.tool_calls or self.malformed_calls)
+        return self == Increment(stopped=self.stopped)
 
 
 class ReplyReader:
@@ -52,12 +56,10 @@ class ReplyReader:
         last = self._read(self._parser.finish())
         if last.stopped:
             return last
-        return Increment(
-            last.text + self._stop.finish(), last.thinking, last.tool_calls, last.malformed_calls
-        )
+        return replace(last, text=last.text + self._stop.finish())
 
     def _read(self, pieces: Iterable[Piece]) -> Increment:
-        text, thinking = "", ""
+        text, thinking, cut_call = "", "", ""
         calls: list[dict[str, Any]] = []
         malformed: list[str] = []
         for piece in pieces:
@@ -65,13 +67,16 @@ class ReplyReader:
                 thinking += piece.text
             elif piece.calls:
                 calls += [{"name": call.name, "arguments": call.arguments} for call in piece.calls]
+            elif piece.cut:
+                cut_call += piece.text
             else:
                 if piece.kind == "tool_call":
                     malformed.append(piece.text)
                 text += self._stop.feed(piece.text)
                 if self._stop.met is not None:
                     break
-        return Increment(text, thinking, tuple(calls), tuple(malformed), self._stop.met is not None)
+        met = self._stop.met is not None
+        return Increment(text, thinking, tuple(calls), tuple(malformed), cut_call, met)
 
 
 class StopStrings:

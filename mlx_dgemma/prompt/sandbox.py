@@ -93,6 +93,14 @@ def render(source: str, origin: str, **variables: Any) -> str:
         ) from error
 
 
+def check_template(source: str) -> None:
+    """InputError for a template that is none."""
+    try:
+        _compile(source)
+    except Exception as error:
+        raise InputError(f"The chat template given is not valid Jinja: {_said(error)}.") from error
+
+
 @contextmanager
 def _limited(variables: Mapping[str, Any]) -> Iterator[None]:
     size = weight(variables)

@@ -7,14 +7,17 @@ characters unless the caller asks for `special=True`, which only trusted text ma
 from __future__ import annotations
 
 import itertools
-import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError
+from mlx_dgemma.files import read_json, read_text
+from mlx_dgemma.model.section import Section
+from mlx_dgemma.untrusted_json import printable
 
 if TYPE_CHECKING:
     import tokenizers
@@ -46,6 +49,10 @@ _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
 _PIECE = 1 << 16  # characters that are encoded at a time
 _LONGEST_PIECE = 1 << 19  # where no place to cut is found sooner
 _REPLACEMENT = "\ufffd"
+# The real file has 32 MB.
+_MOST_BYTES = 128 << 20
+# Words, digits, spaces, and a character of several bytes.
+_TRIAL = "A trial of 12 words:\n\tit is \u00e9crit \u2014 \U0001f600!"
 
 
 class Tokenizer:
@@ -76,8 +83,11 @@ class Tokenizer:
                 f"{source}: the added token {ordinary[0]!r} is not marked special, so user text "
                 "could forge it; mark every added token with special=true."
             )
-        # Set once and for all: the library then never looks for control tokens in a text.
+        # Set once and for all: the library then never looks for control tokens in a text, and
+        # never cuts or fills a prompt as it did for whoever saved the file.
         backend.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
         self._backend = backend
         self._by_spelling = {token.content: id_ for id_, token in added.items()}
         self.source = source
@@ -242,50 +252,66 @@ def load_tokenizer(folder: str | Path, stop_ids: Iterable[int]) -> Tokenizer:
             "from the original repository."
         )
     try:
-        backend = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the Rust library raises bare Exception for every kind of damage
-        raise CheckpointError(f"{path} cannot be read as a tokenizer: {error}.") from error
-    settings = _read_settings(folder / "tokenizer_config.json")
-    return Tokenizer(
-        backend,
-        stop_ids,
-        chat_template=_chat_template(folder, settings),
-        template_tokens=_template_tokens(settings),
-        source=str(path),
-    )
+        content = read_text(path, _MOST_BYTES)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+    settings_path = folder / "tokenizer_config.json"
+    values = read_json(settings_path) if settings_path.exists() else {}
+    settings = Section(values, str(settings_path))
+    with _library_errors(path):
+        tokenizer = Tokenizer(
+            tokenizers.Tokenizer.from_str(content),
+            stop_ids,
+            chat_template=_chat_template(folder, settings),
+            template_tokens=_template_tokens(settings),
+            source=str(path),
+        )
+        # A pattern or a decoder that cannot work shows in its first use, not in reading it.
+        tokenizer.decode(tokenizer.encode(_TRIAL))
+    return tokenizer
 
 
-def _read_settings(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
+@contextmanager
+def _library_errors(path: Path) -> Iterator[None]:
+    """The tokenizers library's own errors as CheckpointError: bare Exception for most damage, and
+    a panic, which is no Exception, for the rest."""
     try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read as JSON: {error}.") from error
-    if not isinstance(settings, dict):
-        raise CheckpointError(f"{path} must hold a JSON object.")
-    return settings
+        yield
+    except DGemmaError:
+        raise
+    except BaseException as error:
+        known = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+        if not known:
+            raise
+        why = printable(str(error), 200)
+        raise CheckpointError(f"{path} cannot be read as a tokenizer: {why}.") from error
 
 
-def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _chat_template(folder: Path, settings: Section) -> str | None:
     """chat_template.jinja, else the template inside tokenizer_config.json."""
     path = folder / "chat_template.jinja"
-    if path.is_file():
+    if path.exists():
         try:
-            return path.read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}.") from error
+            return read_text(path)
+        except OSError as error:
+            raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     template = settings.get("chat_template")
-    if isinstance(template, Sequence) and not isinstance(template, str):
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):
+        entries = [Section(entry, settings.source, "chat_template.") for entry in template]
+        named = {entry.text("name"): entry.text("template") for entry in entries}
+        return named.get("default")
+    return settings.text("chat_template")
 
 
-def _template_tokens(settings: Mapping[str, Any]) -> dict[str, str]:
+def _template_tokens(settings: Section) -> dict[str, str]:
     """Every `*_token` entry, whether a string or a saved AddedToken."""
     tokens = {}
-    for name, value in {**settings, **settings.get("model_specific_special_tokens", {})}.items():
+    extra = Section(
+        settings.get("model_specific_special_tokens", {}),
+        settings.source,
+        "model_specific_special_tokens.",
+    )
+    for name, value in {**settings.values, **extra.values}.items():
         if isinstance(value, Mapping):
             value = value.get("content")
         if name.endswith("_token") and isinstance(value, str):

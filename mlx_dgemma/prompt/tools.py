@@ -3,10 +3,12 @@
     call:name{key:<|"|>text<|"|>,n:1,list:[true,null],nested:{k:2}}      as taught
     call:name(key="text", n=1)                                           in long sessions
     name{...}, name(...)                                                 the prefix forgotten
+    {"name": "name", "arguments": {"key": "text"}}                       other models' form
 
 mlx-lm's parser reads the first form with plain word names and keys; this one also takes dots,
 hyphens and colons in names, any key, Python's spellings of constants, and text that itself
-holds the string delimiter.
+holds the string delimiter. Between the markers, where a call is certain, it also repairs a
+missing comma, brackets too many, a code fence and unquoted text with commas.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ _NAME = re.compile(r"[^\s{}()\[\],\"'=" + MARK + r"]+")
 _KEY = re.compile(r"[^\s:={}()\[\],\"'" + MARK + r"]+")
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"[\s,;]*")
+_SURPLUS = re.compile(r"[\s,;})]*")
 _SCALAR = re.compile(r"[^,{}()\[\]\"" + MARK + r"]+")
 _INTEGER = re.compile(r"[+-]?\d{1,300}")
 _FLOAT = re.compile(r"[+-]?(\d+\.\d*|\.\d+|\d+)([eE][+-]?\d+)?")
@@ -36,6 +39,12 @@ _PYTHON_ESCAPE = re.compile(r"\\(['\"\\nrt/])")
 _ESCAPED = {"n": "\n", "r": "\r", "t": "\t"}
 _CONSTANTS = {"true": True, "false": False, "null": None, "none": None}
 _CLOSING = {"{": "}", "(": ")", "[": "]"}
+_FENCE = re.compile(r"```\w*\s*(.*?)\s*(?:```)?", re.DOTALL)
+# Another member begins: after a comma that belongs to no text, or where a comma is missing.
+_MEMBER = re.compile(r"\s*(?:[\w.$-]+|\"[^\"]*\")\s*[:=]")
+_WORDS = re.compile(
+    r"[^,{}()\[\]\"" + MARK + r"]+?(?=\s+[\w.$-]+\s*[:=]|[,{}()\[\]\"" + MARK + r"]|$)"
+)
 _MAX_DEPTH = 64
 
 
@@ -52,21 +61,56 @@ class ToolCall:
         return json.dumps(self.arguments, ensure_ascii=False)
 
 
-def parse_tool_calls(text: str) -> tuple[ToolCall, ...]:
+def parse_tool_calls(text: str, *, closed: bool = True) -> tuple[ToolCall, ...]:
     """Every call in the text between two tool-call markers, or () when it is malformed.
 
     text: strings are delimited by `<|"|>`, or by MARK where the caller knows the token ids.
+    closed: whether the closing marker was there; without it nothing is repaired, and a name
+        without arguments is no call, because more may have been cut off.
     """
     if MARK not in text:
         text = text.replace(DELIMITER, MARK)
+    if not closed and not text.rstrip().endswith(("}", ")")):
+        return ()
+    if closed:
+        fence = _FENCE.fullmatch(text.strip())
+        text = text if fence is None else fence[1]
+        foreign = _json_calls(text)
+        if foreign:
+            return foreign
     # A delimiter normally closes its string; when that reading fails, only one does that stands
     # before a comma or a bracket, so that a quotation inside the string survives.
-    for quotes_nest in (False, True):
+    readings = [(False, False), (True, False), (False, True), (True, True)]
+    for quotes_nest, repairs in readings if closed else readings[:2]:
         try:
-            return tuple(_Reader(text, quotes_nest).calls())
+            return tuple(_Reader(text, quotes_nest, repairs).calls())
         except ValueError:
             continue
     return ()
+
+
+def _json_calls(text: str) -> tuple[ToolCall, ...]:
+    """Calls written as JSON objects with a name and arguments; () for anything else."""
+    try:
+        value = json.loads(text.replace(MARK, '"'))
+    except (ValueError, RecursionError):
+        return ()
+    calls = []
+    for entry in value if isinstance(value, list) else [value]:
+        inner = entry.get("function", entry) if isinstance(entry, dict) else None
+        if not isinstance(inner, dict) or not isinstance(inner.get("name"), str):
+            return ()
+        arguments = inner.get("arguments", inner.get("parameters", {}))
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                return ()
+        name = inner["name"].removeprefix("call:")
+        if not isinstance(arguments, dict) or not is_tool_name(name):
+            return ()
+        calls.append(ToolCall(name, arguments))
+    return tuple(calls)
 
 
 def is_tool_name(name: str) -> bool:
@@ -87,7 +131,7 @@ def bare_call_end(text: str) -> int | None:
     start = re.search(r"[{(]", text)
     if start is None:
         return None
-    reader = _Reader(text, quotes_nest=False)
+    reader = _Reader(text)
     reader.position = start.start()
     stack: list[str] = []
     while reader.position < len(text):
@@ -109,27 +153,28 @@ def bare_call_end(text: str) -> int | None:
 
 
 def bare_call_pattern(names: Collection[str]) -> re.Pattern[str] | None:
-    """Finds, at the start of a line, a call of a declared tool whose markers were forgotten."""
+    """The head of a call of a declared tool whose markers were forgotten, prefix included."""
     if not names:
         return None
     known = "|".join(map(re.escape, sorted(names, key=len, reverse=True)))
-    return re.compile(rf"(?:call:)?(?:{known})[{{(]")
+    return re.compile(rf"call:(?:{known})[{{(]")
 
 
 class _Reader:
     """Recursive descent over one text; every complaint is a ValueError."""
 
-    def __init__(self, text: str, quotes_nest: bool):
+    def __init__(self, text: str, quotes_nest: bool = False, repairs: bool = False):
         self.text = text
         self.position = 0
         self._quotes_nest = quotes_nest
+        self._repairs = repairs
 
     def calls(self) -> list[ToolCall]:
         calls = []
         self._skip(_SPACE)
         while self.position < len(self.text):
             calls.append(self._call())
-            self._skip(_BETWEEN)
+            self._skip(_SURPLUS if self._repairs else _BETWEEN)
         if not calls:
             raise ValueError("no call")
         return calls
@@ -190,7 +235,21 @@ class _Reader:
             return items
         if first in (MARK, '"', "'"):
             return self.string()
-        return _scalar(self._take(_SCALAR).strip())
+        if not self._repairs:
+            return _scalar(self._take(_SCALAR).strip())
+        return _scalar(self._take_words().strip())
+
+    def _take_words(self) -> str:
+        """Unquoted text, with the commas after which no other member begins."""
+        start = self.position
+        self._take(_WORDS)
+        while self._peek() == "," and not _MEMBER.match(self.text, self.position + 1):
+            before, self.position = self.position, self.position + 1
+            if _WORDS.match(self.text, self.position) is None:
+                self.position = before
+                break
+            self._take(_WORDS)
+        return self.text[start : self.position]
 
     def _open(self, depth: int) -> None:
         if depth > _MAX_DEPTH:
@@ -203,7 +262,9 @@ class _Reader:
         if self._peek() == ",":
             self.position += 1
             self._skip(_SPACE)
-        elif self._peek() != closing:
+        elif self._peek() != closing and not (
+            self._repairs and closing != "]" and _MEMBER.match(self.text, self.position)
+        ):
             raise ValueError("neither a comma nor the end")
 
     def _peek(self) -> str:

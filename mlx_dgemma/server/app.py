@@ -26,6 +26,7 @@ from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, message
 from mlx_dgemma.server.endpoints.openai_chat import chat_completions
 from mlx_dgemma.server.endpoints.openai_completions import completions
 from mlx_dgemma.server.endpoints.openai_responses import responses
+from mlx_dgemma.server.endpoints.systemone import system_one
 from mlx_dgemma.server.engine import Engine, Model
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
@@ -57,7 +58,13 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         return Response(status_code=204)
 
     async def models(_: Request) -> Response:
-        return JsonResponse({"object": "list", "data": [_model_card(settings, created)]})
+        return JsonResponse(
+            {
+                "object": "list",
+                "data": [_model_card(settings, created)],
+                "models": [_system_one_card(settings, created)],
+            }
+        )
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
@@ -81,6 +88,7 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         Route("/v1/completions", guard.json(completions), methods=["POST"]),
         Route("/v1/responses", guard.json(responses), methods=["POST"]),
         Route("/v1/messages", guard.json(messages), methods=["POST"]),
+        Route("/v1/systemone", guard.json(system_one), methods=["POST"]),
         Route("/v1/messages/count_tokens", guard.json(count_tokens), methods=["POST"]),
     ]
 
@@ -142,6 +150,15 @@ def _model_card(settings: ServerSettings, created: int) -> dict[str, Any]:
         "object": "model",
         "created": created,
         "owned_by": "mlx_dgemma",
+    }
+
+
+def _system_one_card(settings: ServerSettings, created: int) -> dict[str, str]:
+    """The same model in the form that clients of /v1/systemone read; its date is the server's."""
+    return {
+        "name": settings.model_name,
+        "description": "DiffusionGemma, read by single decoder passes",
+        "release_date": time.strftime("%Y-%m-%d", time.gmtime(created)),
     }
 
 
@@ -234,6 +251,13 @@ class _Guard:
 
 
 def _error(request: Request, error: ApiError) -> JsonResponse:
-    anthropic = request.url.path.startswith("/v1/messages")
-    body = error.anthropic() if anthropic else error.openai()
-    return JsonResponse(body, status_code=error.status, headers=error.headers)
+    status = error.status
+    if request.url.path.startswith("/v1/messages"):
+        body = error.anthropic()
+    elif request.url.path == "/v1/systemone":
+        # There, a body that is no valid request is 422 whatever is wrong with it.
+        error.status = status = 422 if status == 400 else status
+        body = error.system_one()
+    else:
+        body = error.openai()
+    return JsonResponse(body, status_code=status, headers=error.headers)

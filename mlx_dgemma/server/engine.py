@@ -11,12 +11,23 @@ import contextlib
 import logging
 import threading
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from mlx_dgemma.context.disk_cache import DiskCache
 from mlx_dgemma.context.prefix_cache import PrefixCache
+from mlx_dgemma.decisions import Decision
+from mlx_dgemma.decisions.passes import decide_turns
+from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.infilling import Infill, infill_turns
@@ -169,6 +180,44 @@ class Engine:
         assert isinstance(result, Infill)
         return result
 
+    async def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question],
+        orders: int,
+        hold: Callable[[int], None],
+    ) -> Decision:
+        """Answers to questions about a state, from single decoder passes. hold: counts the memory
+        of its images."""
+        deadline = time.monotonic() + self.settings.max_seconds
+        access = replace(self.settings.image_access, hold=hold)
+        context = self._prefixes.lease(whole=True)
+        # Texts are encoded and images fetched on a thread that holds up no reply.
+        turns = await asyncio.to_thread(
+            lambda: decide_turns(
+                self.runtime.model,
+                self.tokenizer,
+                state,
+                questions,
+                orders=orders,
+                access=access,
+                cache=context,
+                kv_bits=self.settings.kv_bits,
+            )
+        )
+        result = None
+
+        def start(deliver: Deliver, cancel: threading.Event) -> None:
+            self.runtime.take_turns(_until(turns, cancel), deliver, cancel)
+
+        async with self._place(), contextlib.aclosing(self._arrivals(start, deadline)) as arrived:
+            async for step in arrived:
+                result = step
+        if not isinstance(result, Decision):
+            self.door.check_open()
+            raise ApiError(503, "The request ran out of time; try again later.")
+        return result
+
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
         """One of the places on the model, waited for in order."""
@@ -242,3 +291,11 @@ class Engine:
             out_of_time.cancel()
             cancel.set()
             self._cancels.discard(cancel)
+
+
+def _until(steps: Iterable[Any], cancel: threading.Event) -> Iterator[Any]:
+    """The steps up to the first after which `cancel` is set."""
+    for step in steps:
+        yield step
+        if cancel.is_set():
+            return

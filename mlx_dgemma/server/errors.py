@@ -5,7 +5,16 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
+from mlx_dgemma.decisions.questions import QuestionError
+from mlx_dgemma.errors import (
+    CheckpointError,
+    DGemmaError,
+    GpuError,
+    GpuMemoryError,
+    InputError,
+    ResourceError,
+)
+from mlx_dgemma.machine.gpu_failures import explanation
 
 _PARAMETER = re.compile(r"[a-z][a-z_]*(?:\[\d+\]|\.[a-z_]+)*(?=$|[ :=.])")
 _TYPES = {
@@ -35,6 +44,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         close: bool = False,
+        location: tuple[str | int, ...] = (),
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -43,6 +53,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.close = close
+        self.location = location
 
     @property
     def headers(self) -> dict[str, str]:
@@ -54,6 +65,14 @@ class ApiError(Exception):
         error = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
         return {"error": error}
 
+    def system_one(self) -> dict[str, Any]:
+        """The form of `/v1/systemone`: detail is a list for a request that cannot be read."""
+        if self.status == 422:
+            location = ["body", *(self.location or filter(None, (self.param,)))]
+            return {"detail": [{"loc": location, "msg": self.message, "type": "value_error"}]}
+        kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
+        return {"detail": {"error_type": kind, "message": self.message}}
+
     def anthropic(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
         return {"type": "error", "error": {"type": kind, "message": self.message}}
@@ -63,10 +82,16 @@ def as_api_error(error: BaseException) -> ApiError:
     """What a client is told of any exception; a bug's details stay in the log."""
     if isinstance(error, ApiError):
         return error
+    if isinstance(error, QuestionError):
+        return ApiError(422, str(error), location=error.location)
     if isinstance(error, InputError):
         message = str(error)
         named = _PARAMETER.match(message)
         return ApiError(400, message, param=named.group() if named else None)
+    if isinstance(error, GpuMemoryError):
+        return ApiError(507, str(error), code="out_of_memory")
+    if isinstance(error, GpuError):
+        return ApiError(503, str(error), code="gpu_failed", retry_after=5)
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), retry_after=30)
     if isinstance(error, MemoryError):
@@ -75,4 +100,7 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(500, str(error))
     if isinstance(error, DGemmaError):
         return ApiError(500, str(error))
+    told = explanation(error)
+    if told is not None:
+        return as_api_error(told)
     return ApiError(500, "The server failed to answer this request; its log tells why.")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from mlx_dgemma.decoding.settings import Setting
 from mlx_dgemma.server.errors import ApiError
 
 
@@ -64,6 +65,13 @@ class Fields:
         if not low <= value <= high:
             raise self.fail(name, f"a number from {low:g} to {high:g}")
         return float(value)
+
+    def setting(self, name: str, known: Setting) -> Any:
+        """A decoding setting, within what a request may ask of it."""
+        bounds = known.request or ()
+        if known.kind is str:
+            return self.text(name, bounds)
+        return (self.integer if known.kind is int else self.number)(name, *bounds)
 
     def flag(self, name: str) -> bool | None:
         value = self.raw(name)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
-from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
+from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings, settings_by_name
 from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.messages import IMAGE_PARTS
@@ -58,18 +58,12 @@ def decoding_options(engine: Engine, fields: Fields, max_tokens: int | None) -> 
         "max_tokens": min(max_tokens or limit, limit),
         "temp": fields.number("temperature", 0, 2),
         "preset": fields.text("preset", tuple(PRESETS)) or engine.settings.preset,
-        "max_denoising_steps": fields.integer("max_denoising_steps", 1, 1024),
-        "entropy_bound": fields.number("entropy_bound", 0, 1e6),
-        "t_min": fields.number("t_min", 0, 100),
-        "t_max": fields.number("t_max", 0, 100),
-        "stability_threshold": fields.integer("stability_threshold", 0, 1024),
-        "confidence_threshold": fields.number("confidence_threshold", 0, 1e6),
-        "reveal_threshold": fields.number("reveal_threshold", 0, 1),
-        "canvas_length": fields.integer("canvas_length", 1, config.canvas_length),
-        "sampler": fields.text("sampler"),
-        "on_unconverged": fields.text("on_unconverged", ("commit", "refuse")),
-        "empty_reply": fields.text("empty_reply"),
     }
+    for name, known in settings_by_name().items():
+        if known.request is not None:
+            options[name] = fields.setting(name, known)
+    if (options["canvas_length"] or 0) > config.canvas_length:
+        raise fields.fail("canvas_length", f"a whole number from 1 to {config.canvas_length}")
     options = {name: value for name, value in options.items() if value is not None}
     DecodingSettings.from_defaults(config.generation, options)
     return options

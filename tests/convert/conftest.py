@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dgemma.benchmark.synthetic import published_config, with_layers
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 ROOT = Path(__file__).parents[2]
 for path in (ROOT / "studies", ROOT / "tests" / "oracles"):

@@ -73,6 +73,9 @@ class ScriptedModel:
     def raw_logits(self, hidden: mx.array) -> mx.array:
         return hidden
 
+    def softcap(self, raw_logits: mx.array) -> mx.array:
+        return mx.tanh(raw_logits / 30.0) * 30.0
+
     def embedding_rows(self, ids: mx.array) -> mx.array:
         return mx.eye(VOCAB)[ids]
 

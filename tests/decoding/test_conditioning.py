@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.loading import load
-from mlx_dgemma.decoding import denoise
+from mlx_dgemma.decoding import denoise, self_conditioning
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -18,7 +18,7 @@ from .driving import Spy
 
 def second_signal(conditioning: str, allowed: float, monkeypatch: pytest.MonkeyPatch) -> np.ndarray:
     """What a block's second step is told of its first, where rows may lose `allowed` of theirs."""
-    monkeypatch.setattr(denoise, "DROPPED_MASS", allowed)
+    monkeypatch.setattr(self_conditioning, "DROPPED_MASS", allowed)
     model, tokenizer = load()
     cache = model.make_cache()
     model.prefill(

@@ -36,7 +36,7 @@ def plain() -> Model:
     model = load_model(CHECKPOINT, lazy=True)
     expand(model)
     cast(model)
-    assert not any(layer.fused for layer in model.model.decoder.layers)
+    assert all("gate_proj" in layer.mlp for layer in model.model.decoder.layers)
     return model
 
 

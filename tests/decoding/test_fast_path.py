@@ -67,13 +67,13 @@ def test_every_step_agrees_with_the_obvious_path(demo, context, seed):
     for step in denoise_block(model, context, settings, [CanvasRequest(SeededDraws(seed))]):
         assert np.array_equal(step.canvas[0], expected)
         conditioning, draft, entropy = obvious(
-            model, context, settings, step.canvas, conditioning, step.place
+            model, context, settings, step.canvas, conditioning, step.places[0]
         )
         assert np.array_equal(step.draft[0], draft)
         assert np.abs(np.array(step.entropy[0]) - entropy).max() < 1e-3
         accepted = accepted_by(np.array(step.entropy[0]), settings.entropy_bound)
         assert np.array_equal(step.accepted[0], accepted)
-        fresh = draws.renoise(step.place, length, vocabulary)
+        fresh = draws.renoise(step.places[0], length, vocabulary)
         expected = np.where(accepted, draft, fresh)  # at temp 0 the sample is the argmax
 
 
@@ -176,6 +176,19 @@ def test_foreign_files_are_no_traces(demo, tmp_path):
         replay(*demo, tmp_path / "absent.json")
 
 
+@pytest.mark.parametrize("purpose", ["canvas", "renoise"])
+def test_an_id_outside_the_vocabulary_reaches_no_gather(purpose, demo, tmp_path):
+    path = tmp_path / "trace.json"
+    ids_of(*demo, seed=8, trace=path)
+    record = json.loads(path.read_text())
+    place = next(name for name in record["draws"] if name.endswith(purpose))
+    vocabulary = demo[0].config.text.vocab_size
+    record["draws"][place][0] = vocabulary
+    path.write_text(json.dumps(record))
+    with pytest.raises(InputError, match=f"draws token {vocabulary}, and this model's last is"):
+        replay(*demo, path)
+
+
 @pytest.mark.parametrize(
     "damage",
     [
@@ -190,6 +203,15 @@ def test_foreign_files_are_no_traces(demo, tmp_path):
         {"steps": [{}]},
         {"steps": [0]},
         {"committed": 3},
+        {"committed": [[-1]]},
+        {"draws": {"0.0.0.renoise": [2**40]}},
+        {"draws": {"0.0.0.renoise": [-1]}},
+        {"draws": {"0.0.0.sample": [[0.5]]}},
+        {"draws": {"0.0.0.sample": [[0.5, 1.0]]}},
+        {"draws": {"0.0.0.keep": [-0.5]}},
+        {"steps": [{"block": 0, "attempt": 0, "step": 0, "draft": [1.5]}]},
+        {"versions": {"mlx": 1}},
+        {"seed": "1"},
     ],
 )
 def test_a_damaged_trace_is_named(damage, tmp_path):

@@ -1,5 +1,6 @@
 """What the host does in a step: it reads once, and hands layers over before all are described."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -8,7 +9,15 @@ import pytest
 
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.graph import launches
-from mlx_dgemma.decoding import blocks, denoise
+from mlx_dgemma.decoding import (
+    block_result,
+    blocks,
+    canvas_state,
+    denoise,
+    prediction,
+    report,
+    self_conditioning,
+)
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -54,8 +63,10 @@ def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
     numpy, waits = CountingNumPy(), []
     core = SimpleNamespace(**vars(mx))
     core.eval = lambda *arrays: (waits.append(1), mx.eval(*arrays))
-    monkeypatch.setattr(denoise, "np", numpy)
-    monkeypatch.setattr(denoise, "mx", core)
+    for module in (block_result, canvas_state, denoise, prediction, report, self_conditioning):
+        monkeypatch.setattr(module, "mx", core)
+        if hasattr(module, "np"):
+            monkeypatch.setattr(module, "np", numpy)
     monkeypatch.setattr(mx.array, "item", lambda _: pytest.fail("a read by item()"))
     monkeypatch.setattr(mx.array, "tolist", lambda _: pytest.fail("a read by tolist()"))
     results, steps = run(model, rows, conditioning=conditioning, stability_threshold=99)
@@ -123,7 +134,7 @@ def test_layers_share_their_masks(model):
 def test_handing_over_early_changes_nothing(model, monkeypatch):
     ids = []
     for every in (None, 1, DISPATCH_EVERY):
-        monkeypatch.setattr(denoise, "DISPATCH_EVERY", every)
+        monkeypatch.setattr(denoise, "step", partial(denoise.step, dispatch_every=every))
         (result,), _ = run(model)
         ids.append((result.ids.tolist(), result.entropy.tolist()))
     assert ids[0] == ids[1] == ids[2]

@@ -8,7 +8,7 @@ import pytest
 
 from mlx_dgemma.decoding.logits import ExponentialLogits, SlicedLogits, WholeLogits, make_logits
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.kernels import registry
+from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.row_statistics import ROW_BLOCK, SLICE
 
@@ -74,7 +74,7 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
     ],
 )
 def test_the_way_that_suits(monkeypatch, table, dtype, metal, options, kind):
-    monkeypatch.setattr(registry, "available", lambda: metal)
+    monkeypatch.setattr(dispatch, "available", lambda: metal)
     hidden = mx.zeros((1, 2, HIDDEN), dtype)
     made = make_logits(model(table.astype(dtype)), hidden, BANNED, DecodingSettings(**options))
     assert type(made) is kind

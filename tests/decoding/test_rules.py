@@ -25,6 +25,7 @@ from mlx_dgemma.errors import InputError
 
 TRACES = Path(__file__).parents[2].parent / "shared/assets/traces/real_traces.json"
 SAMPLE, FRESH, DRAFT, CANVAS = 7, 9, 5, 3
+MIDDLE = np.array([False])  # not the schedule's last step
 
 
 def step(
@@ -33,6 +34,7 @@ def step(
     previous: list[int] | None = None,
     pinned: list[bool] | None = None,
     probability: list[float] | None = None,
+    revealed: mx.array | None = None,
 ) -> StepInput:
     length = len(entropy)
 
@@ -48,6 +50,7 @@ def step(
         fresh=full(FRESH),
         previous_draft=None if previous is None else mx.array([previous], dtype=mx.int32),
         pinned=None if pinned is None else mx.array([pinned]),
+        revealed=mx.zeros((1, length), dtype=mx.bool_) if revealed is None else revealed,
     )
 
 
@@ -79,20 +82,20 @@ def test_temperature_falls_from_t_max_towards_t_min(count_down, steps, expected)
     ],
 )
 def test_accept_while_the_joint_entropy_is_within_the_bound(entropy, bound, accepted):
-    decision = bounded(bound).decide(step(entropy), last=False)
+    decision = bounded(bound).decide(step(entropy), last=MIDDLE)
     assert decision.accepted.tolist() == [accepted]
     assert decision.canvas.tolist() == [[SAMPLE if kept else FRESH for kept in accepted]]
 
 
 def test_acceptance_is_decided_anew_every_step():
     sampler = bounded(0.0)
-    assert sampler.decide(step([0.1, 0.2]), last=False).accepted.tolist() == [[True, False]]
-    assert sampler.decide(step([0.2, 0.1]), last=False).accepted.tolist() == [[False, True]]
+    assert sampler.decide(step([0.1, 0.2]), last=MIDDLE).accepted.tolist() == [[True, False]]
+    assert sampler.decide(step([0.2, 0.1]), last=MIDDLE).accepted.tolist() == [[False, True]]
 
 
 def test_pinned_positions_take_no_part_in_anything():
     decision = bounded(0.0).decide(
-        step([0.0, 0.4, 0.2], previous=[0, DRAFT, DRAFT], pinned=[True, False, False]), last=False
+        step([0.0, 0.4, 0.2], previous=[0, DRAFT, DRAFT], pinned=[True, False, False]), last=MIDDLE
     )
     assert decision.canvas.tolist() == [[CANVAS, FRESH, SAMPLE]]
     assert decision.accepted.tolist() == [[False, False, True]]
@@ -102,22 +105,24 @@ def test_pinned_positions_take_no_part_in_anything():
 
 
 def test_status_reports_repetition_mean_and_finiteness():
-    assert bounded(0.1).decide(step([0.1, 0.3]), last=False).status[0, 0].item() == 0
-    same = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, DRAFT]), last=False)
-    other = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, 0]), last=False)
+    assert bounded(0.1).decide(step([0.1, 0.3]), last=MIDDLE).status[0, 0].item() == 0
+    same = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, DRAFT]), last=MIDDLE)
+    other = bounded(0.1).decide(step([0.1, 0.3], previous=[DRAFT, 0]), last=MIDDLE)
     assert [same.status[0, 0].item(), other.status[0, 0].item()] == [1, 0]
     assert same.status[0, 1].item() == pytest.approx(0.2)
-    broken = bounded(0.1).decide(step([0.1, float("nan")]), last=False)
+    broken = bounded(0.1).decide(step([0.1, float("nan")]), last=MIDDLE)
     assert broken.status[0, 2].item() == 0
 
 
 def test_confidence_threshold_reveals_for_good():
     sampler = make_sampler(DecodingSettings(sampler="confidence-threshold"))
     assert isinstance(sampler, ConfidenceThresholdSampler)
-    first = sampler.decide(step([1, 1, 1], probability=[0.95, 0.2, 0.9]), last=False)
+    first = sampler.decide(step([1, 1, 1], probability=[0.95, 0.2, 0.9]), last=MIDDLE)
     assert first.accepted.tolist() == [[True, False, True]]
     assert first.canvas.tolist() == [[SAMPLE, FRESH, SAMPLE]]
-    second = sampler.decide(step([1, 1, 1], probability=[0.0, 0.1, 0.0]), last=False)
+    second = sampler.decide(
+        step([1, 1, 1], probability=[0.0, 0.1, 0.0], revealed=first.revealed), last=MIDDLE
+    )
     # None is sure enough, so the best hidden one is forced; revealed ones keep their token.
     assert second.accepted.tolist() == [[False, True, False]]
     assert second.canvas.tolist() == [[CANVAS, SAMPLE, CANVAS]]
@@ -126,38 +131,45 @@ def test_confidence_threshold_reveals_for_good():
 
 def test_confidence_threshold_reveals_everything_at_the_last_step():
     sampler = ConfidenceThresholdSampler(DecodingSettings(sampler="confidence-threshold"))
-    decision = sampler.decide(step([1, 1], probability=[0.1, 0.2]), last=True)
+    decision = sampler.decide(step([1, 1], probability=[0.1, 0.2]), last=np.array([True]))
     assert decision.accepted.tolist() == [[True, True]]
     assert decision.complete.tolist() == [False]  # the first is shown without being sure
 
 
+def stops(stop: StableAndConfident, repeated: list[bool], mean: float) -> list[bool]:
+    """Of one row, whether each step stops it, given which drafts repeat the one before."""
+    repeats, answers = np.zeros(1, dtype=np.int64), []
+    for same in repeated:
+        repeats = stop.count(repeats, np.array([same]))
+        answers.append(bool(stop(repeats, np.array([mean], dtype=np.float32))[0]))
+    return answers
+
+
 @pytest.mark.parametrize("threshold", [0, 1, 2, 3])
 def test_stability_needs_one_more_equal_draft_than_its_threshold(threshold):
-    stop = StableAndConfident(threshold, 0.005, rows=1)
-    row, calm = np.array([0]), np.array([0.001], dtype=np.float32)
     # The first draft has nothing to repeat; from then on every draft repeats.
-    answers = [bool(stop(row, np.array([taken > 1]), calm)[0]) for taken in range(1, 6)]
+    answers = stops(StableAndConfident(threshold, 0.005), [False, *[True] * 4], 0.001)
     assert answers.index(True) == threshold
 
 
 def test_a_changed_draft_starts_the_count_again():
-    stop = StableAndConfident(2, 0.005, rows=1)
-    row, calm = np.array([0]), np.array([0.0], dtype=np.float32)
     repeated = [False, True, False, True, True]
-    assert [bool(stop(row, np.array([r]), calm)[0]) for r in repeated] == [False] * 4 + [True]
+    assert stops(StableAndConfident(2, 0.005), repeated, 0.0) == [False] * 4 + [True]
 
 
 def test_confidence_is_strict():
-    stop = StableAndConfident(0, 0.005, rows=3)
+    stop = StableAndConfident(0, 0.005)
     mean = np.array([0.005, np.nextafter(np.float32(0.005), 0), 0.1], dtype=np.float32)
-    assert stop(np.arange(3), np.zeros(3, bool), mean).tolist() == [False, True, False]
+    assert stop(np.zeros(3, dtype=np.int64), mean).tolist() == [False, True, False]
 
 
 def test_rows_are_counted_apart():
-    stop = StableAndConfident(1, 0.005, rows=3)
-    calm = np.zeros(2, dtype=np.float32)
-    assert stop(np.array([0, 2]), np.array([False, True]), calm).tolist() == [False, True]
-    assert stop(np.array([0, 1]), np.array([True, False]), calm).tolist() == [True, False]
+    stop = StableAndConfident(1, 0.005)
+    calm = np.zeros(3, dtype=np.float32)
+    once = stop.count(np.zeros(3, dtype=np.int64), np.array([False, False, True]))
+    assert stop(once, calm).tolist() == [False, False, True]
+    twice = stop.count(once, np.array([True, False, False]))
+    assert stop(twice, calm).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(
@@ -294,3 +306,18 @@ def test_impossible_strengths_are_named(strength):
 def test_the_signal_is_summed_sparsely_only_where_it_may(conditioning, sliced, bits, sparse):
     settings = DecodingSettings(conditioning=conditioning, sliced_head=sliced)
     assert settings.sparse_conditioning(bits) is sparse
+
+
+@pytest.mark.parametrize("bad", [-1, 50])
+def test_known_ids_outside_the_vocabulary_are_refused(bad):
+    ids = np.array([3, bad, 4], np.int32)
+    pinned = np.array([True, True, False])
+    for known in (
+        {"pins": Pins(ids, pinned)},
+        {"start": Start(ids, 0.5)},
+        {"allowed": {1: ids}},
+    ):
+        with pytest.raises(InputError, match=rf"between 0 and 49, not {bad}"):
+            CanvasRequest(SeededDraws(0), **known).initial(Place(0, 0, 0), 3, 50)
+    free = CanvasRequest(SeededDraws(0), pins=Pins(ids, ~pinned))  # an id that is not read
+    assert free.initial(Place(0, 0, 0), 3, 50).tolist()[2] == 4

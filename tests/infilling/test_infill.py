@@ -11,8 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.errors import CancelledError, InputError
-from mlx_dgemma.infilling import edit, infill, refine, regenerate, uncertain_spans
+from mlx_dgemma.infilling import edit, fill, infill, refine, regenerate, uncertain_spans, windows
 from mlx_dgemma.infilling.results import TokenInfo
 from mlx_dgemma.infilling.template import Layout, TokenTexts
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
@@ -112,6 +113,30 @@ def test_a_length_is_chosen_within_its_range(demo):
     result = infill(*demo, "the old.<hole:2-3>. sings.", **QUICK)
     assert result.fillings[0].length in (2, 3)
     assert result.forwards == 6  # two candidates of two steps, and a look at each
+
+
+@pytest.mark.parametrize("together", [1, 2, 8])
+def test_fewer_canvases_at_once_where_memory_is_short_fill_the_same(demo, together, monkeypatch):
+    asked, widths = [], []
+    expected = infill(*demo, "the old.<hole:2-5>. sings.", **QUICK)
+
+    def room(config, context, most, **how):
+        asked.append((context, most, how))
+        return together
+
+    def watched(model, cache, settings, requests, **how):
+        widths.append(len(requests))
+        return denoise_block(model, cache, settings, requests, **how)
+
+    monkeypatch.setattr(fill, "canvases_together", room)
+    monkeypatch.setattr(windows, "denoise_block", watched)
+    result = infill(*demo, "the old.<hole:2-5>. sings.", **QUICK)
+    [(context, most, how)] = asked
+    assert context > 0
+    assert most == 8
+    assert how == {"sliced_head": False, "kv_bits": None}
+    assert max(widths) == min(together, 4)  # four lengths
+    assert (result.text, result.forwards) == (expected.text, expected.forwards)
 
 
 def test_alternatives_come_from_one_prefill_best_first(demo):

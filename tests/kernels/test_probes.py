@@ -1,90 +1,114 @@
 """Every operation's own probes, which decide on a Mac whether its kernel runs, in the emulator.
 
-The shapes are the published layouts' and the demo's; rows, experts and tokens are fewer, so that
-the emulator is done in seconds, and every width is the real one.
+Their shapes are planned from the configs of the published layouts and of the demo. Rows, experts
+and layers are fewer, so that the emulator is done in seconds; every width is the real one.
 """
 
 import ast
 import inspect
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 import pytest
-from harness import DTYPES, emulated, emulator_only, mutated
-from msl.launch import KernelError
+from harness import emulated, emulator_only, mutated
 
 import mlx_dgemma
-from mlx_dgemma.kernels import probe, registry
-from mlx_dgemma.kernels.report import published_shapes
+from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.kernels import checking, dispatch, verdicts
+from mlx_dgemma.kernels.table import operations
+from mlx_dgemma.model.config import FULL, SLIDING, ModelConfig
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 
-LAYOUTS = ("affine 4/64", "affine 8/64", "mxfp4 4/32", "dense")
-# What the emulator can do in a second or two, of each operation's rows.
-FEWER = {
-    "row_statistics": {"rows": 1},
-    "survivors": {"rows": 1},
-    "gather_embeddings": {"rows": 4},
-    "normed_heads": {"length": 5},
-    "attention": {"length": 1, "heads": 4},
-    "router": {"tokens": 40},
-    "moe": {"tokens": 3, "experts": 2, "top_k": 1},
-}
-DEMO = {
-    "row_statistics": {"vocabulary": 896, "rows": 32},
-    "accept": {"length": 32},
-    "survivors": {"vocabulary": 896, "rows": 32},
-    "gather_embeddings": {"hidden": 128, "rows": 4},
-    "normed_heads": {"length": 32, "heads": 4, "head_dim": 64},
-    "attention": {"length": 4, "heads": 4, "kv_heads": 1, "head_dim": 64},
-    "router": {"tokens": 32, "experts": 8, "top_k": 2},
-    "moe": {"tokens": 32, "hidden": 128, "width": 64, "experts": 8, "top_k": 2},
-}
+LAYOUTS = ("4bit", "8bit", "mxfp4", "bf16")
+DTYPES = ("float32", "float16", "bfloat16")
+ROWS = {"tokens": (3,), "length": (5,), "rows": (2,)}
+
+
+def published(layout):
+    config = ModelConfig.from_dict(synthetic_config(f"26b-{layout}"))
+    text = replace(config.text, num_experts=2, top_k_experts=1, layer_types=(SLIDING, FULL))
+    return replace(config, text=text, canvas_length=2)
+
+
+def demo(layout):
+    packing = {"bits": 4, "group_size": 64}
+    quantization = {
+        "4bit": packing,
+        "8bit": {**packing, "bits": 8},
+        "mxfp4": {**packing, "group_size": 32, "mode": "mxfp4"},
+        "bf16": None,
+    }[layout]
+    return replace(ModelConfig.from_folder(CHECKPOINT), quantization=quantization)
 
 
 def cases():
-    """(operation, shape): the published widths and the demo's, every dtype and layout."""
-    for name, published in published_shapes().items():
-        for sizes in (FEWER.get(name, {}), DEMO[name]):
-            for dtype in DTYPES if "dtype" in published else [None]:
-                for layout in LAYOUTS if name in ("moe", "gather_embeddings") else [None]:
-                    if name == "gather_embeddings" and layout == "mxfp4 4/32":
-                        continue  # the table's twin is taken
-                    shape = {**published, **sizes}
-                    real = sizes is not DEMO[name]
-                    if real and name in ("moe", "row_statistics") and dtype != mx.bfloat16:
-                        continue  # as wide, and of another dtype, in the demo's shape
-                    if dtype is not None:
-                        shape["dtype"] = str(dtype)
-                    if name == "survivors":
-                        shape["table"] = str(dtype)
-                    if name == "gather_embeddings":
-                        shape["table"] = layout
-                    if name == "moe":
-                        shape["gate_up"] = shape["down"] = layout
-                    yield name, shape
+    """(operation, shape), each once: both models, every layout, every dtype."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, most in ROWS.items():
+            patch.setitem(dispatch.ROW_CLASSES, name, most)
+        for layout in LAYOUTS:
+            for dtype in DTYPES:
+                for request in kernel_shapes(demo(layout), dtype):
+                    yield request.operation.name, dispatch.shape_class(request.shape)
+                for request in kernel_shapes(published(layout), dtype):
+                    name = request.operation.name
+                    if dtype == "bfloat16" or name in ("normed_heads", "attention"):
+                        yield name, dispatch.shape_class(request.shape)
 
 
-CASES = list(cases())
+KNOWN = operations()
+CASES = {
+    " ".join(map(str, (name, *shape.values()))): (KNOWN[name], shape)
+    for name, shape in cases()
+    if KNOWN[name].supports(shape)
+}
 
 
-def checked(name, shape):
+def checked(operation, shape):
     """The findings of a real check but its times: probes, their order and their judgement."""
     with emulated("greedy"):
-        return probe.check(registry.operations()[name], shape)
+        return checking.check(operation, shape)
 
 
 @pytest.fixture(autouse=True)
 def _untimed(monkeypatch):
-    monkeypatch.setattr(probe, "_median_ms", lambda run: 1.0)
+    monkeypatch.setattr(checking, "times", lambda probe: (1.0, 2.0))
 
 
 @emulator_only
-@pytest.mark.parametrize(
-    ("name", "shape"), CASES, ids=[" ".join(map(str, (n, *s.values()))) for n, s in CASES]
-)
-def test_a_right_kernel_passes(name, shape):
-    findings = checked(name, shape)
-    assert findings["failure"] is None
+@pytest.mark.parametrize("case", CASES)
+def test_a_right_kernel_passes(case):
+    assert checked(*CASES[case]).failure is None
+
+
+@emulator_only
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_fresh_cache_ends_with_every_operation_enabled(layout, tmp_path, monkeypatch):
+    """A simulated GPU loads a real layout: what `load` checks, in a process that may not start
+    another. Only the times are made up, since the emulator says nothing about them."""
+    monkeypatch.setattr(verdicts, "cache_file", lambda: tmp_path / "kernels.json")
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "auto")
+    for name, most in ROWS.items():
+        monkeypatch.setitem(dispatch.ROW_CLASSES, name, most)
+    config = published(layout)
+    with emulated("greedy"):
+        dispatch.prepare(kernel_shapes(config))
+        found = verdicts.remembered()
+        assert all(verdict.enabled and verdict.lasting for verdict in found.values()), found
+        monkeypatch.setattr(checking, "check", lambda *_: pytest.fail("checked twice"))
+        used = [
+            request.operation.name
+            for request in kernel_shapes(config)
+            if dispatch.use(request.operation, *request.shape.values())
+        ]
+    assert set(used) == set(KNOWN)
+    assert len(used) == len(kernel_shapes(config))
+    dispatch.forget()
 
 
 # A wrong value in every part of every kernel; races are for the emulator's own checks.
@@ -125,31 +149,35 @@ MUTANTS = [
 ]  # fmt: skip
 
 
+# Of several heads and many experts, where the demo has too few to tell.
+WIDE = {
+    "attention": {"dtype": "bfloat16", "length": 1, "heads": 4, "kv_heads": 2, "head_dim": 512},
+    "router": {"dtype": "bfloat16", "tokens": 40, "experts": 128, "top_k": 8},
+}
+
+
 @emulator_only
 @pytest.mark.parametrize("number", range(len(MUTANTS)))
 def test_a_wrong_kernel_fails(number):
     name, kernel, old, new = MUTANTS[number]
-    sizes = FEWER if name in ("router", "attention") else DEMO
-    shape = {**published_shapes()[name], **sizes[name]}
+    demos = (shape for operation, shape in CASES.values() if operation.name == name)
+    shape = {**next(demos), **WIDE.get(name, {})}
     with mutated(kernel, old, new):
-        try:
-            failure = checked(name, shape)["failure"]
-        except KernelError as error:  # it wrote where it must not, or left something unwritten
-            failure = str(error)
-    assert failure is not None
+        # a wrong value, or something written where it must not be, or left unwritten
+        assert checked(KNOWN[name], shape).failure is not None
 
 
 def test_every_kernel_has_a_mutant():
-    kernels = {kernel.name for one in registry.operations().values() for kernel in one.kernels}
+    kernels = {kernel.name for one in KNOWN.values() for kernel in one.kernels}
     assert {kernel for _, kernel, _, _ in MUTANTS} == kernels
 
 
 def test_what_should_vanish_has_its_own_scale():
     tiny, nothing = [mx.array([1.2e-7])], [mx.array([0.0])]
-    assert probe.largest_error(tiny, nothing) == float("inf")
-    assert probe.largest_error(tiny, nothing, least=1.0) < 1e-6
-    assert probe.largest_error(nothing, nothing) == 0.0
-    assert probe.largest_error([mx.array([1])], [mx.array([1.0])]) == float("inf")
+    assert checking.largest_error(tiny, nothing) == float("inf")
+    assert checking.largest_error(tiny, nothing, least=1.0) < 1e-6
+    assert checking.largest_error(nothing, nothing) == 0.0
+    assert checking.largest_error([mx.array([1])], [mx.array([1.0])]) == float("inf")
 
 
 def test_every_name_of_mlx_that_the_package_uses_is_there():

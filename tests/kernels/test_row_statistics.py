@@ -31,7 +31,7 @@ def test_agrees_with_float64(columns, dtype):
 
 
 def test_a_self_check_times_nothing_beside_what_it_compares(monkeypatch):
-    probe = next(OPERATION.probes({"dtype": "mlx.core.float32", "vocabulary": 100, "rows": 2}))
+    probe = next(OPERATION.probes({"dtype": "float32", "vocabulary": 100, "rows": 2}))
     module = sys.modules["mlx_dgemma.kernels.row_statistics"]
     monkeypatch.setattr(module, "twin", lambda *_, **__: pytest.fail("a twin runs as well"))
     assert len(probe.twin()) == 5

@@ -1,124 +1,232 @@
-"""A kernel that fails in any way leaves its twin in place: verdicts, their memory, modes, the
-report.
+"""A kernel that fails in any way leaves its twin in place: checks, verdicts, their memory, modes,
+the report.
 """
 
 import inspect
 import json
 import logging
 import sys
+import time
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
+from fake_self_check import FAKE
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.kernels import registry, verdicts
-from mlx_dgemma.kernels.report import EVIDENCE, published_shapes, report
+from mlx_dgemma.kernels import checking, dispatch, registry, self_checks, verdicts
+from mlx_dgemma.kernels.report import EVIDENCE, age, report
+from mlx_dgemma.kernels.self_checks import Request, judged
+from mlx_dgemma.kernels.table import operations
 
-FAKE = Path(__file__).parent / "fake_self_check.py"
-OPERATION = registry.Operation("fake", (), lambda shape: iter(()))
+SCRIPT = Path(__file__).parent / "fake_self_check.py"
 
 
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(verdicts, "cache_file", lambda: tmp_path / "cache" / "kernels.json")
-    monkeypatch.setattr(verdicts, "TIMEOUT", 30.0)
+    monkeypatch.setattr(self_checks, "TIMEOUT", 30.0)
+    monkeypatch.setattr(self_checks, "command", lambda: [sys.executable, str(SCRIPT)])
     monkeypatch.delenv("MLX_DGEMMA_KERNELS", raising=False)
+    dispatch.forget()
+    yield
+    dispatch.forget()
 
 
-def broken(monkeypatch, kind):
-    monkeypatch.setattr(verdicts, "command", lambda *_: [sys.executable, str(FAKE), kind])
+def fake(kind, size=4):
+    return Request(FAKE, {"size": size, "kind": kind})
+
+
+def one(kind, size=4, **keywords):
+    return judged([fake(kind, size)], **keywords)[0]
+
+
+def no_more_checks(monkeypatch):
+    monkeypatch.setattr(self_checks, "_findings", lambda requests: pytest.fail("checked twice"))
 
 
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
         ("does not compile", "Unable to build metal library"),
+        ("aborts the compiler", "it does not compile"),
         ("wrong", "probe 0: error 0.5 above 0.001"),
         ("wrong integer", "error inf"),
         ("NaN", "error inf"),
         ("racy", "two launches gave different values"),
-        ("crashes", "died of signal 11"),
         ("slow", "no gain above 5 %"),
-        ("garbage", "printed no findings"),
-        ("silent", "printed no findings"),
     ],
 )
-def test_a_broken_kernel_stays_off_and_is_logged_once(kind, reason, monkeypatch, caplog):
-    broken(monkeypatch, kind)
-    with caplog.at_level(logging.WARNING, logger="mlx_dgemma.kernels"):
-        found = verdicts.verdict(OPERATION, {"size": 4})
-        again = verdicts.verdict(OPERATION, {"size": 4})
+def test_a_kernel_that_is_wrong_or_slow_stays_off(kind, reason, monkeypatch):
+    found = one(kind)
     assert not found.enabled
+    assert found.lasting
     assert reason in found.reason
-    assert again == found
-    assert sum("kernel is off" in record.message for record in caplog.records) == 1
+    no_more_checks(monkeypatch)
+    assert one(kind) == found
 
 
-def test_who_waits_for_checks_is_told_once(monkeypatch, caplog):
-    broken(monkeypatch, "good")
-    verdicts._announce.cache_clear()
-    for size in (4, 5):
-        verdicts.verdict(OPERATION, {"size": size})
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
-    assert "MLX_DGEMMA_KERNELS=off" in caplog.text
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("crashes", "died of signal 11"),
+        ("out of memory", "Insufficient Memory"),
+        ("compiler is interrupted", "XPC_ERROR"),
+        ("garbage", "no message"),
+        ("silent", "no message"),
+        ("fails", "ended with status 1: no such module"),
+    ],
+)
+def test_what_another_try_may_find_otherwise_is_tried_again(kind, reason, monkeypatch):
+    found = one(kind)
+    assert not found.enabled
+    assert not found.lasting
+    assert reason in found.reason
+    assert verdicts.remembered()[fake(kind).key] == found  # told, but
+    asked = []
+    monkeypatch.setattr(self_checks, "_findings", lambda requests: asked.extend(requests) or [])
+    with pytest.raises(KeyError):
+        one(kind)
+    assert asked == [fake(kind)]
+
+
+def test_a_kernel_that_hangs_is_given_up_and_tried_again(monkeypatch):
+    monkeypatch.setattr(self_checks, "TIMEOUT", 1.5)
+    found = judged([fake("good"), fake("hangs"), fake("good", 5)])
+    assert [verdict.enabled for verdict in found] == [True, False, True]
+    assert "did not finish within 1.5 s" in found[1].reason
+    assert not found[1].lasting
+
+
+def test_a_process_that_cannot_start(monkeypatch):
+    monkeypatch.setattr(self_checks, "command", lambda: ["/no/such/python"])
+    found = judged([fake("good"), fake("good", 5)])
+    assert all("could not start" in verdict.reason for verdict in found)
+    assert not any(verdict.lasting for verdict in found)
+
+
+def test_one_child_checks_everything_and_another_goes_on_after_a_crash(monkeypatch):
+    started = []
+    real = self_checks._answers
+    monkeypatch.setattr(
+        self_checks, "_answers", lambda asked: started.append(len(asked)) or real(asked)
+    )
+    kinds = ("good", "wrong", "crashes", "good", "slow")
+    found = judged([fake(kind, size) for size, kind in enumerate(kinds)])
+    assert [verdict.enabled for verdict in found] == [True, False, False, True, False]
+    assert started == [5, 2]
+    assert sum(verdict.lasting for verdict in found) == 4
+
+
+def test_the_terminal_says_what_is_waited_for(caplog):
+    with caplog.at_level(logging.WARNING, logger="mlx_dgemma.kernels"):
+        judged([fake("good"), fake("wrong")])
+        judged([fake("good")])
+    first, last = (record.getMessage() for record in caplog.records)
+    assert first.startswith("checking 2 Metal kernels, once on this machine")
+    assert "MLX_DGEMMA_KERNELS=off" in first
+    assert last.startswith("1 of 2 kernels are on")
 
 
 @pytest.mark.parametrize(("kernel_ms", "enabled"), [(0.94, True), (0.96, False), (1.0, False)])
 def test_a_kernel_must_win_by_more_than_five_percent(kernel_ms, enabled):
-    assert verdicts._judge(None, 0.0, kernel_ms, 1.0).enabled is enabled
+    findings = checking.Findings(kernel_ms=kernel_ms, twin_ms=1.0)
+    assert verdicts.judge(findings).enabled is enabled
 
 
-def test_a_kernel_that_hangs_is_given_up(monkeypatch):
-    broken(monkeypatch, "hangs")
-    monkeypatch.setattr(verdicts, "TIMEOUT", 0.5)
-    assert "did not finish within 0.5 s" in verdicts.verdict(OPERATION, {}).reason
+def test_a_small_operation_is_timed_over_twenty_calls_that_wait_for_each_other(monkeypatch):
+    graphs = []
+    real = mx.eval
 
+    def evaluate(outputs):
+        text = Path(str(tmp) + f"{len(graphs)}.dot")
+        mx.export_to_dot(str(text), *outputs)
+        graphs.append(text.read_text().count('label ="Sin"'))
+        real(outputs)
 
-def test_a_process_that_cannot_start(monkeypatch):
-    monkeypatch.setattr(verdicts, "command", lambda *_: ["/no/such/python"])
-    assert "could not start" in verdicts.verdict(OPERATION, {}).reason
+    from functools import partial
+    from tempfile import mkdtemp
+
+    tmp = Path(mkdtemp()) / "graph"
+    monkeypatch.setattr(mx, "eval", evaluate)
+    probe = registry.Probe(partial(mx.sin, mx.ones((4,))), partial(mx.sin, mx.ones((4,))), 0.0)
+    checking.times(probe)
+    assert graphs[:4] == [1, 1, 1, 1]  # once to warm up, once for its size
+    assert graphs[4:] == [20] * (2 * checking._SAMPLES)
 
 
 def test_a_good_kernel_is_enabled_and_remembered(monkeypatch):
-    broken(monkeypatch, "good")
-    found = verdicts.verdict(OPERATION, {"size": 4})
+    found = one("good")
     assert found.enabled
     assert found.kernel_ms < found.twin_ms
-    monkeypatch.setattr(verdicts, "command", lambda *_: pytest.fail("checked twice"))
-    assert verdicts.verdict(OPERATION, {"size": 4}) == found
-    stored = json.loads(verdicts.cache_file().read_text())
-    assert list(stored) == [verdicts.verdict_key(OPERATION, {"size": 4})]
+    assert abs(found.when - time.time()) < 60
+    no_more_checks(monkeypatch)
+    assert one("good") == found
+    assert list(json.loads(verdicts.cache_file().read_text())) == [fake("good").key]
 
 
 def test_a_verdict_does_not_outlive_what_it_was_about(monkeypatch):
-    broken(monkeypatch, "good")
-    verdicts.verdict(OPERATION, {"size": 4})
-    broken(monkeypatch, "wrong")
-    assert not verdicts.verdict(OPERATION, {"size": 5}).enabled
-    assert verdicts.verdict(OPERATION, {"size": 4}).enabled
+    keys = {fake("good").key, fake("good", 5).key}
     monkeypatch.setattr(verdicts, "system", lambda: "macOS 99.0")
-    assert not verdicts.verdict(OPERATION, {"size": 4}).enabled
-
-
-def test_a_verdict_ends_with_the_code_that_launches(monkeypatch):
-    broken(monkeypatch, "good")
-    before = verdicts.verdict_key(OPERATION, {"size": 4})
+    keys.add(fake("good").key)
+    other = registry.Operation("fake", FAKE.sizes, (), FAKE.supports, FAKE.probes)
     monkeypatch.setattr(registry.inspect, "getsource", lambda module: "another grid")
-    assert verdicts.verdict_key(OPERATION, {"size": 4}) != before
+    keys.add(Request(other, {"size": 4, "kind": "good"}).key)
+    assert len(keys) == 4
 
 
-def test_doctor_checks_again_what_failed_once(monkeypatch):
-    operation, shape = registry.operations()["accept"], {"length": 256}
-    monkeypatch.setattr(registry, "available", lambda: True)
-    monkeypatch.setattr("mlx_dgemma.kernels.report.published_shapes", lambda: {"accept": shape})
-    broken(monkeypatch, "crashes")
-    assert not verdicts.verdict(operation, shape).enabled
-    broken(monkeypatch, "good")
-    assert not verdicts.verdict(operation, shape).enabled
-    told = {entry["name"]: entry["status"] for entry in report(check=True)["operations"]}
-    assert told["accept"].startswith("kernel: wins")
-    assert verdicts.verdict(operation, shape).enabled
+def test_an_app_without_source_goes_by_the_packages_version(monkeypatch):
+    def absent(module):
+        raise OSError("could not get source code")
+
+    monkeypatch.setattr(registry.inspect, "getsource", absent)
+    monkeypatch.setattr(registry, "__version__", "1.0")
+    one = registry.Operation("fake", (), (), FAKE.supports, FAKE.probes).version
+    monkeypatch.setattr(registry, "__version__", "1.1")
+    assert registry.Operation("fake", (), (), FAKE.supports, FAKE.probes).version != one
+
+
+def test_checking_again_overrules_what_is_remembered():
+    request = fake("good")
+    lost = verdicts.Verdict(False, "no gain above 5 %")
+    verdicts.remember({request.key: lost})
+    assert judged([request]) == [lost]
+    assert judged([request], again=True)[0].enabled
+    assert judged([request])[0].enabled
+
+
+@pytest.mark.parametrize("frozen", [True, "macosx_app"])
+def test_a_frozen_app_is_never_started_a_second_time(frozen, monkeypatch):
+    monkeypatch.setattr(sys, "frozen", frozen, raising=False)
+    monkeypatch.setattr(self_checks.subprocess, "Popen", lambda *_, **__: pytest.fail("started"))
+    found = judged([fake("good"), fake("wrong"), fake("out of memory")])
+    assert [verdict.enabled for verdict in found] == [True, False, False]
+    assert [verdict.lasting for verdict in found] == [True, True, False]
+
+
+@pytest.mark.parametrize("executable", ["", None, "/Applications/Writer.app/Contents/MacOS/Writer"])
+def test_a_program_that_embeds_python_is_not_started_either(executable, monkeypatch):
+    assert self_checks.can_start_python()
+    monkeypatch.setattr(sys, "executable", executable)
+    assert not self_checks.can_start_python()
+
+
+def test_an_app_that_did_not_survive_a_check_twice_stays_with_the_twin(monkeypatch):
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+
+    class End(BaseException):
+        """The process is gone."""
+
+    def end(*_):
+        raise End
+
+    monkeypatch.setattr(checking, "check", end)
+    for reason, lasting in ((self_checks.CUT_OFF, False), (self_checks.CUT_OFF_TWICE, True)):
+        with pytest.raises(End):
+            judged([fake("good")])
+        left = verdicts.remembered()[fake("good").key]
+        assert (left.reason, left.lasting, left.enabled) == (reason, lasting, False)
+    assert judged([fake("good")]) == [left]
 
 
 @pytest.mark.parametrize("content", ["", "[]", '{"a": {"surprise": 1}}', '{"a": 3}'])
@@ -131,44 +239,72 @@ def test_a_damaged_cache_counts_as_empty(content):
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(verdicts, "cache_file", lambda: tmp_path / "file" / "kernels.json")
-    broken(monkeypatch, "good")
-    assert verdicts.verdict(OPERATION, {}).enabled
+    assert one("good").enabled
 
 
-def test_modes(monkeypatch):
-    on_metal = dict.fromkeys(("off", "auto", "force"), False)
-    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
-    monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
-    monkeypatch.setattr(registry, "_verdict", lambda name, shape: True)
-    for mode in on_metal:
+@pytest.fixture
+def on_metal(monkeypatch):
+    monkeypatch.setattr(dispatch, "available", lambda: True)
+
+
+def answered(monkeypatch, enabled):
+    """Every check ends that way at once; the list of what was checked."""
+    asked = []
+
+    def findings(requests):
+        asked.extend(requests)
+        times = checking.Findings(kernel_ms=1.0, twin_ms=2.0 if enabled else 1.0)
+        return [(request, times) for request in requests]
+
+    monkeypatch.setattr(self_checks, "_findings", findings)
+    return asked
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_modes(enabled, monkeypatch, on_metal):
+    answered(monkeypatch, enabled)
+    found = {}
+    for mode in ("off", "auto", "force"):
         monkeypatch.setenv("MLX_DGEMMA_KERNELS", mode)
-        on_metal[mode] = registry.use(OPERATION, {}, True)
-        assert not registry.use(OPERATION, {}, False)
-    assert on_metal == {"off": False, "auto": True, "force": True}
-    monkeypatch.setattr(registry, "_verdict", lambda name, shape: False)
-    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "auto")
-    assert not registry.use(OPERATION, {}, True)
+        found[mode] = dispatch.use(FAKE, 4, "good")
+        refuses = registry.Operation("fake", (), (), lambda shape: False, FAKE.probes)
+        assert not dispatch.use(refuses)
+    assert found == {"off": False, "auto": enabled, "force": True}
     monkeypatch.setenv("MLX_DGEMMA_KERNELS", "fast")
     with pytest.raises(InputError, match="off, auto or force"):
-        registry.mode()
+        dispatch.mode()
+    with pytest.raises(InputError, match="off, auto or force"):
+        dispatch.use(FAKE, 4, "good")
 
 
-def test_prompts_of_many_lengths_need_few_checks(monkeypatch):
-    checked = set()
-    monkeypatch.setattr(registry, "available", lambda: True)
-    monkeypatch.setattr(registry, "_verdict", lambda *key: bool(checked.add(key)))
-    for name in ("tokens", "length"):
-        for count in range(1, 2049):
-            registry.use(OPERATION, {name: count, "width": 704}, True)
-    assert len(checked) == 2 * 3
-    classes = {name: registry.shape_class(shape) for name, shape in published_shapes().items()}
-    assert classes == published_shapes()
+def test_prompts_of_many_lengths_need_few_checks(monkeypatch, on_metal):
+    asked = answered(monkeypatch, True)
+    for name, most in dispatch.ROW_CLASSES.items():
+        operation = registry.Operation(name, (name, "width"), (), lambda shape: True, FAKE.probes)
+        for count in range(1, 3000):
+            assert dispatch.use(operation, count, 704)
+        found = [request.shape[name] for request in asked if request.operation is operation]
+        assert found == list(most)
 
 
-@pytest.mark.parametrize("name", sorted(registry.operations()))
+def test_a_decision_costs_a_few_microseconds(monkeypatch, on_metal):
+    """Thirty layers ask about five times each, at every step."""
+    answered(monkeypatch, True)
+    dtype = mx.bfloat16
+    dispatch.use(FAKE, 4, dtype)
+    best = 1.0
+    for _ in range(20):
+        started = time.perf_counter()
+        for _ in range(500):
+            dispatch.use(FAKE, 4, dtype)
+        best = min(best, (time.perf_counter() - started) / 500)
+    assert best < 6e-6
+
+
+@pytest.mark.parametrize("name", sorted(operations()))
 def test_each_kernels_page_says_how_far_it_was_checked(name):
     """Until somebody sends a report from hardware, which is then kept in tests/hardware."""
-    page = inspect.getdoc(inspect.getmodule(registry.operations()[name].probes))
+    page = inspect.getdoc(inspect.getmodule(operations()[name].probes))
     reports = list((Path(__file__).parents[1] / "hardware").glob("*.json"))
     assert (EVIDENCE in page) == (not reports)
 
@@ -176,20 +312,38 @@ def test_each_kernels_page_says_how_far_it_was_checked(name):
 @pytest.mark.skipif(mx.metal.is_available(), reason="this machine has Metal")
 def test_without_metal_the_twins_run(monkeypatch):
     monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
-    assert not registry.use(OPERATION, {}, True)
-    told = report(check=True)
+    assert not dispatch.use(FAKE, 4, "good")
+    no_more_checks(monkeypatch)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "auto")
+    dispatch.prepare([fake("good")])
+    told = report()
     assert told["metal"] is False
-    assert {operation["name"] for operation in told["operations"]} == set(published_shapes())
+    assert {operation["name"] for operation in told["operations"]} == set(operations())
     assert all("no Metal device" in operation["status"] for operation in told["operations"])
     json.dumps(told)
 
 
-def test_the_report_tells_each_verdict(monkeypatch):
-    monkeypatch.setattr(registry, "available", lambda: True)
-    operation = registry.operations()["accept"]
-    broken(monkeypatch, "wrong")
-    verdicts.verdict(operation, {"length": 256})
+def test_the_report_tells_each_verdict_with_its_reason_and_age(on_metal):
+    operation = operations()["accept"]
+    now = time.time()
+    for length, verdict in (
+        (256, verdicts.Verdict(True, "wins with 1 ms against the twin's 2 ms", when=now - 7300)),
+        (32, verdicts.Verdict(False, "the self-check died of signal 9", lasting=False, when=now)),
+    ):
+        request = Request(operation, operation.shape(mx.float32, length))
+        verdicts.remember({request.key: verdict})
     told = {entry["name"]: entry for entry in report()["operations"]}
-    assert told["accept"]["status"].startswith("twin: probe 0")
-    assert list(told["accept"]["verdicts"]) == ["length=256"]
+    assert told["accept"]["status"] == "kernel for 1 of 2 shapes"
+    won, cut_off = told["accept"]["verdicts"]
+    assert (won["shape"], won["age"]) == ("dtype=float32 length=256", "2 hours ago")
+    assert (cut_off["reason"], cut_off["age"]) == ("the self-check died of signal 9", "just now")
+    assert not cut_off["lasting"]
     assert told["router"]["status"] == "not checked yet"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"),
+    [(5, "just now"), (60, "1 minute ago"), (7200, "2 hours ago"), (200000, "2 days ago")],
+)
+def test_ages(seconds, told):
+    assert age(time.time() - seconds) == told

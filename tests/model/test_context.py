@@ -65,9 +65,9 @@ def test_chunks_end_on_an_absolute_grid(model, monkeypatch):
     seen = []
     encode = type(model)._encode
 
-    def watch(self, x, cache, blocks):
+    def watch(self, x, cache, blocks, **options):
         seen.append((cache.offset, x.shape[1]))
-        encode(self, x, cache, blocks)
+        return encode(self, x, cache, blocks, **options)
 
     monkeypatch.setattr(type(model), "_encode", watch)
     cache = prefilled(model, ids(10), chunk_size=8)
@@ -220,9 +220,9 @@ def test_save_and_load_of_an_empty_context(model, tmp_path):
 def test_files_that_are_no_context_of_this_model(model, tmp_path):
     path = tmp_path / "file.safetensors"
     path.write_bytes(b"nothing like it")
-    with pytest.raises(CheckpointError, match="cannot be read as a saved context"):
+    with pytest.raises(CheckpointError, match="no safetensors file; delete it and prefill again"):
         ContextCache.load(path, model)
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with pytest.raises(CheckpointError, match="missing"):
         ContextCache.load(tmp_path / "absent", model)
     mx.save_safetensors(str(path), {"x": mx.zeros(3)})
     with pytest.raises(CheckpointError, match="not a context saved by this program"):
@@ -230,7 +230,7 @@ def test_files_that_are_no_context_of_this_model(model, tmp_path):
     prefilled(model, ids(9)).save(path)
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(CheckpointError, match="cannot be read as a saved context"):
+    with pytest.raises(CheckpointError, match="truncated"):
         ContextCache.load(path, model)
 
     path.write_bytes(whole)
@@ -247,9 +247,6 @@ def test_a_damaged_header_is_named(key, value, model, tmp_path):
     tensors, header = mx.load(str(path), return_metadata=True)
     header = {name: text for name, text in header.items() if name != key}
     mx.save_safetensors(str(path), tensors, header if value is None else {**header, key: value})
-    if (key, value) == ("metadata", "[]"):
-        assert ContextCache.load(path, model).metadata == {}
-        return
     with pytest.raises(CheckpointError, match=r"damaged|incomplete|another model"):
         ContextCache.load(path, model)
 
@@ -260,7 +257,7 @@ def test_tensors_of_another_shape_are_named(model, tmp_path):
     tensors, header = mx.load(str(path), return_metadata=True)
     tensors = {name: tensor.T for name, tensor in tensors.items()}
     mx.save_safetensors(str(path), tensors, header)
-    with pytest.raises(CheckpointError, match="damaged"):
+    with pytest.raises(CheckpointError, match="incomplete"):
         ContextCache.load(path, model)
 
 

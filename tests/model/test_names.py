@@ -10,7 +10,8 @@ from plain_checkpoint import write_plain
 
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.model import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes, quantization_of
+from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.parameters import parameter_shapes
 
 BYTES = {"bfloat16": 2, "float32": 4, "uint32": 4, "uint8": 1}
 

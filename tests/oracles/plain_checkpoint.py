@@ -13,7 +13,8 @@ import numpy as np
 from configs import config as small_config
 
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.names import matrices, parameter_shapes, quantization_of
+from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.parameters import matrices, parameter_shapes
 
 Tensors = dict[str, mx.array]
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten
 
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.model import ModelConfig
-from mlx_dgemma.model.names import parameter_shapes
+from mlx_dgemma.model.parameters import parameter_shapes
 
 CODES = {"bfloat16": ("BF16", 2), "uint32": ("U32", 4), "float32": ("F32", 4)}
 SHARD_BYTES = 5 << 30

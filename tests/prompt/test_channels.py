@@ -97,26 +97,73 @@ def test_a_string_may_spell_its_own_delimiter(tokenizer: Tokenizer) -> None:
     ("reply", "pieces"),
     [
         ("call:f{a:1}", [("tool_call", "call:f{a:1}")]),
+        ("\n call:f(a=1)\nDone", [("tool_call", "call:f(a=1)"), ("text", "\nDone")]),
         (
-            "Let me see.\n call:f(a=1)\nDone",
-            [("text", "Let me see.\n"), ("tool_call", "call:f(a=1)"), ("text", "\nDone")],
+            'call:f(a="(")call:f(a=2)',
+            [("tool_call", 'call:f(a="(")'), ("tool_call", "call:f(a=2)")],
         ),
-        ('f{a:<|"|>}<|"|>}', [("tool_call", 'f{a:<|"|>}<|"|>}')]),
-        ('f(a="(")f(a=2)', [("tool_call", 'f(a="(")'), ("tool_call", "f(a=2)")]),
+        ("<|channel>thought\nx<channel|>call:f{}", [("thinking", "x"), ("tool_call", "call:f{}")]),
+        (
+            "<|tool_call>call:f{}<tool_call|>\ncall:ff{}",
+            [("tool_call", "call:f{}"), ("tool_call", "call:ff{}")],
+        ),
         ("call:other{a:1}", [("text", "call:other{a:1}")]),
-        ("I call:f{a:1}", [("text", "I call:f{a:1}")]),
-        ("f(x) is even", [("text", "f(x) is even")]),
-        ("f{a:1", [("text", "f{a:1")]),
-        ("f", [("text", "f")]),
         ("call:\ncall:f", [("text", "call:\ncall:f")]),
-        ('f{a:<|"|>x', [("text", 'f{a:"x')]),
+        ("call:f is a call", [("text", "call:f is a call")]),
         ("  indented\n\n", [("text", "  indented\n\n")]),
+        # Without the prefix: code, prose, whatever it is.
+        ("f", [("text", "f")]),
+        ("f()", [("text", "f()")]),
+        ("f{}", [("text", "f{}")]),
+        ("f(){ ... }", [("text", "f(){ ... }")]),
+        ('f(a="Rome")', [("text", 'f(a="Rome")')]),
+        ("f{a:1", [("text", "f{a:1")]),
+        ("f(x) is even", [("text", "f(x) is even")]),
+        ('f{a:<|"|>x<|"|>}', [("text", 'f{a:"x"}')]),
+        # In running text, in a list, in a fence, on a line of its own: quoted, not meant.
+        ("I call:f{a:1}", [("text", "I call:f{a:1}")]),
+        ("Run it:\ncall:f{a:1}\nDone", [("text", "Run it:\ncall:f{a:1}\nDone")]),
+        ("- call:f{a:1}", [("text", "- call:f{a:1}")]),
+        ("> call:f{a:1}", [("text", "> call:f{a:1}")]),
+        ("```\ncall:f{a:1}\n```", [("text", "```\ncall:f{a:1}\n```")]),
+        ("```python\nf(a=1)\n```", [("text", "```python\nf(a=1)\n```")]),
+        ("`call:f{a:1}`", [("text", "`call:f{a:1}`")]),
     ],
 )
 def test_calls_without_markers(
     tokenizer: Tokenizer, reply: str, pieces: list[tuple[str, str]]
 ) -> None:
     assert read(tokenizer, reply, "f", "ff") == pieces
+
+
+@pytest.mark.parametrize(
+    ("reply", "withheld"),
+    [
+        ("a<|tool_call>call:f{a:1", "call:f{a:1"),
+        ("a<|tool_call>call:f", "call:f"),
+        ("a<|tool_call>ca", "ca"),
+        ('a<|tool_call>call:f{a:<|"|>}', 'call:f{a:<|"|>}'),
+        ("a<|tool_call>call:f{}call:ff", "call:f{}call:ff"),
+        ("call:f{a:1", "call:f{a:1"),
+        ("call:f", "call:f"),
+        ('call:f{a:<|"|>x', 'call:f{a:<|"|>x'),
+    ],
+)
+def test_a_cut_call_is_neither_a_call_nor_text(
+    tokenizer: Tokenizer, reply: str, withheld: str
+) -> None:
+    *_, last = parse(tokenizer, tokenizer.encode(reply, special=True), tools=("f", "ff"))
+    assert last == Piece("tool_call", withheld, (), cut=True)
+    assert read(tokenizer, reply, "f", "ff")[-1] == ("tool_call", withheld)
+
+
+def test_a_channel_named_final_is_the_answer(tokenizer: Tokenizer) -> None:
+    reply = "<|channel>thought\nhm\n<channel|><|channel>final\nYes\n<channel|>"
+    assert read(tokenizer, reply) == [("thinking", "hm"), ("text", "Yes\n")]
+    assert read(tokenizer, "<|channel>finally<channel|>x") == [
+        ("thinking", "finally"),
+        ("text", "x"),
+    ]
 
 
 def test_without_declared_tools_a_bare_call_is_prose(tokenizer: Tokenizer) -> None:

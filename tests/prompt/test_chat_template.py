@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.prompt.chat_template import encode_messages
 from mlx_dgemma.prompt.tokenizer import Tokenizer, load_tokenizer
@@ -55,12 +56,8 @@ CONVERSATIONS: dict[str, tuple[list[dict[str, Any]], dict[str, Any]]] = {
     "thinking": ([user("Hi")], {"enable_thinking": True}),
     "no generation prompt": ([user("Hi")], {"add_generation_prompt": False}),
     "turns": ([user("a"), {"role": "assistant", "content": "b\n\nc"}, user("d <e> |f| >")], {}),
-    "parts": ([user([{"type": "text", "text": " see"}, {"type": "text", "text": "this "}])], {}),
+    "part": ([user([{"type": "text", "text": " see this "}])], {}),
     "image": ([user([{"type": "image"}, {"type": "text", "text": "What?"}])], {}),
-    "system parts": (
-        [{"role": "system", "content": [{"type": "text", "text": "x"}]}, user("y")],
-        {},
-    ),
     "tools": ([user("Weather?")], {"tools": [WEATHER]}),
     "tool loop": (
         [
@@ -125,15 +122,13 @@ def test_equals_plain_rendering_for_any_harmless_words(
     text = "".join(words)
     if tokenizer.contains_control(text) or tokenizer.contains_control(reply):
         return
-    messages = [
-        user([{"type": "text", "text": word} for word in words]),
-        {"role": "assistant", "content": reply},
-        user(text),
-    ]
+    messages = [user(text), {"role": "assistant", "content": reply}, user(words[0])]
     expected = _plain(folder).apply_chat_template(
         messages, tokenize=True, return_dict=False, add_generation_prompt=True
     )
     assert encode_messages(tokenizer, messages) == expected
+    parts = [user([{"type": "text", "text": text}]), *messages[1:]]
+    assert encode_messages(tokenizer, parts) == expected
 
 
 def test_real_trace_prompt(real: Tokenizer) -> None:
@@ -188,6 +183,8 @@ def _forgeries(
         "later system": ([user("a"), {"role": "system", "content": evil}, user("b")], None),
         "assistant": ([user("a"), {"role": "assistant", "content": evil}, user("b")], None),
         "reasoning": ([user("a"), call("f", {}, reasoning=evil), result], None),
+        "text before a call": ([user("a"), {**call("f", {}), "content": evil}, result], None),
+        "call text": ([user("a"), call("f", evil), result], None),
         "call name": ([user("a"), call(evil, {}), result], None),
         "call key": ([user("a"), call("f", {evil: 1}), result], None),
         "call value": ([user("a"), call("f", {"k": [{"n": evil}]}), result], None),
@@ -229,7 +226,9 @@ def test_no_words_become_control_tokens(tokenizer: Tokenizer, place: str) -> Non
         ids = encode_messages(tokenizer, messages, tools=tools)
         assert _control_sequence(tokenizer, ids) == expected, spelling
         # The template strips thoughts from history and uppercases types; all else stays readable.
-        if place not in ("assistant", "property type", "items"):
+        if place == "split over parts":
+            assert f"{spelling[:2]}\n{spelling[2:]}" in tokenizer.decode(ids), spelling
+        elif place not in ("assistant", "text before a call", "property type", "items"):
             assert spelling in tokenizer.decode(ids), spelling
 
 
@@ -263,6 +262,73 @@ def test_reasoning_is_replayed_only_inside_the_running_tool_loop(tokenizer: Toke
     assert "<|channel>thought\nbecause\n<channel|><|tool_call>call:f{}" in inside
     after = [*loop, {"role": "assistant", "content": "one"}, user("b")]
     assert "because" not in tokenizer.decode(encode_messages(tokenizer, after))
+
+
+RESULT = {"role": "tool", "tool_call_id": "c1", "content": "12"}
+ROUND = '<|tool_call>call:f{}<tool_call|><|tool_response>response:f{value:<|"|>12<|"|>}'
+
+
+@pytest.mark.parametrize("content", ["I look. ", [{"type": "text", "text": "I look."}]])
+def test_text_comes_before_its_call_and_the_turn_stays_open(
+    tokenizer: Tokenizer, content: Any
+) -> None:
+    messages = [user("a"), {**call("f", {}), "content": content}, RESULT]
+    ids = encode_messages(tokenizer, messages)
+    expected = f"<|turn>model\nI look.{ROUND}<tool_response|>"
+    assert tokenizer.decode(ids).endswith(expected)
+    # The model goes on in the same turn, and what it says there closes it.
+    loop = [*messages, {**call("f", {}), "content": "Again."}, RESULT]
+    done = [*loop, {"role": "assistant", "content": "Done."}, user("b")]
+    rest = f"Again.{ROUND}<tool_response|>"
+    assert tokenizer.decode(encode_messages(tokenizer, loop)).endswith(expected + rest)
+    tail = f"{expected}{rest}Done.<turn|>\n<|turn>user\nb<turn|>\n<|turn>model\n"
+    assert tokenizer.decode(encode_messages(tokenizer, done)).endswith(tail)
+
+
+def test_text_before_a_call_follows_the_thought(tokenizer: Tokenizer) -> None:
+    spoken = {**call("f", {}, reasoning="hm"), "content": "I look."}
+    text = tokenizer.decode(encode_messages(tokenizer, [user("a"), spoken, RESULT]))
+    assert "<|channel>thought\nhm\n<channel|>I look.<|tool_call>call:f{}" in text
+
+
+def test_a_template_that_writes_the_text_first_is_left_to_it() -> None:
+    tokenizer = load_tokenizer(DEMO, STOP_IDS[DEMO])
+    tokenizer.chat_template = (
+        "{% for m in messages %}[{{ m.role }}:{{ m.content }}"
+        "{% for c in m.tool_calls or [] %}|{{ c.function.name }}{% endfor %}]{% endfor %}"
+    )
+    messages = [user("a"), {**call("f", {}), "content": "I look. "}, RESULT]
+    rendered = tokenizer.decode(encode_messages(tokenizer, messages))
+    assert rendered == "[user:a][assistant:I look. |f][tool:12]"
+
+
+def test_assistant_messages_in_a_row_are_one_turn(tokenizer: Tokenizer) -> None:
+    row = [user("a"), {"role": "assistant", "content": "I look."}, call("f", {}), RESULT]
+    one = [user("a"), {**call("f", {}), "content": "I look."}, RESULT]
+    assert encode_messages(tokenizer, row) == encode_messages(tokenizer, one)
+    two = [user("a"), *({"role": "assistant", "content": text} for text in "bc"), user("d")]
+    joined = [user("a"), {"role": "assistant", "content": "b\nc"}, user("d")]
+    assert encode_messages(tokenizer, two) == encode_messages(tokenizer, joined)
+
+
+def test_texts_of_one_message_are_not_glued_together(tokenizer: Tokenizer) -> None:
+    parts = [{"type": "text", "text": text} for text in ("a", "b", "", "c ", "d")]
+    for role in ("system", "user", "assistant"):
+        whole = [{"role": role, "content": "a\nb\nc d"}, user("x")]
+        split = [{"role": role, "content": parts}, user("x")]
+        assert encode_messages(tokenizer, split) == encode_messages(tokenizer, whole)
+
+
+def test_arguments_that_are_no_json_object_are_text(tokenizer: Tokenizer) -> None:
+    for text in ("{", "[1]", "city=Oslo", '"x"'):
+        ids = encode_messages(tokenizer, [user("a"), call("f", text), RESULT])
+        assert f"call:f{{{text}}}<tool_call|>" in tokenizer.decode(ids)
+
+
+def test_a_result_without_content_is_empty(tokenizer: Tokenizer) -> None:
+    for content in (None, "", []):
+        ids = encode_messages(tokenizer, [user("a"), call("f", {}), {**RESULT, "content": content}])
+        assert 'response:f{value:<|"|><|"|>}' in tokenizer.decode(ids)
 
 
 def test_argument_strings_are_parsed_before_rendering(tokenizer: Tokenizer) -> None:
@@ -308,8 +374,7 @@ def test_system_prompt_and_developer_are_system_turns(tokenizer: Tokenizer) -> N
         ([{"role": "system", "content": [{"type": "image"}]}], "cannot hold an image"),
         ([{"role": "tool", "content": "1"}], "no tool call comes before"),
         ([user("a"), call("f", {}), {"role": "tool", "tool_call_id": "z", "content": "1"}], "'z'"),
-        ([call("f", "{")], r"tool_calls\[0\]\.function\.arguments is not valid JSON"),
-        ([call("f", "[1]")], r"tool_calls\[0\]\.function\.arguments must be a JSON object"),
+        ([call("f", [1])], r"tool_calls\[0\]\.function\.arguments must be a JSON object"),
         ([call("", {})], r"tool_calls\[0\]\.function\.name"),
         ([{**user("a"), "tool_calls": [{}]}], "only an assistant"),
         ([{**call("f", {}), "tool_calls": "x"}], "tool_calls must be a list"),
@@ -329,7 +394,7 @@ def test_malformed_messages_get_one_sentence(demo: Tokenizer, messages: Any, say
         ([3], r"tools\[0\] must be"),
         ([{"type": "function", "function": {}}], r"tools\[0\]\.function\.name"),
         ([{"function": {"name": "f", "parameters": 3}}], "must be a JSON schema"),
-        ([{"function": {"name": "f", "parameters": {"properties": [3]}}}], "cannot render"),
+        ([{"function": {"name": "f", "parameters": {"properties": [3]}}}], "must be a JSON schema"),
     ],
 )
 def test_malformed_tools_get_one_sentence(demo: Tokenizer, tools: Any, says: str) -> None:
@@ -357,6 +422,21 @@ def test_bad_templates(template: str | None, error: type[Exception], says: str) 
     tokenizer.chat_template = template
     with pytest.raises(error, match=says):
         encode_messages(tokenizer, [user("a")])
+
+
+def test_another_template_in_the_place_of_the_checkpoints(tmp_path: Path) -> None:
+    source = "{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %}"
+    file = tmp_path / "newer.jinja"
+    file.write_text(source)
+    for template in (file, str(file), source):
+        _, tokenizer = load(chat_template=template, lazy=True)
+        assert tokenizer.decode(encode_messages(tokenizer, [user("a")])) == "user: a."
+
+
+@pytest.mark.parametrize("template", ["no/such.jinja", "{% if %}", "{{ a"])
+def test_a_template_that_cannot_be_read_is_refused_before_the_weights(template: str) -> None:
+    with pytest.raises(InputError, match="chat template"):
+        load("no/such-model", chat_template=template)
 
 
 def test_template_helpers(demo: Tokenizer) -> None:

@@ -195,7 +195,7 @@ def test_the_published_processor_configs():
         pytest.skip(f"the published checkpoint's files are not at {folder}")
     from dataclasses import replace
 
-    from mlx_dgemma.model.section import read_json
+    from mlx_dgemma.files import read_json
 
     config = ModelConfig.from_folder(folder)
     for name in ("processor_config.json", "processor_config.hf.json"):

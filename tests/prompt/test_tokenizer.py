@@ -127,7 +127,7 @@ def test_damaged_settings(tmp_path: Path) -> None:
 
     shutil.copy(DEMO / "tokenizer.json", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("[1")
-    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json cannot be read as JSON"):
+    with pytest.raises(CheckpointError, match=r"tokenizer_config\.json is not valid JSON"):
         load_tokenizer(tmp_path, [1])
 
 

@@ -50,6 +50,32 @@ def test_one_call(text: str, name: str, arguments: dict[str, Any]) -> None:
     assert one(text) == ToolCall(name, arguments)
 
 
+@pytest.mark.parametrize(
+    ("text", "arguments"),
+    [
+        ('call:f{a:<|"|>x<|"|>b:1}', {"a": "x", "b": 1}),
+        ('call:f{a:1 b:<|"|>x<|"|>}', {"a": 1, "b": "x"}),
+        ("call:f{a:1}}", {"a": 1}),
+        ("call:f(a=1))", {"a": 1}),
+        ("call:f{q:hello, world}", {"q": "hello, world"}),
+        ("call:f{q:hello, world, n:2}", {"q": "hello, world", "n": 2}),
+        ("```\ncall:f{a:1}\n```", {"a": 1}),
+        ('```json\n{"name": "f", "arguments": {"a": 1}}\n```', {"a": 1}),
+        ('{"name": "f", "arguments": {"a": [1, "x"]}}', {"a": [1, "x"]}),
+        ('{"name": "f", "parameters": {}}', {}),
+        ('[{"name": "f", "arguments": "{\\"a\\": 1}"}]', {"a": 1}),
+        ('{"type": "function", "function": {"name": "f", "arguments": {}}}', {}),
+    ],
+)
+def test_slips_between_the_markers_are_repaired(text: str, arguments: dict[str, Any]) -> None:
+    assert one(text) == ToolCall("f", arguments)
+
+
+@pytest.mark.parametrize("text", ["call:f", "call:f{a:1}}", "call:f{q:hello, world}", "call:f{a"])
+def test_nothing_is_repaired_without_the_closing_marker(text: str) -> None:
+    assert parse_tool_calls(text, closed=False) == ()
+
+
 def test_several_calls_in_one_block() -> None:
     calls = parse_tool_calls("call:f{a:1}call:g{}\ncall:h(b=2), call:i")
     assert [call.name for call in calls] == ["f", "g", "h", "i"]
@@ -60,7 +86,8 @@ def test_several_calls_in_one_block() -> None:
     "text",
     [
         "", " ", "hello world", "call:f{", "call:f{a:1", "call:f{a}", "call:f{a:}", "call:{}",
-        "call:f{a:1]}", "call:f{a:1 b:<|\"|>x<|\"|>}", 'call:f{a:<|"|>x}', "call:f{a:1}}",
+        "call:f{a:1]}", 'call:f{a:<|"|>x}', '{"arguments": {}}', '{"name": "f", "arguments": [1]}',
+        '{"name": "a b", "arguments": {}}', "```json\n[]\n```",
         "call:f" + "{a:" * 5000, "[1]", "call:f{a:" + "[" * 100 + "]" * 100 + "}",
     ],
 )  # fmt: skip

@@ -116,7 +116,7 @@ class Script:
             scores = tuple(-0.25 for _ in part) if options.get("logprobs") else ()
             yield Commit(
                 tuple(part), got.text, block, got.thinking, got.tool_calls, got.malformed_calls,
-                scores,
+                got.cut_call, scores,
             )  # fmt: skip
             block += 1
             stopped = got.stopped

@@ -83,7 +83,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="a task of --quality (repeatable; default: all)",
     )
     flags.add_preset(group)
-    flags.add_kv_bits(group)
+    flags.add_setting(group, "kv_bits")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
     output.add_argument("--report", metavar="FILE", help="also write the JSON to a file")

@@ -20,6 +20,7 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
         revision=arguments.revision,
         adapter_path=arguments.adapter_path,
         dtype=arguments.dtype,
+        chat_template=arguments.chat_template,
     )
     quiet = not messages.is_terminal
     with Progress(console=messages, transient=True, disable=quiet) as progress:

@@ -1,0 +1,16 @@
+"""Every fused operation by name."""
+
+from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
+from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
+from mlx_dgemma.kernels.moe import OPERATION as MOE
+from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
+from mlx_dgemma.kernels.registry import Operation
+from mlx_dgemma.kernels.router import OPERATION as ROUTER
+from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
+from mlx_dgemma.kernels.soft_embeddings import GATHER, SELECT
+
+
+def operations() -> dict[str, Operation]:
+    """The operations, those of every layer first."""
+    found = (NORMED_HEADS, ATTENTION, ROUTER, MOE, ROW_STATISTICS, ACCEPT, SELECT, GATHER)
+    return {operation.name: operation for operation in found}

@@ -1,0 +1,135 @@
+"""The modules that hold the weights: layers, decoder, encoder, named as in the checkpoint.
+
+Both passes share every weight except the layers' scalars.
+"""
+
+from __future__ import annotations
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from mlx_dgemma.model.attention import Attention
+from mlx_dgemma.model.config import TextConfig, VisionConfig
+from mlx_dgemma.model.experts import Experts, Router
+from mlx_dgemma.model.layer_context import LayerContext
+from mlx_dgemma.model.layers import Embedding, GatedMLP
+from mlx_dgemma.model.rope import Table
+from mlx_dgemma.model.vision import VisionProjection, VisionTower
+
+
+class Layer(nn.Module):
+    """Attention, then a dense and an expert branch side by side.
+
+    The residual stream may be wider than `dtype`, in which every matrix product runs.
+    """
+
+    def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
+        super().__init__()
+        eps = text.rms_norm_eps
+        self.dtype = dtype
+        hidden = text.hidden_size
+        self.kind = text.layer_types[index]
+        self.self_attn = Attention(text, index)
+        self.mlp = GatedMLP(hidden, text.intermediate_size)
+        self.input_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_attention_layernorm = nn.RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm = nn.RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm = nn.RMSNorm(hidden, eps)
+        self.router = Router(text, dtype)
+        self.experts = Experts(text)
+        self.post_feedforward_layernorm_1 = nn.RMSNorm(hidden, eps)
+        self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
+        self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
+        self.layer_scalar = mx.zeros((1,))
+
+    def encode(
+        self,
+        x: mx.array,
+        rope: Table,
+        context: LayerContext,
+        blocks: np.ndarray | None,
+        scalar: mx.array,
+    ) -> mx.array:
+        mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
+        return self._feed_forward(self._after_attention(x, mixed)) * scalar
+
+    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
+        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
+        return self._feed_forward(self._after_attention(x, mixed)) * self.layer_scalar
+
+    def attention_input(self, x: mx.array) -> mx.array:
+        return self.input_layernorm(x).astype(self.dtype)
+
+    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
+        return x + self.post_attention_layernorm(mixed.astype(x.dtype))
+
+    def _feed_forward(self, residual: mx.array) -> mx.array:
+        """The two branches; the router reads the raw residual."""
+        wide = residual.dtype
+        dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
+        dense = self.post_feedforward_layernorm_1(dense.astype(wide))
+        flat = residual.reshape(-1, residual.shape[-1])
+        normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
+        mixed = self.experts(normed, self.router(flat))
+        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
+        return residual + self.post_feedforward_layernorm(dense + sparse)
+
+
+class SelfConditioning(GatedMLP):
+    """The previous step's prediction, as soft embeddings, added to the canvas embeddings."""
+
+    def __init__(self, text: TextConfig):
+        nn.Module.__init__(self)
+        self.eps = text.rms_norm_eps
+        self.pre_norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self._declare(text.hidden_size, text.intermediate_size)
+
+    def condition(self, embedded: mx.array, soft: mx.array | None) -> mx.array:
+        """Norm of embedded plus signal; without a signal (a first step) of embedded alone."""
+        if soft is not None:
+            embedded = embedded + self(self.pre_norm(soft))
+        return mx.fast.rms_norm(embedded, None, self.eps)
+
+
+class Decoder(nn.Module):
+    """Every text weight; the encoder pass borrows them."""
+
+    def __init__(self, text: TextConfig, dtype: mx.Dtype):
+        super().__init__()
+        self.embed_tokens = Embedding(text.vocab_size, text.hidden_size)
+        self.layers = [Layer(text, index, dtype) for index in range(text.num_hidden_layers)]
+        self.norm = nn.RMSNorm(text.hidden_size, text.rms_norm_eps)
+        self.self_conditioning = SelfConditioning(text)
+
+
+class LayerScalar(nn.Module):
+    """The one number per layer that the encoder does not share."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer_scalar = mx.zeros((1,))
+
+
+class EncoderText(nn.Module):
+    def __init__(self, text: TextConfig):
+        super().__init__()
+        self.layers = [LayerScalar() for _ in range(text.num_hidden_layers)]
+
+
+class Encoder(nn.Module):
+    def __init__(self, text: TextConfig, vision: VisionConfig | None):
+        super().__init__()
+        self.language_model = EncoderText(text)
+        if vision is not None:
+            self.vision_tower = VisionTower(vision)
+            self.embed_vision = VisionProjection(vision, text.hidden_size)
+
+
+class Backbone(nn.Module):
+    """Everything that a checkpoint stores; it says what tensors there are and how large."""
+
+    def __init__(self, text: TextConfig, vision: VisionConfig | None, dtype: mx.Dtype):
+        super().__init__()
+        self.decoder = Decoder(text, dtype)
+        self.encoder = Encoder(text, vision)

@@ -1,0 +1,76 @@
+"""POST /v1/systemone: decisions about a state, in the request form of Jev-compatible servers."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from starlette.requests import Request
+
+from mlx_dgemma.decisions.questions import as_text, read_questions
+from mlx_dgemma.server.engine import Engine
+from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.images import count_images
+from mlx_dgemma.server.sampling import check_length, check_model
+from mlx_dgemma.server.sse import unless_gone
+from mlx_dgemma.server.wire import JsonResponse
+
+ALIASES = ("jev-latest",)  # what clients of this interface call the model by default
+
+
+async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonResponse:
+    """Answers every question; unknown fields are ignored, as the interface demands."""
+    asked = fields.body.get("model")
+    model = engine.settings.model_name if asked in ALIASES else check_model(engine, fields)
+    if fields.raw("state") is None:
+        raise ApiError(
+            422, "state is missing: give a string, an object or an array.", param="state"
+        )
+    state = fields.raw("state")
+    if not isinstance(state, str | dict | list):
+        raise ApiError(422, "state must be a string, an object or an array.", param="state")
+    questions = read_questions(fields.raw("questions"))
+    state = with_assets(state, fields.object("assets"))
+    count_images([{"content": state}])
+    check_length(engine, state, "state")
+    decision = await unless_gone(
+        request,
+        engine.decide(
+            state, questions, orders=fields.integer("x_orders", 1, 20) or 2, hold=fields.hold
+        ),
+    )
+    usage: dict[str, Any] = {
+        "input_tokens": decision.prompt_tokens,
+        "output_tokens": 0,
+        "x_cached_tokens": decision.cached_tokens,
+        "x_forwards": decision.forwards,
+    }
+    return JsonResponse({"model": model, "answers": decision.to_json(), "usage": usage})
+
+
+def with_assets(state: Any, assets: Fields | None) -> Any:
+    """A state as message parts, in which every asset's placeholder is replaced by its image."""
+    if assets is None or not assets.body:
+        return state
+    images = {}
+    for name in assets.body:
+        asset = assets.object(name)
+        content = None if asset is None else asset.text("data_base64")
+        if asset is None or content is None:
+            raise assets.fail(name, "an image with data_base64")
+        kind = asset.text("format", ("png", "jpg", "jpeg")) or "png"
+        images[name] = {
+            "type": "image_url",
+            "image_url": {"url": f"data:image/{kind};base64,{content}"},
+        }
+    text = as_text(state) or ""
+    pieces = re.split("|".join(map(re.escape, images)), text)
+    found = re.findall("|".join(map(re.escape, images)), text)
+    parts: list[dict[str, Any]] = []
+    for piece, name in zip(pieces, [*found, None], strict=True):
+        if piece.strip():
+            parts.append({"type": "text", "text": piece})
+        if name is not None:
+            parts.append(images[name])
+    return parts
