@@ -236,7 +236,7 @@ class Engine:
 
     def report(self, error: BaseException) -> None:
         """Logs a bug with its traceback; a client's own mistakes stay out of the log."""
-        if as_api_error(error).status >= 500:
+        if not isinstance(error, ApiError) and as_api_error(error).status >= 500:
             log.error("a request failed", exc_info=error)
 
     def stop(self) -> None:
