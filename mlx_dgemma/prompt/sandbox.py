@@ -191,7 +191,8 @@ class _Charging(NodeTransformer):
     def _watching(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         node.iter = _called("watched", node.iter)
-        return node
+        kept: nodes.Node = node
+        return kept
 
     def _ticking(self, node: Any) -> nodes.Node:
         inside: nodes.Node = self.generic_visit(node)
@@ -204,8 +205,10 @@ class _Charging(NodeTransformer):
 
     def _counted(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
-        names = getattr(node, "ctx", "load") != "load"  # to assign to
-        return node if names else _called("charge", node)
+        if getattr(node, "ctx", "load") == "load":
+            return _called("charge", node)
+        kept: nodes.Node = node  # names to assign to
+        return kept
 
 
 def _called(name: str, *arguments: nodes.Expr) -> nodes.Call:

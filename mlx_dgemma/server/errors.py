@@ -45,6 +45,7 @@ class ApiError(Exception):
         retry_after: int | None = None,
         close: bool = False,
         location: tuple[str | int, ...] = (),
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -54,6 +55,7 @@ class ApiError(Exception):
         self.retry_after = retry_after
         self.close = close
         self.location = location
+        self._anthropic_message = anthropic_message or message
 
     @property
     def headers(self) -> dict[str, str]:
@@ -75,7 +77,7 @@ class ApiError(Exception):
 
     def anthropic(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"type": "error", "error": {"type": kind, "message": self._anthropic_message}}
 
 
 def as_api_error(error: BaseException) -> ApiError:
