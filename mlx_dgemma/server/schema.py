@@ -20,6 +20,8 @@ Parts = list[str | Hole]
 _DIGITS = 10  # tokens of a number, at most
 _MOST_ITEMS = 64  # of an array that is written out
 _MOST_PINNED = 512  # subschemas that are written out
+_MOST_FOLLOWED = 2000  # parts of an allOf and references
+_MOST_CHOICES = 1000
 _NUMBERS = {"integer": r"[-\d]+", "number": r"[-+.eE\d]+"}
 
 
@@ -32,7 +34,7 @@ class Schema(Rules):
 
     def __init__(self, schema: Any, where: str) -> None:
         super().__init__(schema, where)
-        self._pinned = 0
+        self._pinned = self._followed = 0
         self.parts = _joined(self._skeleton(self.root, ()))
 
     def problem(self, text: str) -> str | None:
@@ -54,7 +56,7 @@ class Schema(Rules):
             return [Hole()]
         schema, inside = flat
         values = self._values(schema, inside)
-        if values:
+        if values and len(values) <= _MOST_CHOICES:
             return _one_of(values)
         kind = schema.get("type")
         if isinstance(kind, list):
@@ -74,7 +76,11 @@ class Schema(Rules):
     def _flat(
         self, schema: Mapping[str, Any], inside: tuple[Any, ...]
     ) -> tuple[dict[str, Any], tuple[Any, ...]] | None:
-        """The schema with references and allOf in it, and what was followed; None in a loop."""
+        """The schema with references and allOf in it, and what was followed; None in a loop
+        or where there is too much of it."""
+        self._followed += 1
+        if self._followed > _MOST_FOLLOWED:
+            return None
         flat = dict(schema)
         parts = list(flat.pop("allOf", ()))
         if "$ref" in flat:
@@ -143,7 +149,8 @@ def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     if "required" in one and "required" in other:
         merged["required"] = list(dict.fromkeys([*one["required"], *other["required"]]))
     if "enum" in one and "enum" in other:
-        merged["enum"] = [value for value in one["enum"] if value in other["enum"]]
+        theirs = set(map(_dumped, other["enum"]))
+        merged["enum"] = [value for value in one["enum"] if _dumped(value) in theirs]
     return merged
 
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator
@@ -20,7 +21,7 @@ from mlx_dgemma.server.schema import Schema
 _ANY_OBJECT = {"type": "object"}
 
 
-def read_format(fields: Fields | None, name: str = "response_format") -> Schema | None:
+async def read_format(fields: Fields | None, name: str = "response_format") -> Schema | None:
     """None for plain text; ApiError 400 for a format or schema that cannot be pinned."""
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
@@ -29,13 +30,13 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Schema 
     if kind in (None, "text"):
         return None
     if kind == "json_object":
-        return Schema(_ANY_OBJECT, fields.path(name))
+        return await asyncio.to_thread(Schema, _ANY_OBJECT, fields.path(name))
     # Chat completions nest the schema, the responses endpoint does not.
     inner = wanted.object("json_schema") or wanted
     schema = inner.raw("schema")
     if schema is None:
         raise inner.fail("schema", "given as a JSON schema")
-    return Schema(schema, inner.path("schema"))
+    return await asyncio.to_thread(Schema, schema, inner.path("schema"))
 
 
 def without_effect(schema: Schema, **others: Any) -> tuple[str, ...]:

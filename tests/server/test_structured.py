@@ -365,3 +365,18 @@ def test_suffix_fills_between_both_sides(serve: Open, filled: Any) -> None:
     got = serve(Script("unused")).post("/v1/completions", json=body).json()
     assert got["choices"][0]["text"] == "middle"
     assert asked[0][0] == "left <hole> _ right"
+
+
+def test_a_short_schema_that_is_a_huge_one_costs_little() -> None:
+    """Nested fixed arrays, allOf in allOf, large enums: written out as far as is worth it."""
+    arrays: dict[str, Any] = {"type": "integer"}
+    for _ in range(6):
+        arrays = {"type": "array", "items": arrays, "minItems": 64, "maxItems": 64}
+    merged: dict[str, Any] = {"type": "object", "properties": {"a": {"type": "string"}}}
+    for _ in range(9):
+        merged = {"allOf": [merged, merged]}
+    enums = {"allOf": [{"enum": list(range(10_000))}, {"enum": list(range(10_000))}]}
+    for schema in (arrays, merged, enums):
+        started = time.process_time()
+        assert len(Schema(schema, "response_format").parts) < 2000
+        assert time.process_time() - started < 5.0
