@@ -6,10 +6,11 @@ without a word: nothing but a regular file is opened.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse
@@ -23,7 +24,7 @@ _KINDS = (
 )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """A regular file, opened for reading; never waits for whoever writes a pipe.
 
     Raises OSError whose strerror says what is wrong, also for what is no regular file.

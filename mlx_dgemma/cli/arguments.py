@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.hub import COMMUNITY
+from mlx_dgemma.checkpoint.known_repositories import COMMUNITY
 from mlx_dgemma.decoding.settings import PRESETS, settings_by_name
 from mlx_dgemma.model.config import DTYPES
 
@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
         group.add_argument(
             "--adapter-path",
             metavar="FOLDER",
-            help="a LoRA adapter in PEFT's format, merged on loading",
+            help="a LoRA adapter of PEFT's or mlx-lm's form, kept beside the weights",
         )
     group.add_argument(
         "--chat-template",

@@ -56,7 +56,7 @@ class Logits(Protocol):
         """Soft embeddings [b, C, H] of the tempered logits."""
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
-        """The tokens that carry each row's probability."""
+        """The tokens that carry the probability of each of the rows [b * C]."""
 
     def at(self, ids: mx.array) -> mx.array:
         """float32 [b, C]: the raw logit of one id per position, ids int32 [b, C]."""
