@@ -278,11 +278,8 @@ class Runtime:
         raise AssertionError("decide_turns ends with a Decision")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs any function on the model's thread and returns its result.
-
-        InputError where it is called on that thread, as a function given to `call` or `submit`
-        is: it would wait for itself. So do `stream`, `astream` and `generate`.
-        """
+        """Runs any function on the model's thread and returns its result; InputError on that
+        thread itself, as from `stream`, `astream` and `generate`."""
         self._check_may_wait()
         outcome: queue.SimpleQueue[T | _Raised] = queue.SimpleQueue()
 
