@@ -19,6 +19,7 @@ import mlx.nn as nn
 
 from mlx_dgemma.checkpoint.adapters import read_adapter
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.files import reading_weights
 from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
@@ -106,7 +107,8 @@ def load_model(
         parameters = {name: source.read(tensors) for name, source in sources.items()}
     fill(model, parameters)
     if not lazy:
-        settle(model, unbound)
+        with reading_weights(folder):
+            settle(model, unbound)
     if adapter is not None:
         adapter.attach(model)
     if config.vision is not None:

@@ -15,6 +15,7 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
 from mlx_dgemma.model.config import ModelConfig
@@ -204,7 +205,8 @@ class Model(nn.Module):
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
         encoder = self.model.encoder
         # Unread weights are read first: otherwise a GPU waits for the disk during its work.
-        mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
+        with reading_weights("The vision tower"):
+            mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
         return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
 
     def release_vision(self) -> None:

@@ -15,11 +15,11 @@ from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 @pytest.mark.slow
 def test_damaged_files_of_every_kind():
-    found = run(range(1200), seed=20_261)
+    found = run(range(1000), seed=20_261)
     assert not found.faults, found.faults[0]
     outcomes = {kind: {o for k, o in found.counts if k == kind} for kind in KINDS}
     assert all("sentence" in outcome for outcome in outcomes.values()), found.table()
-    assert found.counts.total() == 1200
+    assert found.counts.total() == 1000
 
 
 def test_headers_are_accepted_as_safetensors_accepts_them(checkpoint, tmp_path):
@@ -28,7 +28,7 @@ def test_headers_are_accepted_as_safetensors_accepts_them(checkpoint, tmp_path):
     path = tmp_path / "model.safetensors"
     stricter = 0
     accepted = 0
-    for number in range(1500):
+    for number in range(800):
         content = damage_safetensors(whole, random.Random(number))
         path.write_bytes(content)
         try:
@@ -49,7 +49,7 @@ def test_headers_are_accepted_as_safetensors_accepts_them(checkpoint, tmp_path):
             assert {name: list(entry.shape) for name, entry in entries.items()} == {
                 name: item["shape"] for name, item in theirs.items()
             }
-    assert accepted > 50
+    assert accepted > 25
     assert stricter < 50
 
 
