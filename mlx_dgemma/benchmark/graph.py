@@ -18,6 +18,7 @@ from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.checkpoint.weights import fill
@@ -25,7 +26,6 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.denoise import step
 from mlx_dgemma.decoding.draws import Place, SeededDraws
-from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.model import ContextCache, Model
@@ -214,10 +214,12 @@ def _step(model: Model, cache: ContextCache) -> list[mx.array]:
     vocabulary = config.text.vocab_size
     state = CanvasState.initial([request], Place(0, 0, 0), length, vocabulary, steps)
     state.canvas = state.draft = mx.zeros((1, length), mx.int32)
-    counts, dropped = mx.zeros((length,), mx.int32), mx.zeros((length,))
+    counts, dropped = mx.full((length,), 64, mx.int32), mx.zeros((length,))
     survivors = kernels.Survivors(mx.zeros(rows, mx.int32), mx.zeros(rows), counts, dropped)
     mx.eval(state.canvas, state.revealed, survivors)
-    state.signal = gathered(model, survivors, 64)[None]
+    state.signal = kernels.gather_soft_embeddings(
+        survivors, model.embedding_matrix, np.array(counts), scale=model.embed_scale
+    )[None]
     settings = DecodingSettings(conditioning="sparse")
     outcome = step(model, cache, settings, state, dispatch_every=None)
     assert outcome.survivors is not None

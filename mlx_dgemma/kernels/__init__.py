@@ -11,14 +11,13 @@ from mlx_dgemma.kernels.row_statistics import (
     row_statistics,
     sliced_row_statistics,
 )
-from mlx_dgemma.kernels.soft_embeddings import (
+from mlx_dgemma.kernels.soft_embeddings import sliced_soft_embeddings, soft_embeddings
+from mlx_dgemma.kernels.sparse_embeddings import (
     CAPACITY,
     DROPPED_MASS,
     Survivors,
     gather_soft_embeddings,
     select_survivors,
-    sliced_soft_embeddings,
-    soft_embeddings,
 )
 
 __all__ = [

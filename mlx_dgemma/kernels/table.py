@@ -7,7 +7,7 @@ from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
 from mlx_dgemma.kernels.registry import Operation
 from mlx_dgemma.kernels.router import OPERATION as ROUTER
 from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
-from mlx_dgemma.kernels.soft_embeddings import GATHER, SELECT
+from mlx_dgemma.kernels.sparse_embeddings import GATHER, SELECT
 
 
 def operations() -> dict[str, Operation]:

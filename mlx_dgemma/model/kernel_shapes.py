@@ -14,7 +14,7 @@ from mlx_dgemma.kernels.registry import Operation, Size
 from mlx_dgemma.kernels.router import OPERATION as ROUTER
 from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
 from mlx_dgemma.kernels.self_checks import Request
-from mlx_dgemma.kernels.soft_embeddings import CAPACITY, GATHER, SELECT
+from mlx_dgemma.kernels.sparse_embeddings import CAPACITY, GATHER, SELECT
 from mlx_dgemma.model.attention import KEY_CHUNK, QUERY_BLOCK
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.names import DECODER, EMBED_TOKENS

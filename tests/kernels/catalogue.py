@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 from msl.emulator import Launched
 from msl.wrapper import Body
 
@@ -17,7 +18,7 @@ from mlx_dgemma.kernels.moe import metal as moe
 from mlx_dgemma.kernels.qkv import metal as normed_heads
 from mlx_dgemma.kernels.router import metal as router
 from mlx_dgemma.kernels.row_statistics import metal as row_statistics
-from mlx_dgemma.kernels.soft_embeddings import Survivors, gather_metal, survivors_metal
+from mlx_dgemma.kernels.sparse_embeddings import Survivors, gather_metal, survivors_metal
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -76,7 +77,7 @@ def _vocabulary_operations(dtype: mx.Dtype) -> None:
                 mx.zeros((rows,), mx.int32),
                 None,
             )
-            gather_metal(survivors, _matrix((40, 64), bits, dtype))
+            gather_metal(survivors, _matrix((40, 64), bits, dtype), np.ones(rows, int))
 
 
 def _network_operations(dtype: mx.Dtype) -> None:
