@@ -1,4 +1,4 @@
-"""The README is part of the program: its blocks run, its flags exist, its links lead somewhere."""
+"""README and docs/ are part of the program: blocks run, flags exist, links lead somewhere."""
 
 from __future__ import annotations
 
@@ -18,15 +18,20 @@ import pytest
 
 from mlx_dgemma.__main__ import VERBS
 from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.convert.inspection import fit
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.runtime import Runtime
 from tests.server.test_clients import running
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text(encoding="utf-8")
+    for path in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
+}
 BLOCK = re.compile(
-    r"(?:<!-- not run by the tests: (?P<why>.+?) -->\n)?```(?P<language>\w+)\n(?P<body>.*?)```",
+    r"(?:<!-- not run by the tests(?: here)?: (?P<why>.+?) -->\n)?"
+    r"```(?P<language>\w+)\n(?P<body>.*?)```",
     re.DOTALL,
 )
 SERVER = "http://127.0.0.1:8080"
@@ -35,34 +40,45 @@ COMMAND = re.compile(r"mlx_dgemma\.([a-z]+)")
 
 @dataclass(frozen=True)
 class Block:
+    page: str
     language: str
     body: str
     why_not: str | None
 
     def __str__(self) -> str:
-        return self.body.splitlines()[0][:40]
+        return f"{self.page}: {self.body.splitlines()[0][:40]}"
 
 
-BLOCKS = [Block(found["language"], found["body"], found["why"]) for found in BLOCK.finditer(README)]
+BLOCKS = [
+    Block(page, found["language"], found["body"], found["why"])
+    for page, text in PAGES.items()
+    for found in BLOCK.finditer(text)
+]
 PYTHON = [block for block in BLOCKS if block.language == "python"]
 LINES = [
     line
     for block in BLOCKS
     if block.language == "bash" and block.why_not is None
-    for line in block.body.splitlines()
+    # A backslash at its end joins a line to the next.
+    for line in block.body.replace("\\\n", " ").splitlines()
 ]
 
 
-def test_the_readme_has_blocks_to_run() -> None:
-    assert len(PYTHON) >= 2
-    assert len(LINES) >= 6
+def test_there_are_blocks_to_run() -> None:
+    assert len(PYTHON) >= 6
+    assert len(LINES) >= 12
+
+
+def test_the_readme_names_every_page() -> None:
+    missing = [page for page in PAGES if f"({page})" not in PAGES["README.md"]]
+    assert missing == ["README.md"]
 
 
 @pytest.mark.parametrize("block", PYTHON, ids=str)
 def test_python_blocks_run(block: Block, capsys: pytest.CaptureFixture[str]) -> None:
     assert block.why_not is None
     with served(block.body) as body:
-        exec(compile(body, "README.md", "exec"), {"__name__": "readme"})
+        exec(compile(body, block.page, "exec"), {"__name__": "page"})
     assert capsys.readouterr().out.strip()
 
 
@@ -79,7 +95,6 @@ def served(body: str) -> Iterator[str]:
 @pytest.mark.parametrize("line", LINES)
 def test_shell_lines_run(line: str, tmp_path: Path) -> None:
     # What is installed is tested elsewhere; here each command runs from this checkout.
-    line = line.removeprefix("pip install -e . && ")
     line = COMMAND.sub(rf"{shlex.quote(sys.executable)} -m mlx_dgemma \1", line)
     done = subprocess.run(
         ["bash", "-c", f"set -o pipefail; {line}"],
@@ -109,26 +124,31 @@ def test_every_flag_on_the_page_exists() -> None:
     ).stdout
     known |= set(re.findall(r"--[a-z-]+", convert))
     # The table of differences names flags of mlx-lm that are not here.
-    page = "\n".join(line for line in README.splitlines() if "none: this sampler" not in line)
-    page = page.replace("`--draft-model`", "")
+    text = "\n".join(PAGES.values()).replace("`--draft-model`", "")
+    page = "\n".join(line for line in text.splitlines() if "none: this sampler" not in line)
     mentioned = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", page))
     assert mentioned - known == set()
 
 
 def test_every_decoding_flag_is_explained() -> None:
     flags = import_module("mlx_dgemma.cli.arguments")
-    missing = [name for name in flags.SETTINGS if f"--{name.replace('_', '-')}" not in README]
+    page = PAGES["docs/commands.md"]
+    missing = [name for name in flags.SETTINGS if f"--{name.replace('_', '-')}" not in page]
     assert missing == []
 
 
-def test_links_lead_to_files() -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)]+)\)", README)
-    assert len(targets) > 5
-    assert [target for target in targets if not (ROOT / target).exists()] == []
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page: str) -> None:
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", PAGES[page])
+    assert [
+        target for target in targets if not (ROOT / page).parent.joinpath(target).exists()
+    ] == []
 
 
 def test_the_table_of_repositories_is_the_programs() -> None:
-    rows = re.findall(r"\| `(-\w+)` \| (~?[\d.]+ GB) \| (~?[\d.]+ GB) \| (\d+) GB \|", README)
+    rows = re.findall(
+        r"\| `(-\w+)` \| (~?[\d.]+ GB) \| (~?[\d.]+ GB) \| (\d+) GB \|", PAGES["docs/models.md"]
+    )
     assert len(rows) >= 5
     known = {entry.id.split("-it")[-1]: entry for entry in KNOWN_REPOSITORIES}
     macs = [replace(machine(), memory=size << 30) for size in (16, 24, 32, 36, 48, 64, 96, 128)]
@@ -141,12 +161,24 @@ def test_the_table_of_repositories_is_the_programs() -> None:
         assert (fitting[0].memory or 0) >> 30 == int(smallest)
 
 
+def test_the_model_named_for_a_mac_fits_it_without_raising_a_limit() -> None:
+    rows = re.findall(
+        r"(?m)^\| (\d+ GB[^|]*) \| `([^`]+-it(-\w+))` \| ([^|]+) \|$", PAGES["README.md"]
+    )
+    assert len(rows) >= 5
+    known = {entry.id: entry for entry in KNOWN_REPOSITORIES}
+    for memory, name, _, about in rows:
+        assert gigabytes(known[name].weight_bytes) in about
+        for size in re.findall(r"(\d+) GB", memory):
+            assert fit(int(size), known[name].memory_bytes).fits == "yes"
+
+
 def test_the_size_of_the_demo_is_right() -> None:
     from mlx_dgemma.checkpoint.hub import demo_path
-    from mlx_dgemma.machine.memory import stored_bytes
+    from mlx_dgemma.checkpoint.sizes import stored_bytes
 
     stored = stored_bytes(demo_path())
-    said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", README)
+    said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", PAGES["docs/demo.md"])
     assert said is not None
     assert float(said[1]) == pytest.approx(stored / 2 / 1e6, abs=0.06)
     assert int(said[2]) == round(stored / 1e6)

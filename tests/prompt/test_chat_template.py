@@ -428,8 +428,8 @@ def test_another_template_in_the_place_of_the_checkpoints(tmp_path: Path) -> Non
     source = "{% for m in messages %}{{ m.role }}: {{ m.content }}.{% endfor %}"
     file = tmp_path / "newer.jinja"
     file.write_text(source)
-    for given in (file, str(file), source):
-        _, tokenizer = load(chat_template=given, lazy=True)
+    for template in (file, str(file), source):
+        _, tokenizer = load(chat_template=template, lazy=True)
         assert tokenizer.decode(encode_messages(tokenizer, [user("a")])) == "user: a."
 
 

@@ -17,6 +17,7 @@
     threadgroup float held[PARTS * 32 * HELD];
 
     float sum[SPAN];
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < SPAN; j++) {
       sum[j] = 0.0f;
     }
@@ -26,6 +27,7 @@
       const float p = static_cast<float>(static_cast<T>(weights[from + s]));
       total += p;
       if (BITS == 0) {
+        #pragma clang loop unroll(full)
         for (uint j = 0; j < SPAN; j++) {
           if (column + j < H) {
             sum[j] += p * static_cast<float>(w[id * H + column + j]);
@@ -37,6 +39,7 @@
         const float scale = static_cast<float>(scales[group]);
         const float bias = static_cast<float>(biases[group]);
         constexpr uint WIDTH = 32 / SPAN;
+        #pragma clang loop unroll(full)
         for (uint j = 0; j < SPAN; j++) {
           const uint code = (packed >> (j * WIDTH)) & ((1u << WIDTH) - 1u);
           sum[j] += p * static_cast<float>(static_cast<T>(scale * static_cast<float>(code) + bias));
@@ -44,6 +47,7 @@
       }
     }
     threadgroup float* mine = held + (share * 32 + lane) * HELD;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < SPAN; j++) {
       mine[j] = sum[j];
     }
