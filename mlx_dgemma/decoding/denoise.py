@@ -141,9 +141,7 @@ def step(
 
 def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers) -> None:
     """Gives `state` the canvas that the next step denoises, and its self-conditioning."""
-    state.signal = self_conditioning.signal(
-        model, outcome.seen, state, outcome.survivors, numbers
-    )
+    state.signal = self_conditioning.signal(model, outcome.seen, state, outcome.survivors, numbers)
     free = numbers.entropy[~state.pinned.reshape(-1)]
     state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed

@@ -75,9 +75,7 @@ def predict(
         Model.hidden.
     """
     batch, length = state.canvas.shape
-    free = np.flatnonzero(~state.pinned)
-    if not free.size:  # one row all the same, whose prediction its pin replaces
-        free = np.zeros(1, dtype=np.int64)
+    free = free_positions(state)
     whole = free.size == state.pinned.size
     hidden = model.hidden(state.canvas, cache, state.signal, dispatch_every=dispatch_every)
     hidden = hidden.reshape(-1, hidden.shape[-1])
@@ -133,7 +131,16 @@ def predict(
     )
 
 
-def _placed(values: mx.array, free: np.ndarray, pins: PinArrays | None, at_pins: mx.array) -> mx.array:
+def free_positions(state: CanvasState) -> np.ndarray:
+    """int64 [R], of [b * C]: what is predicted. Where all is pinned, one position all the same,
+    whose prediction its pin replaces."""
+    free = np.flatnonzero(~state.pinned)
+    return free if free.size else np.zeros(1, dtype=np.int64)
+
+
+def _placed(
+    values: mx.array, free: np.ndarray, pins: PinArrays | None, at_pins: mx.array
+) -> mx.array:
     """[b, C]: the values [R] of the free rows; where a position is pinned, those of `at_pins`."""
     if pins is None:
         return values.reshape(at_pins.shape)

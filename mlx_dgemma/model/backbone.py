@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma import kernels
+from mlx_dgemma.kernels import BranchNorms, Norms
 from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
@@ -26,7 +28,7 @@ class Layer(nn.Module):
 
     def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
         super().__init__()
-        eps = text.rms_norm_eps
+        eps = self.eps = text.rms_norm_eps
         self.dtype = dtype
         hidden = text.hidden_size
         self.kind = text.layer_types[index]
@@ -52,28 +54,34 @@ class Layer(nn.Module):
         scalar: mx.array,
     ) -> mx.array:
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self._feed_forward(self._after_attention(x, mixed)) * scalar
+        return self._feed_forward(x, mixed, scalar)
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        return self._feed_forward(self._after_attention(x, mixed)) * self.layer_scalar
+        return self._feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
         return self.input_layernorm(x).astype(self.dtype)
 
-    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
-        return x + self.post_attention_layernorm(mixed.astype(x.dtype))
-
-    def _feed_forward(self, residual: mx.array) -> mx.array:
-        """The two branches; the router reads the raw residual."""
-        wide = residual.dtype
-        dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
-        dense = self.post_feedforward_layernorm_1(dense.astype(wide))
-        flat = residual.reshape(-1, residual.shape[-1])
-        normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
-        mixed = self.experts(normed, self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
-        return residual + self.post_feedforward_layernorm(dense + sparse)
+    def _feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
+        """The two branches side by side; the router reads the raw residual."""
+        norms = Norms(
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            self.pre_feedforward_layernorm_2.weight,
+            self.router.scale,
+        )
+        flat = x.reshape(-1, x.shape[-1])
+        read = kernels.after_attention(flat, mixed.reshape(flat.shape), norms, self.eps)
+        after = BranchNorms(
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+        )
+        dense = self.mlp(read.dense)
+        routed = self.experts(read.experts, self.router(read.router))
+        out = kernels.after_branches(read.residual, dense, routed, after, scalar, self.eps)
+        return out.reshape(x.shape)
 
 
 class SelfConditioning(GatedMLP):

@@ -64,10 +64,9 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
     for way, found, signal in zip(ways, stats, signals, strict=True):
         part = np.array(way.signal(found, mx.full((2 * length,), NOW), some))
         np.testing.assert_allclose(part, signal[some], atol=2e-6 * np.abs(expected).max())
-        ids = mx.arange(2 * length)
-        np.testing.assert_allclose(
-            np.array(way.at(ids)), raw[np.arange(2 * length), np.arange(2 * length)], atol=1e-3
-        )
+        ids = np.arange(2 * length) + 10  # none of them banned
+        expected_at = raw[np.arange(2 * length), ids]
+        np.testing.assert_allclose(np.array(way.at(mx.array(ids))), expected_at, atol=1e-2)
         capped = SOFTCAP * np.tanh(raw / SOFTCAP)
         np.testing.assert_allclose(
             np.array(way.log_z()), np.log(np.exp(capped - 30).sum(axis=1)) + 30, atol=1e-4

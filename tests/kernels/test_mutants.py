@@ -160,7 +160,8 @@ MUTANTS = [
     (experts, "experts", "(rows + TM - 1) / TM", "rows / TM", {"unwritten-output"}),
     (experts, "experts", "Xs + i * 8 * LD + kk, LD)", "Xs + i * 8 * LD + kk, LD - 1)",
      {"uninit-threadgroup", "value"}),
-    (experts, "experts", "GLU ? row0 + r : order[row0 + r]", "row0 + r", VALUE),
+    (experts, "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O",
+     {"race-device", "unwritten-output", "value"}),
     (experts, "experts", "expert) * matrix_rows", "expert) * O", VALUE),
     (experts, "experts", "(weight_row * K + k0) / GROUP", "(weight_row * K) / GROUP", VALUE),
     (experts, "experts", "(packed >> (j * (32 / PER_WORD)))", "(packed >> j)", VALUE),
@@ -189,6 +190,7 @@ MUTANTS = [
     (attention, "merge_attention", "output[at] * keep", "output[at]", VALUE),
     (shared_attention, "merge_attention", "SHARED ? ", "false ? ", VALUE),
     (experts, "combine", "weights[pair]", "weights[token]", VALUE),
+    (experts, "combine", "places[pair]", "pair", VALUE),
 ]  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from mlx_dgemma.kernels import (
     soft_embeddings,
 )
 from mlx_dgemma.kernels.row_statistics import SLICE
+from mlx_dgemma.kernels.sparse_embeddings import most_entropy
 
 WIDTH = 128
 
@@ -108,6 +109,21 @@ def test_sparse_stays_within_its_bound(mode):
     error = np.linalg.norm(found - dense, axis=1)
     assert (error <= 2 * np.array(survivors.dropped) * largest + 1e-5).all()
     assert np.array(survivors.dropped)[0] < DROPPED_MASS < 1
+
+
+def test_the_highest_entropy_of_a_row_that_qualifies():
+    capacity, vocabulary = 64, 4000
+    highest = most_entropy(vocabulary, capacity)
+    rest = DROPPED_MASS * 0.999
+    p = np.full(vocabulary, rest / (vocabulary - capacity))
+    p[:capacity] = (1 - rest) / capacity
+    assert 0 <= highest - -(p * np.log(p)).sum() < 0.01
+    rng = np.random.default_rng(0)
+    for spread in np.linspace(0.1, 8.0, 200):
+        p = np.exp(rng.normal(size=vocabulary) * spread)
+        p /= p.sum()
+        if p[p < 1 / capacity].sum() < DROPPED_MASS:
+            assert -(p * np.log(np.maximum(p, 1e-300))).sum() <= highest
 
 
 def test_no_row_survives_more_often_than_the_capacity():
