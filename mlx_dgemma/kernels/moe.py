@@ -10,6 +10,7 @@ Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -51,17 +52,24 @@ def combine(rows: mx.array, routing: Routing) -> mx.array:
     return (combine_metal if use else combine_twin)(rows, routing.places, routing.weights)
 
 
+class ExpertMatrices(Protocol):
+    """Matrices [experts, out, in] that rows are multiplied with by expert."""
+
+    def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
+        """[N, 1, out] of rows [N, 1, in], which are sorted by their experts [N]."""
+
+
 def twin(
     x: mx.array,
     routing: Routing,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> mx.array:
     """The experts' outputs [N, H] in sorted order, in plain MLX operations."""
     return down_twin(gate_up_twin(x, routing, gate_up), routing, down)
 
 
-def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix) -> mx.array:
+def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.array:
     """GeGLU rows [N, F] in sorted order."""
     top_k = routing.experts.shape[1]
     rows = x[routing.order // top_k][:, None, :]
@@ -70,9 +78,22 @@ def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix) -> mx.array:
     return geglu(both[:, :width], both[:, width:])
 
 
+<<<<<<< HEAD
 def down_twin(hidden: mx.array, routing: Routing, down: Matrix) -> mx.array:
     """Expert outputs [N, H] from GeGLU rows [N, F], both in sorted order."""
     return down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
+=======
+def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
+    """Expert outputs [T, k, H] in token order from sorted rows [N, F]."""
+    rows = down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
+    places = mx.put_along_axis(
+        mx.zeros_like(routing.order),
+        routing.order,
+        mx.arange(routing.order.shape[0], dtype=mx.int32),
+        axis=0,
+    )
+    return rows[places].reshape(*routing.experts.shape, -1)
+>>>>>>> main
 
 
 def combine_twin(rows: mx.array, places: mx.array, weights: mx.array) -> mx.array:

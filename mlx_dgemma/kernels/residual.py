@@ -61,7 +61,7 @@ def after_branches(
     scalar: mx.array,
     eps: float,
 ) -> mx.array:
-    """The stream [T, H] after a layer; scalar [1]. dense, experts: [T, H], the activations' dtype."""
+    """The stream [T, H] after a layer; scalar [1]; dense, experts [T, H], of activations."""
     use = dispatch.use(BRANCHES, residual.dtype, dense.dtype, residual.shape[0], residual.shape[1])
     return (branches_metal if use else branches_twin)(residual, dense, experts, norms, scalar, eps)
 

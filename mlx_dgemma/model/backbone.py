@@ -54,17 +54,18 @@ class Layer(nn.Module):
         scalar: mx.array,
     ) -> mx.array:
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self._feed_forward(x, mixed, scalar)
+        return self.feed_forward(x, mixed, scalar)
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        return self._feed_forward(x, mixed, self.layer_scalar)
+        return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
         return self.input_layernorm(x).astype(self.dtype)
 
-    def _feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
-        """The two branches side by side; the router reads the raw residual."""
+    def feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
+        """What leaves the layer that x entered, from the attention's output: the two branches side
+        by side, the router on the raw residual."""
         norms = Norms(
             self.post_attention_layernorm.weight,
             self.pre_feedforward_layernorm.weight,
