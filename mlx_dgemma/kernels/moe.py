@@ -78,22 +78,9 @@ def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.a
     return geglu(both[:, :width], both[:, width:])
 
 
-<<<<<<< HEAD
-def down_twin(hidden: mx.array, routing: Routing, down: Matrix) -> mx.array:
+def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
     """Expert outputs [N, H] from GeGLU rows [N, F], both in sorted order."""
     return down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
-=======
-def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
-    """Expert outputs [T, k, H] in token order from sorted rows [N, F]."""
-    rows = down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
-    places = mx.put_along_axis(
-        mx.zeros_like(routing.order),
-        routing.order,
-        mx.arange(routing.order.shape[0], dtype=mx.int32),
-        axis=0,
-    )
-    return rows[places].reshape(*routing.experts.shape, -1)
->>>>>>> main
 
 
 def combine_twin(rows: mx.array, places: mx.array, weights: mx.array) -> mx.array:
