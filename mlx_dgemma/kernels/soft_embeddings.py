@@ -11,13 +11,15 @@ The vocabulary is walked slice by slice, so there is no [rows, vocabulary] array
 `sparse_embeddings` sums over the likely tokens alone.
 """
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
+from mlx_dgemma.kernels.fuse import fused
 from mlx_dgemma.kernels.matrix import Matrix
-from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, tempered, tempering
+from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, temper, tempering
 
 _COLUMNS = SLICE // 2  # of the table, multiplied at a time by the dense path
 
@@ -63,7 +65,7 @@ def sliced_soft_embeddings(
         raw = head(start, stop)
         if start:  # one slice in memory at a time
             raw, _ = mx.depends([raw, divisor], [summed, total])
-        weights = probabilities(raw, divisor, log_z, softcap, table.dtype).astype(table.dtype)
+        weights = probabilities(raw, divisor, log_z, softcap, table.dtype, table.dtype)
         summed = summed + table.rows(start, stop).apply(weights, transpose=False).astype(mx.float32)
         total = total + weights.astype(mx.float32).sum(axis=1, keepdims=True)
     return scale_embeddings((summed / total).astype(table.dtype), scale)
@@ -94,13 +96,30 @@ def kept_soft_embeddings(
 
 
 def probabilities(
-    raw: mx.array, divisor: mx.array, log_z: mx.array, softcap: float, dtype: mx.Dtype
+    raw: mx.array,
+    divisor: mx.array,
+    log_z: mx.array,
+    softcap: float,
+    dtype: mx.Dtype,
+    result: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """float32 probabilities of raw logits [R, n], from tempered logits cast to `dtype`."""
-    values = tempered(raw, mx.array(softcap, dtype=mx.float32), divisor)
-    if dtype != mx.float32:
-        values = values.astype(dtype).astype(mx.float32)
-    return mx.exp(values - log_z[:, None])
+    """Probabilities of raw logits [R, n], from tempered logits cast to `dtype`; in one launch."""
+    cap = mx.array(softcap, dtype=mx.float32)
+    return _probability(dtype, result)(raw, cap, divisor, log_z[:, None])
+
+
+@functools.cache
+def _probability(dtype: mx.Dtype, result: mx.Dtype) -> Callable[..., mx.array]:
+    """e^(tempered - log_z), the tempered logit rounded to `dtype` and the value to `result`."""
+
+    @fused
+    def probability(
+        raw: mx.array, softcap: mx.array, divisor: mx.array, log_z: mx.array
+    ) -> mx.array:
+        rounded = temper(raw, softcap, divisor).astype(dtype).astype(mx.float32)
+        return mx.exp(rounded - log_z).astype(result)
+
+    return probability
 
 
 def scale_embeddings(rows: mx.array, scale: float | None = None) -> mx.array:

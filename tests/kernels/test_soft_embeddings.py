@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import references as ref
 
+from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.kernels import (
     DROPPED_MASS,
     Matrix,
@@ -17,6 +18,7 @@ from mlx_dgemma.kernels import (
     soft_embeddings,
 )
 from mlx_dgemma.kernels.row_statistics import SLICE
+from mlx_dgemma.kernels.soft_embeddings import probabilities
 from mlx_dgemma.kernels.sparse_embeddings import most_entropy
 
 WIDTH = 128
@@ -134,3 +136,21 @@ def test_no_row_survives_more_often_than_the_capacity():
     np.testing.assert_allclose(np.array(survivors.dropped), 1.0)
     full = select_survivors(raw, stats.log_z, 0.8, mx.float32, capacity=64)
     assert full.counts.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_probability_is_one_launch_of_the_same_bits(dtype, monkeypatch):
+    raw = (mx.random.normal((3, 50), key=mx.random.key(1)) * 9).astype(dtype)
+    divisor, log_z = mx.full((1, 1), 0.7), mx.array([20.0, 25.0, 30.0])
+    one = probabilities(raw, divisor, log_z, 30.0, dtype, dtype)
+    counted = launches([one])
+    x = raw.astype(mx.float32)
+    values = (30.0 * mx.tanh(x / 30.0) / divisor).astype(dtype).astype(mx.float32)
+    steps = mx.exp(values - log_z[:, None]).astype(dtype)
+    assert launches([steps]).total() > 4
+    assert counted.total() == counted["Compiled"] == 1
+    if dtype == mx.float32:  # the CPU's compiled exponential may differ in its last digit
+        np.testing.assert_allclose(np.array(one), np.array(steps), rtol=1e-6)
+    else:
+        apart = np.array((one.astype(mx.float32) - steps.astype(mx.float32)).abs())
+        assert (apart > 0).mean() < 0.02
