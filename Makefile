@@ -4,7 +4,8 @@
 # PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu offers the CPU build of this version.
 install:
 	python -m pip install torch==2.13.0
-	python -m pip install -e '.[dev,server]'
+	python -m pip install -e '.[dev,server,clients]'
+	if command -v npm >/dev/null; then npm install --silent --prefix tests/server/node; fi
 
 format:
 	ruff format .

@@ -53,15 +53,18 @@ class Layer(nn.Module):
         blocks: np.ndarray | None,
         scalar: mx.array,
     ) -> mx.array:
+        """Encoder pass of x [1, L, H]; its keys and values enter the context."""
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
         return self.feed_forward(x, mixed, scalar)
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
+        """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
         return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
-        return self.input_layernorm(x).astype(self.dtype)
+        normed: mx.array = self.input_layernorm(x)
+        return normed.astype(self.dtype)
 
     def feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
         """What leaves the layer that x entered, from the attention's output: the two branches side
@@ -102,7 +105,7 @@ class SelfConditioning(GatedMLP):
 
 
 class Decoder(nn.Module):
-    """Every text weight; the encoder pass borrows them."""
+    """Every text weight; the encoder pass uses them too."""
 
     def __init__(self, text: TextConfig, dtype: mx.Dtype):
         super().__init__()
