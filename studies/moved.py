@@ -39,6 +39,8 @@ def moved(build: Any, chains: Counter[str]) -> Counter[str]:
             graph._swapped(dispatch, "use", partial(graph._supported, operations()))
         )
         stack.enter_context(graph._swapped(registry, "launch", _launch(tally)))
+        # of tables that are so already; it cannot be traced
+        stack.enter_context(graph._swapped(mx, "contiguous", lambda x: x))
         mx.export_function(traced.append, build)
     return tally + chains + _primitives(traced)
 
