@@ -308,7 +308,7 @@ class Runtime:
             self._jobs.put(job)
 
     def _requeue(self, job: Callable[[], None]) -> bool:
-        """Puts a job behind those that wait; False when none does, or when closing."""
+        """Queues a job after those that wait; False when none does, or when closing."""
         with self._lock:
             if self._closed or self._jobs.empty():
                 return False

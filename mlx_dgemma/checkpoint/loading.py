@@ -60,7 +60,7 @@ def load_network(
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
 ) -> tuple[Model, Path]:
-    """The model alone, for who needs no tokenizer, and its folder; otherwise as `load`."""
+    """The model without its tokenizer, and its folder; otherwise as `load`."""
     if dtype is not None:
         _check_dtype(dtype)
     if lazy:

@@ -65,7 +65,7 @@ class Source:
         return part.dtype(headers)
 
     def read(self, tensors: Mapping[str, mx.array]) -> mx.array:
-        """The parameter, still unevaluated."""
+        """The parameter in its own shape and dtype, still unevaluated."""
         if self.kind == "tensor":
             return tensors[self.parts[0]]
         parts = [part.read(tensors) for part in self.parts]

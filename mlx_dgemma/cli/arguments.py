@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.hub import COMMUNITY
+from mlx_dgemma.checkpoint.known_repositories import COMMUNITY
 from mlx_dgemma.decoding.settings import PRESETS, settings_by_name
 from mlx_dgemma.model.config import DTYPES
 

@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_dgemma.checkpoint.hub import COMMUNITY, demo_path
+from mlx_dgemma.checkpoint.hub import demo_path
+from mlx_dgemma.checkpoint.known_repositories import COMMUNITY
 from mlx_dgemma.checkpoint.plan import PLANNED_CONTEXT, Plan, prepare
 from mlx_dgemma.cli.arguments import settings
 from mlx_dgemma.cli.canvas import Pieces

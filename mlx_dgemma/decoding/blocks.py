@@ -105,7 +105,7 @@ def generate_blocks(
 
     Texts in the events are empty. The caller may send(True) in answer to a Commit: the
     request then ends with reason "stop". On return the cache holds what it held before, the
-    prompt and every committed block but the last, which nobody needed to read.
+    prompt and every committed block but the last, which no later block needs.
 
     Raises InputError when the prompt is empty or leaves no room for a canvas, NumericsError
     when the network produces NaN or Inf.
@@ -201,10 +201,10 @@ def _check_room(config: ModelConfig, prompt: int, length: int, offset: int) -> N
         )
     room = limit - offset - length
     if prompt > room:
-        anew = ", or begin a new conversation (/reset in the chat)" if offset else ""
+        restart = ", or begin a new conversation (/reset in the chat)" if offset else ""
         raise InputError(
             f"The prompt has {prompt} tokens, but only {max(room, 0)} fit into the context "
-            f"beside a canvas of {length}: shorten it{anew}."
+            f"beside a canvas of {length}: shorten it{restart}."
         )
 
 
@@ -285,7 +285,8 @@ def _denoise(
 
 
 def draft_event(step: Step, row: int = 0) -> Draft:
-    """The row's draft. Whole arrays are read, for they are computed: a row would yet have to be."""
+    """The row's draft. Whole arrays are read: they are computed, while a row of one would need
+    work of its own on the device."""
     line = step.rows.index(row)
     return Draft(
         ids=np.array(step.draft)[line],

@@ -63,7 +63,7 @@ class Logits(Protocol):
         """Soft embeddings [R, H] of the tempered logits; `some`, int [r]: of these rows alone."""
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
-        """The tokens that carry each row's probability."""
+        """The tokens that carry the probability of each of the rows [b * C]."""
 
     def at(self, ids: mx.array) -> mx.array:
         """float32 [R]: the raw logit of one id per row, ids int32 [R]."""

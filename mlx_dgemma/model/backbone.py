@@ -63,6 +63,7 @@ class Layer(nn.Module):
         return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
+        """[B, L, H] in the activation dtype: the norm of the residual stream x [B, L, H]."""
         normed: mx.array = self.input_layernorm(x)
         return normed.astype(self.dtype)
 
@@ -98,7 +99,8 @@ class SelfConditioning(GatedMLP):
         self._declare(text.hidden_size, text.intermediate_size)
 
     def condition(self, embedded: mx.array, soft: mx.array | None) -> mx.array:
-        """Norm of embedded plus signal; without a signal (a first step) of embedded alone."""
+        """[B, C, H]: norm of `embedded` plus the signal of the soft embeddings, [B, C, H] each;
+        without them (a first step) of embedded alone."""
         if soft is not None:
             embedded = embedded + self(self.pre_norm(soft))
         return mx.fast.rms_norm(embedded, None, self.eps)

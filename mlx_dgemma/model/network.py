@@ -193,7 +193,7 @@ class Model(nn.Module):
     def image_features(self, image: ImagePatches) -> mx.array:
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
         encoder = self.model.encoder
-        # What is unread is read before: else a GPU waits for the disk in the midst of its work.
+        # Unread weights are read first: otherwise a GPU waits for the disk during its work.
         mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
         return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
 

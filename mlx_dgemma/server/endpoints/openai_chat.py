@@ -116,6 +116,8 @@ def logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str,
     """Every committed token, markers included, with its untempered log-probability."""
     content = []
     for id_, value in scored:
+        if id_ == tokenizer.ids.get("pad"):  # what fills a canvas is no part of the reply
+            continue
         token = tokenizer.decode([id_])
         content.append(
             {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
