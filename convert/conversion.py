@@ -139,6 +139,8 @@ def convert(
         explicit = recipe is not None or to_hf or dequantize or chosen.default is not None
         _check_quantization(source, str(hf_path), dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
+        if adapter is not None:
+            adapter.check_mergeable()
         keep = to_hf or dequantize or not explicit
         plan = make_plan(
             source.config,

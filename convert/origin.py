@@ -66,7 +66,7 @@ def provenance_of(name: str, source: Source, plan: Plan, adapter: Adapter | None
             "name": adapter.folder.name,
             "sha256": {
                 path.name: file_digest(path)
-                for path in sorted(adapter.folder.glob("adapter_*"))
+                for path in sorted(adapter.folder.glob("adapter*"))
                 if path.is_file()
             },
         }

@@ -31,7 +31,7 @@ def add_model(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
         group.add_argument(
             "--adapter-path",
             metavar="FOLDER",
-            help="a LoRA adapter in PEFT's format, merged on loading",
+            help="a LoRA adapter of PEFT's or mlx-lm's form, kept beside the weights",
         )
     group.add_argument(
         "--chat-template",

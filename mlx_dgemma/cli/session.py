@@ -90,6 +90,7 @@ def prepared(
     return prepare(
         arguments.model,
         revision=arguments.revision,
+        adapter_path=getattr(arguments, "adapter_path", None),
         context_tokens=max(context, PLANNED_CONTEXT),
         kv_bits=arguments.kv_bits,
         dtype=arguments.dtype,

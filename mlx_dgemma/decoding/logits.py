@@ -20,6 +20,7 @@ import numpy as np
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
     ROW_BLOCK,
+    SLICE,
     Exponentials,
     RowStatistics,
     row_statistics,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 # The raw logit of a banned id: the softcap makes it -softcap, which leaves next to no probability
 # and, unlike -Inf, no NaN from 0 * log 0.
 _OUT_OF_REACH = -1e4
+GROUPS = 256  # of ids, by remainder, when the likely ones are looked for
 
 
 class Logits(Protocol):
@@ -70,6 +72,13 @@ class Logits(Protocol):
 
     def row(self, row: int, options: mx.array) -> mx.array:
         """[n]: the raw logits of some ids in one row."""
+
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        """[r, n]: some rows' raw logits of some ids, the same in every row."""
+
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        """Some rows' likely ids int32 [r, GROUPS] and their raw logits: the best of each residue
+        of the id modulo GROUPS, so that neighbours in the vocabulary do not compete."""
 
     def log_z(self) -> mx.array:
         """float32 [R]: log-sum-exp of the untempered, softcapped logits."""
@@ -132,6 +141,12 @@ class WholeLogits:
     def row(self, row: int, options: mx.array) -> mx.array:
         return self._raw[row][options]
 
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        return self._raw[rows][:, ids]
+
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        return _best_of_groups(self._raw[rows], 0)
+
     def log_z(self) -> mx.array:
         return self.statistics(1.0, mx.zeros((self._raw.shape[0], 2)), 0.0).log_z
 
@@ -178,6 +193,23 @@ class SlicedLogits:
     def row(self, row: int, options: mx.array) -> mx.array:
         rows = self._table.take(options).astype(self._hidden.dtype)
         return rows @ self._hidden[row]
+
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        taken = self._table.take(ids).astype(self._hidden.dtype)
+        return self._hidden[rows] @ taken.T
+
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        hidden, found = self._hidden[rows], None
+        for start in range(0, self._vocabulary, SLICE):
+            stop = min(start + SLICE, self._vocabulary)
+            some = _best_of_groups(self._slice(hidden, start, stop), start)
+            if found is not None:
+                better = some[1] > found[1]
+                some = mx.where(better, some[0], found[0]), mx.where(better, some[1], found[1])
+            found = some
+            mx.eval(*found)
+        assert found is not None
+        return found
 
     def log_z(self) -> mx.array:
         nothing = mx.zeros((self._hidden.shape[0], 2))
@@ -251,3 +283,14 @@ class ExponentialLogits(SlicedLogits):
 def _rows_of(values: T, some: np.ndarray | None) -> T:
     """Rows of an array; a number is every row's."""
     return values if some is None or not isinstance(values, mx.array) else values[mx.array(some)]
+
+
+def _best_of_groups(raw: mx.array, start: int) -> tuple[mx.array, mx.array]:
+    """Of raw logits [C, n] of the ids from `start` (a multiple of GROUPS) on: the best id of each
+    residue int32 [C, GROUPS], and its logit; -Inf where n is smaller than GROUPS."""
+    if short := -raw.shape[1] % GROUPS:
+        raw = mx.pad(raw, [(0, 0), (0, short)], constant_values=-mx.inf)
+    grouped = raw.reshape(raw.shape[0], -1, GROUPS)
+    best = grouped.argmax(axis=1, keepdims=True)
+    ids = start + best[:, 0].astype(mx.int32) * GROUPS + mx.arange(GROUPS, dtype=mx.int32)
+    return ids, mx.take_along_axis(grouped, best, axis=1)[:, 0]

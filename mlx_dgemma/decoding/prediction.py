@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
@@ -11,6 +11,7 @@ import numpy as np
 
 from mlx_dgemma.decoding.canvas import PinArrays
 from mlx_dgemma.decoding.canvas_state import CanvasState
+from mlx_dgemma.decoding.constrained import Mixture, constrain
 from mlx_dgemma.decoding.logits import Logits, make_logits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
@@ -28,6 +29,8 @@ class Prediction:
         nothing is predicted. logits: raw, of the R free rows. stats: of those rows, before allowed
         ids. temperature: one number, or float32 [R]. draft, sample: int32 [b, C]. entropy: float32
         [b, C], nats, 0 where pinned.
+    certainty: float32 [C] of the rows with a constraint, the probability of their sample under it.
+    mixture: their marginals, where these are not the network's own.
     """
 
     model: Model
@@ -42,6 +45,8 @@ class Prediction:
     entropy: mx.array
     settings: DecodingSettings
     banned: np.ndarray
+    certainty: Mapping[int, np.ndarray] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     def sample_probability(self) -> mx.array:
         """float32 [b, C]: the tempered probability of each position's sample; 1 where pinned."""
@@ -50,7 +55,11 @@ class Prediction:
             sample = sample[mx.array(self.free)]
         capped = self.model.softcap(self.logits.at(sample))
         found = mx.exp(capped / self.temperature - self.stats.log_z)
-        return _placed(found, self.free, self.pins, mx.ones(self.draft.shape))
+        plain = _placed(found, self.free, self.pins, mx.ones(self.draft.shape))
+        for line, certainty in self.certainty.items():
+            own = mx.array(certainty)
+            plain[line] = mx.where(mx.isnan(own), plain[line], own)
+        return plain
 
     def logprobs(self, line: int) -> np.ndarray:
         """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
@@ -86,7 +95,7 @@ def predict(
         sources = zip(state.requests, state.places, strict=True)
         uniforms = mx.stack([request.draws.sample(place, length) for request, place in sources])
         uniforms = uniforms.reshape(-1, 2)
-    rows = hidden
+    draws, rows = uniforms.reshape(batch, length, 2), hidden
     if not whole:
         chosen = mx.array(free)
         rows, uniforms = hidden[chosen], uniforms[chosen]
@@ -115,7 +124,7 @@ def predict(
             entropy[row] = best.entropy[0]
     nothing = mx.zeros((batch, length))
     ids = nothing.astype(mx.int32) if state.pins is None else state.pins[0]
-    return Prediction(
+    seen = Prediction(
         model=model,
         hidden=hidden,
         free=free,
@@ -129,11 +138,14 @@ def predict(
         settings=settings,
         banned=forbidden,
     )
+    return constrain(seen, state, draws, settings.temp)
 
 
 def free_positions(state: CanvasState) -> np.ndarray:
-    """int64 [R], of [b * C]: what is predicted. Where all is pinned, one position all the same,
-    whose prediction its pin replaces."""
+    """int64 [R], of [b * C]: what is predicted, where pins replace the prediction: all beside a
+    constraint, which reads whole canvases, and one where all is pinned."""
+    if any(request.constraint is not None for request in state.requests):
+        return np.arange(state.pinned.size)
     free = np.flatnonzero(~state.pinned)
     return free if free.size else np.zeros(1, dtype=np.int64)
 

@@ -54,6 +54,9 @@ def signal(
         )
         if dense.size:
             soft[mx.array(dense)] = seen.logits.signal(seen.stats, seen.temperature, dense)
+    if seen.mixture is not None:
+        whole = seen.mixture.signal(model, soft.reshape(*seen.draft.shape, -1))
+        soft = whole.reshape(soft.shape)
     if state.pins is None:
         return soft.reshape(*seen.draft.shape, -1)
     ids, pinned = state.pins

@@ -41,7 +41,7 @@ async def read_chat(engine: Engine, fields: Fields) -> Asked:
         max_tokens=older if limit is None else limit,
         stop="stop",
         thinking=read_thinking(fields),
-        schema=read_format(fields),
+        wanted=read_format(fields),
         choices=fields.integer("n", 1, engine.settings.max_choices) or 1,
         logprobs=fields.flag("logprobs") or False,
     )
