@@ -179,30 +179,31 @@ def _samples(shape: registry.Shape) -> Iterator[tuple[list[mx.array], list[mx.ar
         yield arrays, weights, _TOLERANCE[str(shape["dtype"])]
 
 
-def _wide(arrays: list[mx.array]) -> list[mx.array]:
-    return [one.astype(mx.float32) for one in arrays]
+def _wide(array: mx.array) -> mx.array:
+    return array.astype(mx.float32)
 
 
 def _attended_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
     for (x, mixed, _), weights, tolerance in _samples(shape):
+        norms, wide = Norms(*weights), Norms(*map(_wide, weights))
         yield registry.Probe(
-            partial(attended_metal, x, mixed, Norms(*weights), _EPS),
-            partial(attended_twin, x, mixed, Norms(*weights), _EPS),
+            partial(attended_metal, x, mixed, norms, _EPS),
+            partial(attended_twin, x, mixed, norms, _EPS),
             tolerance=tolerance,
-            expected=partial(attended_twin, *_wide([x, mixed]), Norms(*_wide(weights)), _EPS),
+            expected=partial(attended_twin, _wide(x), _wide(mixed), wide, _EPS),
         )
 
 
 def _branches_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
-    for arrays, weights, tolerance in _samples(shape):
-        *some, scale = weights
-        scalar = scale[:1]
+    for (x, dense, experts), (*some, last), tolerance in _samples(shape):
+        norms, wide, scalar = BranchNorms(*some), BranchNorms(*map(_wide, some)), last[:1]
+        mx.eval(scalar)
         yield registry.Probe(
-            partial(branches_metal, *arrays, BranchNorms(*some), scalar, _EPS),
-            partial(branches_twin, *arrays, BranchNorms(*some), scalar, _EPS),
+            partial(branches_metal, x, dense, experts, norms, scalar, _EPS),
+            partial(branches_twin, x, dense, experts, norms, scalar, _EPS),
             tolerance=tolerance,
             expected=partial(
-                branches_twin, *_wide(arrays), BranchNorms(*_wide(some)), *_wide([scalar]), _EPS
+                branches_twin, _wide(x), _wide(dense), _wide(experts), wide, _wide(scalar), _EPS
             ),
         )
 
