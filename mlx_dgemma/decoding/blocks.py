@@ -70,9 +70,18 @@ class Request:
     reached: Callable[[int], None] | None = None
     observe: Callable[[Step], None] | None = None
 
+    def __post_init__(self) -> None:
+        check_cancel(self.cancel)
+
     @property
     def cancelled(self) -> bool:
         return self.cancel is not None and self.cancel.is_set()
+
+
+def check_cancel(cancel: object) -> None:
+    """Refuses what cannot be asked whether it is set."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InputError(f"cancel is a threading.Event or None, not a {type(cancel).__name__}.")
 
 
 @dataclass

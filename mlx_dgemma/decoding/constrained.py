@@ -133,8 +133,9 @@ class _View:
     """The distributions of one row, as the host reads them; pinned positions are certain."""
 
     def __init__(self, seen: Prediction, line: int, pinned: tuple[np.ndarray, ...] | None) -> None:
+        length = seen.draft.shape[1]
         self._seen = seen
-        self._line = line
+        self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
         self._known: dict[int, np.ndarray] = {}
 
@@ -144,7 +145,7 @@ class _View:
         if size <= WHOLE:
             ids = np.arange(size)
             return np.tile(ids, (length, 1)), self._probabilities(ids)
-        found, raw = self._seen.logits.candidates(self._line)
+        found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
         order = np.argsort(-p, axis=1, kind="stable")
@@ -172,15 +173,14 @@ class _View:
 
     def _probabilities(self, ids: np.ndarray) -> np.ndarray:
         """float64 [C, n] of the same ids everywhere."""
-        p = self._tempered(self._seen.logits.columns(self._line, mx.array(ids)))
+        p = self._tempered(self._seen.logits.columns(self._rows, mx.array(ids)))
         if self._pinned is not None:
             known, mask = self._pinned
             p[mask] = (ids[None] == known[mask][:, None]).astype(float)
         return p
 
     def _tempered(self, raw: mx.array) -> np.ndarray:
-        seen, length = self._seen, self._seen.draft.shape[1]
-        rows = slice(self._line * length, (self._line + 1) * length)
+        seen, rows = self._seen, self._rows
         divisor = seen.temperature
         if isinstance(divisor, mx.array):
             divisor = divisor[rows][:, None]
