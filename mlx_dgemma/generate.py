@@ -158,6 +158,8 @@ def stream_generate(
     if trace is not None:
         _check_traceable(trace, prepared, opening)
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
+        if isinstance(constraint, Constraint):
+            record.constraint = asdict(constraint)
         draws = RecordingDraws(draws, record)
     request = Request(
         prompt=ids,
@@ -188,6 +190,15 @@ def _language(
             ".choice(...), .json_schema(...) or .json_object()."
         )
     return constraint
+
+
+def _recorded(model: Model, tokenizer: Tokenizer, record: Trace) -> Language | None:
+    if record.constraint is None:
+        return None
+    try:
+        return _language(model, tokenizer, Constraint(**record.constraint))
+    except TypeError:
+        raise InputError("The trace's constraint is none: record it again.") from None
 
 
 def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
@@ -267,6 +278,7 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
         draws=RecordedDraws(record),
         seed=record.seed,
         stop_ids=tokenizer.stop_ids,
+        language=_recorded(model, tokenizer, record),
         cancel=ended,
         observe=observe,
     )
