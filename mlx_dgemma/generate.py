@@ -40,10 +40,10 @@ from mlx_dgemma.decoding.trace import (
     RecordedDraws,
     RecordingDraws,
     Trace,
+    check_traceable,
     config_digest,
 )
 from mlx_dgemma.errors import GpuError, GpuMemoryError, InputError
-from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import is_short
@@ -156,7 +156,7 @@ def stream_generate(
     draws: Draws = SeededDraws(seed)
     record = None
     if trace is not None:
-        _check_traceable(trace, prepared, opening)
+        check_traceable(trace, opening=opening is not None, images=bool(prepared.images))
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
         if isinstance(constraint, Constraint):
             record.constraint = asdict(constraint)
@@ -199,15 +199,6 @@ def _recorded(model: Model, tokenizer: Tokenizer, record: Trace) -> Language | N
         return _language(model, tokenizer, Constraint(**record.constraint))
     except TypeError:
         raise InputError("The trace's constraint is none: record it again.") from None
-
-
-def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
-    """Refuses what a trace cannot hold, and a path that it must not replace."""
-    if opening is not None:
-        raise InputError("A trace cannot hold an opening: leave one of the two out.")
-    if prepared.images:
-        raise InputError("A trace records text alone: leave it or the images out.")
-    check_replaceable(path)
 
 
 class Options(DecodingOptions, total=False):

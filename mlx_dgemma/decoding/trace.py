@@ -37,6 +37,15 @@ def config_digest(config: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def check_traceable(path: str | Path, *, opening: bool, images: bool) -> None:
+    """Refuses what a trace cannot hold, and a path that it must not replace."""
+    if opening:
+        raise InputError("A trace cannot hold an opening: leave one of the two out.")
+    if images:
+        raise InputError("A trace records text alone: leave it or the images out.")
+    check_replaceable(path)
+
+
 def versions() -> dict[str, str]:
     """What a generation's bits depend on beside seed and weights."""
     return {
