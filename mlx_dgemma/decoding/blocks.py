@@ -21,7 +21,7 @@ from mlx_dgemma.constraints.automaton import END
 from mlx_dgemma.constraints.constraint import Language
 from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
-from mlx_dgemma.decoding.constrained import CanvasConstraint
+from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason

@@ -14,7 +14,7 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.decoding.constrained import CanvasConstraint
+    from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
 
 # What a batch pins: ids int32 [B, C] and a mask bool [B, C].
 PinArrays = tuple[mx.array, mx.array]

@@ -19,7 +19,8 @@ from mlx_dgemma.decoding.block_result import BlockResult, finished, untouched
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.prediction import Prediction, predict
+from mlx_dgemma.decoding.predicted import Prediction
+from mlx_dgemma.decoding.prediction import predict
 from mlx_dgemma.decoding.report import Numbers, Report
 from mlx_dgemma.decoding.sampler import Decision, StepInput, make_sampler
 from mlx_dgemma.decoding.settings import DecodingSettings

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding.prediction import Prediction
+from mlx_dgemma.decoding.predicted import Prediction
 from mlx_dgemma.decoding.report import Numbers
 from mlx_dgemma.kernels.soft_embeddings import scale_embeddings
 from mlx_dgemma.kernels.sparse_embeddings import (

@@ -324,6 +324,10 @@ def _fits(layer: LayerContext, base: Any, offset: int, held: Arrays | None, like
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} cannot be read as a saved context: No such file or directory."
+        )
     read_header(path, "delete it and prefill again")
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)
