@@ -205,6 +205,7 @@ def _measure(
         driver=written,
         adapter=adapter,
         scratch=target.parent,
+        convert=convert,
         progress=progress,
     )
     if not dry_run:

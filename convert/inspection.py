@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.checkpoint.hub import local_folder, resolve_model
+from mlx_dgemma.checkpoint.plan import plan as memory_plan
 from mlx_dgemma.convert.remote import local_files, read_headers
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.headers import Entry
-from mlx_dgemma.machine import memory
+from mlx_dgemma.machine.memory import SYSTEM_RESERVE
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.packing import quantization_of
 
@@ -85,7 +86,7 @@ def inspect(path_or_repo: str | Path, revision: str | None = None) -> Inspection
     rows = _rows(config, stored)
     total = sum(tensor.nbytes for tensor in stored.values())
     parameters = sum(row.count * prod(row.shape) for row in rows)
-    plan = memory.plan(config, context_tokens=CONTEXT_TOKENS, weights=total)
+    plan = memory_plan(config, context_tokens=CONTEXT_TOKENS, weights=total)
     return Inspection(
         source=str(path_or_repo),
         rows=tuple(rows),
@@ -137,8 +138,5 @@ def _row(config: ModelConfig, module: str, parts: Mapping[str, Entry]) -> Row:
 def fit(gigabytes: int, needed: int) -> Fit:
     total = gigabytes * 2**30
     default = total * (2 / 3 if gigabytes <= 32 else 3 / 4)
-    if needed <= default:
-        fits = "yes"
-    else:
-        fits = "raise" if needed <= total - memory.SYSTEM_RESERVE else "no"
+    fits = "yes" if needed <= default else "raise" if needed <= total - SYSTEM_RESERVE else "no"
     return Fit(gigabytes, default / 1e9, fits)

@@ -21,13 +21,13 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.checkpoint.adapters import Adapter
+from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.convert.plan import Plan, make_plan
 from mlx_dgemma.convert.recipes import RECIPES, Recipe
 from mlx_dgemma.convert.source import dense_shapes, open_source, slices
 from mlx_dgemma.convert.streamed import Streamed
 from mlx_dgemma.convert.trajectories import State, record
 from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.machine import memory
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 
@@ -117,7 +117,7 @@ def measure(
     prompts: Sequence[Any] | None = None,
     samples: int = 4,
     steps_kept: int = 4,
-    generate: bool = True,
+    convert: Callable[..., object] | None = None,
     seed: int = 0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Measurement:
@@ -127,7 +127,8 @@ def measure(
         this machine's memory. scratch: where models to generate with are written for a while.
     prompts: texts, messages or lists of ids; by default `samples` held-out prompts of each demo
         task for the demo model, else the first of PROMPTS. steps_kept: states taken of each
-        block. generate: also generate with every recipe that fits.
+        block. convert: `mlx_dgemma.convert.convert`, to also generate with every recipe that fits;
+        None leaves that out.
 
     Raises ResourceError when neither source nor driver fits in memory.
     """
@@ -150,9 +151,11 @@ def measure(
             candidate = Streamed(source.config, parameters, plan, dtype)
             found = candidate.hidden(states, counter)
             rows.append(compare(plan, states, (reference, expected), (candidate, found)))
-    if generate:
+    if convert is not None:
         rows = [
-            _with_generations(row, folder, recipe, prompts, examples, seed, adapter, scratch)
+            _with_generations(
+                row, folder, recipe, prompts, examples, seed, adapter, scratch, convert
+            )
             for row, recipe in zip(rows, recipes, strict=True)
         ]
     return Measurement(folder.name, demo, len(states), len(prompts), seed, tuple(rows))
@@ -161,7 +164,7 @@ def measure(
 def _driver(folder: Path, other: Path | None) -> Path:
     """Whose generations give the states: the source where it fits, else the smaller one."""
     for candidate in (folder, *([other] if other is not None else [])):
-        if _fits(memory.stored_bytes(candidate)):
+        if _fits(stored_bytes(candidate)):
             return candidate
     raise ResourceError(
         f"{folder.name} is too large to generate with on this machine; measure a recipe that fits."
@@ -232,10 +235,10 @@ def _with_generations(
     seed: int,
     adapter: Adapter | None,
     scratch: Path | None,
+    convert: Callable[..., object],
 ) -> Figures:
     """The same row with steps per block and the share of valid answers, where the model fits."""
     from mlx_dgemma.checkpoint.weights import load_model
-    from mlx_dgemma.convert.conversion import convert
     from mlx_dgemma.generate import stream_generate
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 

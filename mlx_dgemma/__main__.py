@@ -18,6 +18,7 @@ VERBS = {
     "chat": "a conversation in the terminal",
     "infill": "fill the holes of a text, or rewrite parts of it",
     "decide": "answers to yes-or-no, choice and score questions, from one pass",
+    "lora": "fine-tune a checkpoint on conversations of your own",
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
     "benchmark": "time, memory and quality of a model on this machine",
@@ -69,7 +70,7 @@ def _left_on_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGINT, before)
 
 
-generate, chat, infill, decide, convert, server, benchmark, doctor = (
+generate, chat, infill, decide, lora, convert, server, benchmark, doctor = (
     partial(launch, verb) for verb in VERBS
 )
 

@@ -15,6 +15,8 @@ from typing import Any, Unpack
 
 import numpy as np
 
+from mlx_dgemma.checkpoint.plan import slices_head
+from mlx_dgemma.checkpoint.sizes import working_bytes
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
@@ -43,7 +45,7 @@ from mlx_dgemma.errors import GpuError, GpuMemoryError, InputError
 from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import is_short, slices_head, working_bytes
+from mlx_dgemma.machine.memory import is_short
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt

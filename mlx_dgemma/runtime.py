@@ -23,6 +23,7 @@ from typing import Any, ClassVar, TypeVar, Unpack
 import numpy as np
 
 from mlx_dgemma.checkpoint.loading import load
+from mlx_dgemma.checkpoint.plan import prepare
 from mlx_dgemma.decisions import Decision
 from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
 from mlx_dgemma.decisions.questions import Question
@@ -30,7 +31,6 @@ from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
 from mlx_dgemma.machine.gpu_failures import explained
-from mlx_dgemma.machine.memory import plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
@@ -337,16 +337,14 @@ def _find(
     dtype: str | None,
 ) -> Path:
     """The checkpoint's folder; with `planned` once it is known that this machine can hold it."""
-    from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
-
-    folder = resolve_model(path_or_hf_repo, revision=revision)
     if not planned:
-        return folder
-    name = str(path_or_hf_repo or "The demo checkpoint")
-    wanted, advice = plan_checkpoint(folder, name=name, kv_bits=kv_bits, dtype=dtype)
-    log.info("%s needs %s", name, wanted)
-    if advice:
-        log.warning(advice)
+        from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
+
+        return resolve_model(path_or_hf_repo, revision=revision)
+    folder, plan = prepare(path_or_hf_repo, revision=revision, kv_bits=kv_bits, dtype=dtype)
+    log.info("%s needs %s", path_or_hf_repo or "The demo checkpoint", plan)
+    if plan.advice:
+        log.warning(plan.advice)
     return folder
 
 

@@ -33,6 +33,7 @@ from mlx_dgemma import load
 from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.quality import MAX_TOKENS, SEED, ask
 from mlx_dgemma.benchmark.synthetic import medium_config, published_config, synthetic_model
+from mlx_dgemma.checkpoint import sizes
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
@@ -41,7 +42,6 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.kernels.attention import Segment, attend
-from mlx_dgemma.machine import memory
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.layer_context import LayerContext
@@ -98,7 +98,7 @@ def count_bytes(model: Model) -> dict[str, Any]:
     real = ModelConfig.from_dict(published_config())
     found: dict[str, Any] = {"published": [], "demo": {}}
     for tokens in (8192, 262_144):
-        exact, packed = (memory.context_bytes(real, tokens, bits) for bits in (None, 8))
+        exact, packed = (sizes.context_bytes(real, tokens, bits) for bits in (None, 8))
         found["published"].append({"tokens": tokens, "exact": exact, "packed": packed})
     for name, bits in (("exact", None), ("packed", 8)):
         cache = model.make_cache(bits)

@@ -89,7 +89,7 @@ def watched(model: Model) -> Iterator[Audit]:
         (layers.Linear, "__call__", audit.product),
         (layers.PackedLinear, "__call__", audit.product),
         (kernels.Matrix, "apply_gathered", audit.product),
-        (backbone.Layer, "_feed_forward", audit.residual),
+        (backbone.Layer, "feed_forward", audit.residual),
         (attention, "attend", audit.scores),
     )
     real = [getattr(owner, name) for owner, name, _ in places]

@@ -30,6 +30,7 @@ from mlx_lm.quant.gptq import gptq_quantize
 
 from mlx_dgemma.checkpoint.hub import demo_path
 from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.measure import Figures, Measurement, compare, demo_examples, measure
 from mlx_dgemma.convert.plan import make_plan
 from mlx_dgemma.convert.recipes import RECIPES, parse_rule
@@ -274,7 +275,11 @@ def main() -> None:
         found: Any = {row.recipe: row.__dict__ for row in rows}
     else:
         measured: Measurement = measure(
-            args.model, list(RECIPES.values()), samples=args.samples, steps_kept=args.steps
+            args.model,
+            list(RECIPES.values()),
+            samples=args.samples,
+            steps_kept=args.steps,
+            convert=convert,
         )
         print(measured.table())
         found = measured.as_dict()

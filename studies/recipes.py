@@ -15,9 +15,10 @@ from real_shapes import published_config, write_sparse
 from rich.console import Console
 from rich.table import Table
 
+from mlx_dgemma.checkpoint.plan import plan
 from mlx_dgemma.convert import RECIPES, convert
 from mlx_dgemma.convert.inspection import CONTEXT_TOKENS, MAC_MEMORY, fit
-from mlx_dgemma.machine.memory import gigabytes, plan
+from mlx_dgemma.machine.memory import gigabytes
 from mlx_dgemma.model.config import ModelConfig
 
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 from mlx.utils import tree_flatten
 
 from mlx_dgemma.benchmark.chips import Chip
-from mlx_dgemma.machine.memory import ITEM_SIZE, key_bytes
+from mlx_dgemma.checkpoint.sizes import ITEM_SIZE, key_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.parameters import parameter_shapes

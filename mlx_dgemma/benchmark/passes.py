@@ -18,8 +18,8 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.benchmark.costs import Cost, loaded_bytes, prefill_costs, step_costs, total
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest
-from mlx_dgemma.decoding.canvas_state import BlockResult
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.self_conditioning import gathered

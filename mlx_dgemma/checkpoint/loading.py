@@ -6,20 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, computed_config, prepare
 from mlx_dgemma.checkpoint.weights import load_model
-from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
-from mlx_dgemma.machine.memory import (
-    LEAST_CONTEXT,
-    check_fits,
-    computed_config,
-    plan_for,
-    set_limits,
-    stored_bytes,
-)
+from mlx_dgemma.machine.memory import set_limits
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
@@ -70,24 +63,17 @@ def load_network(
     """The model alone, for who needs no tokenizer, and its folder; otherwise as `load`."""
     if dtype is not None:
         _check_dtype(dtype)
-    folder = CHECKPOINT
-    if path_or_hf_repo is not None or revision is not None:
+    if lazy:
         from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(path_or_hf_repo, revision=revision)
-    this = machine()
-    if not lazy:
-        config, widened = computed_config(folder, dtype)
-        least = plan_for(
-            this,
-            config,
-            context_tokens=LEAST_CONTEXT,
-            weights=stored_bytes(folder, widened=widened),
+    else:
+        folder, _ = prepare(
+            path_or_hf_repo, revision=revision, context_tokens=LEAST_CONTEXT, dtype=dtype
         )
-        check_fits(least, this, name=str(path_or_hf_repo or "The demo checkpoint"))
-    set_limits(this)
+    set_limits(machine())
     if not lazy:  # the checks need memory of their own, which the weights will take
-        dispatch.prepare(kernel_shapes(config, dtype))
+        dispatch.prepare(kernel_shapes(computed_config(folder, dtype)[0], dtype))
     computed = None if dtype is None else getattr(mx, dtype)
     with explained():
         model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)

@@ -18,7 +18,7 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"mlx_dgemma {__version__}")
 
 
-def add_model(parser: argparse.ArgumentParser) -> None:
+def add_model(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -27,11 +27,12 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         f"{COMMUNITY}-4bit (default: the bundled demo checkpoint)",
     )
     group.add_argument("--revision", help="branch, tag or commit of the repository")
-    group.add_argument(
-        "--adapter-path",
-        metavar="FOLDER",
-        help="a LoRA adapter in PEFT's format, merged on loading",
-    )
+    if adapter:
+        group.add_argument(
+            "--adapter-path",
+            metavar="FOLDER",
+            help="a LoRA adapter in PEFT's format, merged on loading",
+        )
     group.add_argument(
         "--chat-template",
         metavar="FILE",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from mlx_dgemma.checkpoint.hub import resolve_model
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
@@ -22,8 +21,8 @@ from mlx_dgemma.cli.session import (
     DEMO_NAME,
     Session,
     check_writable,
-    memory_plan,
     open_session,
+    prepared,
 )
 from mlx_dgemma.errors import InputError
 
@@ -160,15 +159,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _plan(arguments: argparse.Namespace) -> int:
-    folder = resolve_model(arguments.model, revision=arguments.revision, weights=False)
-    here = arguments.model is None or Path(arguments.model).expanduser().is_dir()
-    wanted, advice = memory_plan(arguments, folder, arguments.max_tokens or 0, stored=here)
+    _, plan = prepared(arguments, arguments.max_tokens or 0, weights=False)
     if arguments.json:
-        print(json.dumps({"model": str(arguments.model or DEMO_NAME), **wanted.record()}))
+        print(json.dumps({"model": str(arguments.model or DEMO_NAME), **plan.record()}))
     else:
-        print(f"{arguments.model or DEMO_NAME} needs {wanted}")
-    if advice:
-        print(advice, file=sys.stderr)
+        print(f"{arguments.model or DEMO_NAME} needs {plan}")
+    if plan.advice:
+        print(plan.advice, file=sys.stderr)
     return 0
 
 

@@ -44,6 +44,25 @@ def build_parser() -> argparse.ArgumentParser:
         help=f"clients must send this key (or set {KEY_VARIABLE}, which no process list shows)",
     )
     network.add_argument(
+        "--allowed-host",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="a name of this machine that clients use beside localhost, such as "
+        "host.docker.internal (repeatable)",
+    )
+    network.add_argument(
+        "--alias",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="serve the model by this name too, such as claude-haiku-4-5 (repeatable; NAME=default "
+        "says the same)",
+    )
+    network.add_argument(
+        "--any-model", action="store_true", help="answer whatever model a request names"
+    )
+    network.add_argument(
         "--cors-origin",
         action="append",
         default=[],
@@ -209,7 +228,18 @@ def _settings(arguments: argparse.Namespace) -> ServerSettings:
         port=arguments.port,
         api_key=arguments.api_key or os.environ.get(KEY_VARIABLE) or None,
         model_name=arguments.model or DEMO_NAME,
+        allowed_hosts=tuple(arguments.allowed_host),
+        aliases=tuple(map(_alias, arguments.alias)),
+        any_model=arguments.any_model,
         cors_origins=tuple(arguments.cors_origin),
         log_prompts=arguments.log_prompts,
         **{name: value for name, value in given.items() if value is not None},
     )
+
+
+def _alias(given: str) -> str:
+    """NAME, or NAME=TARGET where the target is the model that is served."""
+    name, _, target = given.partition("=")
+    if not name or target not in ("", "default"):
+        raise InputError(f"--alias {given} is not possible: give NAME, or NAME=default.")
+    return name

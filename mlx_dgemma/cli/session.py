@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_dgemma.checkpoint.hub import COMMUNITY, demo_path, resolve_model
+from mlx_dgemma.checkpoint.hub import COMMUNITY, demo_path
+from mlx_dgemma.checkpoint.plan import PLANNED_CONTEXT, Plan, prepare
 from mlx_dgemma.cli.arguments import settings
 from mlx_dgemma.cli.canvas import Pieces
 from mlx_dgemma.context.prompt_cache import PromptCache
@@ -18,7 +19,6 @@ from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.files import check_replaceable
-from mlx_dgemma.machine.memory import Plan, plan_checkpoint
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer
@@ -79,17 +79,21 @@ def check_writable(path: str | Path, what: str, *, replaced: bool = False) -> No
         check_replaceable(path)
 
 
-def memory_plan(
-    arguments: argparse.Namespace, folder: Path, context: int, *, stored: bool = True
-) -> tuple[Plan, str | None]:
-    """What the model that the flags name will need here, and advice where that is tight."""
-    return plan_checkpoint(
-        folder,
-        name=str(arguments.model or DEMO_NAME),
-        context_tokens=context,
+def prepared(
+    arguments: argparse.Namespace, context: int, *, weights: bool = True, progress: bool = False
+) -> tuple[Path, Plan]:
+    """The folder and the memory plan of the model that the flags name.
+
+    context: tokens that prompt and reply may take. weights: False fetches the small files alone.
+    """
+    return prepare(
+        arguments.model,
+        revision=arguments.revision,
+        context_tokens=max(context, PLANNED_CONTEXT),
         kv_bits=arguments.kv_bits,
         dtype=arguments.dtype,
-        stored=stored,
+        weights=weights,
+        progress=progress,
     )
 
 
@@ -99,21 +103,18 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
     context: tokens that prompt and reply may take, for the memory plan.
     """
     demo = arguments.model is None
-    folder = resolve_model(
-        arguments.model, revision=arguments.revision, progress=messages.is_terminal
-    )
+    folder, plan = prepared(arguments, context, progress=messages.is_terminal)
     config = ModelConfig.from_folder(folder)
     options = settings(arguments)
-    # Before the weights: a flag out of range or too little memory should not take a minute.
+    # Before the weights are read: a flag out of range should not take a minute.
     if arguments.seed is not None:
         check_seed(arguments.seed)
     decoding = DecodingSettings.from_defaults(config.generation, options)
     name = DEMO_NAME if demo else str(arguments.model)
-    _, advice = memory_plan(arguments, folder, context)
     if demo:
         messages.print(DEMO_NOTICE, style="dim", highlight=False, soft_wrap=True)
-    if advice:
-        messages.print(advice, style="dim", highlight=False, soft_wrap=True)
+    if plan.advice:
+        messages.print(plan.advice, style="dim", highlight=False, soft_wrap=True)
     model, tokenizer = _load(folder, arguments, messages)
     pace = arguments.pace
     if pace is None:

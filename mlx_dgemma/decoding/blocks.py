@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
-from mlx_dgemma.decoding.canvas_state import BlockResult
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason

@@ -15,35 +15,9 @@ import numpy as np
 from mlx_dgemma.decoding import schedule
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, stack_pins
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.prediction import Prediction
 from mlx_dgemma.decoding.settings import DecodingSettings
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
-
-
-@dataclass(frozen=True)
-class BlockResult:
-    """A row's finished block.
-
-    ids: int32 [C], the last draft (not the noisy canvas).
-    entropy: float32 [C], nats, of the last step's tempered distributions; 0 where pinned.
-    settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
-    logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
-    steps: denoising steps taken. converged: whether the stop test fired.
-    """
-
-    ids: np.ndarray
-    entropy: np.ndarray
-    settled: np.ndarray
-    logprobs: np.ndarray | None
-    steps: int
-    converged: bool
-
-    @classmethod
-    def untouched(cls, ids: np.ndarray, logprobs: bool) -> BlockResult:
-        """A draft kept at strength 0: nothing was predicted, so nothing is known about it."""
-        unknown = np.full(ids.shape, np.nan, dtype=np.float32)
-        return cls(ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True)
 
 
 @dataclass
@@ -132,41 +106,6 @@ class CanvasState:
             return mx.where(draft != self.draft, step, self.settled)
         steps = mx.array((self.taken + 1).astype(np.int32))[:, None]
         return mx.where(draft != self.draft, steps, self.settled)
-
-    def finish(
-        self,
-        ended: np.ndarray,
-        converged: np.ndarray,
-        seen: Prediction,
-        settled: mx.array,
-        *,
-        logprobs: bool,
-    ) -> dict[int, BlockResult]:
-        """Row -> result of the rows that `ended` (bool [b]) with this step.
-
-        converged: bool [b]. seen, settled: the step's prediction, and `settled_after` it.
-        """
-        return {
-            self.rows[line]: BlockResult(
-                ids=np.array(seen.draft[line]),
-                entropy=np.array(seen.entropy[line]),
-                settled=np.array(settled[line]),
-                logprobs=seen.logprobs(line) if logprobs else None,
-                steps=int(self.taken[line]) + 1,
-                converged=bool(converged[line]),
-            )
-            for line in np.flatnonzero(ended).tolist()
-        }
-
-    def finish_untouched(self, *, logprobs: bool) -> dict[int, BlockResult]:
-        """Row -> result of the rows that keep their draft without a step (strength 0)."""
-        whole = self.remaining == 0
-        found = {
-            self.rows[line]: BlockResult.untouched(np.array(self.canvas[line]), logprobs)
-            for line in np.flatnonzero(whole).tolist()
-        }
-        self.keep(~whole)
-        return found
 
     def keep(self, going: np.ndarray) -> None:
         """Forgets the rows for which `going` (bool [b]) is false."""

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, NamedTuple
 import mlx.core as mx
 
 from mlx_dgemma.decoding import self_conditioning
+from mlx_dgemma.decoding.block_result import BlockResult, finished, untouched
 from mlx_dgemma.decoding.canvas import CanvasRequest
-from mlx_dgemma.decoding.canvas_state import BlockResult, CanvasState
+from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.prediction import Prediction, predict
 from mlx_dgemma.decoding.report import Numbers, Report
@@ -58,7 +59,8 @@ def denoise_block(
     fresh = Place(block, attempt, 0)
     state = CanvasState.initial(requests, fresh, length, vocab_size, steps)
     stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
-    results = state.finish_untouched(logprobs=logprobs)
+    results = untouched(state, logprobs=logprobs)
+    state.keep(state.remaining > 0)
     while state.rows:
         outcome = step(model, cache, settings, state, banned)
         mx.eval(outcome.report.packed, outcome.shown, outcome.settled)
@@ -68,7 +70,9 @@ def denoise_block(
         state.repeats = stop.count(state.repeats, numbers.repeated)
         converged = stop(state.repeats, numbers.mean_entropy) | numbers.complete
         ended = converged | state.last
-        results |= state.finish(ended, converged, outcome.seen, outcome.settled, logprobs=logprobs)
+        results |= finished(
+            state, ended, converged, outcome.seen, outcome.settled, logprobs=logprobs
+        )
         if not ended.all():
             advance(model, state, outcome, numbers)
         state.keep(~ended)

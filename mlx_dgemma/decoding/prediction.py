@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.logits import Logits, make_logits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
 from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
-    from mlx_dgemma.decoding.canvas_state import CanvasState
     from mlx_dgemma.model import ContextCache, Model
 
 

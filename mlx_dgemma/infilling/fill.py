@@ -11,6 +11,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import replace
 from typing import Any, TypedDict, Unpack
 
+from mlx_dgemma.checkpoint.plan import canvases_together, slices_head
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
 from mlx_dgemma.errors import InputError
@@ -19,7 +20,6 @@ from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
 from mlx_dgemma.infilling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.windows import Filler
 from mlx_dgemma.machine.gpu_failures import explained
-from mlx_dgemma.machine.memory import canvases_together, slices_head
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes

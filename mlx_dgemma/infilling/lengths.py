@@ -17,7 +17,7 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding.canvas_state import BlockResult
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.logits import Logits, SlicedLogits, WholeLogits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.infilling.template import Slot, Template

@@ -12,8 +12,8 @@ from typing import TypeVar
 
 import numpy as np
 
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Start
-from mlx_dgemma.decoding.canvas_state import BlockResult
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError

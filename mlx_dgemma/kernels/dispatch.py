@@ -6,9 +6,10 @@ has passed its self-check on this machine and beaten its twin (see verdicts). Wi
 twins run.
 """
 
+import contextlib
 import functools
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -100,3 +101,17 @@ def prepare(requests: Sequence[Request], *, again: bool = False) -> None:
             classes[request.key] = request
     self_checks.judged(list(classes.values()), again=again)
     forget()
+
+
+@contextlib.contextmanager
+def twins_only() -> Iterator[None]:
+    """Within it every operation of this process takes its twin: kernels have no gradient."""
+    before = os.environ.get(_VARIABLE)
+    os.environ[_VARIABLE] = "off"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_VARIABLE]
+        else:
+            os.environ[_VARIABLE] = before

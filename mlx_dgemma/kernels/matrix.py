@@ -97,18 +97,19 @@ class Matrix:
             mode=self.mode,
         )
 
-    def apply_gathered(self, x: mx.array, ids: mx.array) -> mx.array:
-        """x[i] @ W[ids[i]]^T for ascending ids: x [N, 1, in], W [E, out, in] -> [N, 1, out]."""
+    def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
+        """rows[i] @ W[experts[i]]^T for ascending experts: rows [N, 1, in], W [E, out, in] ->
+        [N, 1, out]."""
         if self.scales is None:
             return mx.gather_mm(
-                x, self.weight.swapaxes(-1, -2), rhs_indices=ids, sorted_indices=True
+                rows, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True
             )
         return mx.gather_qmm(
-            x,
+            rows,
             self.weight,
             self.scales,
             self.biases,
-            rhs_indices=ids,
+            rhs_indices=experts,
             transpose=True,
             group_size=self.group_size,
             bits=self.bits,

@@ -10,6 +10,7 @@ Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Protocol
 
 import mlx.core as mx
 
@@ -44,18 +45,25 @@ def moe(
     return run(x, routing, gate_up, down)
 
 
+class ExpertMatrices(Protocol):
+    """Matrices [experts, out, in] that rows are multiplied with by expert."""
+
+    def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
+        """[N, 1, out] of rows [N, 1, in], which are sorted by their experts [N]."""
+
+
 def twin(
     x: mx.array,
     routing: Routing,
-    gate_up: Matrix,
-    down: Matrix,
+    gate_up: ExpertMatrices,
+    down: ExpertMatrices,
 ) -> mx.array:
     """The same in plain MLX operations."""
     hidden = gate_up_twin(x, routing, gate_up)
     return combine_twin(down_twin(hidden, routing, down), routing.weights, x.dtype)
 
 
-def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix) -> mx.array:
+def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.array:
     """GeGLU rows [N, F] in sorted order."""
     top_k = routing.experts.shape[1]
     rows = x[routing.order // top_k][:, None, :]
@@ -64,7 +72,7 @@ def gate_up_twin(x: mx.array, routing: Routing, gate_up: Matrix) -> mx.array:
     return geglu(both[:, :width], both[:, width:])
 
 
-def down_twin(hidden: mx.array, routing: Routing, down: Matrix) -> mx.array:
+def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
     """Expert outputs [T, k, H] in token order from sorted rows [N, F]."""
     rows = down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
     places = mx.put_along_axis(

@@ -66,7 +66,7 @@ def judged(requests: Sequence[Request], *, again: bool = False) -> list[Verdict]
                 _log.info("the %s kernel is off: %s", request.operation.name, verdict.reason)
         won = sum(found[request.key].enabled for request in new)
         _log.warning(
-            "%d of %d kernels are on (%.0f s); mlx_dgemma.doctor says why the others are not",
+            "%d of %d shapes run as kernels (checked in %.0f s); mlx_dgemma.doctor says why",
             *(won, len(new), time.perf_counter() - started),
         )
     return [found[request.key] for request in requests]
@@ -75,8 +75,8 @@ def judged(requests: Sequence[Request], *, again: bool = False) -> list[Verdict]
 def _announce(count: int) -> None:
     """Say what will be waited for."""
     _log.warning(
-        "checking %d Metal kernels, once on this machine, before they are used; this takes up to "
-        "a minute, and MLX_DGEMMA_KERNELS=off does without them",
+        "checking Metal kernels in %d shapes, once on this machine, before they are used; this "
+        "takes up to a minute, and MLX_DGEMMA_KERNELS=off does without them",
         count,
     )
 

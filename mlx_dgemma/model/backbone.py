@@ -52,19 +52,19 @@ class Layer(nn.Module):
         scalar: mx.array,
     ) -> mx.array:
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self._feed_forward(self._after_attention(x, mixed)) * scalar
+        return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        return self._feed_forward(self._after_attention(x, mixed)) * self.layer_scalar
+        return self.feed_forward(self.after_attention(x, mixed)) * self.layer_scalar
 
     def attention_input(self, x: mx.array) -> mx.array:
         return self.input_layernorm(x).astype(self.dtype)
 
-    def _after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
+    def after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
         return x + self.post_attention_layernorm(mixed.astype(x.dtype))
 
-    def _feed_forward(self, residual: mx.array) -> mx.array:
+    def feed_forward(self, residual: mx.array) -> mx.array:
         """The two branches; the router reads the raw residual."""
         wide = residual.dtype
         dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))

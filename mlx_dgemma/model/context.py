@@ -9,11 +9,11 @@ from __future__ import annotations
 import json
 import os
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -24,10 +24,17 @@ from mlx_dgemma.model.layer_context import Arrays, LayerContext, Tail
 from mlx_dgemma.model.packed_context import BITS, PackedLayerContext
 from mlx_dgemma.untrusted_json import parse, shown
 
-if TYPE_CHECKING:
-    from mlx_dgemma.model.network import Model
-
 _FORMAT = "mlx_dgemma context 1"
+
+
+class ContextOwner(Protocol):
+    """What a context must know about the model that computes it."""
+
+    def make_cache(self, kv_bits: int | None = None) -> ContextCache: ...
+
+    def prefill(self, ids: Sequence[int], cache: ContextCache) -> None: ...
+
+    def fingerprint(self) -> str: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -208,7 +215,9 @@ class ContextCache:
                 partial.unlink()
 
     @classmethod
-    def load(cls, path: str | Path, model: Model, kv_bits: int | None = None) -> ContextCache:
+    def load(
+        cls, path: str | Path, model: ContextOwner, kv_bits: int | None = None
+    ) -> ContextCache:
         """Read a context that `save` wrote for this model; CheckpointError for anything else.
 
         One that is kept otherwise than `kv_bits` says is refused and not converted: it would go
@@ -268,7 +277,7 @@ def _copied(tail: Tail | None) -> Tail | None:
     return tail[0], arrays
 
 
-def _one_position(model: Model, kv_bits: int | None) -> ContextCache:
+def _one_position(model: ContextOwner, kv_bits: int | None) -> ContextCache:
     """A context of one token, whose buffers show the shapes and dtypes that this model's have."""
     like = model.make_cache(kv_bits)
     model.prefill([0], like)

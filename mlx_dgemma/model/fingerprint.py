@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-if TYPE_CHECKING:
-    from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.config import TextConfig
 
 _NUMBERS = 1024  # of every tensor
 
 
-def fingerprint(model: Model) -> str:
-    """SHA-256 of config, dtype and numbers spread over every text tensor.
+def fingerprint(config: TextConfig, dtype: mx.Dtype, parts: Mapping[str, nn.Module]) -> str:
+    """SHA-256 of config, dtype and numbers spread over every tensor of the named parts.
 
     An adapter may change a single projection, so none is left out.
     """
-    digest = hashlib.sha256(json.dumps(asdict(model.config.text)).encode())
-    digest.update(str(model.dtype).encode())
-    text = {"decoder": model.model.decoder, "encoder": model.model.encoder.language_model}
-    tree = {name: part.parameters() for name, part in text.items()}
+    digest = hashlib.sha256(json.dumps(asdict(config)).encode())
+    digest.update(str(dtype).encode())
+    tree = {name: part.parameters() for name, part in parts.items()}
     tensors: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
     spread = {name: _spread(tensor) for name, tensor in tensors.items()}
     mx.eval(spread)

@@ -13,7 +13,7 @@ import mlx.core as mx
 
 from mlx_dgemma.kernels.attention import Segment
 
-_STEP = 256  # buffers grow to a multiple of this many positions
+STEP = 256  # buffers grow to a multiple of this many positions
 _MOST_SPARE = 2048  # positions that a growing full layer gets beyond what it needs now
 Arrays = tuple[mx.array, ...]
 # The position of the first key, and the arrays from there on; None when there are none.
@@ -114,7 +114,7 @@ class LayerContext:
         wanted = kept + count + self.slack
         if self.window is None:
             wanted = max(wanted + min(kept // 8, _MOST_SPARE), self.expected + self.slack)
-        capacity = -(-wanted // _STEP) * _STEP
+        capacity = -(-wanted // STEP) * STEP
         old = self.buffers or (None,) * len(like)
         first = self.used - kept
         self.buffers = tuple(

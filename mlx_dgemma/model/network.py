@@ -219,7 +219,8 @@ class Model(nn.Module):
         """Identifies config, text weights and dtype; computed once."""
         known = getattr(self, "_fingerprint", None)
         if known is None:
-            known = self._fingerprint = fingerprint(self)
+            text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
+            known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
         return known
 
     # The encoder pass

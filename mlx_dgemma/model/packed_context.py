@@ -24,18 +24,18 @@ from mlx_dgemma.model.layer_context import Arrays, LayerContext
 # where attention is peaked. But packing values alone would leave four fifths of the longest
 # context, and the cost of keys is small (studies/README.md has both).
 BITS = 8
-_GROUPS = (64, 32)
+GROUPS = (64, 32)
 # Of scales and biases: bfloat16's would be coarse enough to add half the packing's own error.
 STORED = mx.float16
 
 
 def group_size(head_dim: int) -> int:
     """How many numbers share a scale; CheckpointError for a head that cannot be divided."""
-    for size in _GROUPS:
+    for size in GROUPS:
         if head_dim % size == 0:
             return size
     raise CheckpointError(
-        f"kv_bits={BITS} needs heads of a multiple of {_GROUPS[-1]} numbers in full-attention "
+        f"kv_bits={BITS} needs heads of a multiple of {GROUPS[-1]} numbers in full-attention "
         f"layers, and this model's have {head_dim}; leave kv_bits out."
     )
 

@@ -9,18 +9,20 @@ import json
 import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
+from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.server.addresses import KnownHosts, SingleSlashes
 from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, messages
 from mlx_dgemma.server.endpoints.openai_chat import chat_completions
 from mlx_dgemma.server.endpoints.openai_completions import completions
@@ -33,6 +35,7 @@ from mlx_dgemma.server.metrics import Metrics
 from mlx_dgemma.server.replies import new_id
 from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
 from mlx_dgemma.server.sse import EventStream
+from mlx_dgemma.server.stored import StoredResponses
 
 PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
 log = logging.getLogger("mlx_dgemma.server")
@@ -54,19 +57,23 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         return Response(status_code=204)
 
     async def models(_: Request) -> Response:
+        names = (settings.model_name, *settings.aliases)
         return JSONResponse(
             {
                 "object": "list",
-                "data": [_model_card(settings, created)],
+                "data": [_model_card(engine, name, created) for name in names],
                 "models": [_system_one_card(settings, created)],
+                "first_id": names[0],
+                "last_id": names[-1],
+                "has_more": False,
             }
         )
 
     async def model(request: Request) -> Response:
         name = request.path_params["name"]
-        if name != settings.model_name:
+        if not settings.serves(name):
             raise ApiError(404, f"This server has no model {name!r}.", code="model_not_found")
-        return JSONResponse(_model_card(settings, created))
+        return JSONResponse(_model_card(engine, name, created))
 
     async def render_metrics(_: Request) -> Response:
         return PlainTextResponse(metrics.render(engine.admitted), media_type="text/plain")
@@ -81,7 +88,7 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         Route("/v1/models/{name:path}", guard(model)),
         Route("/v1/chat/completions", guard.json(chat_completions), methods=["POST"]),
         Route("/v1/completions", guard.json(completions), methods=["POST"]),
-        Route("/v1/responses", guard.json(responses), methods=["POST"]),
+        Route("/v1/responses", guard.json(partial(responses, StoredResponses())), methods=["POST"]),
         Route("/v1/messages", guard.json(messages), methods=["POST"]),
         Route("/v1/systemone", guard.json(system_one), methods=["POST"]),
         Route("/v1/messages/count_tokens", guard.json(count_tokens), methods=["POST"]),
@@ -116,11 +123,10 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
 
 
 def _middleware(settings: ServerSettings) -> list[Middleware]:
-    middleware = []
+    middleware = [Middleware(SingleSlashes)]
     if settings.loopback:
-        # A page on another site may point its own name at 127.0.0.1; its Host gives it away.
-        hosts = [*LOOPBACK_NAMES, "[::1]", settings.host]
-        middleware.append(Middleware(TrustedHostMiddleware, allowed_hosts=hosts))
+        hosts = [*LOOPBACK_NAMES, "[::1]", settings.host, *settings.allowed_hosts]
+        middleware.append(Middleware(KnownHosts, names=hosts))
     if settings.cors_origins:
         cors = Middleware(
             CORSMiddleware,
@@ -132,12 +138,21 @@ def _middleware(settings: ServerSettings) -> list[Middleware]:
     return middleware
 
 
-def _model_card(settings: ServerSettings, created: int) -> dict[str, Any]:
+def _model_card(engine: Engine, name: str, created: int) -> dict[str, Any]:
+    """A model in OpenAI's, vLLM's and Anthropic's words."""
+    served = engine.settings.model_name
     return {
-        "id": settings.model_name,
+        "id": name,
         "object": "model",
+        "type": "model",
         "created": created,
+        "created_at": datetime.fromtimestamp(created, UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "display_name": served.rsplit("/", 1)[-1],
         "owned_by": "mlx_dgemma",
+        "context_length": engine.room,
+        "max_model_len": engine.room,
+        "max_input_tokens": engine.room,
+        "max_tokens": engine.settings.max_output_tokens,
     }
 
 

@@ -40,6 +40,7 @@ class ApiError(Exception):
         code: str | None = None,
         retry_after: int | None = None,
         location: tuple[str | int, ...] = (),
+        anthropic_message: str | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
@@ -48,6 +49,7 @@ class ApiError(Exception):
         self.code = code
         self.retry_after = retry_after
         self.location = location
+        self._anthropic_message = anthropic_message or message
 
     @property
     def headers(self) -> dict[str, str]:
@@ -68,7 +70,7 @@ class ApiError(Exception):
 
     def anthropic(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "api_error" if self.status >= 500 else _TYPES[400])
-        return {"type": "error", "error": {"type": kind, "message": self.message}}
+        return {"type": "error", "error": {"type": kind, "message": self._anthropic_message}}
 
 
 def as_api_error(error: BaseException) -> ApiError:

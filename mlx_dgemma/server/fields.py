@@ -50,6 +50,12 @@ class Fields:
             raise self.fail(name, f"a whole number {bound}")
         return value
 
+    def limit(self, name: str) -> int | None:
+        """A number of tokens; -1 asks for no limit."""
+        if self.raw(name) == -1:
+            return None
+        return self.integer(name, 1)
+
     def number(self, name: str, low: float, high: float) -> float | None:
         value = self.raw(name)
         if value is None:
@@ -80,13 +86,14 @@ class Fields:
         return value
 
     def strings(self, name: str, most: int) -> list[str]:
-        """A string, or a list of strings."""
+        """A string, or a list of strings; empty ones are left out."""
         value = self.raw(name)
         if value is None:
             return []
         found = [value] if isinstance(value, str) else value
-        if not isinstance(found, list) or not all(isinstance(s, str) and s for s in found):
-            raise self.fail(name, "a non-empty string or a list of such strings")
+        if not isinstance(found, list) or not all(isinstance(s, str) for s in found):
+            raise self.fail(name, "a string or a list of strings")
+        found = [string for string in found if string]
         if len(found) > most:
             raise self.fail(name, f"a list of at most {most} strings")
         return found

@@ -85,9 +85,9 @@ async def chunks(
     replies = [Reply(one_call=asked.one_call) for _ in asked.calls]
     drafts = [DraftWriter(engine.tokenizer) for _ in asked.calls]
 
-    def chunk(index: int, choice: dict[str, Any]) -> bytes:
+    def chunk(index: int, choice: dict[str, Any], **more: Any) -> bytes:
         filled = {"index": index, "finish_reason": None, "logprobs": None, **choice}
-        return data({**top, "choices": [filled]})
+        return data({**top, "choices": [filled], **more})
 
     for index in range(len(replies) if first is not None else 0):
         yield chunk(index, first or {})
@@ -100,7 +100,10 @@ async def chunks(
                     draft = {"index": index, **drafts[index].write(event)}
                     yield data({**top, "choices": [], "x_draft": draft})
                 elif isinstance(event, Ended):
-                    yield chunk(index, {**last(reply), "x_diffusion": reply.facts()})
+                    closing = {**last(reply), "x_diffusion": reply.facts()}
+                    warnings = [*asked.calls[index].warnings, *reply.warnings()]
+                    # Clients look into choices[0] of every chunk they did not ask for.
+                    yield chunk(index, closing, **({"x_warnings": warnings} if warnings else {}))
                 else:
                     for choice in write(reply, event, calls):
                         yield chunk(index, choice)
@@ -108,11 +111,8 @@ async def chunks(
         engine.report(error)
         yield data(as_api_error(error).openai())
         return
-    warnings = all_warnings(asked.call, replies)
     if asked.include_usage:
-        yield data({**top, "choices": [], "usage": usage(replies), "x_warnings": warnings})
-    elif warnings:
-        yield data({**top, "choices": [], "x_warnings": warnings})
+        yield data({**top, "choices": [], "usage": usage(replies)})
     yield b"data: [DONE]\n\n"
 
 

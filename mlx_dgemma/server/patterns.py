@@ -2,6 +2,7 @@
 
 ^[A-Z]{2}-\\d{4}$        two holes around a literal: "AB-2026"
 ^v\\d+$                  a literal, then as many digits as the model likes
+^(cat|dog)$            one of the words
 """
 
 from __future__ import annotations
@@ -18,20 +19,21 @@ _ATOM = re.compile(
     r"(?P<literal>[^\\^$.|?*+()\[\]{}]|\\[^A-Za-z0-9])"
     r"|(?P<members>\[\^?(?:\\[dws\W]|[^\\\[\]])+\]|\\[dw])(?:\{(?P<low>\d+)(?P<high>,\d*)?\}|(?P<open>\+))?"
 )
+_WORDS = re.compile(r"\^\((?:\?:)?([\w -]+(?:\|[\w -]+)+)\)\$")
 _SET_OPERATORS = re.compile(r"--|&&|\|\||~~")
 # What would end or break the JSON string around the hole.
 _SAFE = r'(?!["\\\x00-\x1f])'
 
 
 def parse_pattern(pattern: Any) -> list[str | Hole] | None:
-    """Literals and holes of a pattern between ^ and $, or None when it is more than that.
-
-    What is accepted can be matched quickly, so a stranger's pattern may be run on a reply.
-    """
+    """Literals and holes of a pattern between ^ and $, or None when it is more than that."""
     if not isinstance(pattern, str) or len(pattern) > 1000:
         return None
     if len(pattern) < 2 or pattern[0] != "^" or pattern[-1] != "$":
         return None
+    words = _WORDS.fullmatch(pattern)
+    if words is not None:
+        return [Hole(choices=tuple(dict.fromkeys(words[1].split("|"))))]
     parts: list[str | Hole] = []
     position, opened = 1, 0
     while position < len(pattern) - 1:
@@ -48,10 +50,6 @@ def parse_pattern(pattern: Any) -> list[str | Hole] | None:
             return None
         parts.append(hole)
     return parts
-
-
-def matches(pattern: str, text: str) -> bool:
-    return re.search(pattern, text, re.ASCII) is not None
 
 
 def _hole(atom: re.Match[str]) -> Hole | None:

@@ -16,8 +16,8 @@ from mlx_dgemma.server.errors import ApiError
 
 @dataclass
 class Reply:
-    """Everything one call has produced so far. one_call: tool calls behind the first are dropped,
-    and said to be."""
+    """Everything one call has produced so far. one_call: tool calls after the first are dropped,
+    with a warning."""
 
     one_call: bool = False
     text: str = ""
@@ -26,6 +26,7 @@ class Reply:
     malformed_calls: list[str] = field(default_factory=list)
     logprobs: list[tuple[int, float]] = field(default_factory=list)
     dropped_calls: int = 0
+    cut_call: str = ""
     ended: Ended | None = None
 
     def add(self, event: Draft | Commit | Ended) -> list[dict[str, Any]]:
@@ -38,6 +39,7 @@ class Reply:
         self.text += event.text
         self.thinking += event.thinking
         self.malformed_calls += event.malformed_calls
+        self.cut_call += event.cut_call
         self.logprobs += zip(event.ids, event.logprobs, strict=False)
         calls = [{"id": new_id("call"), **call} for call in event.tool_calls]
         if self.one_call:
@@ -54,8 +56,13 @@ class Reply:
         return self.ended
 
     @property
+    def whole(self) -> bool:
+        """Whether the reply ended by itself, and not inside a call."""
+        return self.end.finish.reason == "stop" and not self.cut_call
+
+    @property
     def openai_reason(self) -> str:
-        if self.end.finish.reason == "stop":
+        if self.whole:
             return "tool_calls" if self.tool_calls else "stop"
         return "length"
 
@@ -71,6 +78,8 @@ class Reply:
             )
         if self.dropped_calls:
             found.append(f"tool calls left out behind the first: {self.dropped_calls}")
+        if self.cut_call:
+            found.append("the reply ended inside a tool call, which was left out")
         if self.malformed_calls:
             found.append("a malformed tool call was returned as content")
         if self.end.timed_out:

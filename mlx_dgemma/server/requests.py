@@ -5,8 +5,8 @@ An endpoint reads what only its dialect has; the rest is read, refused and answe
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Coroutine
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +15,7 @@ from starlette.responses import JSONResponse
 from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.history import mend
 from mlx_dgemma.server.sampling import (
     check_model,
     decoding_options,
@@ -24,15 +25,17 @@ from mlx_dgemma.server.sampling import (
 )
 from mlx_dgemma.server.schema import Schema
 from mlx_dgemma.server.sse import EventStream, unless_gone
-from mlx_dgemma.server.structured import pinned, refuse_together
+from mlx_dgemma.server.structured import called_or_pinned, pinned, without_effect
 from mlx_dgemma.server.tool_choice import ToolUse, forced_call
+from mlx_dgemma.server.tool_kinds import Origin
 
 MAX_STOP_STRINGS = 16
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, read. calls: one per choice. one_call: replies keep their first tool call."""
+    """A request, read. calls: one per choice. one_call: replies keep their first tool call.
+    origins: see `ToolUse`."""
 
     model: str
     calls: list[Call]
@@ -40,6 +43,7 @@ class Asked:
     include_usage: bool = False
     logprobs: bool = False
     one_call: bool = False
+    origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @property
     def call(self) -> Call:
@@ -75,11 +79,12 @@ async def read_request(
     schema: Schema | None = None,
     choices: int = 1,
     logprobs: bool = False,
+    notes: Sequence[str] = (),
 ) -> Asked:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
-    stop: the name of the field with stop strings. Call it last: it warns of every field that
-    nobody has read.
+    stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
+    of every field that nobody has read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
@@ -90,16 +95,17 @@ async def read_request(
     streaming = read_streaming(fields)
     seed = read_seed(fields, choices)
     image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
-    warnings = read_warnings(engine, fields, max_tokens)
-    refuse_together(schema, tools=tools.declared, stop=options.get("stop"), logprobs=logprobs)
+    messages, mended = mend(messages)
+    warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))
     source = None
-    if schema is not None:
-        source = pinned(schema)
-    elif tools.forced:
+    if tools.forced:
         source, unchecked = forced_call(engine.tokenizer, tools)
         warnings += unchecked
+    elif schema is not None:
+        warnings += without_effect(schema, stop=options.pop("stop", None), logprobs=logprobs)
+        source = called_or_pinned(schema) if tools.declared else pinned(schema)
     if source is not None and thinking:
-        what = "response_format" if schema is not None else "a forced tool_choice"
+        what = "a forced tool_choice" if tools.forced else "response_format"
         thinking, warnings = False, (*warnings, f"thinking was left out for {what}")
     call = await make_call(
         engine,
@@ -120,6 +126,7 @@ async def read_request(
         include_usage=streaming.include_usage,
         logprobs=logprobs,
         one_call=tools.one_call,
+        origins=tools.origins,
     )
 
 

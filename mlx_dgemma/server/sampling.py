@@ -38,7 +38,7 @@ def check_model(engine: Engine, fields: Fields) -> str:
     """The served model's name; 404 when another one is asked for."""
     served = engine.settings.model_name
     asked = fields.text("model")
-    if asked not in (None, "", "default", served, served.rsplit("/", 1)[-1]):
+    if not engine.settings.serves(asked or ""):
         raise ApiError(
             404,
             f"This server has no model {asked!r}; it serves {served!r} (or 'default').",
@@ -69,8 +69,8 @@ def decoding_options(engine: Engine, fields: Fields, max_tokens: int | None) -> 
 
 def read_seed(fields: Fields, choices: int = 1) -> int:
     """The request's seed, or one drawn for it; choice i uses seed + i."""
-    seed = fields.integer("seed", 0, MAX_SEED - choices)
-    return fresh_seed() if seed is None else seed
+    seed = fields.integer("seed", -1, MAX_SEED - choices)
+    return fresh_seed() if seed in (None, -1) else seed
 
 
 def read_warnings(engine: Engine, fields: Fields, max_tokens: int | None) -> tuple[str, ...]:
@@ -98,7 +98,7 @@ def read_thinking(fields: Fields) -> bool:
     asked = fields.flag("enable_thinking")
     if template is not None and asked is None:
         asked = template.flag("enable_thinking")
-    return asked if asked is not None else effort not in (None, "none")
+    return asked if asked is not None else effort not in (None, "", "none")
 
 
 async def make_call(
@@ -128,9 +128,12 @@ async def make_call(
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:
     if len(ids) > engine.room:
+        # Clients look for these words and make their conversation shorter.
         raise ApiError(
             400,
-            f"The prompt has {len(ids)} tokens; this server takes at most {engine.room}.",
+            f"This model's maximum context length is {engine.room} tokens. However, your messages "
+            f"resulted in {len(ids)} tokens. Please reduce the length of the {param}.",
             param=param,
             code="context_length_exceeded",
+            anthropic_message=f"prompt is too long: {len(ids)} tokens > {engine.room} maximum",
         )

@@ -2,13 +2,14 @@
 
 What a schema fixes, braces, keys and punctuation, is pinned on the canvas; what it leaves open
 is a hole, which may take just the enum's values, or digits, where the schema says so. Required
-properties are written, in the schema's order, or all when none is required.
+properties are written, in the schema's order, or all when none is required. What is too involved
+to pin is one hole: the check decides.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mlx_dgemma.prompt.holes import Hole
@@ -18,52 +19,78 @@ from mlx_dgemma.server.validation import Rules
 Parts = list[str | Hole]
 _DIGITS = 10  # tokens of a number, at most
 _MOST_ITEMS = 64  # of an array that is written out
+_MOST_PINNED = 512  # subschemas that are written out
 _NUMBERS = {"integer": r"[-\d]+", "number": r"[-+.eE\d]+"}
 
 
 class Schema(Rules):
-    """A schema this server can pin; ApiError 400 names what it cannot. where: its field.
+    """A schema to answer in; ApiError 400 for what is none. where: its field.
 
-    parts: literals and holes by turns, as `infill` takes them.
+    parts: literals and holes by turns, as `infill` takes them; a single literal when the schema
+    leaves nothing open.
     """
 
     def __init__(self, schema: Any, where: str) -> None:
         super().__init__(schema, where)
-        self.parts = _joined(self._skeleton(schema, where))
-        if len(self.parts) == 1:
-            raise self.refuse(where, "leaves nothing open")
+        self._pinned = 0
+        self.parts = _joined(self._skeleton(self.root, ()))
 
     def problem(self, text: str) -> str | None:
         """Why `text` does not satisfy the schema, in a few words; None when it does."""
         try:
-            value = json.loads(text, parse_constant=_no_constant)
+            value = json.loads(text, parse_constant=_no_constant, object_pairs_hook=_unique)
+        except _RepeatedKeyError as error:
+            return f"it has the key {error.args[0]!r} twice"
         except (ValueError, RecursionError):
             return "it is not valid JSON"
         return self.violation(value)
 
-    def _skeleton(self, schema: Any, where: str) -> Parts:
-        if schema is True:
+    def _skeleton(self, schema: Any, inside: tuple[Any, ...]) -> Parts:
+        self._pinned += 1
+        if not isinstance(schema, Mapping) or self._pinned > _MOST_PINNED:
             return [Hole()]
-        schema = self.plain(schema, where)
-        values = self._values(schema, where)
-        if values is not None:
+        flat = self._flat(schema, inside)
+        if flat is None:
+            return [Hole()]
+        schema, inside = flat
+        values = self._values(schema, inside)
+        if values:
             return _one_of(values)
         kind = schema.get("type")
         if isinstance(kind, list):
             kind = kind[0] if len(kind) == 1 else None
         if kind == "object":
-            return self._object(schema, where)
+            return self._object(schema, inside)
         if kind == "array":
-            return self._array(schema, where)
+            return self._array(schema, inside)
         if kind == "string":
-            inside = parse_pattern(schema["pattern"]) if "pattern" in schema else [Hole()]
-            assert inside is not None  # the rules were checked
-            return ['"', *(_dumped(p)[1:-1] if isinstance(p, str) else p for p in inside), '"']
+            within = parse_pattern(schema["pattern"]) if "pattern" in schema else None
+            written = [_dumped(p)[1:-1] if isinstance(p, str) else p for p in within or [Hole()]]
+            return ['"', *written, '"']
         if kind in _NUMBERS:
             return [Hole(1, _DIGITS, alphabet=_NUMBERS[kind])]
         return ["null"] if kind == "null" else [Hole()]
 
-    def _values(self, schema: dict[str, Any], where: str) -> list[Any] | None:
+    def _flat(
+        self, schema: Mapping[str, Any], inside: tuple[Any, ...]
+    ) -> tuple[dict[str, Any], tuple[Any, ...]] | None:
+        """The schema with references and allOf in it, and what was followed; None in a loop."""
+        flat = dict(schema)
+        parts = list(flat.pop("allOf", ()))
+        if "$ref" in flat:
+            reference = flat.pop("$ref")
+            if reference in inside:
+                return None
+            inside = (*inside, reference)
+            parts.append(self.target(reference, self.where))
+        for part in parts:
+            inner = self._flat(part, inside) if isinstance(part, Mapping) else ({}, inside)
+            if inner is None:
+                return None
+            flat, inside = _merged(flat, inner[0]), inner[1]
+        return flat, inside
+
+    def _values(self, schema: Mapping[str, Any], inside: tuple[Any, ...]) -> list[Any] | None:
         """Everything the value can be, where the schema lists it."""
         if "const" in schema:
             return [schema["const"]]
@@ -72,28 +99,27 @@ class Schema(Rules):
         if schema.get("type") == "boolean":
             return [True, False]
         for name in ("anyOf", "oneOf"):
-            if name in schema:
-                listed = [self._values(self.plain(s, where), where) for s in schema[name]
-                          if s is not True]  # fmt: skip
-                if len(listed) == len(schema[name]) and None not in listed:
-                    return [value for values in listed for value in values or ()]
+            listed: list[list[Any] | None] = []
+            for option in schema.get(name, ()):
+                flat = self._flat(option, inside) if isinstance(option, Mapping) else None
+                listed.append(None if flat is None else self._values(*flat))
+            if listed and None not in listed:
+                return [value for values in listed for value in values or ()]
         return None
 
-    def _object(self, schema: dict[str, Any], where: str) -> Parts:
-        properties = schema.get("properties", {})
-        missing = [name for name in schema.get("required", ()) if name not in properties]
-        if missing:
-            raise self.refuse(where, f"requires {missing[0]!r} without describing it")
-        if not properties:
+    def _object(self, schema: Mapping[str, Any], inside: tuple[Any, ...]) -> Parts:
+        properties, required = schema.get("properties", {}), schema.get("required", ())
+        names = list(dict.fromkeys([n for n in properties if n in required] + list(required)))
+        names = names or list(properties)
+        if not names:
             return ["{", Hole(), "}"]
-        names = [n for n in properties if n in schema.get("required", ())] or list(properties)
-        members = []
-        for name in names:
-            inner = self._skeleton(properties[name], f"{where}.properties.{name}")
-            members.append([f"{_dumped(name)}: ", *inner])
+        members = [
+            [f"{_dumped(name)}: ", *self._skeleton(properties.get(name, True), inside)]
+            for name in names
+        ]
         return ["{", *_separated(members), "}"]
 
-    def _array(self, schema: dict[str, Any], where: str) -> Parts:
+    def _array(self, schema: Mapping[str, Any], inside: tuple[Any, ...]) -> Parts:
         first = schema.get("prefixItems", [])
         count = schema.get("minItems", 0)
         # So many and no more, either by number or because no rule is left for another.
@@ -103,10 +129,22 @@ class Schema(Rules):
             count = len(first)
         if not 1 <= count <= _MOST_ITEMS:
             return ["[", "]"] if count == 0 else ["[", Hole(), "]"]
-        rules = [*first, *[schema.get("items", True)] * count][:count]
-        if any(rule is False for rule in rules):
-            raise self.refuse(where, "asks for more items than it describes")
-        return ["[", *_separated([self._skeleton(rule, where) for rule in rules]), "]"]
+        rules = [*first, *[schema.get("items", True)] * int(count)][: int(count)]
+        return ["[", *_separated([self._skeleton(rule, inside) for rule in rules]), "]"]
+
+
+def _merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """What both ask for, well enough to pin it: the check knows the whole truth."""
+    merged = {**other, **one}
+    if "properties" in one and "properties" in other:
+        ours, theirs = one["properties"], other["properties"]
+        both = {name: {"allOf": [ours[name], theirs[name]]} for name in ours.keys() & theirs.keys()}
+        merged["properties"] = {**theirs, **ours, **both}
+    if "required" in one and "required" in other:
+        merged["required"] = list(dict.fromkeys([*one["required"], *other["required"]]))
+    if "enum" in one and "enum" in other:
+        merged["enum"] = [value for value in one["enum"] if value in other["enum"]]
+    return merged
 
 
 def _one_of(values: list[Any]) -> Parts:
@@ -134,6 +172,19 @@ def _joined(parts: Parts) -> Parts:
         else:
             joined += [part, ""]
     return joined
+
+
+class _RepeatedKeyError(ValueError):
+    """An object has a key twice; the key."""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    members: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in members:
+            raise _RepeatedKeyError(key)
+        members[key] = value
+    return members
 
 
 def _no_constant(name: str) -> Any:

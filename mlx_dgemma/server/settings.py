@@ -21,7 +21,10 @@ class ServerSettings:
     """Limits have defaults that suit one person's machine.
 
     host: loopback unless the operator says otherwise, and then an api_key is a must.
-    model_name: what /v1/models calls the model. cors_origins: pages of other origins that may
+    allowed_hosts: names other than loopback's that a loopback server answers to, such as
+        host.docker.internal.
+    model_name: what /v1/models calls the model. aliases: other names it is served by. any_model:
+        whether it answers to every name. cors_origins: pages of other origins that may
         use the server; none by default. max_body_bytes: of a request.
     max_prompt_tokens: None is the context less one canvas. max_output_tokens: larger requests
         are cut to it, with a warning. max_choices: the largest `n`.
@@ -40,6 +43,9 @@ class ServerSettings:
     port: int = 8080
     api_key: str | None = field(default=None, repr=False)
     model_name: str = "diffusiongemma"
+    allowed_hosts: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    any_model: bool = False
     cors_origins: tuple[str, ...] = ()
     max_body_bytes: int = 32 << 20
     max_prompt_tokens: int | None = None
@@ -84,6 +90,12 @@ class ServerSettings:
             )
         if not self.max_seconds > 0:
             raise InputError(f"max_seconds={self.max_seconds} is not possible: use more than 0.")
+
+    def serves(self, name: str) -> bool:
+        """Whether a request for a model of this name is for the one that is loaded."""
+        served = self.model_name
+        known = ("", "default", served, served.rsplit("/", 1)[-1], *self.aliases)
+        return self.any_model or name in known
 
     @property
     def loopback(self) -> bool:

@@ -3,7 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import time
 from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
@@ -11,7 +14,6 @@ from mlx_dgemma.infilling import Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
-from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.schema import Schema
 
@@ -36,11 +38,9 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Schema 
     return Schema(schema, inner.path("schema"))
 
 
-def refuse_together(schema: Schema | None, **others: Any) -> None:
-    """A pinned reply is no run of the block loop: what needs that loop cannot go with it."""
-    for name, asked in others.items():
-        if schema is not None and asked:
-            raise ApiError(400, f"{name} cannot be combined with response_format.", param=name)
+def without_effect(schema: Schema, **others: Any) -> tuple[str, ...]:
+    """Warnings: a pinned reply is no run of the block loop, and some options need that loop."""
+    return tuple(f"{name} has no effect on a reply in a schema" for name in others if others[name])
 
 
 def pinned(schema: Schema) -> Source:
@@ -51,19 +51,52 @@ def pinned(schema: Schema) -> Source:
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
         results: list[Infill] = []
         problem: str | None = None
-        for attempt in range(ATTEMPTS):
+        started = time.monotonic()
+        only = schema.parts[0] if len(schema.parts) == 1 else None
+        for attempt in range(ATTEMPTS if only is None else 0):
             results.append(await engine.fill(call, schema.parts, seed_of(call, attempt), deadline))
             problem = schema.problem(results[-1].text)
             if problem is None:
                 break
-        text = results[-1].text
-        yield Commit(ids=tuple(engine.tokenizer.encode(text)), text=text, block=len(results) - 1)
+        tokenizer, limit = engine.tokenizer, call.options["max_tokens"]
+        text = str(only) if only is not None else results[-1].text
+        ids = tokenizer.encode(text)
+        cut = len(ids) > limit
+        if cut:
+            ids = ids[:limit]
+            text = tokenizer.decode(ids)
+        yield Commit(ids=tuple(ids), text=text, block=max(len(results) - 1, 0))
         notes = (
             ()
             if problem is None
             else (f"after {ATTEMPTS} attempts the reply breaks the schema: {problem}",)
         )
-        yield ended(engine, call, results, text, notes)
+        end = ended(engine, call, results, text, notes, time.monotonic() - started)
+        yield replace(end, finish=replace(end.finish, reason="length")) if cut else end
+
+    return source
+
+
+def called_or_pinned(schema: Schema) -> Source:
+    """A reply that calls a tool, or else one in the schema: the model chooses, writing freely."""
+
+    async def source(
+        engine: Engine, call: Call, deadline: float
+    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        held: list[Draft | Commit | Ended] = []
+        async with contextlib.aclosing(engine.stream(call, deadline)) as events:
+            async for event in events:
+                held.append(event)
+        commits = [event for event in held if isinstance(event, Commit)]
+        calls = any(commit.tool_calls or commit.cut_call for commit in commits)
+        text = "".join(commit.text for commit in commits)
+        if calls or schema.problem(text) is None:
+            for event in held:
+                yield event
+            return
+        async with contextlib.aclosing(pinned(schema)(engine, call, deadline)) as events:
+            async for event in events:
+                yield event
 
     return source
 
@@ -74,18 +107,24 @@ def between(prompt: str, suffix: str) -> Source:
     async def source(
         engine: Engine, call: Call, deadline: float
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
+        started = time.monotonic()
         result = await engine.fill(call, [prompt, Hole(), suffix], call.options["seed"], deadline)
         (filling,) = result.fillings
         yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
-        yield ended(engine, call, [result], filling.text, ())
+        yield ended(engine, call, [result], filling.text, (), time.monotonic() - started)
 
     return source
 
 
 def ended(
-    engine: Engine, call: Call, results: list[Infill], text: str, notes: tuple[str, ...]
+    engine: Engine,
+    call: Call,
+    results: list[Infill],
+    text: str,
+    notes: tuple[str, ...],
+    seconds: float,
 ) -> Ended:
-    """The account of a reply that one or more fillings gave."""
+    """The account of a reply that one or more fillings gave, which also read the prompt."""
     generated = len(engine.tokenizer.encode(text))
     finish = Finish(
         reason="stop",
@@ -97,7 +136,7 @@ def ended(
         prompt_tokens=len(call.prompt_ids),
         generated_tokens=generated,
         prefill_seconds=0.0,
-        denoise_seconds=0.0,
+        denoise_seconds=seconds,
         peak_memory_bytes=0,
     )
     engine.metrics.finished(finish, 0)

@@ -8,7 +8,7 @@ as ever, checked against the tool's parameters, and tried again with new seeds.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import takewhile
 from typing import Any
@@ -22,28 +22,35 @@ from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.tool_kinds import Declare, Origin
 from mlx_dgemma.server.validation import Rules
 
 
 @dataclass(frozen=True)
 class ToolUse:
     """declared: in OpenAI's form, as the model sees them. forced: names of which the reply must
-    call one; empty leaves that to the model. one_call: drop every call but the first."""
+    call one; empty leaves that to the model. one_call: drop every call but the first. origins:
+    what functions were that the request declared as something else. warnings: what was left out.
+    """
 
     declared: list[Any] = field(default_factory=list)
     forced: tuple[str, ...] = ()
     one_call: bool = False
+    origins: Mapping[str, Origin] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
 
-def read_tools(
-    fields: Fields, declare: Callable[[Any, int], dict[str, Any]] | None = None
-) -> ToolUse:
+def read_tools(fields: Fields, declare: Declare, more: Sequence[Any] = ()) -> ToolUse:
     """OpenAI's `tools`, `tool_choice` and `parallel_tool_calls`.
 
-    declare: brings a tool (and its index) to the nested form of chat completions.
+    declare: brings tools to the nested form of chat completions. more: tools of other fields.
     """
-    tools = fields.items("tools") or []
-    declared = check_tools([declare(tool, i) for i, tool in enumerate(tools)] if declare else tools)
+    found = declare([*(fields.items("tools") or []), *more])
+    use = _chosen(fields, check_tools(found.functions))
+    return replace(use, origins=found.origins, warnings=(*found.warnings, *use.warnings))
+
+
+def _chosen(fields: Fields, declared: list[Any]) -> ToolUse:
     one_call = fields.flag("parallel_tool_calls") is False
     choice = fields.raw("tool_choice")
     if choice == "none":
@@ -55,13 +62,18 @@ def read_tools(
     if isinstance(choice, str):
         raise fields.fail("tool_choice", "none, auto, required or an object that names a function")
     entry = Fields(choice, "tool_choice")
-    kind = entry.text("type", ("function", "allowed_tools"))
+    kind = entry.text("type")
     # Chat completions nest what the responses endpoint does not.
-    if kind != "allowed_tools":
-        name = (entry.object("function") or entry).text("name")
+    if kind in ("function", "custom", None):
+        name = (entry.object(kind or "function") or entry).text("name")
         if name is None:
             raise entry.fail("function.name", "given as a string")
         return force(declared, name, one_call)
+    if kind in ("local_shell", "shell"):
+        return force(declared, kind, one_call)
+    if kind != "allowed_tools":
+        left_out = f"tool_choice names {kind}, which this server does not run"
+        return ToolUse(declared, (), one_call, warnings=(left_out,))
     allowed = entry.object("allowed_tools") or entry
     mode = allowed.text("mode", ("auto", "required"))
     listed = [Fields(tool, "tool_choice.tools") for tool in allowed.items("tools") or []]

@@ -1,287 +1,245 @@
-"""JSON schemas as this server understands them: the keywords, how they merge, what breaks them."""
+"""JSON schemas of requests: brought to one draft, checked once, and judged by jsonschema.
+
+Every schema that is one is taken, from draft 4 to 2020-12 and OpenAPI's `nullable`; keywords that
+nobody knows are ignored, as the standard says. What could keep the server busy is bounded: nothing
+is fetched, patterns have a time limit, and references may not multiply.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
+import functools
+import re
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from typing import Any
 
-from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.patterns import matches, parse_pattern
+import jsonschema
+import referencing
+import regex
 
-_MAX_DEPTH = 16
-_MAX_SIZE = 4096  # subschemas, references followed
-_TYPES = ("object", "array", "string", "integer", "number", "boolean", "null")
-_ANNOTATIONS = (
-    *("title", "description", "default", "examples", "format", "deprecated", "readOnly"),
-    *("writeOnly", "$schema", "$id", "$comment", "$defs", "definitions", "strict"),
+from mlx_dgemma.server.errors import ApiError
+
+_MAX_DEPTH = 64
+_MAX_SCHEMAS = 20_000
+_MOST_WORK = 20_000  # subschemas that one value may have to be held against
+_PATTERN_SECONDS = 0.1
+_MOST_REPEATS = 10_000  # of a pattern's counted repeats, multiplied
+_MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
+_LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
+_SINGLE = (
+    *("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames"),
+    *("unevaluatedItems", "unevaluatedProperties"),
 )
-_LENGTHS = ("minItems", "maxItems", "minLength", "maxLength")
-_BOUNDS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
-_CHECKED = (
-    *("type", "enum", "const", "properties", "required", "additionalProperties", "items"),
-    *("prefixItems", "uniqueItems", "multipleOf", "pattern", "allOf", "anyOf", "oneOf", "$ref"),
-    *(_LENGTHS + _BOUNDS),
-)
-_OPTIONS = ("allOf", "anyOf", "oneOf")
+# Keywords that hold further schemas against the same value.
+_IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
 
 
 class Rules:
-    """A schema whose every keyword is understood; ApiError 400 names the first that is not.
+    """A schema, ready to judge values; ApiError 400 says why it is none.
 
-    where: the request's field that holds it.
+    where: the request's field that holds it. root: the schema in draft 2020-12.
     """
 
     def __init__(self, schema: Any, where: str) -> None:
-        self.root = schema
         self.where = where
-        self._seen = 0
-        self._check(schema, where, 0)
+        self._count = 0
+        self.root = self._modern(schema, where, 0)
+        try:
+            jsonschema.Draft202012Validator(_METASCHEMA).validate(self.root)
+        except jsonschema.ValidationError as error:
+            path = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in error.absolute_path)
+            raise self.refuse(where + path, _short(error.message)) from None
+        except RecursionError:
+            raise self.refuse(where, "it is nested too deeply") from None
+        self._work(self.root, {}, ())
+        self._judge = _Judge(self.root, format_checker=_FORMATS, registry=referencing.Registry())
 
     def violation(self, value: Any) -> str | None:
         """How a JSON value breaks the schema, in a few words; None when it does not."""
-        return self._violation(value, self.root, "$")
+        try:
+            error = jsonschema.exceptions.best_match(self._judge.iter_errors(value))
+        except (RecursionError, OverflowError):
+            return None  # beyond what can be judged
+        return None if error is None else f"{error.json_path}: {_short(error.message)}"
 
     def refuse(self, where: str, why: str) -> ApiError:
-        return ApiError(400, f"{where} {why}: this server cannot pin it.", param=self.where)
+        return ApiError(400, f"{where} is no JSON schema to answer in: {why}.", param=self.where)
 
-    def plain(self, schema: Any, where: str) -> dict[str, Any]:
-        """The schema with references followed and allOf merged into it."""
-        plain = dict(schema)
-        parts = list(plain.pop("allOf", ()))
-        if "$ref" in plain:
-            parts.append(self._resolved(plain, where))
-            del plain["$ref"]
-        for part in parts:
-            if part is not True:
-                plain = self._merged(plain, self.plain(part, where), where)
-        return plain
-
-    # Reading the schema
-
-    def _check(self, schema: Any, where: str, depth: int) -> None:
-        self._seen += 1
-        if depth > _MAX_DEPTH or self._seen > _MAX_SIZE:
-            raise self.refuse(where, f"is nested more than {_MAX_DEPTH} levels deep or too large")
-        if schema is True:
-            return
-        if not isinstance(schema, Mapping):
-            raise self.refuse(where, "is not an object")
-        unknown = [key for key in schema if key not in _ANNOTATIONS + _CHECKED]
-        if unknown:
-            raise self.refuse(where, f"uses {unknown[0]!r}")
-        self._check_shapes(schema, where)
-        if "$ref" in schema:
-            self._check(self._resolved(schema, where), where, depth + 1)
-        for name, inner in _inner(schema):
-            self._check(inner, f"{where}.{name}", depth + 1)
-
-    def _check_shapes(self, schema: Mapping[str, Any], where: str) -> None:
-        kinds = _kinds(schema)
-        shapes: dict[str, Any] = {
-            "type": all(kind in _TYPES for kind in kinds),
-            "enum": isinstance(schema.get("enum", [0]), list) and schema.get("enum", [0]),
-            "properties": isinstance(schema.get("properties", {}), Mapping),
-            "required": _all_text(schema.get("required", [])),
-            "prefixItems": isinstance(schema.get("prefixItems", []), list),
-            "uniqueItems": isinstance(schema.get("uniqueItems", True), bool),
-            "multipleOf": _is(schema.get("multipleOf", 1), "number")
-            and schema.get("multipleOf", 1) > 0,
-        }
-        for name in _OPTIONS:
-            shapes[name] = isinstance(schema.get(name, [0]), list) and schema.get(name, [0])
-        for name in _LENGTHS:
-            shapes[name] = type(schema.get(name, 0)) is int
-        for name in _BOUNDS:
-            shapes[name] = _is(schema.get(name, 0), "number")
-        for name, sound in shapes.items():
-            if not sound:
-                raise self.refuse(where, f"has a {name!r} it cannot use")
-        if "pattern" in schema and parse_pattern(schema["pattern"]) is None:
-            raise self.refuse(
-                where,
-                "has a 'pattern' beyond literal text and character classes between ^ and $",
-            )
-
-    def _resolved(self, schema: Mapping[str, Any], where: str) -> Any:
-        """What a reference inside the same schema points at."""
-        target, reference = self.root, schema["$ref"]
-        steps = reference.split("/") if isinstance(reference, str) else [""]
-        for step in steps[1:]:
+    def target(self, reference: Any, where: str) -> Any:
+        """What a reference inside the schema points at."""
+        target = self.root
+        inside = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
+        for step in reference.split("/")[1:] if inside else [""]:
             step = step.replace("~1", "/").replace("~0", "~")
-            target = target.get(step) if isinstance(target, Mapping) else None
-        if steps[0] != "#" or target is None:
-            raise self.refuse(where, f"refers to {reference!r}, which is not in it")
+            if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
+                target = target[int(step)]
+            elif isinstance(target, Mapping) and step in target:
+                target = target[step]
+            elif inside or step == "":
+                raise self.refuse(where, f"{reference!r} points at nothing inside it")
         return target
 
-    def _merged(self, one: dict[str, Any], other: dict[str, Any], where: str) -> dict[str, Any]:
-        """What satisfies both."""
-        merged = {**other, **one}
-        for key in one.keys() & other.keys() - set(_ANNOTATIONS):
-            ours, theirs = one[key], other[key]
-            if key == "properties":
-                merged[key] = {**theirs, **ours}
-                for name in ours.keys() & theirs.keys():
-                    merged[key][name] = {"allOf": [ours[name], theirs[name]]}
-            elif key == "required":
-                merged[key] = list(dict.fromkeys([*ours, *theirs]))
-            elif key == "type":
-                merged[key] = _common_kinds(_kinds(one), _kinds(other))
-            elif key == "enum":
-                merged[key] = [value for value in ours if any(_equal(value, v) for v in theirs)]
-            elif key == "items":
-                merged[key] = {"allOf": [ours, theirs]}
-            elif key.lower().startswith(("min", "exclusivemin")):
-                merged[key] = max(ours, theirs)
-            elif key.lower().startswith(("max", "exclusivemax")):
-                merged[key] = min(ours, theirs)
-            elif not _equal(ours, theirs):
-                raise self.refuse(where, f"has two different {key!r} in its allOf")
-            if merged[key] in ([], None):
-                raise self.refuse(where, f"has an allOf that no {key!r} satisfies")
-        for part in (one, other):
-            closed = part.get("additionalProperties", True) is False
-            if closed and merged.get("properties", {}).keys() - part.get("properties", {}).keys():
-                raise self.refuse(where, "has an allOf that forbids what it asks for")
-        return merged
+    def _modern(self, schema: Any, where: str, depth: int) -> Any:
+        """The schema in draft 2020-12, the older spellings rewritten."""
+        self._count += 1
+        if depth > _MAX_DEPTH or self._count > _MAX_SCHEMAS:
+            raise self.refuse(
+                where, f"it is nested more than {_MAX_DEPTH} levels deep or too large"
+            )
+        if isinstance(schema, bool):
+            return schema
+        if not isinstance(schema, Mapping):
+            raise self.refuse(where, "a schema is an object")
+        modern = {str(k): v for k, v in schema.items() if k not in ("$schema", "$id", "id")}
+        _rewrite(modern)
+        for name, inner in list(modern.items()):
+            at = f"{where}.{name}"
+            if name in _MAPS and isinstance(inner, Mapping):
+                modern[name] = {
+                    k: self._modern(v, f"{at}.{k}", depth + 1) for k, v in inner.items()
+                }
+            elif name in _LISTS and isinstance(inner, list):
+                modern[name] = [
+                    self._modern(v, f"{at}[{i}]", depth + 1) for i, v in enumerate(inner)
+                ]
+            elif name in _SINGLE:
+                modern[name] = self._modern(inner, at, depth + 1)
+        return modern
 
-    # Checking a value
-
-    def _violation(self, value: Any, schema: Any, at: str) -> str | None:
-        if schema is True:
-            return None
-        if "$ref" in schema:
-            problem = self._violation(value, self._resolved(schema, at), at)
-            if problem:
-                return problem
-        if "const" in schema and not _equal(value, schema["const"]):
-            return f"{at} is not the constant"
-        if "enum" in schema and not any(_equal(value, option) for option in schema["enum"]):
-            return f"{at} is none of the enum's values"
-        kinds = _kinds(schema)
-        if kinds and not any(_is(value, kind) for kind in kinds):
-            return f"{at} is not of type {' or '.join(kinds)}"
-        for option in schema.get("allOf", ()):
-            problem = self._violation(value, option, at)
-            if problem:
-                return problem
-        for name, most in (("anyOf", math.inf), ("oneOf", 1)):
-            if name in schema:
-                fitting = [s for s in schema[name] if self._violation(value, s, at) is None]
-                if not 1 <= len(fitting) <= most:
-                    return f"{at} fits {len(fitting)} of the options of {name}"
-        if isinstance(value, dict):
-            return self._in_object(value, schema, at)
-        if isinstance(value, list):
-            return self._in_array(value, schema, at)
-        return _text_or_number(value, schema, at)
-
-    def _in_object(self, value: dict[str, Any], schema: Any, at: str) -> str | None:
-        properties = schema.get("properties", {})
-        for name in schema.get("required", ()):
-            if name not in value:
-                return f"{at} has no {name!r}"
-        others = schema.get("additionalProperties", True)
-        for name, inner in value.items():
-            if name not in properties and others is False:
-                return f"{at} has an additional {name!r}"
-            problem = self._violation(inner, properties.get(name, others), f"{at}.{name}")
-            if problem:
-                return problem
-        return None
-
-    def _in_array(self, value: list[Any], schema: Any, at: str) -> str | None:
-        if not schema.get("minItems", 0) <= len(value) <= schema.get("maxItems", len(value)):
-            return f"{at} has {len(value)} items"
-        if schema.get("uniqueItems") and any(
-            _equal(one, other) for i, one in enumerate(value) for other in value[:i]
-        ):
-            return f"{at} repeats an item"
-        first = schema.get("prefixItems", [])
-        others = schema.get("items", True)
-        for i, inner in enumerate(value):
-            rule = first[i] if i < len(first) else others
-            if rule is False:
-                return f"{at} has {len(value)} items"
-            problem = self._violation(inner, rule, f"{at}[{i}]")
-            if problem:
-                return problem
-        return None
+    def _work(self, schema: Any, known: dict[int, int], inside: tuple[int, ...]) -> int:
+        """How many schemas one value may be held against; refuses loops and explosions."""
+        if not isinstance(schema, Mapping):
+            return 1
+        if id(schema) in inside:
+            raise self.refuse(self.where, "it refers to itself without end")
+        if id(schema) not in known:
+            known[id(schema)] = 0  # further down, behind properties and items, it may come again
+            here = (*inside, id(schema))
+            work = 1
+            if "$ref" in schema:
+                work += self._work(self.target(schema["$ref"], self.where), known, here)
+            for name, inner in _subschemas(schema):
+                place = name in _IN_PLACE
+                cost = self._work(inner, known, here if place else ())
+                work += cost if place else 0
+            if work > _MOST_WORK:
+                raise self.refuse(self.where, "its references multiply")
+            known[id(schema)] = work
+        return known[id(schema)]
 
 
-def _inner(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """(name, subschema) of everything directly inside."""
-    for name, inner in schema.get("properties", {}).items():
-        yield f"properties.{name}", inner
-    for name in ("prefixItems", *_OPTIONS):
-        for i, inner in enumerate(schema.get(name, ())):
-            yield f"{name}[{i}]", inner
-    for name in ("items", "additionalProperties"):
-        if schema.get(name, False) is not False:
+def _rewrite(schema: dict[str, Any]) -> None:
+    """Older drafts' and OpenAPI's keywords in the words of 2020-12, in place."""
+    if isinstance(schema.get("items"), list):
+        schema["prefixItems"] = schema.pop("items")
+        if "additionalItems" in schema:
+            schema["items"] = schema.pop("additionalItems")
+    for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
+        if isinstance(schema.get(bound), bool):
+            if schema.pop(bound) and limit in schema:
+                schema[bound] = schema.pop(limit)
+    needs = schema.pop("dependencies", None)
+    for name, need in needs.items() if isinstance(needs, Mapping) else ():
+        keyword = "dependentRequired" if isinstance(need, list) else "dependentSchemas"
+        schema.setdefault(keyword, {})[name] = need
+    if schema.pop("nullable", False) is True:
+        if isinstance(schema.get("type"), str):
+            schema["type"] = [schema["type"], "null"]
+            if isinstance(schema.get("enum"), list) and None not in schema["enum"]:
+                schema["enum"] = [*schema["enum"], None]
+        elif "type" not in schema and schema:
+            inner = dict(schema)
+            names = [name for name in ("$defs", "definitions") if name in inner]
+            definitions: dict[str, Any] = {name: inner.pop(name) for name in names}
+            schema.clear()
+            schema.update(definitions, anyOf=[inner, {"type": "null"}])
+
+
+def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    for name in _MAPS:
+        yield from ((name, inner) for inner in schema.get(name, {}).values())
+    for name in _LISTS:
+        yield from ((name, inner) for inner in schema.get(name, ()))
+    for name in _SINGLE:
+        if name in schema:
             yield name, schema[name]
 
 
-def _text_or_number(value: Any, schema: Any, at: str) -> str | None:
-    if isinstance(value, str):
-        low, high = schema.get("minLength", 0), schema.get("maxLength", len(value))
-        if not low <= len(value) <= high:
-            return f"{at} has {len(value)} characters"
-        if "pattern" in schema and not matches(schema["pattern"], value):
-            return f"{at} does not match its pattern"
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        inside = (
-            value >= schema.get("minimum", value)
-            and value <= schema.get("maximum", value)
-            and ("exclusiveMinimum" not in schema or value > schema["exclusiveMinimum"])
-            and ("exclusiveMaximum" not in schema or value < schema["exclusiveMaximum"])
-        )
-        if not inside:
-            return f"{at} is out of bounds"
-        step = schema.get("multipleOf")
-        if step is not None and not _is_multiple(value, step):
-            return f"{at} is no multiple of {step}"
-    return None
+def _short(message: str) -> str:
+    return message if len(message) <= 200 else f"{message[:197]}..."
 
 
-def _kinds(schema: Mapping[str, Any]) -> list[Any]:
-    kinds = schema.get("type", [])
-    return kinds if isinstance(kinds, list) else [kinds]
+# Patterns
 
 
-def _common_kinds(ours: list[str], theirs: list[str]) -> list[str]:
-    """Types that are among both; an integer is a number."""
-    wide = {"integer": ("integer", "number")}
-    return [
-        kind
-        for kind in _TYPES
-        if any(name in ours for name in wide.get(kind, (kind,)))
-        and any(name in theirs for name in wide.get(kind, (kind,)))
-        and not (kind == "number" and not ("number" in ours and "number" in theirs))
-    ]
-
-
-def _is(value: Any, kind: str) -> bool:
-    if kind in ("integer", "number"):
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (kind == "number" or isinstance(value, int) or value.is_integer())
-    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
-    return isinstance(value, types[kind])
-
-
-def _is_multiple(value: float, step: float) -> bool:
-    if isinstance(value, int) and isinstance(step, int):
-        return value % step == 0
+@functools.lru_cache(maxsize=256)
+def _compiled(pattern: str) -> regex.Pattern[str] | None:
+    """The pattern, or None for one that cannot be read, or that would take long to."""
+    counts = re.findall(r"\{(\d*),?(\d*)\}", pattern)
+    repeats = 1
+    for low, high in counts:
+        repeats *= max(int(high or low or 1), 1)
+    if len(pattern) > 2000 or repeats > _MOST_REPEATS:
+        return None
     try:
-        count = value / step
-        return math.isclose(count, round(count), rel_tol=1e-9)
-    except OverflowError:  # beyond what a float can hold
-        return False
+        return regex.compile(pattern)
+    except (regex.error, OverflowError, RecursionError):
+        return None
 
 
-def _equal(value: Any, wanted: Any) -> bool:
-    """JSON's equality: true is not 1."""
-    return type(value) is type(wanted) and bool(value == wanted)
+def matches(pattern: str, text: str) -> bool:
+    """Whether the pattern is in the text; True where that cannot be found out in time."""
+    compiled = _compiled(pattern)
+    if compiled is None:
+        return True
+    try:
+        return compiled.search(text, timeout=_PATTERN_SECONDS) is not None
+    except TimeoutError:
+        return True
 
 
-def _all_text(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(inner, str) for inner in value)
+def _pattern(_: Any, pattern: str, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    if isinstance(value, str) and not matches(pattern, value):
+        yield jsonschema.ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+def _pattern_properties(
+    judge: Any, patterns: Mapping[str, Any], value: Any, _: Any
+) -> Iterator[jsonschema.ValidationError]:
+    for pattern, schema in patterns.items() if isinstance(value, dict) else ():
+        for name, inner in value.items():
+            if _compiled(pattern) is not None and matches(pattern, name):
+                yield from judge.descend(inner, schema, path=name, schema_path=pattern)
+
+
+def _additional_properties(
+    judge: Any, rule: Any, value: Any, schema: Mapping[str, Any]
+) -> Iterator[jsonschema.ValidationError]:
+    patterns = schema.get("patternProperties", {})
+    for name, inner in value.items() if isinstance(value, dict) else ():
+        if name in schema.get("properties", {}) or any(matches(p, name) for p in patterns):
+            continue
+        if rule is False:
+            yield jsonschema.ValidationError(f"{name!r} is not among its properties")
+        else:
+            yield from judge.descend(inner, rule, path=name)
+
+
+_Judge: Callable[..., Any] = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator,
+    {
+        "pattern": _pattern,
+        "patternProperties": _pattern_properties,
+        "additionalProperties": _additional_properties,
+    },
+)
+_METASCHEMA = jsonschema.Draft202012Validator.META_SCHEMA
+_FORMATS = jsonschema.FormatChecker()
+
+
+@_FORMATS.checks("date-time", raises=ValueError)
+def _is_instant(value: Any) -> bool:
+    """RFC 3339: a date, a time and an offset."""
+    if not isinstance(value, str):
+        return True
+    return "T" in value.upper() and datetime.fromisoformat(value).tzinfo is not None

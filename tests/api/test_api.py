@@ -146,7 +146,7 @@ def test_missing_and_foreign_models_are_explained(tmp_path):
 
 def test_a_model_that_cannot_fit_is_refused_before_its_weights(monkeypatch):
     this = replace(machine(), memory=20_000_000)
-    monkeypatch.setattr("mlx_dgemma.checkpoint.loading.machine", lambda: this)
+    monkeypatch.setattr("mlx_dgemma.checkpoint.plan.machine", lambda: this)
     monkeypatch.setattr(
         "mlx_dgemma.checkpoint.loading.load_model", lambda *_, **__: pytest.fail("loaded")
     )

@@ -11,11 +11,11 @@ import mlx.core as mx
 import pytest
 
 from mlx_dgemma import Commit, Finish, Runtime, generate, infill, load, stream_generate
+from mlx_dgemma.checkpoint import plan, sizes
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.infilling.windows import Filler
-from mlx_dgemma.machine import memory
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 
@@ -181,15 +181,15 @@ def tight(monkeypatch):
     """A machine on which the demo fits with its head in slices alone."""
     # Slices thinner than the demo's vocabulary, and nothing else to ask for more than a step.
     for name, small in (("VOCABULARY_SLICE", 64), ("PREFILL_CHUNK", 1), ("QUERY_BLOCK", 1)):
-        monkeypatch.setattr(memory, name, small)
+        monkeypatch.setattr(sizes, name, small)
     config = ModelConfig.from_folder(CHECKPOINT)
     whole, sliced = (
-        memory.plan(config, context_tokens=8192, sliced_head=in_slices).total
+        plan.plan(config, context_tokens=8192, sliced_head=in_slices).total
         for in_slices in (False, True)
     )
     here = replace(machine(), memory=(whole + sliced) * 2 // 3 + 1)  # of which 3/4 can be used
-    monkeypatch.setattr(memory, "machine", lambda: here)
-    monkeypatch.setattr(memory, "_here", lambda: here)
+    monkeypatch.setattr(plan, "machine", lambda: here)
+    monkeypatch.setattr(plan, "_here", lambda: here)
     return here
 
 
@@ -232,13 +232,13 @@ def test_infilling_slices_the_head_as_well(tight, monkeypatch):
 def test_a_tight_machine_is_told_once_and_a_small_one_is_refused(tight, monkeypatch, caplog):
     limit = tight.memory // 2
     mac = replace(tight, metal=True, working_set=limit)
-    monkeypatch.setattr(memory, "machine", lambda: mac)
+    monkeypatch.setattr(plan, "machine", lambda: mac)
     with Runtime() as running:
         for _ in range(2):
             running.generate(PROMPT, seed=1, **QUICK)
     assert caplog.text.count("sudo sysctl iogpu.wired_limit_mb=") == 1
     small = replace(tight, memory=tight.memory // 2)
-    monkeypatch.setattr(memory, "machine", lambda: small)
+    monkeypatch.setattr(plan, "machine", lambda: small)
     with pytest.raises(ResourceError, match="The demo checkpoint needs"):
         Runtime()
 

@@ -13,7 +13,7 @@ import mlx.core as mx
 import pytest
 
 from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
-from mlx_dgemma.checkpoint import loading
+from mlx_dgemma.checkpoint import loading, plan, sizes
 from mlx_dgemma.checkpoint.hub import (
     BESIDE_WEIGHTS,
     KNOWN_REPOSITORIES,
@@ -25,7 +25,6 @@ from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, ResourceError
 from mlx_dgemma.machine import memory
 from mlx_dgemma.machine.hardware import Machine, machine
-from mlx_dgemma.model import packed_context as model_packed_context
 from mlx_dgemma.model.config import ModelConfig
 
 GIB = 1 << 30
@@ -43,10 +42,10 @@ def real() -> ModelConfig:
 
 
 def test_the_real_4bit_checkpoint_with_8k_context_stays_under_18_gb(real: ModelConfig) -> None:
-    plan = memory.plan(real, context_tokens=8192)
-    assert plan.weights == 16_542_844_632
-    assert plan.total < 18e9
-    assert str(plan).startswith("17.6 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens")
+    wanted = plan.plan(real, context_tokens=8192)
+    assert wanted.weights == 16_542_844_632
+    assert wanted.total < 18e9
+    assert str(wanted).startswith("17.6 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens")
 
 
 @pytest.mark.parametrize("known", KNOWN_REPOSITORIES, ids=lambda known: known.id.split("-it")[-1])
@@ -62,44 +61,34 @@ def test_the_repository_table_follows_from_the_shapes(known, real: ModelConfig) 
         block = {**own, "bits": int(name[0])}
     else:
         real, block = replace(real, quantization=None), None
-    assert memory.weight_bytes(real, quantization=block) == known.weight_bytes
-    beside = memory.plan(real, context_tokens=8192, weights=0).total
+    assert sizes.weight_bytes(real, quantization=block) == known.weight_bytes
+    beside = plan.plan(real, context_tokens=8192, weights=0).total
     assert beside == BESIDE_WEIGHTS
 
 
 def test_context_grows_only_in_full_layers(real: ModelConfig) -> None:
     # 5 layers x keys and values x 2 heads x 512 wide x 2 bytes
-    assert memory.context_bytes(real, 1 << 18) - memory.context_bytes(real, 1 << 17) == (
+    assert sizes.context_bytes(real, 1 << 18) - sizes.context_bytes(real, 1 << 17) == (
         (1 << 17) * 5 * 2 * 2 * 512 * 2
     )
 
 
-def test_the_plan_reckons_with_the_networks_own_blocks() -> None:
-    from mlx_dgemma.kernels.row_statistics import SLICE
-    from mlx_dgemma.model import attention
-    from mlx_dgemma.model.network import CHUNK
-
-    assert memory.PREFILL_CHUNK == CHUNK
-    assert (memory.QUERY_BLOCK, memory.KEY_CHUNK) == (attention.QUERY_BLOCK, attention.KEY_CHUNK)
-    assert memory.VOCABULARY_SLICE == SLICE
-
-
 def test_the_longest_context_takes_flat_working_memory(real: ModelConfig) -> None:
-    short, long = (memory.plan(real, context_tokens=tokens) for tokens in (8192, 262_144))
+    short, long = (plan.plan(real, context_tokens=tokens) for tokens in (8192, 262_144))
     assert long.working == short.working
     assert long.context == pytest.approx(5.7e9, rel=0.01)
 
 
 def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> None:
-    whole = memory.plan(real, context_tokens=8192)
-    sliced = memory.plan(real, context_tokens=8192, sliced_head=True)
+    whole = plan.plan(real, context_tokens=8192)
+    sliced = plan.plan(real, context_tokens=8192, sliced_head=True)
     between = (whole.total + sliced.total) // 2
     for working_set, in_slices in (
         (whole.total, False),
         (between, True),
         (sliced.total - 1, False),
     ):
-        chosen = memory.plan_for(mac(24, working_set), real, context_tokens=8192)
+        chosen = plan.plan_for(mac(24, working_set), real, context_tokens=8192)
         assert chosen.sliced_head is in_slices
     assert "the head in slices" in str(sliced)
 
@@ -107,19 +96,19 @@ def test_the_head_is_sliced_only_where_that_makes_it_fit(real: ModelConfig) -> N
 def test_as_many_canvases_at_once_as_the_machine_has_room_for(
     real: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    totals = [memory.plan(real, context_tokens=8192, canvases=n).total for n in range(1, 9)]
+    totals = [plan.plan(real, context_tokens=8192, canvases=n).total for n in range(1, 9)]
     logits = real.canvas_length * real.text.vocab_size * 2
     assert all(after - before > logits for before, after in pairwise(totals))
     for count, total in enumerate(totals, 1):
         for room, expected in ((total, count), (total - 1, max(count - 1, 1))):
-            monkeypatch.setattr(memory, "_here", lambda room=room: mac(64, room))
-            assert memory.canvases_together(real, 1000, 8) == expected
-    monkeypatch.setattr(memory, "_here", lambda: mac(64, totals[-1]))
-    longer = memory.canvases_together(real, 200_000, 8)
+            monkeypatch.setattr(plan, "_here", lambda room=room: mac(64, room))
+            assert plan.canvases_together(real, 1000, 8) == expected
+    monkeypatch.setattr(plan, "_here", lambda: mac(64, totals[-1]))
+    longer = plan.canvases_together(real, 200_000, 8)
     assert longer < 8
-    assert memory.canvases_together(real, 200_000, 8, kv_bits=8) > longer
-    monkeypatch.setattr(memory, "_here", lambda: mac(24, 17_179_869_184))  # what macOS gives
-    assert memory.canvases_together(real, 1000, 8) == 1
+    assert plan.canvases_together(real, 200_000, 8, kv_bits=8) > longer
+    monkeypatch.setattr(plan, "_here", lambda: mac(24, 17_179_869_184))  # what macOS gives
+    assert plan.canvases_together(real, 1000, 8) == 1
 
 
 def test_mlx_is_told_its_limits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -173,32 +162,31 @@ def test_the_plan_covers_what_a_context_really_takes() -> None:
     for count in (30, 100, 700):
         model.prefill(mx.zeros((1, count), dtype=mx.int32), cache)
         mx.eval(cache.arrays)
-        item = memory.ITEM_SIZE[config.text.dtype] / cache.arrays[0].itemsize
-        assert cache.nbytes * item <= memory.context_bytes(config, cache.offset)
+        item = sizes.ITEM_SIZE[config.text.dtype] / cache.arrays[0].itemsize
+        assert cache.nbytes * item <= sizes.context_bytes(config, cache.offset)
 
 
 def test_stored_bytes_come_from_the_headers() -> None:
     folder = demo_path()
     config = ModelConfig.from_folder(folder)
-    assert memory.stored_bytes(folder) == memory.weight_bytes(config, layout="hf")
+    assert sizes.stored_bytes(folder) == sizes.weight_bytes(config, layout="hf")
 
 
 def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) -> None:
     folder = demo_path()
     config = ModelConfig.from_folder(folder)
-    wide = memory.in_float32(config)
-    stored, widened = (memory.stored_bytes(folder, widened=wider) for wider in (False, True))
+    wide = plan.in_float32(config)
+    stored, widened = (sizes.stored_bytes(folder, widened=wider) for wider in (False, True))
     assert widened == 2 * stored
     needs = [
-        memory.plan(config, context_tokens=memory.LEAST_CONTEXT, weights=stored).total,
-        memory.plan(
-            wide, context_tokens=memory.LEAST_CONTEXT, weights=widened, sliced_head=True
-        ).total,
+        plan.plan(config, context_tokens=plan.LEAST_CONTEXT, weights=stored).total,
+        plan.plan(wide, context_tokens=plan.LEAST_CONTEXT, weights=widened, sliced_head=True).total,
     ]
     between = sum(needs) // 2
     small = replace(machine(), memory=between * 4 // 3, working_set=None, metal=False)
     assert needs[0] < memory.usable(small) < needs[1]
-    monkeypatch.setattr(loading, "machine", lambda: small)
+    for module in (loading, plan):
+        monkeypatch.setattr(module, "machine", lambda: small)
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: None)
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu))
     loading.load_network()
@@ -206,12 +194,13 @@ def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) ->
         loading.load_network(dtype="float32")
 
     roomy = replace(machine(), metal=True, working_set=None)
-    monkeypatch.setattr(memory, "machine", lambda: roomy)
-    planned, _ = memory.plan_checkpoint(folder, name="demo", dtype="float32")
+    monkeypatch.setattr(plan, "machine", lambda: roomy)
+    _, planned = plan.prepare(None, dtype="float32")
     assert planned.weights == widened
-    unread, _ = memory.plan_checkpoint(folder, name="demo", dtype="float32", stored=False)
-    assert unread.weights == memory.weight_bytes(wide)
-    narrow, _ = memory.plan_checkpoint(folder, name="demo", stored=False)
+    monkeypatch.setattr("mlx_dgemma.checkpoint.hub.resolve_model", lambda *_, **__: folder)
+    _, unread = plan.prepare("org/model", dtype="float32", weights=False)
+    assert unread.weights == sizes.weight_bytes(wide)
+    _, narrow = plan.prepare("org/model", weights=False)
     assert unread.working == planned.working > narrow.working
     assert unread.context == 2 * narrow.context
 
@@ -229,24 +218,24 @@ def test_float32_on_a_gpu_is_planned_as_such(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_damaged_header_is_named(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(CheckpointError, match=r"model\.safetensors (is trunc|has a damaged)"):
-        memory.stored_bytes(tmp_path)
+        sizes.stored_bytes(tmp_path)
 
 
 def test_weights_that_cannot_be_opened_are_not_called_damaged(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").mkdir()
     with pytest.raises(CheckpointError, match="cannot be read: it is a folder, not a file"):
-        memory.stored_bytes(tmp_path)
+        sizes.stored_bytes(tmp_path)
 
 
 def test_a_folder_without_weights(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="has no safetensors files"):
-        memory.stored_bytes(tmp_path)
+        sizes.stored_bytes(tmp_path)
 
 
 def test_too_little_memory_is_refused_with_the_numbers() -> None:
-    plan = memory.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
+    wanted = plan.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
     with pytest.raises(ResourceError) as refused:
-        memory.check_fits(plan, mac(16), name="The 4-bit model")
+        plan.check_fits(wanted, mac(16), name="The 4-bit model")
     assert str(refused.value) == (
         "The 4-bit model needs 17.5 GB (16.5 GB weights, 0.5 GB context of 8,192 tokens, 0.5 GB "
         "working memory), and this machine has 17.2 GB, of which 14.2 GB can be used; use a "
@@ -257,29 +246,29 @@ def test_too_little_memory_is_refused_with_the_numbers() -> None:
 
 def test_a_shorter_context_is_offered_where_that_helps(real: ModelConfig) -> None:
     """The longest that fits, and never one below what commands plan with anyway."""
-    needed = memory.plan(real, context_tokens=100_000, kv_bits=8)
+    needed = plan.plan(real, context_tokens=100_000, kv_bits=8)
     this = replace(mac(24), memory=needed.total + memory.SYSTEM_RESERVE, metal=False)
     with pytest.raises(ResourceError, match=r"a context of ([\d,]+) tokens fits") as refused:
-        memory.check_fits(memory.plan(real, context_tokens=200_000, kv_bits=8), this)
+        plan.check_fits(plan.plan(real, context_tokens=200_000, kv_bits=8), this)
     found = re.search(r"a context of ([\d,]+) tokens", str(refused.value))
     assert found is not None
     tokens = int(found[1].replace(",", ""))
-    assert 100_000 - 2 * memory.CONTEXT_STEP <= tokens <= 100_000 + memory.CONTEXT_STEP
-    assert memory.check_fits(memory.plan(real, context_tokens=tokens, kv_bits=8), this) is None
+    assert 100_000 - 2 * plan.CONTEXT_STEP <= tokens <= 100_000 + plan.CONTEXT_STEP
+    assert plan.check_fits(plan.plan(real, context_tokens=tokens, kv_bits=8), this) is None
 
-    short = memory.plan(real, context_tokens=4096, kv_bits=8)
+    short = plan.plan(real, context_tokens=4096, kv_bits=8)
     this = replace(this, memory=short.total + memory.SYSTEM_RESERVE)
     with pytest.raises(ResourceError, match="use a checkpoint with fewer bits"):
-        memory.check_fits(memory.plan(real, context_tokens=8192, kv_bits=8), this)
+        plan.check_fits(plan.plan(real, context_tokens=8192, kv_bits=8), this)
 
 
 def test_what_fits_is_silent_and_a_tight_fit_is_advised() -> None:
-    plan = memory.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
-    assert memory.check_fits(plan, mac(64, 48 * GIB)) is None
-    advice = memory.check_fits(plan, mac(24, 16 * GIB))
+    wanted = plan.Plan(16_500_000_000, 500_000_000, 500_000_000, 8192)
+    assert plan.check_fits(wanted, mac(64, 48 * GIB)) is None
+    advice = plan.check_fits(wanted, mac(24, 16 * GIB))
     assert advice is not None
     assert "sudo sysctl iogpu.wired_limit_mb=17202" in advice
-    assert memory.check_fits(plan, replace(mac(8), memory=None)) is None
+    assert plan.check_fits(wanted, replace(mac(8), memory=None)) is None
 
 
 def test_the_machine_describes_itself() -> None:
@@ -314,33 +303,27 @@ def test_the_plan_is_what_the_buffers_take(kv_bits: int | None) -> None:
     for count in (700 - 4 * canvas, *[canvas] * 4):
         model.prefill(mx.zeros((1, count), dtype=mx.int32), cache)
     mx.eval(cache.arrays)
-    assert cache.nbytes == memory.context_bytes(config, 700, kv_bits)
+    assert cache.nbytes == sizes.context_bytes(config, 700, kv_bits)
 
 
 def test_eight_bits_are_offered_where_they_make_it_fit(real: ModelConfig) -> None:
     exact, packed = (
-        memory.plan(real, context_tokens=262_144, kv_bits=kv_bits) for kv_bits in (None, 8)
+        plan.plan(real, context_tokens=262_144, kv_bits=kv_bits) for kv_bits in (None, 8)
     )
     assert exact.packed_total == packed.packed_total == packed.total
     assert "3.2 GB context of 262,144 tokens in 8 bits" in str(packed)
     assert packed.record()["kv_bits"] == 8
     this = replace(mac(24), memory=packed.total + memory.SYSTEM_RESERVE)
     with pytest.raises(ResourceError, match=r"in 8 bits \(20\.\d GB\) it fits: --kv-bits 8\."):
-        memory.check_fits(exact, this)
-    assert memory.check_fits(packed, replace(this, metal=False)) is None
+        plan.check_fits(exact, this)
+    assert plan.check_fits(packed, replace(this, metal=False)) is None
     with pytest.raises(ResourceError, match=r"a context of .* tokens fits"):
-        memory.check_fits(packed, mac(20))
+        plan.check_fits(packed, mac(20))
 
 
 def test_the_longest_contexts_are_those_of_the_shapes() -> None:
     published = ModelConfig.from_dict(published_config())
     assert published.text.max_position_embeddings == LONGEST_CONTEXT
     assert {
-        kv_bits: memory.context_bytes(published, LONGEST_CONTEXT, kv_bits) for kv_bits in (None, 8)
+        kv_bits: sizes.context_bytes(published, LONGEST_CONTEXT, kv_bits) for kv_bits in (None, 8)
     } == LONGEST_CONTEXT_BYTES
-
-
-def test_the_plan_packs_as_the_context_does() -> None:
-    packed = model_packed_context
-    assert (packed._GROUPS, packed.BITS) == (memory.PACKED_GROUPS, 8)
-    assert 2 * packed.STORED.size == memory.PACKED_SCALES

@@ -73,7 +73,7 @@ def test_kl_against_numpy(states, checkpoint):
 
 def test_fewer_bits_diverge_more(checkpoint):
     recipes = [RECIPES["bf16"], RECIPES["8bit"], RECIPES["4bit"], RECIPES["small"]]
-    found = measure(checkpoint, recipes, prompts=PROMPTS, generate=False)
+    found = measure(checkpoint, recipes, prompts=PROMPTS)
     divergences = [row.kl_mean for row in found.rows]
     assert divergences[0] == pytest.approx(0.0, abs=1e-7)
     assert divergences == sorted(divergences)
@@ -96,7 +96,9 @@ def test_the_demo_generates(tmp_path):
     from mlx_dgemma.checkpoint.hub import demo_path
 
     prompt = [{"role": "user", "content": "Reverse: abcdef"}]
-    found = measure(demo_path(), [RECIPES["8bit"]], prompts=[prompt], scratch=tmp_path)
+    found = measure(
+        demo_path(), [RECIPES["8bit"]], prompts=[prompt], scratch=tmp_path, convert=convert
+    )
     assert found.demo
     assert "bundled demo" in found.table()
     row = found.rows[0]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import load
+from mlx_dgemma.decoding.block_result import finished
 from mlx_dgemma.decoding.canvas import CanvasRequest, Pins, Start
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.denoise import advance, denoise_block, step
@@ -58,8 +59,8 @@ def test_a_row_that_joins_later_denoises_as_alone(network, sampler, conditioning
         outcome = step(model, cache, settings, state)
         numbers = outcome.report.read()
         ended = state.last | numbers.complete
-        results |= state.finish(
-            ended, numbers.complete, outcome.seen, outcome.settled, logprobs=False
+        results |= finished(
+            state, ended, numbers.complete, outcome.seen, outcome.settled, logprobs=False
         )
         advance(model, state, outcome, numbers)
         state.keep(~ended)

@@ -9,7 +9,15 @@ import pytest
 
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.graph import launches
-from mlx_dgemma.decoding import blocks, canvas_state, denoise, prediction, report, self_conditioning
+from mlx_dgemma.decoding import (
+    block_result,
+    blocks,
+    canvas_state,
+    denoise,
+    prediction,
+    report,
+    self_conditioning,
+)
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
@@ -55,7 +63,7 @@ def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
     numpy, waits = CountingNumPy(), []
     core = SimpleNamespace(**vars(mx))
     core.eval = lambda *arrays: (waits.append(1), mx.eval(*arrays))
-    for module in (canvas_state, denoise, prediction, report, self_conditioning):
+    for module in (block_result, canvas_state, denoise, prediction, report, self_conditioning):
         monkeypatch.setattr(module, "mx", core)
         if hasattr(module, "np"):
             monkeypatch.setattr(module, "np", numpy)

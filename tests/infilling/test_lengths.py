@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.loading import load
-from mlx_dgemma.decoding.canvas_state import BlockResult
+from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.infilling import infill, windows
 from mlx_dgemma.infilling.lengths import (

@@ -123,9 +123,9 @@ def test_the_terminal_says_what_is_waited_for(caplog):
         judged([fake("good"), fake("wrong")])
         judged([fake("good")])
     first, last = (record.getMessage() for record in caplog.records)
-    assert first.startswith("checking 2 Metal kernels, once on this machine")
+    assert first.startswith("checking Metal kernels in 2 shapes, once on this machine")
     assert "MLX_DGEMMA_KERNELS=off" in first
-    assert last.startswith("1 of 2 kernels are on")
+    assert last.startswith("1 of 2 shapes run as kernels")
 
 
 @pytest.mark.parametrize(("kernel_ms", "enabled"), [(0.94, True), (0.96, False), (1.0, False)])

@@ -65,9 +65,9 @@ def test_chunks_end_on_an_absolute_grid(model, monkeypatch):
     seen = []
     encode = type(model)._encode
 
-    def watch(self, x, cache, blocks):
+    def watch(self, x, cache, blocks, **options):
         seen.append((cache.offset, x.shape[1]))
-        encode(self, x, cache, blocks)
+        return encode(self, x, cache, blocks, **options)
 
     monkeypatch.setattr(type(model), "_encode", watch)
     cache = prefilled(model, ids(10), chunk_size=8)

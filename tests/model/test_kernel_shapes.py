@@ -13,6 +13,7 @@ from mlx_dgemma.benchmark.synthetic import synthetic_config
 from mlx_dgemma.checkpoint import loading
 from mlx_dgemma.checkpoint.weights import fill
 from mlx_dgemma.decoding.logits import WholeLogits
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.kernels import accept_renoise, dispatch, gather_soft_embeddings
 from mlx_dgemma.kernels.table import operations
 from mlx_dgemma.model import Model
@@ -89,7 +90,7 @@ def test_a_model_is_loaded_after_its_kernels_are_checked(monkeypatch):
     monkeypatch.setattr(dispatch, "prepare", lambda requests: order.append(len(requests)))
     monkeypatch.setattr(loading, "load_model", lambda *_, **__: order.append("weights"))
     loading.load_network()
-    assert order == [len(kernel_shapes(ModelConfig.from_folder(loading.CHECKPOINT))), "weights"]
+    assert order == [len(kernel_shapes(ModelConfig.from_folder(CHECKPOINT))), "weights"]
     order.clear()
     loading.load_network(lazy=True)
     assert order == ["weights"]

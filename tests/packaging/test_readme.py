@@ -175,7 +175,7 @@ def test_the_model_named_for_a_mac_fits_it_without_raising_a_limit() -> None:
 
 def test_the_size_of_the_demo_is_right() -> None:
     from mlx_dgemma.checkpoint.hub import demo_path
-    from mlx_dgemma.machine.memory import stored_bytes
+    from mlx_dgemma.checkpoint.sizes import stored_bytes
 
     stored = stored_bytes(demo_path())
     said = re.search(r"\(([\d.]+) million\nparameters, (\d+) MB\)", PAGES["docs/demo.md"])

@@ -125,7 +125,7 @@ class Script:
         if not held.empty:
             yield Commit(
                 (), held.text, max(block - 1, 0), held.thinking, held.tool_calls,
-                held.malformed_calls,
+                held.malformed_calls, held.cut_call,
             )  # fmt: skip
         if len(ids) > limit and not stopped:
             reason = "length"

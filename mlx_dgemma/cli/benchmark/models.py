@@ -41,7 +41,7 @@ def model_of(arguments: argparse.Namespace) -> Model:
     from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
     from mlx_dgemma.checkpoint.hub import resolve_model
     from mlx_dgemma.checkpoint.loading import load_network
-    from mlx_dgemma.machine.memory import check_fits, plan
+    from mlx_dgemma.checkpoint.plan import check_fits, plan
 
     config = check_prompt(arguments)
     if not arguments.synthetic:

@@ -7,10 +7,9 @@ import json
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from mlx_dgemma.demo.tasks.pictures import Picture
+from mlx_dgemma.demo.tasks.shapes import Picture
 
 HELD_OUT_SHARE = 16  # one prompt in 16, chosen by its hash, is never trained on
 

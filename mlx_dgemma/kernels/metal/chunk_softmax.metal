@@ -19,6 +19,7 @@ constant constexpr float LOWEST = -3.0e38f;
 
     float held[PER];
     float top = LOWEST;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PER; j++) {
       const uint i = j * TG + lid;
       held[j] = LOWEST;
@@ -41,6 +42,7 @@ constant constexpr float LOWEST = -3.0e38f;
     }
 
     float sum = 0.0f;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PER; j++) {
       held[j] = held[j] == LOWEST ? 0.0f : metal::precise::exp(held[j] - highest);
       sum += held[j];
@@ -55,6 +57,7 @@ constant constexpr float LOWEST = -3.0e38f;
       whole += group_sum[g];
     }
     const float factor = whole > 0.0f ? 1.0f / whole : 0.0f;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PER; j++) {
       const uint i = j * TG + lid;
       if (i < S) {

@@ -5,6 +5,7 @@
     const uint column = thread_position_in_grid.x;
     const uint token = thread_position_in_grid.y;
     float sum = 0.0f;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < TOP_K; j++) {
       const uint pair = token * TOP_K + j;
       sum += static_cast<float>(rows[static_cast<ulong>(pair) * H + column]) * weights[pair];

@@ -59,6 +59,7 @@ METAL_FUNC float gelu_tanh(float x) {
     const int rows = metal::min(static_cast<int>(TM), offsets[expert + 1] - row0);
 
     simdgroup_matrix<float, 8, 8> acc[BLOCKS][2];
+    #pragma clang loop unroll(full)
     for (int i = 0; i < BLOCKS; i++) {
       acc[i][0] = simdgroup_matrix<float, 8, 8>(0.0f);
       acc[i][1] = simdgroup_matrix<float, 8, 8>(0.0f);
@@ -87,10 +88,12 @@ METAL_FUNC float gelu_tanh(float x) {
       }
       // 3. Unpack this SIMD-group's weights.
       if (!real_row) {
+        #pragma clang loop unroll(full)
         for (int j = 0; j < 16; j++) {
           mine[j] = T(0);
         }
       } else if (BITS == 0) {
+        #pragma clang loop unroll(full)
         for (int j = 0; j < 16; j++) {
           mine[j] = static_cast<T>(w[weight_row * K + k0 + half_k + j]);
         }
@@ -101,8 +104,10 @@ METAL_FUNC float gelu_tanh(float x) {
         const float stored = static_cast<float>(scales[group]);
         const float scale = FP4 ? metal::precise::exp2(stored - 127.0f) : stored;
         const float bias = FP4 ? 0.0f : static_cast<float>(biases[group]);
+        #pragma clang loop unroll(full)
         for (int word = 0; word < 16 / PER_WORD; word++) {
           const uint packed = static_cast<uint>(w[(weight_row * K + k0 + half_k) / PER_WORD + word]);
+          #pragma clang loop unroll(full)
           for (int j = 0; j < PER_WORD; j++) {
             const uint code = (packed >> (j * (32 / PER_WORD))) & MASK;
             float value = static_cast<float>(code);
@@ -115,10 +120,12 @@ METAL_FUNC float gelu_tanh(float x) {
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
       // 4. Multiply.
+      #pragma clang loop unroll(full)
       for (int kk = 0; kk < BK; kk += 8) {
         simdgroup_matrix<T, 8, 8> b[2];
         simdgroup_load(b[0], Ws + sg * 16 * LD + kk, LD, ulong2(0, 0), true);
         simdgroup_load(b[1], Ws + (sg * 16 + 8) * LD + kk, LD, ulong2(0, 0), true);
+        #pragma clang loop unroll(full)
         for (int i = 0; i < BLOCKS; i++) {
           simdgroup_matrix<T, 8, 8> a;
           simdgroup_load(a, Xs + i * 8 * LD + kk, LD);
@@ -129,8 +136,10 @@ METAL_FUNC float gelu_tanh(float x) {
     }
 
     // 5. GeGLU in registers (gate and up share a lane layout), then out through threadgroup memory.
+    #pragma clang loop unroll(full)
     for (int i = 0; i < BLOCKS; i++) {
       if (GLU) {
+        #pragma clang loop unroll(full)
         for (int j = 0; j < 2; j++) {
           const float gate = static_cast<float>(static_cast<T>(acc[i][0].thread_elements()[j]));
           const float up = static_cast<float>(static_cast<T>(acc[i][1].thread_elements()[j]));

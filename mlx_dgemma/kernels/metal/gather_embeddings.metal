@@ -11,6 +11,7 @@
     const uint n = static_cast<uint>(counts[row]);
     if (column < H) {
       float sum[SPAN];
+      #pragma clang loop unroll(full)
       for (uint j = 0; j < SPAN; j++) {
         sum[j] = 0.0f;
       }
@@ -21,6 +22,7 @@
             static_cast<float>(static_cast<T>(weights[static_cast<ulong>(row) * capacity + s]));
         total += p;
         if (BITS == 0) {
+          #pragma clang loop unroll(full)
           for (uint j = 0; j < SPAN; j++) {
             if (column + j < H) {
               sum[j] += p * static_cast<float>(w[id * H + column + j]);
@@ -32,6 +34,7 @@
           const float scale = static_cast<float>(scales[group]);
           const float bias = static_cast<float>(biases[group]);
           constexpr uint WIDTH = 32 / SPAN;
+          #pragma clang loop unroll(full)
           for (uint j = 0; j < SPAN; j++) {
             const uint code = (packed >> (j * WIDTH)) & ((1u << WIDTH) - 1u);
             sum[j] += p * static_cast<float>(static_cast<T>(scale * static_cast<float>(code) + bias));
@@ -39,6 +42,7 @@
         }
       }
       const float scaled = static_cast<float>(factor[0]);
+      #pragma clang loop unroll(full)
       for (uint j = 0; j < SPAN; j++) {
         if (column + j < H) {
           const T mean = static_cast<T>(total > 0.0f ? sum[j] / total : 0.0f);

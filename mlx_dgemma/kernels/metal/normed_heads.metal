@@ -14,6 +14,7 @@
     float low[PAIRS];
     float high[PAIRS];
     float squares = 0.0f;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PAIRS; j++) {
       const uint i = j * 32 + lane;
       low[j] = static_cast<float>(x[from + i * x_strides[3]]);
@@ -23,6 +24,7 @@
     const float mean = simd_sum(squares) / static_cast<float>(D);
     const float factor = metal::precise::rsqrt(mean + eps[0]);
     const ulong to = ((static_cast<ulong>(b) * heads + head) * length + l) * D;
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PAIRS; j++) {
       const uint i = j * 32 + lane;
       float first = low[j] * factor;

@@ -64,6 +64,7 @@ METAL_FUNC uint pick(const threadgroup float* weights, uint count, thread float&
       for (uint i = k * SLICE + lid * 4; i < stop; i += TG * 4) {
         float t[4];
         float top = LOWEST;
+        #pragma clang loop unroll(full)
         for (uint j = 0; j < 4; j++) {
           t[j] = LOWEST;
           if (i + j < stop) {
@@ -87,6 +88,7 @@ METAL_FUNC uint pick(const threadgroup float* weights, uint count, thread float&
         if (SAMPLING == 2) {
           w *= metal::exp((m - now) / temp);
         }
+        #pragma clang loop unroll(full)
         for (uint j = 0; j < 4; j++) {
           const float shifted = t[j] - now;
           const float e = metal::exp(shifted);  // columns behind the end give exactly zero

@@ -26,6 +26,7 @@
     for (uint start = 0; start < V; start += TG * RUN) {
       float p[RUN];
       uint mine = 0;
+      #pragma clang loop unroll(full)
       for (uint j = 0; j < RUN; j++) {
         const uint i = start + lid * RUN + j;
         p[j] = 0.0f;
@@ -49,6 +50,7 @@
         written += group_count[g];
       }
       if (mine > 0) {
+        #pragma clang loop unroll(full)
         for (uint j = 0; j < RUN; j++) {
           if (p[j] >= threshold && p[j] > 0.0f) {
             if (place < CAPACITY) {

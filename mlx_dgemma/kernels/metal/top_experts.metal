@@ -7,6 +7,7 @@
 
     float value[PER_LANE];
     uint open = 0;  // one bit per score of this lane that is not taken yet
+    #pragma clang loop unroll(full)
     for (uint j = 0; j < PER_LANE; j++) {
       const uint e = j * 32 + lane;
       value[j] = 0.0f;
@@ -17,9 +18,11 @@
     }
     float chosen[TOP_K];
     uint index[TOP_K];
+    #pragma clang loop unroll(full)
     for (uint k = 0; k < TOP_K; k++) {
       float best = -INFINITY;
       uint where = 0xffffffffu;
+      #pragma clang loop unroll(full)
       for (uint j = 0; j < PER_LANE; j++) {
         if (((open >> j) & 1u) != 0 && (where == 0xffffffffu || value[j] > best)) {
           best = value[j];
@@ -38,10 +41,12 @@
       index[k] = winner;
     }
     float sum = 0.0f;
+    #pragma clang loop unroll(full)
     for (uint k = 0; k < TOP_K; k++) {
       sum += metal::exp(chosen[k] - chosen[0]);
     }
     if (lane == 0) {
+      #pragma clang loop unroll(full)
       for (uint k = 0; k < TOP_K; k++) {
         experts[token * TOP_K + k] = static_cast<int>(index[k]);
         weights[token * TOP_K + k] =

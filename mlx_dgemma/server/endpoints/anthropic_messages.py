@@ -4,34 +4,38 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse
 
 from mlx_dgemma.prompt.messages import check_tools
+from mlx_dgemma.server.anthropic_blocks import openai_messages
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Engine
-from mlx_dgemma.server.errors import ApiError, as_api_error
+from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
 from mlx_dgemma.server.requests import Asked, read_request, respond
 from mlx_dgemma.server.sse import data
+from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
+from mlx_dgemma.server.tool_kinds import anthropic_tools
 
 # Fields about versions and storage, which change no reply.
 SILENT = (
-    "anthropic_version", "anthropic_beta", "betas", "output_config", "container",
-    "context_management",
+    "anthropic_version", "anthropic_beta", "betas", "container", "context_management",
+    "mcp_servers", "inference_geo", "cache_control",
 )  # fmt: skip
 
 
 async def read_messages(engine: Engine, fields: Fields, *, counting: bool = False) -> Asked:
-    messages = openai_messages(fields)
-    max_tokens = fields.integer("max_tokens", 1)
-    if max_tokens is None and not counting:
+    messages, warnings = openai_messages(fields)
+    max_tokens = fields.limit("max_tokens")
+    if fields.raw("max_tokens") is None and not counting:
         raise fields.fail("max_tokens", "given as a whole number, at least 1")
     thinking = fields.object("thinking")
     mode = thinking.text("type", ("enabled", "adaptive", "disabled")) if thinking else None
@@ -45,6 +49,9 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
         max_tokens=max_tokens,
         stop="stop_sequences",
         thinking=mode in ("enabled", "adaptive"),
+        schema=read_format(fields.object("output_config"), "format")
+        or read_format(fields, "output_format"),
+        notes=warnings,
     )
 
 
@@ -140,7 +147,7 @@ def _head(asked: Asked) -> dict[str, Any]:
 def _stop_reason(reply: Reply) -> str:
     if reply.end.finish.stop_string is not None:
         return "stop_sequence"
-    if reply.end.finish.reason != "stop":
+    if not reply.whole:
         return "max_tokens"
     return "tool_use" if reply.tool_calls else "end_turn"
 
@@ -159,20 +166,14 @@ def _usage(reply: Reply) -> dict[str, int]:
 def _tools(fields: Fields) -> ToolUse:
     choice = fields.object("tool_choice")
     kind = choice.text("type", ("auto", "any", "tool", "none")) if choice else "auto"
-    declared = []
-    for i, tool in enumerate(fields.items("tools") or []):
-        entry = Fields(tool, f"tools[{i}]")
-        if entry.text("type") not in (None, "custom"):
-            raise entry.fail("type", "'custom': this server runs no tools itself")
-        function = {
-            "name": entry.text("name"),
-            "description": entry.text("description") or "",
-            "parameters": entry.raw("input_schema") or {},
-        }
-        declared.append({"type": "function", "function": function})
-    declared = check_tools(declared)
-    if choice is None:
-        return ToolUse(declared)
+    found = anthropic_tools(fields.items("tools") or [])
+    use = ToolUse(check_tools(found.functions))
+    if choice is not None:
+        use = _chosen(choice, kind, use.declared)
+    return replace(use, warnings=tuple(found.warnings))
+
+
+def _chosen(choice: Fields, kind: str | None, declared: list[Any]) -> ToolUse:
     one_call = bool(choice.flag("disable_parallel_tool_use"))
     if kind == "none":
         return ToolUse()
@@ -184,102 +185,3 @@ def _tools(fields: Fields) -> ToolUse:
             raise choice.fail("name", "given as a string")
         return force(declared, name, one_call)
     return ToolUse(declared, (), one_call)
-
-
-def openai_messages(fields: Fields) -> list[dict[str, Any]]:
-    """The conversation in OpenAI's form, which the chat template reads."""
-    converted: list[dict[str, Any]] = []
-    system = fields.raw("system")
-    if system:
-        converted.append({"role": "system", "content": _texts(system, "system")})
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.fail("messages", "given as a list")
-    for i, message in enumerate(messages):
-        entry = Fields(message, f"messages[{i}]")
-        role = entry.text("role", ("user", "assistant", "system"))
-        content = entry.raw("content")
-        if isinstance(content, str):
-            converted.append({"role": role, "content": content})
-            continue
-        if not isinstance(content, list):
-            raise entry.fail("content", "a string or a list of blocks")
-        blocks = [Fields(block, f"messages[{i}].content[{j}]") for j, block in enumerate(content)]
-        converted += _assistant(blocks) if role == "assistant" else _user(blocks, role)
-    return converted
-
-
-def _user(blocks: list[Fields], role: str | None) -> list[dict[str, Any]]:
-    """Tool results become messages of their own, before what the user says beside them."""
-    results, parts = [], []
-    for block in blocks:
-        kind = block.text("type")
-        if kind == "tool_result":
-            result = {"role": "tool", "tool_call_id": block.text("tool_use_id")}
-            body = _result(block.raw("content") or "", block.path("content"))
-            results.append({**result, "content": body})
-        elif kind == "text":
-            parts.append({"type": "text", "text": block.text("text") or ""})
-        elif kind == "image":
-            parts.append(_image(block))
-        else:
-            raise block.fail("type", "text, image or tool_result")
-    return results + ([{"role": role, "content": parts}] if parts or not results else [])
-
-
-def _result(value: Any, where: str) -> str | list[dict[str, Any]]:
-    """What a tool gave: text, or parts when there is an image among them."""
-    blocks = value if isinstance(value, list) else []
-    kinds = [block.get("type") if isinstance(block, Mapping) else None for block in blocks]
-    if "image" not in kinds:
-        return _texts(value, where)
-    parts = []
-    for i, item in enumerate(value):
-        block = Fields(item, f"{where}[{i}]")
-        if block.text("type", ("text", "image")) == "image":
-            parts.append(_image(block))
-        else:
-            parts.append({"type": "text", "text": block.text("text") or ""})
-    return parts
-
-
-def _image(block: Fields) -> dict[str, Any]:
-    """An image block as OpenAI's part."""
-    source = block.object("source")
-    if source is None:
-        raise block.fail("source", "given as {'type': 'base64', ...} or {'type': 'url', ...}")
-    if source.text("type", ("base64", "url")) == "url":
-        return {"type": "image", "url": source.text("url") or ""}
-    kind = source.text("media_type") or "image/png"
-    return {"type": "image", "url": f"data:{kind};base64,{source.text('data') or ''}"}
-
-
-def _assistant(blocks: list[Fields]) -> list[dict[str, Any]]:
-    message: dict[str, Any] = {"role": "assistant", "content": ""}
-    calls = []
-    for block in blocks:
-        kind = block.text("type")
-        if kind == "text":
-            message["content"] += block.text("text") or ""
-        elif kind == "thinking":
-            message["reasoning"] = message.get("reasoning", "") + (block.text("thinking") or "")
-        elif kind == "tool_use":
-            function = {"name": block.text("name"), "arguments": block.raw("input") or {}}
-            calls.append({"id": block.text("id"), "type": "function", "function": function})
-        elif kind != "redacted_thinking":
-            raise block.fail("type", "text, thinking or tool_use")
-    return [{**message, "tool_calls": calls} if calls else message]
-
-
-def _texts(value: Any, where: str) -> str:
-    """A string, or the texts of a list of blocks joined."""
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ApiError(400, f"{where} must be a string or a list of text blocks.", param=where)
-    texts = []
-    for i, item in enumerate(value):
-        block = Fields(item, f"{where}[{i}]")
-        block.text("type", ("text",))
-        texts.append(block.text("text") or "")
-    return "\n".join(texts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -19,6 +19,7 @@ from mlx_dgemma.server.requests import Asked, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
+from mlx_dgemma.server.tool_kinds import Origin, chat_tools, custom_input
 
 
 async def read_chat(engine: Engine, fields: Fields) -> Asked:
@@ -30,13 +31,13 @@ async def read_chat(engine: Engine, fields: Fields) -> Asked:
             raise ApiError(400, f"{legacy} is not supported; use tools.", param=legacy)
     if (fields.items("modalities") or ["text"]) != ["text"]:
         raise fields.fail("modalities", "['text']")
-    limit = fields.integer("max_completion_tokens", 1)
-    older = fields.integer("max_tokens", 1)
+    limit = fields.limit("max_completion_tokens")
+    older = fields.limit("max_tokens")
     return await read_request(
         engine,
         fields,
         messages,
-        read_tools(fields),
+        read_tools(fields, chat_tools),
         max_tokens=older if limit is None else limit,
         stop="stop",
         thinking=read_thinking(fields),
@@ -54,7 +55,7 @@ async def chat_completions(engine: Engine, fields: Fields, request: Request) -> 
 
     def choice(reply: Reply) -> dict[str, Any]:
         return {
-            "message": _message(reply),
+            "message": _message(reply, asked.origins),
             "finish_reason": reply.openai_reason,
             "logprobs": scored(reply.logprobs),
         }
@@ -66,7 +67,9 @@ async def chat_completions(engine: Engine, fields: Fields, request: Request) -> 
         if event.text or (scores and scores["content"]):
             yield {"delta": {"content": event.text}, "logprobs": scores}
         for position, call in enumerate(calls, len(reply.tool_calls) - len(calls)):
-            yield {"delta": {"tool_calls": [{"index": position, **openai_call(call)}]}}
+            yield {
+                "delta": {"tool_calls": [{"index": position, **openai_call(call, asked.origins)}]}
+            }
         if event.malformed_calls:
             yield {"delta": {"x_malformed_tool_calls": list(event.malformed_calls)}}
 
@@ -83,12 +86,12 @@ async def chat_completions(engine: Engine, fields: Fields, request: Request) -> 
     )
 
 
-def _message(reply: Reply) -> dict[str, Any]:
+def _message(reply: Reply, origins: Mapping[str, Origin]) -> dict[str, Any]:
     message: dict[str, Any] = {"role": "assistant", "content": reply.text}
     if reply.thinking:
         message |= _thought(reply.thinking)
     if reply.tool_calls:
-        message["tool_calls"] = [openai_call(call) for call in reply.tool_calls]
+        message["tool_calls"] = [openai_call(call, origins) for call in reply.tool_calls]
         message["content"] = reply.text or None
     if reply.malformed_calls:
         message["x_malformed_tool_calls"] = reply.malformed_calls
@@ -100,8 +103,11 @@ def _thought(text: str) -> dict[str, str]:
     return {"reasoning": text, "reasoning_content": text}
 
 
-def openai_call(call: dict[str, Any]) -> dict[str, Any]:
+def openai_call(call: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str, Any]:
     arguments = json.dumps(call["arguments"], ensure_ascii=False)
+    if call["name"] in origins:
+        custom = {"name": call["name"], "input": custom_input(arguments)}
+        return {"id": call["id"], "type": "custom", "custom": custom}
     function = {"name": call["name"], "arguments": arguments}
     return {"id": call["id"], "type": "function", "function": function}
 

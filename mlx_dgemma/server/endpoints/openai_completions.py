@@ -35,7 +35,7 @@ def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
     check_room(engine, ids, "prompt")
     suffix = fields.text("suffix")
     choices = fields.integer("n", 1, engine.settings.max_choices) or 1
-    limit = fields.integer("max_tokens", 1)
+    limit = fields.limit("max_tokens")
     # OpenAI's number is how many alternatives to list; there are none here beside the chosen.
     logprobs = fields.integer("logprobs", 0, 5) is not None
     options = {

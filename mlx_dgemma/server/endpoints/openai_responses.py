@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable, Mapping
 from typing import Any
 
 from starlette.requests import Request
@@ -16,37 +16,43 @@ from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
 from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.response_items import Conversation, read_conversation
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.sse import data
+from mlx_dgemma.server.stored import StoredResponses
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
+from mlx_dgemma.server.tool_kinds import Origin, call_item, responses_tools
 
 
-async def read_response(engine: Engine, fields: Fields) -> Asked:
-    for name in ("previous_response_id", "conversation", "prompt", "background"):
+async def read_response(
+    engine: Engine, fields: Fields, stored: StoredResponses
+) -> tuple[Asked, Conversation]:
+    for name in ("conversation", "prompt", "background"):
         if fields.raw(name):
             raise ApiError(
-                400, f"{name} is not supported: this server keeps no responses.", param=name
+                400,
+                f"{name} is not supported: send the conversation in input, or continue a response "
+                "with previous_response_id.",
+                param=name,
             )
     instructions = fields.text("instructions")
-    items = fields.raw("input")
-    if isinstance(items, str):
-        items = [{"role": "user", "content": items}]
-    if not isinstance(items, list):
-        raise fields.fail("input", "a string or a list of items")
-    messages = chat_messages(items)
+    conversation = read_conversation(fields, stored)
+    messages = list(conversation.messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    return await read_request(
+    asked = await read_request(
         engine,
         fields,
         messages,
-        read_tools(fields, _declaration),
-        max_tokens=fields.integer("max_output_tokens", 1),
+        read_tools(fields, responses_tools, conversation.tools),
+        max_tokens=fields.limit("max_output_tokens"),
         stop=None,
         thinking=read_thinking(fields),
         schema=read_format(fields.object("text"), "format"),
+        notes=conversation.warnings,
     )
+    return asked, conversation
 
 
 def _echoed(asked: Asked, fields: Fields) -> dict[str, Any]:
@@ -63,12 +69,15 @@ def _echoed(asked: Asked, fields: Fields) -> dict[str, Any]:
         "tool_choice": fields.raw("tool_choice") or "auto",
         "tools": fields.raw("tools") or [],
         "top_p": None,
-        "store": False,
+        "previous_response_id": fields.raw("previous_response_id"),
+        "store": fields.raw("store") is not False,
     }
 
 
-async def responses(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked = await read_response(engine, fields)
+async def responses(
+    stored: StoredResponses, engine: Engine, fields: Fields, request: Request
+) -> Any:
+    asked, conversation = await read_response(engine, fields, stored)
     head = {
         "id": new_id("resp"),
         "object": "response",
@@ -77,35 +86,66 @@ async def responses(engine: Engine, fields: Fields, request: Request) -> Any:
         "incomplete_details": None,
         **_echoed(asked, fields),
     }
+
+    def keep(whole: dict[str, Any]) -> None:
+        if head["store"]:
+            added = [*conversation.items, *whole["output"]]
+            stored.put(head["id"], conversation.before, added)
+
     return await respond(
         engine,
         request,
         asked,
-        whole=lambda: _response(engine, asked, head),
-        events=lambda: _events(engine, asked, head),
+        whole=lambda: _response(engine, asked, head, keep),
+        events=lambda: _events(engine, asked, head, keep),
     )
 
 
-async def _response(engine: Engine, asked: Asked, head: dict[str, Any]) -> dict[str, Any]:
-    reply, segments, ids = Reply(one_call=asked.one_call), Segments(), _Ids()
+Keep = Callable[[dict[str, Any]], None]
+
+
+async def _response(
+    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
+) -> dict[str, Any]:
+    reply, segments, items = Reply(one_call=asked.one_call), Segments(), _Items(asked.origins)
     async for _ in follow(engine, asked.call, reply, segments):
         pass
-    return {**head, **_finished(engine, asked, reply, segments, ids)}
+    whole = {**head, **_finished(engine, asked, reply, segments, items)}
+    keep(whole)
+    return whole
 
 
-class _Ids:
-    """Item ids, the same each time a segment is written."""
+class _Items:
+    """Output items; each has the same id whenever it is written."""
 
-    def __init__(self) -> None:
-        self._known: dict[int, str] = {}
+    def __init__(self, origins: Mapping[str, Origin]) -> None:
+        self._origins = origins
+        self._ids: dict[int, str] = {}
 
-    def of(self, index: int, segment: Segment) -> str:
+    def identity(self, index: int, segment: Segment) -> str:
         prefix = {"thinking": "rs", "text": "msg", "call": "fc"}[segment.kind]
-        return self._known.setdefault(index, new_id(prefix))
+        return self._ids.setdefault(index, new_id(prefix))
+
+    def item(
+        self, index: int, segment: Segment, status: str, *, empty: bool = False
+    ) -> dict[str, Any]:
+        head = {"id": self.identity(index, segment), "status": status}
+        parts = [] if empty else [_part(segment)]
+        if segment.kind == "thinking":
+            return {"type": "reasoning", **head, "summary": [], "content": parts}
+        if segment.kind == "text":
+            return {"type": "message", **head, "role": "assistant", "content": parts}
+        call = self.call(segment)
+        if empty:
+            call |= {name: "" for name in ("arguments", "input") if name in call}
+        return {**head, **call, "call_id": segment.id}
+
+    def call(self, segment: Segment) -> dict[str, Any]:
+        return call_item(self._origins.get(segment.name), segment.name, segment.text)
 
 
 async def _events(
-    engine: Engine, asked: Asked, head: dict[str, Any]
+    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
 ) -> AsyncGenerator[bytes, None]:
     number = -1
 
@@ -114,7 +154,7 @@ async def _events(
         number += 1
         return data({"type": kind, "sequence_number": number, **body}, kind)
 
-    reply, segments, ids = Reply(one_call=asked.one_call), Segments(), _Ids()
+    reply, segments, items = Reply(one_call=asked.one_call), Segments(), _Items(asked.origins)
     drafts = DraftWriter(engine.tokenizer)
     started = {**head, "status": "in_progress", "output": [], "usage": None}
     yield event("response.created", response=started)
@@ -125,9 +165,10 @@ async def _events(
                 if step.draft is not None:
                     yield event("response.x_draft", **drafts.write(step.draft))
                 elif step.segment is not None:
-                    for kind, body in _item_events(step, step.segment, ids):
+                    for kind, body in _item_events(step, step.segment, items):
                         yield event(kind, **body)
-        whole = {**head, **_finished(engine, asked, reply, segments, ids)}
+        whole = {**head, **_finished(engine, asked, reply, segments, items)}
+        keep(whole)
         yield event(f"response.{whole['status']}", response=whole)
     except Exception as error:
         engine.report(error)
@@ -137,33 +178,41 @@ async def _events(
         yield event("response.failed", response={**started, "status": "failed", "error": failure})
 
 
-def _item_events(step: Step, segment: Segment, ids: _Ids) -> list[tuple[str, dict[str, Any]]]:
-    item_id = ids.of(step.index, segment)
-    at: dict[str, Any] = {"item_id": item_id, "output_index": step.index}
-    stem, part_field = {
-        "thinking": ("response.reasoning_text", "text"),
-        "text": ("response.output_text", "text"),
-        "call": ("response.function_call_arguments", "arguments"),
-    }[segment.kind]
-    if segment.kind != "call":
-        at["content_index"] = 0
-    more: dict[str, Any] = {"logprobs": []} if segment.kind == "text" else {}
-    part = _part(segment)
-    if step.change == "grow":
-        return [(f"{stem}.delta", {**at, "delta": step.delta, **more})]
+def _item_events(step: Step, segment: Segment, items: _Items) -> list[tuple[str, dict[str, Any]]]:
+    index = step.index
+    at: dict[str, Any] = {"item_id": items.identity(index, segment), "output_index": index}
     if step.change == "open":
-        item = _item(segment, item_id, "in_progress", empty=True)
-        opened = ("response.output_item.added", {"output_index": step.index, "item": item})
+        item = items.item(index, segment, "in_progress", empty=True)
+        opened = ("response.output_item.added", {"output_index": index, "item": item})
         if segment.kind == "call":
             return [opened]
-        return [opened, ("response.content_part.added", {**at, "part": {**part, "text": ""}})]
-    done = [(f"{stem}.done", {**at, part_field: segment.text, **more})]
+        part = {**_part(segment), "text": ""}
+        return [opened, ("response.content_part.added", {**at, "content_index": 0, "part": part})]
+    item = items.item(index, segment, "completed")
+    closed = ("response.output_item.done", {"output_index": index, "item": item})
     if segment.kind == "call":
-        done[0][1]["name"] = segment.name
-    else:
-        done.append(("response.content_part.done", {**at, "part": part}))
-    item = _item(segment, item_id, "completed")
-    return [*done, ("response.output_item.done", {"output_index": step.index, "item": item})]
+        return [] if step.change == "grow" else [*_input_events(at, item), closed]
+    stem = "response.reasoning_text" if segment.kind == "thinking" else "response.output_text"
+    at["content_index"] = 0
+    more: dict[str, Any] = {"logprobs": []} if segment.kind == "text" else {}
+    if step.change == "grow":
+        return [(f"{stem}.delta", {**at, "delta": step.delta, **more})]
+    done = (f"{stem}.done", {**at, "text": segment.text, **more})
+    return [done, ("response.content_part.done", {**at, "part": _part(segment)}), closed]
+
+
+def _input_events(at: dict[str, Any], item: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """A call's input, which comes in one piece; shells have no events for it."""
+    for stem, name in (
+        ("response.function_call_arguments", "arguments"),
+        ("response.custom_tool_call_input", "input"),
+    ):
+        if name in item:
+            done = {**at, name: item[name]} | (
+                {"name": item["name"]} if name == "arguments" else {}
+            )
+            return [(f"{stem}.delta", {**at, "delta": item[name]}), (f"{stem}.done", done)]
+    return []
 
 
 def _part(segment: Segment) -> dict[str, Any]:
@@ -172,28 +221,11 @@ def _part(segment: Segment) -> dict[str, Any]:
     return {"type": "output_text", "text": segment.text, "annotations": [], "logprobs": []}
 
 
-def _item(segment: Segment, id_: str, status: str, *, empty: bool = False) -> dict[str, Any]:
-    parts = [] if empty else [_part(segment)]
-    if segment.kind == "thinking":
-        return {"type": "reasoning", "id": id_, "summary": [], "content": parts, "status": status}
-    if segment.kind == "text":
-        role = "assistant"
-        return {"type": "message", "id": id_, "role": role, "content": parts, "status": status}
-    return {
-        "type": "function_call",
-        "id": id_,
-        "call_id": segment.id,
-        "name": segment.name,
-        "arguments": "" if empty else segment.text,
-        "status": status,
-    }
-
-
 def _finished(
-    engine: Engine, asked: Asked, reply: Reply, segments: Segments, ids: _Ids
+    engine: Engine, asked: Asked, reply: Reply, segments: Segments, items: _Items
 ) -> dict[str, Any]:
     finish = reply.end.finish
-    whole = finish.reason == "stop"
+    whole = reply.whole
     usage = {
         "input_tokens": finish.prompt_tokens,
         "input_tokens_details": {"cached_tokens": reply.end.cached_tokens},
@@ -205,59 +237,9 @@ def _finished(
         "status": "completed" if whole else "incomplete",
         "incomplete_details": None if whole else {"reason": "max_output_tokens"},
         "output": [
-            _item(segment, ids.of(index, segment), "completed")
-            for index, segment in enumerate(segments.row)
+            items.item(index, segment, "completed") for index, segment in enumerate(segments.row)
         ],
         "usage": usage,
         "x_diffusion": reply.facts(),
         "x_warnings": [*asked.call.warnings, *reply.warnings()],
     }
-
-
-def _declaration(tool: Any, index: int) -> dict[str, Any]:
-    """A flat function tool in the nested form of chat completions."""
-    entry = Fields(tool, f"tools[{index}]")
-    if entry.text("type") != "function":
-        raise entry.fail("type", "'function': this server runs no tools itself")
-    function = {
-        "name": entry.text("name"),
-        "description": entry.text("description") or "",
-        "parameters": entry.raw("parameters") or {},
-    }
-    return {"type": "function", "function": function}
-
-
-def chat_messages(items: list[Any]) -> list[dict[str, Any]]:
-    """Input items as chat messages; an assistant's items in a row become one message."""
-    converted: list[dict[str, Any]] = []
-    for i, item in enumerate(items):
-        entry = Fields(item, f"input[{i}]")
-        kind = entry.text("type") or "message"
-        if kind == "message":
-            role = entry.text("role", ("user", "assistant", "system", "developer"))
-            if role != "assistant":
-                converted.append({"role": role, "content": entry.raw("content")})
-                continue
-            content = entry.raw("content")
-            parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
-            _assistant(converted)["content"] += parts
-        elif kind == "reasoning":
-            thoughts = entry.items("content") or entry.items("summary") or []
-            texts = [Fields(t, entry.path("content")).text("text") or "" for t in thoughts]
-            _assistant(converted)["reasoning"] = "".join(texts)
-        elif kind == "function_call":
-            function = {"name": entry.text("name"), "arguments": entry.raw("arguments")}
-            call = {"id": entry.text("call_id"), "type": "function", "function": function}
-            _assistant(converted).setdefault("tool_calls", []).append(call)
-        elif kind == "function_call_output":
-            result = {"role": "tool", "tool_call_id": entry.text("call_id")}
-            converted.append({**result, "content": entry.raw("output")})
-        else:
-            raise entry.fail("type", "message, reasoning, function_call or function_call_output")
-    return converted
-
-
-def _assistant(converted: list[dict[str, Any]]) -> dict[str, Any]:
-    if not converted or converted[-1]["role"] != "assistant":
-        converted.append({"role": "assistant", "content": []})
-    return converted[-1]

@@ -1,0 +1,70 @@
+"""What a row of a batch ends with: its draft, and how sure the network was of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.decoding.canvas_state import CanvasState
+from mlx_dgemma.decoding.prediction import Prediction
+
+
+@dataclass(frozen=True)
+class BlockResult:
+    """A row's finished block.
+
+    ids: int32 [C], the last draft (not the noisy canvas).
+    entropy: float32 [C], nats, of the last step's tempered distributions; 0 where pinned.
+    settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
+    logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
+    steps: denoising steps taken. converged: whether the stop test fired.
+    """
+
+    ids: np.ndarray
+    entropy: np.ndarray
+    settled: np.ndarray
+    logprobs: np.ndarray | None
+    steps: int
+    converged: bool
+
+    @classmethod
+    def untouched(cls, ids: np.ndarray, logprobs: bool) -> BlockResult:
+        """A draft kept at strength 0: nothing was predicted, so nothing is known about it."""
+        unknown = np.full(ids.shape, np.nan, dtype=np.float32)
+        return cls(ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True)
+
+
+def finished(
+    state: CanvasState,
+    ended: np.ndarray,
+    converged: np.ndarray,
+    seen: Prediction,
+    settled: mx.array,
+    *,
+    logprobs: bool,
+) -> dict[int, BlockResult]:
+    """Row -> result of the rows that `ended` (bool [b]) with this step.
+
+    converged: bool [b]. seen, settled: the step's prediction, and `settled_after` it.
+    """
+    return {
+        state.rows[line]: BlockResult(
+            ids=np.array(seen.draft[line]),
+            entropy=np.array(seen.entropy[line]),
+            settled=np.array(settled[line]),
+            logprobs=seen.logprobs(line) if logprobs else None,
+            steps=int(state.taken[line]) + 1,
+            converged=bool(converged[line]),
+        )
+        for line in np.flatnonzero(ended).tolist()
+    }
+
+
+def untouched(state: CanvasState, *, logprobs: bool) -> dict[int, BlockResult]:
+    """Row -> result of the rows that keep their draft without a step (strength 0)."""
+    return {
+        state.rows[line]: BlockResult.untouched(np.array(state.canvas[line]), logprobs)
+        for line in np.flatnonzero(state.remaining == 0).tolist()
+    }

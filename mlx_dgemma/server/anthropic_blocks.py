@@ -1,0 +1,120 @@
+"""Anthropic's messages and content blocks as chat messages.
+
+A block that cannot be read becomes a placeholder with its text, and a warning.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.history import placeholder
+
+Parts = list[dict[str, Any]]
+
+
+def openai_messages(fields: Fields) -> tuple[list[dict[str, Any]], list[str]]:
+    """The conversation in OpenAI's form, which the chat template reads, and warnings."""
+    warnings: list[str] = []
+    converted: list[dict[str, Any]] = []
+    system = fields.raw("system")
+    if system:
+        converted.append({"role": "system", "content": _content(system, "system", warnings)})
+    messages = fields.items("messages")
+    if messages is None:
+        raise fields.fail("messages", "given as a list")
+    for i, message in enumerate(messages):
+        where = f"messages[{i}]"
+        entry = Fields(message, where)
+        role = entry.text("role", ("user", "assistant", "system"))
+        content = entry.raw("content")
+        if content is None or isinstance(content, str):
+            converted.append({"role": role, "content": content or ""})
+            continue
+        if not isinstance(content, list):
+            raise entry.fail("content", "a string or a list of blocks")
+        blocks = [Fields(block, f"{where}.content[{j}]") for j, block in enumerate(content)]
+        if role == "assistant":
+            converted.append(_assistant(blocks, warnings))
+        else:
+            converted += _user(blocks, role, warnings)
+    return converted, warnings
+
+
+def _user(blocks: list[Fields], role: str | None, warnings: list[str]) -> list[dict[str, Any]]:
+    """Tool results become messages of their own, before what the user says beside them."""
+    results, parts = [], []
+    for block in blocks:
+        if block.text("type") != "tool_result":
+            parts.append(_part(block, warnings))
+            continue
+        body = _content(block.raw("content") or "", block.path("content"), warnings)
+        if block.flag("is_error"):
+            body = _marked_as_error(body)
+        result = {"role": "tool", "tool_call_id": block.text("tool_use_id")}
+        results.append({**result, "content": body})
+    return results + ([{"role": role, "content": parts}] if parts or not results else [])
+
+
+def _marked_as_error(body: str | Parts) -> str | Parts:
+    if isinstance(body, str):
+        return body if body.lower().startswith("error") else f"Error: {body}"
+    return [{"type": "text", "text": "Error:"}, *body]
+
+
+def _assistant(blocks: list[Fields], warnings: list[str]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": []}
+    calls = []
+    for block in blocks:
+        kind = block.text("type")
+        if kind == "thinking":
+            message["reasoning"] = message.get("reasoning", "") + (block.text("thinking") or "")
+        elif kind == "tool_use":
+            function = {"name": block.text("name"), "arguments": block.raw("input") or {}}
+            calls.append({"id": block.text("id"), "type": "function", "function": function})
+        elif kind != "redacted_thinking":
+            message["content"].append(_part(block, warnings))
+    return {**message, "tool_calls": calls} if calls else message
+
+
+def _content(value: Any, where: str, warnings: list[str]) -> str | Parts:
+    """A string, or a list of blocks as parts: one text where there is nothing else."""
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ApiError(400, f"{where} must be a string or a list of blocks.", param=where)
+    parts = [_part(Fields(item, f"{where}[{i}]"), warnings) for i, item in enumerate(value)]
+    if any(part["type"] != "text" for part in parts):
+        return parts
+    return "\n".join(part["text"] for part in parts)
+
+
+def _part(block: Fields, warnings: list[str]) -> dict[str, Any]:
+    """A block as OpenAI's part."""
+    kind = block.text("type")
+    if kind == "text":
+        return {"type": "text", "text": block.text("text") or ""}
+    if kind == "image":
+        return _image(block)
+    if kind is None:
+        raise block.fail("type", "given as a string")
+    document = block.raw("source") if kind == "document" else None
+    if isinstance(document, dict) and document.get("type") in ("text", "content"):
+        given = document.get("data") or document.get("content") or ""
+        text = _content(given, block.path("source"), warnings)
+        if isinstance(text, str):
+            title = block.text("title")
+            return {"type": "text", "text": f"{title}\n{text}" if title else text}
+    warnings.append(f"{block.path('type')} is {kind}, which this server cannot read")
+    return placeholder(block.body)
+
+
+def _image(block: Fields) -> dict[str, Any]:
+    source = block.object("source")
+    if source is None:
+        raise block.fail("source", "given as {'type': 'base64', ...} or {'type': 'url', ...}")
+    if source.text("type", ("base64", "url")) == "url":
+        return {"type": "image", "url": source.text("url") or ""}
+    kind = source.text("media_type") or "image/png"
+    return {"type": "image", "url": f"data:{kind};base64,{source.text('data') or ''}"}

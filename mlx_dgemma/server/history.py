@@ -1,0 +1,156 @@
+"""Mends a conversation as agents send it, so that one odd message does not end it.
+
+What cannot be read becomes a readable placeholder or goes, each with a warning; tool results are
+paired with their calls by id, wherever they stand.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_dgemma.prompt.messages import IMAGE_PARTS, TEXT_PARTS, VIDEO_PARTS
+
+_READ_PARTS = (*TEXT_PARTS, *IMAGE_PARTS, *VIDEO_PARTS, "refusal")
+_THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
+Message = dict[str, Any]
+
+
+def mend(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
+    """The messages in an order and a form that templates take, and warnings.
+
+    What is no message at all is left for the encoder to refuse.
+    """
+    warnings: list[str] = []
+    groups: list[list[Any]] = []  # a message, and after an assistant's calls their results
+    for i, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            groups.append([message])
+            continue
+        mended = _message(message, f"messages[{i}]", warnings)
+        if mended.get("role") != "tool":
+            groups.append([mended])
+            continue
+        group = _asked_in(groups, mended)
+        if group is not None:
+            group.append(mended)
+            continue
+        warnings.append(f"messages[{i}] answers a tool call that is not in the conversation")
+        text = f"The result of a tool call: {_text(mended['content'])}"
+        groups.append([{"role": "user", "content": text}])
+    for group in groups[:-1]:
+        missing = _unanswered(group)
+        if missing:
+            warnings.append(f"tool calls without a result: {len(missing)}")
+            group += [{**result, "content": "(no result)"} for result in missing]
+    return [message for group in groups for message in group], tuple(dict.fromkeys(warnings))
+
+
+def _message(message: Mapping[str, Any], where: str, warnings: list[str]) -> Message:
+    mended = dict(message)
+    if mended.get("role") == "function":  # the name of the role before there were tools
+        mended["role"] = "tool"
+    role, content = mended.get("role"), mended.get("content")
+    if isinstance(content, list):
+        mended["content"] = _parts(content, mended, where, warnings)
+    elif content is None and role in ("system", "developer", "user", "tool"):
+        mended["content"] = ""
+        if role != "tool":
+            warnings.append(f"{where}.content is null and was read as empty")
+    elif role == "tool" and not isinstance(content, str):
+        mended["content"] = json.dumps(content, ensure_ascii=False)
+    if role == "assistant" and isinstance(mended.get("tool_calls"), list):
+        mended["tool_calls"] = [_call(call) for call in mended["tool_calls"]]
+    for name in ("name", "tool_call_id"):
+        if name in mended and not isinstance(mended[name], str | None):
+            mended[name] = str(mended[name])
+    return mended
+
+
+def _parts(parts: list[Any], message: Message, where: str, warnings: list[str]) -> list[Any]:
+    """Parts the encoder reads, and placeholders for the others."""
+    read: list[Any] = []
+    for j, part in enumerate(parts):
+        kind = part.get("type") if isinstance(part, Mapping) else None
+        if isinstance(part, str):
+            read.append({"type": "text", "text": part})
+        elif kind in _THOUGHT_PARTS:
+            continue
+        elif kind in IMAGE_PARTS and message.get("role") not in ("user", "tool"):
+            warnings.append(f"{where}.content[{j}] is an image of a {message['role']} message")
+            read.append({"type": "text", "text": "[an image was left out]"})
+        elif kind in _READ_PARTS or not isinstance(kind, str) or "audio" in kind:
+            read.append(part)
+        else:
+            warnings.append(f"{where}.content[{j}] of type {kind} cannot be read")
+            read.append(placeholder(part))
+    return read
+
+
+def placeholder(part: Mapping[str, Any]) -> dict[str, str]:
+    """What the model reads in the place of a part that it cannot: its kind, name and text."""
+    kind = str(part.get("type"))
+    inner = part.get(kind)
+    fields = {**part, **inner} if isinstance(inner, Mapping) else part
+    names = ("filename", "title", "name", "tool_name", "url", "source")
+    name = next((fields[n] for n in names if isinstance(fields.get(n), str)), "")
+    text = _text(fields.get("content") or fields.get("text") or "")
+    head = f"[{kind}{f' {name}' if name else ''}: this model cannot read it]"
+    return {"type": "text", "text": f"{head}\n{text}" if text else head}
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    listed = content if isinstance(content, list) else []
+    texts = [part.get("text") for part in listed if isinstance(part, Mapping)]
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def _call(call: Any) -> Any:
+    """A call of a custom tool as that of a function with one string."""
+    inner = call.get("custom") if isinstance(call, Mapping) else None
+    if not isinstance(inner, Mapping):
+        return call
+    function = {"name": inner.get("name"), "arguments": {"input": inner.get("input") or ""}}
+    return {"id": call.get("id"), "type": "function", "function": function}
+
+
+def _asked_in(groups: list[list[Any]], result: Message) -> list[Any] | None:
+    """The group whose calls the result answers; it gets the id or name that pairs them."""
+    for group in reversed(groups):
+        calls = _calls(group)
+        identity = result.get("tool_call_id")
+        if identity and identity in [call.get("id") for call in calls]:
+            return group
+        if calls and not identity:
+            open_calls = _unanswered(group)
+            named = [call for call in open_calls if call.get("name") == result.get("name")]
+            if named or open_calls:
+                result.update((named or open_calls)[0])
+                return group
+    return None
+
+
+def _unanswered(group: list[Any]) -> list[Message]:
+    """Ids and names of the group's calls that have no result yet."""
+    calls = _calls(group)
+    given = [(m.get("tool_call_id"), m.get("name")) for m in group[1:]]
+    ids = [identity for identity, _ in given]
+    missing = []
+    for call in calls:
+        name = (call.get("function") or {}).get("name")
+        identity = call.get("id")
+        if identity in ids if identity else any(name == n for _, n in given):
+            continue
+        missing.append(
+            {"role": "tool", "name": name} | ({"tool_call_id": identity} if identity else {})
+        )
+    return missing
+
+
+def _calls(group: list[Any]) -> list[Mapping[str, Any]]:
+    first = group[0]
+    calls = first.get("tool_calls") if isinstance(first, Mapping) else None
+    return [call for call in calls if isinstance(call, Mapping)] if isinstance(calls, list) else []

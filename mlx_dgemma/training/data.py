@@ -1,0 +1,225 @@
+"""Training data: JSONL files in mlx-lm's forms become prompt and response ids.
+
+    {"messages": [..., {"role": "assistant", "content": ...}]}        chat, with "tools" if any
+    {"prompt": ..., "completion": ...}                                completions
+    {"text": ...}                                                     text
+
+A line that cannot be used is named by its file and number.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.model import Model
+from mlx_dgemma.prompt import Tokenizer
+from mlx_dgemma.prompt.encode import prepare_prompt
+from mlx_dgemma.prompt.images import PreparedImage
+from mlx_dgemma.prompt.reply import ReplyReader
+
+SPLITS = ("train", "valid", "test")
+
+
+@dataclass(frozen=True)
+class Example:
+    """One conversation. prompt, response: int32 ids [P] and [N], the response with its stop id and
+    filled with end-of-sequence ids to a multiple of the canvas length. images: of the prompt."""
+
+    prompt: np.ndarray
+    response: np.ndarray
+    images: tuple[PreparedImage, ...] = field(default=(), repr=False)
+
+    @property
+    def length(self) -> int:
+        return len(self.prompt) + len(self.response)
+
+    @property
+    def ids(self) -> np.ndarray:
+        return np.concatenate([self.prompt, self.response])
+
+
+def load_split(
+    source: str | Path, split: str, model: Model, tokenizer: Tokenizer, max_seq_length: int
+) -> list[Example]:
+    """The examples of one split of a data folder or Hub data set; none if it is not there.
+
+    Raises InputError for a folder without any split, and for a line that cannot be used: no JSON,
+    none of the forms, no answer, or longer than max_seq_length with its response filled up.
+    """
+    folder = find_data(source)
+    path = folder / f"{split}.jsonl"
+    if not path.exists():
+        return []
+    examples = []
+    for number, line in _lines(path):
+        where = f"{path}, line {number}"
+        try:
+            examples.append(_example(line, model, tokenizer, folder))
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
+        if examples[-1].length > max_seq_length:
+            raise InputError(
+                f"{where}: {examples[-1].length} tokens with the response filled up to whole "
+                f"canvases, and --max-seq-length is {max_seq_length}: raise it or shorten the line."
+            )
+    return examples
+
+
+def find_data(source: str | Path) -> Path:
+    """The folder with the JSONL files: itself, or a Hub data set's after its download."""
+    folder = Path(source)
+    if not folder.is_dir():
+        if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+            raise InputError(
+                f"--data {source} is no folder: give one with train.jsonl, or a Hub data set's id."
+            )
+        folder = _download(str(source))
+    if not any((folder / f"{split}.jsonl").is_file() for split in SPLITS):
+        raise InputError(
+            f"{folder} holds none of {', '.join(f'{split}.jsonl' for split in SPLITS)}: "
+            "write one JSON object a line into train.jsonl."
+        )
+    return folder
+
+
+def _download(repository: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.jsonl"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"The data set {repository} cannot be downloaded: {reason}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[int, Any]]:
+    try:
+        content = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    found = False
+    for number, line in enumerate(content.split("\n"), start=1):
+        if not line.strip():
+            continue
+        found = True
+        try:
+            yield number, json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
+    if not found:
+        raise InputError(f"{path} is empty: write one JSON object a line.")
+
+
+def _example(line: Any, model: Model, tokenizer: Tokenizer, folder: Path) -> Example:
+    if not isinstance(line, Mapping):
+        raise InputError("a JSON object is needed, with messages, prompt and completion, or text.")
+    if "messages" in line:
+        return _chat(line["messages"], line.get("tools"), model, tokenizer, folder)
+    if "prompt" in line and "completion" in line:
+        if not isinstance(line["prompt"], str) or not isinstance(line["completion"], str):
+            raise InputError("prompt and completion must be strings.")
+        messages = [
+            {"role": "user", "content": line["prompt"]},
+            {"role": "assistant", "content": line["completion"]},
+        ]
+        return _chat(messages, line.get("tools"), model, tokenizer, folder)
+    if "text" in line:
+        if not isinstance(line["text"], str) or not line["text"].strip():
+            raise InputError("text must be a string with something in it.")
+        beginning = [tokenizer.ids["bos"]] if "bos" in tokenizer.ids else []
+        ids = tokenizer.encode(line["text"])
+        return _filled(beginning or ids[:1], ids[0 if beginning else 1 :], model, tokenizer)
+    raise InputError("none of messages, prompt and completion, or text is there.")
+
+
+def _chat(messages: Any, tools: Any, model: Model, tokenizer: Tokenizer, folder: Path) -> Example:
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError("messages must be a list of messages.")
+    *before, last = messages
+    if not isinstance(last, Mapping) or last.get("role") not in ("assistant", "model"):
+        raise InputError("the last message must be the assistant's: it is what is learned.")
+    if not before:
+        raise InputError("a message is needed before the assistant's.")
+    prepared = prepare_prompt(model, tokenizer, _at(before, folder), tools=tools)
+    ids = prepared.network_ids(model.config.image_token_id)
+    response = answer_ids(last, ids, before, tools, tokenizer)
+    return _filled(ids, response, model, tokenizer, tuple(prepared.images))
+
+
+def answer_ids(
+    message: Mapping[str, Any],
+    prompt: Sequence[int],
+    before: Sequence[Any],
+    tools: Any,
+    tokenizer: Tokenizer,
+) -> list[int]:
+    """The ids of an assistant's message as the checkpoint's template writes them after `prompt`,
+    its stop id last."""
+    from mlx_dgemma.prompt import encode_messages
+
+    whole = encode_messages(tokenizer, [*before, message], tools=tools, add_generation_prompt=False)
+    plain = encode_messages(tokenizer, before, tools=tools)
+    if whole[: len(plain)] != plain:
+        raise InputError(
+            "the chat template writes the conversation otherwise once it is answered; split it."
+        )
+    ids = whole[len(plain) :]
+    stops = [place for place, id_ in enumerate(ids) if id_ in tokenizer.stop_ids]
+    if not stops:  # a call: its own marker ends the turn
+        ids, stops = [*ids, tokenizer.ids.get("str", min(tokenizer.stop_ids))], [len(ids)]
+    ids = ids[: stops[-1] + 1]
+    if len(ids) < 2:
+        raise InputError("the assistant's message is empty.")
+    return ids
+
+
+def _at(messages: Sequence[Any], folder: Path) -> list[Any]:
+    """Messages whose image files are found beside the data."""
+
+    def placed(part: Any) -> Any:
+        if isinstance(part, Mapping) and part.get("type") == "image":
+            source = part.get("image") or part.get("path")
+            if isinstance(source, str) and "://" not in source and not Path(source).is_absolute():
+                return {"type": "image", "image": str(folder / source)}
+        return part
+
+    def whole(message: Any) -> Any:
+        if isinstance(message, Mapping) and isinstance(message.get("content"), list):
+            return {**message, "content": [placed(part) for part in message["content"]]}
+        return message
+
+    return [whole(message) for message in messages]
+
+
+def _filled(
+    prompt: Sequence[int],
+    response: Sequence[int],
+    model: Model,
+    tokenizer: Tokenizer,
+    images: tuple[PreparedImage, ...] = (),
+) -> Example:
+    stop = tokenizer.ids.get("eot", min(tokenizer.stop_ids))
+    filler = tokenizer.ids.get("eos", stop)
+    ids = list(response)
+    if not ids:
+        raise InputError("nothing is left to learn.")
+    if ids[-1] not in (*tokenizer.stop_ids, tokenizer.ids.get("str")):
+        ids.append(stop)
+    ids += [filler] * (-len(ids) % model.config.canvas_length)
+    return Example(np.array(prompt, np.int32), np.array(ids, np.int32), images)
+
+
+def response_text(example: Example, tokenizer: Tokenizer) -> str:
+    """The response as a user would read it."""
+    reader = ReplyReader(tokenizer)
+    ids = example.response.tolist()
+    end = next((place for place, id_ in enumerate(ids) if id_ in tokenizer.stop_ids), len(ids))
+    return reader.feed(ids[:end]).text + reader.finish().text

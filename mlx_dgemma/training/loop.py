@@ -1,0 +1,278 @@
+"""The training loop: steps, reports, evaluation, and saves that a killed process goes on from.
+
+Step n draws everything from (seed, n), so a run that was ended and resumed gives the adapter of
+one that was not. A save replaces one file that holds weights, optimizer state and step together.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+from mlx.nn.utils import average_gradients
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
+
+from mlx_dgemma.errors import CheckpointError, NumericsError, ResourceError
+from mlx_dgemma.kernels.dispatch import twins_only
+from mlx_dgemma.model import Model
+from mlx_dgemma.training.batches import Batches
+from mlx_dgemma.training.forward import Passes
+from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.tuning import WEIGHTS, trained
+
+STATE = "training_state.safetensors"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """iters: optimizer steps. accumulate: batches a step. clip: largest norm of a gradient.
+    report, evaluate, save: every so many steps. seed: of batches, noise and dropout."""
+
+    iters: int
+    accumulate: int = 1
+    clip: float = 1.0
+    report: int = 10
+    evaluate: int = 200
+    save: int = 100
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the last steps were like: means over them; tokens_per_second counts prompt and response
+    tokens; peak_memory in bytes."""
+
+    step: int
+    loss: float
+    canvas_loss: float
+    encoder_loss: float
+    learning_rate: float
+    steps_per_second: float
+    tokens_per_second: float
+    peak_memory: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation after a step; facts: what judged answers gave, if any were judged."""
+
+    step: int
+    loss: float
+    canvas_loss: float
+    encoder_loss: float
+    seconds: float
+    facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Saved:
+    step: int
+    path: Path
+
+
+Event = Report | Evaluated | Saved
+
+
+class Trainer:
+    """Trains what `attach` made trainable of a model.
+
+    folder: where adapters.safetensors and the state are saved; None saves nothing. identity:
+    settings that a state to resume must have been made with. judge: called with the model at
+    every evaluation; its result is in `Evaluated.facts`. checkpoint: see `Passes`.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        objective: Objective,
+        optimizer: optim.Optimizer,
+        train: Batches,
+        valid: Sequence[Any] | None,
+        plan: Plan,
+        *,
+        folder: Path | None,
+        identity: dict[str, Any],
+        judge: Callable[[Model], dict[str, Any]] | None = None,
+        checkpoint: bool = False,
+    ) -> None:
+        self.model = model
+        self._passes = Passes(model, checkpoint=checkpoint)
+        self._objective = objective
+        self._optimizer = optimizer
+        self._train, self._valid = train, valid
+        self._plan = plan
+        self._folder = folder
+        self._identity = json.dumps(identity, sort_keys=True)
+        self._judge = judge
+        self._world = mx.distributed.init()
+        self.step = 0
+
+    def run(self, handle: Callable[[Event], None], *, cancelled: Callable[[], bool]) -> None:
+        """Trains to the plan's last step; hands out what happens. Ends early when `cancelled`,
+        between two steps and with a save.
+
+        Raises NumericsError at a loss that is no number; the last save stays as it is.
+        """
+        plan = self._plan
+        gradients = nn.value_and_grad(self.model, self._loss)
+        self.model.train()
+        since: list[list[float]] = []
+        tokens, started = 0, time.perf_counter()
+        while self.step < plan.iters:
+            if cancelled():
+                break
+            mx.random.seed(plan.seed * 1_000_003 + self.step)
+            total, parts = None, []
+            for turn in range(plan.accumulate):
+                batch = self._train.at(self.step * plan.accumulate + turn)
+                (loss, shares), found = gradients(batch)
+                total = found if total is None else tree_map(mx.add, total, found)
+                mx.eval(total, loss, shares)
+                parts.append(_numbers(loss, shares))
+                tokens += int(batch.lengths.sum())
+            since.append(self._means(parts))
+            if not math.isfinite(since[-1][0]):
+                raise NumericsError(self._not_finite())
+            self._update(total)
+            self.step += 1
+            if self.step % plan.report == 0 or self.step == plan.iters:
+                handle(self._report(since, tokens, time.perf_counter() - started))
+                since, tokens, started = [], 0, time.perf_counter()
+            if self._valid is not None and (
+                self.step % plan.evaluate == 0 or self.step == plan.iters
+            ):
+                handle(self.evaluate())
+                started = time.perf_counter()
+            if self.step % plan.save == 0 and self.step < plan.iters:
+                self._save(handle)
+        self.model.eval()
+        self._save(handle)
+
+    def evaluate(self) -> Evaluated:
+        """The loss on the validation batches, whose noise is always the same."""
+        assert self._valid is not None
+        started = time.perf_counter()
+        self.model.eval()
+        losses = []
+        for batch in self._valid:
+            loss, parts = self._loss(batch)
+            losses.append(_numbers(loss, parts))
+        facts = self._judge(self.model) if self._judge is not None else {}
+        self.model.train()
+        whole, canvas, encoder = self._means(losses)
+        return Evaluated(self.step, whole, canvas, encoder, time.perf_counter() - started, facts)
+
+    def resume(self) -> bool:
+        """Goes on from the folder's state; False when there is none.
+
+        Raises CheckpointError for a state of other settings, or a damaged one.
+        """
+        if self._folder is None or not (path := self._folder / STATE).exists():
+            return False
+        try:
+            loaded: Any = mx.load(str(path), return_metadata=True)
+            tensors, header = loaded
+            step = int(header["step"])
+            found = header["identity"]
+        except (KeyError, RuntimeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{path} is damaged: delete it to begin again.") from error
+        if found != self._identity:
+            differing = _differing(json.loads(found), json.loads(self._identity))
+            raise CheckpointError(
+                f"{path} was made with another {differing}: use the same, or a new --adapter-path."
+            )
+        weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
+        state = {k[2:]: v for k, v in tensors.items() if k.startswith("o.")}
+        self.model.load_weights(list(weights.items()), strict=False)
+        self._optimizer.init(self.model.trainable_parameters())
+        self._optimizer.state = tree_unflatten(list(state.items()))
+        self.step = step
+        return True
+
+    def _loss(self, batch: Any) -> tuple[mx.array, mx.array]:
+        with twins_only():
+            return self._objective(self._passes, batch)
+
+    def _update(self, gradients: Any) -> None:
+        # A machine's part of the loss is its part of the sum; MLX averages them.
+        scale = self._world.size() / self._plan.accumulate
+        gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
+        gradients, _ = optim.clip_grad_norm(gradients, self._plan.clip)
+        self._optimizer.update(self.model, gradients)
+        mx.eval(self.model.trainable_parameters(), self._optimizer.state)
+
+    def _means(self, rows: list[list[float]]) -> list[float]:
+        means = mx.array(rows).mean(axis=0)
+        if self._world.size() > 1:
+            means = mx.distributed.all_sum(means, stream=mx.cpu)
+        found: list[float] = means.tolist()  # type: ignore[assignment]
+        return found
+
+    def _report(self, rows: list[list[float]], tokens: int, seconds: float) -> Report:
+        loss, canvas, encoder = (sum(column) / len(rows) for column in zip(*rows, strict=True))
+        return Report(
+            self.step,
+            loss,
+            canvas,
+            encoder,
+            float(self._optimizer.learning_rate.item()),
+            len(rows) / seconds,
+            tokens * self._world.size() / seconds,
+            mx.get_peak_memory(),
+        )
+
+    def _not_finite(self) -> str:
+        saved = self.step // self._plan.save * self._plan.save
+        kept = f"the adapter of step {saved} is kept" if saved else "nothing was saved yet"
+        return (
+            f"The loss of step {self.step + 1} is not a number; {kept}. Lower --learning-rate or "
+            "the scale."
+        )
+
+    def _save(self, handle: Callable[[Event], None]) -> None:
+        if self._folder is None or self._world.rank():
+            return
+        weights = trained(self.model)
+        state: Sequence[tuple[str, Any]] = tree_flatten(self._optimizer.state)  # type: ignore[assignment]
+        both = {f"w.{k}": v for k, v in weights.items()} | {f"o.{k}": v for k, v in state}
+        header = {"step": str(self.step), "identity": self._identity}
+        write_tensors(self._folder / STATE, both, header)
+        path = self._folder / WEIGHTS
+        write_tensors(path, weights, {"format": "mlx", "step": str(self.step)})
+        handle(Saved(self.step, path))
+
+
+def write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, str]) -> None:
+    """A safetensors file that replaces `path` whole or not at all."""
+    partial = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
+    try:
+        mx.save_safetensors(str(partial), tensors, header)
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        raise ResourceError(
+            f"{path} cannot be written: {getattr(error, 'strerror', None) or 'the disk is full'}; "
+            "the last save is kept."
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:
+    keys = [key for key in {**one, **other} if one.get(key) != other.get(key)]
+    return ", ".join(key.replace("_", "-") for key in keys)
+
+
+def _numbers(loss: mx.array, parts: mx.array) -> list[float]:
+    found: list[float] = mx.concatenate([loss[None], parts]).tolist()  # type: ignore[assignment]
+    return found

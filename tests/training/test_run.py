@@ -1,0 +1,235 @@
+"""`mlx_dgemma.lora` on the demo checkpoint: whole runs, resumed and killed ones, and mistakes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from mlx_dgemma.cli.lora import main
+from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.training import run
+from mlx_dgemma.training.loop import STATE, Evaluated, Report, Saved
+from mlx_dgemma.training.run import Settings
+from mlx_dgemma.training.tuning import WEIGHTS
+
+QUICK = {
+    "train": True, "batch_size": 2, "iters": 4, "rank": 2, "num_layers": 2, "learning_rate": 1e-3,
+    "steps_per_report": 2, "steps_per_eval": 4, "save_every": 2, "val_batches": 1,
+    "val_replies": 0, "encoder_weight": 0.5,
+}  # fmt: skip
+
+
+def line(word: str) -> dict:
+    return {"messages": [
+        {"role": "user", "content": f"Double {word}"},
+        {"role": "assistant", "content": "".join(2 * c for c in word)},
+    ]}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("data")
+    words = ["ABC", "XYZ", "QRS", "MNO", "DEF", "GHI", "ABCDEFGHIJKLMNOPQRST"]
+    for split in ("train", "valid", "test"):
+        (folder / f"{split}.jsonl").write_text("\n".join(json.dumps(line(w)) for w in words))
+    return folder
+
+
+def trained(data, folder, *, stop_after=None, **changes):
+    """Runs to the end, or until `stop_after` steps; the adapter's tensors and the events."""
+    settings = Settings(**{**QUICK, "data": str(data), "adapter_path": str(folder), **changes})
+    prepared = run.prepare(settings)
+    count = []
+
+    def cancelled():
+        count.append(None)
+        return stop_after is not None and len(count) > stop_after
+
+    prepared.train(lambda _: None, cancelled=cancelled)
+    return mx.load(str(folder / WEIGHTS)), prepared.events
+
+
+def same(one, other) -> bool:
+    return set(one) == set(other) and all(mx.array_equal(one[k], other[k]) for k in one)
+
+
+def test_a_run_reports_saves_and_repeats_exactly(data, tmp_path):
+    first, events = trained(data, tmp_path / "a")
+    assert [type(e) for e in events] == [Report, Saved, Report, Evaluated, Saved]
+    assert events[0].loss == pytest.approx(events[0].canvas_loss + 0.5 * events[0].encoder_loss)
+    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    assert config["fine_tune_type"] == "lora"
+    assert config["lora_parameters"]["rank"] == 2
+    assert {name.rsplit(".", 1)[1] for name in first} == {"lora_a", "lora_b"}
+    again, _ = trained(data, tmp_path / "b")
+    assert same(first, again)
+    other, _ = trained(data, tmp_path / "c", seed=1)
+    assert not same(first, other)
+
+
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(data, tmp_path):
+    whole, _ = trained(data, tmp_path / "whole")
+    trained(data, tmp_path / "parts", stop_after=3)
+    settled, _ = trained(data, tmp_path / "parts", resume=True)
+    assert same(whole, settled)
+    with pytest.raises(CheckpointError, match="another learning-rate"):
+        trained(data, tmp_path / "parts", resume=True, learning_rate=1e-2)
+    with pytest.raises(InputError, match="no save to go on from"):
+        trained(data, tmp_path / "new", resume=True)
+    state = tmp_path / "parts" / STATE
+    state.write_bytes(state.read_bytes()[:100])
+    with pytest.raises(CheckpointError, match="damaged"):
+        trained(data, tmp_path / "parts", resume=True)
+
+
+@pytest.mark.slow
+def test_a_killed_run_loses_no_more_than_one_save_interval(data, tmp_path):
+    whole, _ = trained(data, tmp_path / "whole", save_every=1)
+    folder = tmp_path / "killed"
+    flags = [
+        "--train", "--data", data, "--adapter-path", folder, "--batch-size", 2, "--iters", 4,
+        "--rank", 2, "--num-layers", 2, "--learning-rate", "1e-3", "--save-every", 1,
+        "--val-replies", 0, "--encoder-weight", 0.5, "--val-batches", 1,
+    ]  # fmt: skip
+    command = [sys.executable, "-m", "mlx_dgemma", "lora", *map(str, flags)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (folder / STATE).exists() and process.poll() is None:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    _, header = mx.load(str(folder / STATE), return_metadata=True)
+    assert int(header["step"]) >= 1
+    subprocess.run([*command, "--resume"], check=True, capture_output=True)
+    assert same(whole, mx.load(str(folder / WEIGHTS)))
+
+
+@pytest.mark.slow
+def test_two_processes_train_what_one_does(data, tmp_path):
+    """Data-parallel over MLX's ring on the loopback: gradients are summed."""
+    alone, _ = trained(data, tmp_path / "alone")
+    program = tmp_path / "shared.py"
+    program.write_text(
+        "import sys\nfrom mlx_dgemma.cli.lora import main\nsys.exit(main(sys.argv[1:]))\n"
+    )
+    flags = [
+        "--train", "--data", data, "--adapter-path", tmp_path / "two", "--batch-size", 2,
+        "--iters", 4, "--rank", 2, "--num-layers", 2, "--learning-rate", "1e-3",
+        "--val-replies", 0, "--encoder-weight", 0.5, "--val-batches", 1,
+    ]  # fmt: skip
+    launch = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
+    subprocess.run(
+        [sys.executable, "-c", launch, "-n", "2", "--backend", "ring", "--",
+         sys.executable, str(program), *map(str, flags)],
+        check=True, capture_output=True, timeout=300, cwd=Path(__file__).parents[2],
+    )  # fmt: skip
+    together = mx.load(str(tmp_path / "two" / WEIGHTS))
+    assert set(together) == set(alone)
+    for name, tensor in alone.items():
+        assert mx.abs(tensor - together[name]).max().item() < 1e-4, name
+
+
+def test_the_command_tests_an_adapter_and_writes_a_report(data, tmp_path, capsys):
+    trained(data, tmp_path / "a")
+    report, plot = tmp_path / "report.json", tmp_path / "plot.svg"
+    flags = ["--test", "--data", str(data), "--adapter-path", str(tmp_path / "a")]
+    extra = ["--val-replies", "1", "--report", str(report), "--plot", str(plot)]
+    assert main([*flags, *extra, "--batch-size", "2"]) == 0
+    assert capsys.readouterr().out.startswith("Test loss ")
+    assert json.loads(report.read_text())["settings"]["rank"] == 2
+    assert plot.read_text().startswith("<svg")
+
+
+def test_a_dry_run_plans_and_writes_no_adapter(data, tmp_path, capsys):
+    flags = ["--train", "--data", str(data), "--adapter-path", str(tmp_path / "a"), "--dry-run"]
+    assert main(flags) == 0
+    assert "million parameters" in capsys.readouterr().err
+    assert not list((tmp_path / "a").iterdir())
+
+
+def test_yaml_settings_are_mlx_lms(data, tmp_path, capsys):
+    file = tmp_path / "lora.yaml"
+    file.write_text(
+        f"train: true\ndata: {data}\niters: 3\nlora_parameters:\n  rank: 3\n  scale: 2.0\n"
+    )
+    flags = ["-c", str(file), "--adapter-path", str(tmp_path / "a"), "--dry-run", "--iters", "5"]
+    assert main(flags) == 0
+    assert "lora: " in capsys.readouterr().err
+
+
+BAD_LINES = {
+    "not json": ("{", "line 2 is not JSON"),
+    "no object": ("[1]", "line 2: a JSON object is needed"),
+    "no form": ('{"a": 1}', "line 2: none of messages"),
+    "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
+    "alone": ('{"messages": [{"role": "assistant", "content": "a"}]}', "a message is needed"),
+    "strange": ('{"messages": "a"}', "messages must be a list"),
+    "numbers": ('{"prompt": 1, "completion": 2}', "prompt and completion must be strings"),
+    "long": (json.dumps({"text": "a" * 9000}), "--max-seq-length is 2048"),
+    "empty text": ('{"text": " "}', "text must be a string with something in it"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LINES)
+def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
+    content, message = BAD_LINES[kind]
+    (tmp_path / "train.jsonl").write_text(json.dumps(line("AB")) + "\n" + content + "\n")
+    assert main(["--train", "--data", str(tmp_path), "--adapter-path", str(tmp_path / "a")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert "train.jsonl, line 2" in error
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--train",), "--data is missing"),
+        (("--data", "DATA"), "Say what to do"),
+        (("--train", "--data", "/nowhere"), "is no folder"),
+        (("--train", "--data", "EMPTY"), "holds none of train.jsonl"),
+        (("--train", "--data", "DATA", "--batch-size", "100"), "7 examples for a batch of 100"),
+        (("--train", "--data", "DATA", "--iters", "0"), "iters 0 is not possible"),
+        (("--train", "--data", "DATA", "--num-layers", "99"), "num_layers 99 is not possible"),
+        (("--train", "--data", "DATA", "--scale", "nan"), "scale nan is not possible"),
+        (("--train", "--data", "DATA", "-c", "/no.yaml"), "Cannot read /no.yaml"),
+        (
+            ("--train", "--data", "DATA", "--fine-tune-type", "dora", "--trainable", "experts"),
+            "DoRA cannot train experts",
+        ),
+        (("--test", "--data", "DATA", "--adapter-path", "EMPTY"), "holds no adapters.safetensors"),
+        (("--train", "--data", "DATA", "--adapter-path", "/proc/x"), "cannot be written"),
+        (
+            ("--train", "--data", "DATA", "--resume-adapter-file", "/no.safetensors"),
+            "is missing or damaged",
+        ),
+    ],
+)
+def test_mistakes_get_one_sentence(data, tmp_path, capsys, flags, message):
+    (tmp_path / "empty").mkdir()
+    places = {"DATA": str(data), "EMPTY": str(tmp_path / "empty")}
+    given = [places.get(flag, flag) for flag in flags]
+    if "--adapter-path" not in given:
+        given += ["--adapter-path", str(tmp_path / "adapter")]
+    assert main(given) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not captured.out
+
+
+def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_save(data, tmp_path, capsys):
+    flags = [
+        "--train", "--data", str(data), "--adapter-path", str(tmp_path / "a"), "--batch-size", "2",
+        "--iters", "50", "--learning-rate", "1e30", "--optimizer", "sgd", "--save-every", "1",
+        "--val-replies", "0", "--rank", "2", "--steps-per-eval", "100",
+    ]  # fmt: skip
+    assert main(flags) == 2
+    assert "is not a number" in capsys.readouterr().err
+    assert (tmp_path / "a" / WEIGHTS).exists()
