@@ -12,9 +12,10 @@ from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.source import Tensor, slices
 from mlx_dgemma.convert.stream import DTYPES
 from mlx_dgemma.convert.trajectories import State
+from mlx_dgemma.model.backbone import Layer
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.context import LayerContext
-from mlx_dgemma.model.network import Layer, Model
+from mlx_dgemma.model.layer_context import LayerContext
+from mlx_dgemma.model.network import Model
 
 
 class Streamed:

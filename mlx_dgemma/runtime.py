@@ -10,7 +10,6 @@ hands its requests to a Runtime, which serves them on a thread of its own, takin
 
 from __future__ import annotations
 
-import asyncio
 import atexit
 import contextlib
 import logging
@@ -18,10 +17,11 @@ import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar, Unpack
+from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
 
 import numpy as np
 
+from mlx_dgemma.asyncio_bridge import Deliver, arrivals
 from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.plan import prepare
 from mlx_dgemma.decisions import Decision
@@ -73,6 +73,12 @@ class _Worker:
     def _work(self) -> None:
         while True:
             self._given.get()()
+
+
+class _Raised(NamedTuple):
+    """What a function raised on the model's thread."""
+
+    error: BaseException
 
 
 class Runtime:
@@ -222,22 +228,14 @@ class Runtime:
         **options: Unpack[Options],
     ) -> AsyncGenerator[Event, None]:
         """`stream` for asyncio: waiting for the next event leaves the loop free."""
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Event | BaseException | None] = asyncio.Queue()
+        cancel = cancel or threading.Event()
 
-        def deliver(item: Event | BaseException | None) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop ended before the request did
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
+        def start(deliver: Deliver) -> None:
+            self.submit(prompt, deliver, drafts=drafts, cancel=cancel, **options)
 
-        cancel = self.submit(prompt, deliver, drafts=drafts, cancel=cancel, **options)
-        try:
-            while not isinstance(event := await arrived.get(), BaseException | None):
+        async with contextlib.aclosing(arrivals(start, cancel)) as events:
+            async for event in events:
                 yield event
-        except BaseException:  # the reader leaves
-            cancel.set()
-            raise
-        if event is not None:
-            raise event
 
     def generate(self, prompt: Prompt, **options: Unpack[Options]) -> str:
         """The whole answer; options are `stream_generate`'s keywords."""
@@ -265,20 +263,20 @@ class Runtime:
 
     def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the model's thread and returns its result."""
-        outcome: queue.SimpleQueue[tuple[bool, Any]] = queue.SimpleQueue()
+        outcome: queue.SimpleQueue[T | _Raised] = queue.SimpleQueue()
 
         def run() -> None:
             try:
                 with explained():
                     value = function()
-                outcome.put((True, value))
+                outcome.put(value)
             except BaseException as error:
-                outcome.put((False, error))
+                outcome.put(_Raised(error))
 
         self._submit(run)
-        worked, value = outcome.get()
-        if not worked:
-            raise value
+        value = outcome.get()
+        if isinstance(value, _Raised):
+            raise value.error
         return value
 
     def close(self) -> None:

@@ -37,5 +37,5 @@ def pytest_sessionstart() -> None:
         except Exception as error:  # a broken install raises anything
             raise pytest.UsageError(
                 f"{name} cannot be imported ({error}), and REQUIRE_ORACLES=1 forbids skipping what "
-                "it is needed for: pip install -e '.[dev,server]'"
+                "it is needed for: pip install -e '.[dev,server,clients]'"
             ) from error

@@ -33,9 +33,10 @@ def main() -> int:
         pip("this package and what it runs on, about 150 MB", "-e", ".[server]")
     else:
         pip("PyTorch, an oracle of the tests (CPU)", *torch())
-        pip("this package, the other oracles and the tools", "-e", ".[dev,server,video]")
+        pip("this package, the other oracles and the tools", "-e", ".[dev,server,video,clients]")
         compiler()
         system_parts()
+        node_clients()
     return 0
 
 
@@ -73,6 +74,17 @@ def compiler() -> None:
         say("the emulator's compiler: zig c++, from the ziglang wheel")
     else:
         pip("the emulator's compiler: zig c++ (ziglang, 100 MB)", "ziglang>=0.15")
+
+
+def node_clients() -> None:
+    """The JavaScript clients that the server's tests drive; without npm those are skipped."""
+    if (npm := shutil.which("npm")) is None:
+        say("the tests of JavaScript clients will be skipped: they need Node.js with npm")
+        return
+    say("installing the JavaScript clients of the tests")
+    command = [npm, "install", "--silent", "--prefix", "tests/server/node"]
+    if subprocess.run(command, cwd=ROOT, check=False).returncode:
+        say("npm could not: the tests of JavaScript clients will be skipped")
 
 
 def system_parts() -> None:

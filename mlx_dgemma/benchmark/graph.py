@@ -173,7 +173,8 @@ def _placeholder(
     """Arrays that need `inputs` computed and nothing else."""
     empty = [mx.zeros(shape, dtype) for shape, dtype in outputs]
     mx.eval(empty)
-    return mx.depends(empty, list(inputs))
+    later: list[mx.array] = mx.depends(empty, list(inputs))
+    return later
 
 
 @contextmanager

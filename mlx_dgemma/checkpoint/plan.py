@@ -9,7 +9,6 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_dgemma.checkpoint.sizes import (
-    CONTEXT_STEP,
     context_bytes,
     packable,
     stored_bytes,
@@ -22,6 +21,7 @@ from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.layer_context import STEP as CONTEXT_STEP
 
 LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loading
 PLANNED_CONTEXT = 8192  # tokens that a plan counts with, unless more are asked for

@@ -61,7 +61,8 @@ class Source:
     def dtype(self, headers: Mapping[str, Entry]) -> str:
         if self.kind == "tensor":
             return headers[self.parts[0]].dtype
-        return self.parts[0].dtype(headers)
+        part: Source = self.parts[0]
+        return part.dtype(headers)
 
     def read(self, tensors: Mapping[str, mx.array]) -> mx.array:
         """The parameter, still unevaluated."""

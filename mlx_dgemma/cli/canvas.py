@@ -110,4 +110,5 @@ def bars(draft: Draft, width: int) -> Text:
 def _certainty(entropy: np.ndarray) -> np.ndarray:
     """0 for 10 nats and more (a uniform choice among 22,000 tokens), near 1 below 0.01 nats."""
     nats = np.clip(np.nan_to_num(entropy, nan=10.0), 0.01, 10.0)
-    return np.log(10.0 / nats) / np.log(1000.0) * 0.999
+    certainty: np.ndarray = np.log(10.0 / nats) / np.log(1000.0) * 0.999
+    return certainty

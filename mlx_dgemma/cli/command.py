@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
 from mlx_dgemma.cli.defaults import apply_defaults
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, PIPE_CLOSED, USER_ERROR
@@ -48,7 +48,7 @@ class Parser(argparse.ArgumentParser):
 
     _json = False  # whether the complaint is wanted as JSON
 
-    def parse_args(self, args=None, namespace=None):  # type: ignore[no-untyped-def, override]
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         self._json = "--json" in given
         apply_defaults(self, self.prog.split()[0].rpartition(".")[2], given)

@@ -1,4 +1,4 @@
-"""`mlx_dgemma.completion SHELL` prints what makes a shell complete these commands and their flags."""
+"""`mlx_dgemma.completion SHELL`: what makes a shell complete these commands and their flags."""
 
 from __future__ import annotations
 

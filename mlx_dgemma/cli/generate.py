@@ -249,7 +249,7 @@ def _prepare(
     options: dict[str, Any],
 ) -> PreparedPrompt:
     """The prompt's ids, its images read."""
-    from mlx_dgemma.generate import prepare_prompt
+    from mlx_dgemma.prompt.encode import prepare_prompt
 
     drawn = None if example is None or example.picture is None else [example.picture.draw()]
     asked = ("system_prompt", "tools", "enable_thinking")

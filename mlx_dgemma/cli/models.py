@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Listed:
-    """A model of the list. name: what `--model` takes. disk_bytes: what the Hub's cache holds of it.
+    """A model of the list. name: what `--model` takes. disk_bytes: what the Hub's cache holds.
 
     state: "ready", "partial" (a download that can be continued) or "not here".
     """

@@ -25,7 +25,7 @@ from mlx_dgemma.prompt import Tokenizer
 
 DEMO_NOTICE = (
     "Using the bundled demo checkpoint, a miniature that knows its own puzzles and nothing else. "
-    f"The real model: --model 4bit"
+    "The real model: --model 4bit"
 )
 DEMO_PACE = 0.25
 

@@ -26,7 +26,6 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
 from mlx_dgemma.errors import InputError, UnconvergedWarning
-from mlx_dgemma.model.network import CHUNK
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -166,7 +165,7 @@ def generate_blocks(
 
 
 def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
-    """Prefills the prompt, a chunk of the absolute grid at a time, so that it can be cancelled."""
+    """Prefills the prompt with pauses at `request.stops`; ends early when it is cancelled."""
     prompt = np.array(list(request.prompt), dtype=np.int32)
     images = list(request.images)
     first = cache.offset
@@ -174,16 +173,9 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
     cache.expect(prompt.size)
     for stop in [*sorted(at for at in request.stops if first < at < end), end]:
         part = prompt[cache.offset - first : stop - first]
-        if images and (count := _image_runs(part, model)):
-            # A chunk must not cut an image: the model decides.
-            some, images = images[:count], images[count:]
-            model.prefill(part[None], cache, images=some, cancelled=lambda: request.cancelled)
-            part = part[:0]
-        start = 0
-        while start < part.size and not request.cancelled:
-            upto = min(part.size, start + CHUNK - cache.offset % CHUNK)
-            model.prefill(part[None, start:upto], cache)
-            start = upto
+        count = _image_runs(part, model) if images else 0
+        some, images = images[:count], images[count:]
+        model.prefill(part[None], cache, images=some, cancelled=lambda: request.cancelled)
         if request.cancelled:
             break
         if request.reached is not None and stop in request.stops:
@@ -283,7 +275,8 @@ def _denoise(
         try:
             step = next(steps)
         except StopIteration as finished:
-            return finished.value[0]
+            results: list[BlockResult] = finished.value
+            return results[0]
         tally.forwards += 1
         if request.observe is not None:
             request.observe(step)

@@ -88,7 +88,8 @@ class CanvasState:
     @property
     def last(self) -> np.ndarray:
         """bool [b]: the step that comes next is the schedule's last."""
-        return self.remaining == 1
+        last: np.ndarray = self.remaining == 1
+        return last
 
     def temperature(self, settings: DecodingSettings) -> float | mx.array:
         """T of the step that comes next: one number, or float32 [b * C] where rows differ."""

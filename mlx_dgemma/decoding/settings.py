@@ -69,7 +69,7 @@ class Setting:
             return value in self.choices
         if self.kind is bool:
             return isinstance(value, bool)
-        return value <= self.high and (value > self.low if self.above else value >= self.low)
+        return bool(value <= self.high and (value > self.low if self.above else value >= self.low))
 
 
 def _setting(default: Any, kind: type = float, **known: Any) -> Any:

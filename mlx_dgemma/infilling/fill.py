@@ -15,13 +15,14 @@ from mlx_dgemma.checkpoint.plan import canvases_together, slices_head
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.generate import Prompt, prepare_prompt
+from mlx_dgemma.generate import Prompt
 from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
 from mlx_dgemma.infilling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.windows import Filler
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
+from mlx_dgemma.prompt.encode import prepare_prompt
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
 
 DEFAULT_PROMPT = "Fill in the blanks."

@@ -42,7 +42,8 @@ def route(
 
 def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
     """RMSNorm without weight, times scale, times hidden^-0.5."""
-    return mx.fast.rms_norm(x, None, eps) * scale * x.shape[-1] ** -0.5
+    root: float = x.shape[-1] ** -0.5
+    return mx.fast.rms_norm(x, None, eps) * scale * root
 
 
 def choose_experts(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:

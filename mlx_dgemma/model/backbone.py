@@ -51,18 +51,23 @@ class Layer(nn.Module):
         blocks: np.ndarray | None,
         scalar: mx.array,
     ) -> mx.array:
+        """Encoder pass of x [1, L, H]; its keys and values enter the context."""
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
         return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
+        """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        return self.feed_forward(self.after_attention(x, mixed)) * self.layer_scalar
+        scalar: mx.array = self.layer_scalar
+        return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def attention_input(self, x: mx.array) -> mx.array:
-        return self.input_layernorm(x).astype(self.dtype)
+        normed: mx.array = self.input_layernorm(x)
+        return normed.astype(self.dtype)
 
     def after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
-        return x + self.post_attention_layernorm(mixed.astype(x.dtype))
+        normed: mx.array = self.post_attention_layernorm(mixed.astype(x.dtype))
+        return x + normed
 
     def feed_forward(self, residual: mx.array) -> mx.array:
         """The two branches; the router reads the raw residual."""
@@ -73,7 +78,8 @@ class Layer(nn.Module):
         normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
         mixed = self.experts(normed, self.router(flat))
         sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
-        return residual + self.post_feedforward_layernorm(dense + sparse)
+        both: mx.array = self.post_feedforward_layernorm(dense + sparse)
+        return residual + both
 
 
 class SelfConditioning(GatedMLP):
@@ -93,7 +99,7 @@ class SelfConditioning(GatedMLP):
 
 
 class Decoder(nn.Module):
-    """Every text weight; the encoder pass borrows them."""
+    """Every text weight; the encoder pass uses them too."""
 
     def __init__(self, text: TextConfig, dtype: mx.Dtype):
         super().__init__()

@@ -159,7 +159,7 @@ class Model(nn.Module):
             x = layer.decode(x, rope[layer.kind], context)
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
-        return decoder.norm(x).astype(self.dtype)
+        return self._final(x)
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         """[B, C, V] of the tied head, in the activation dtype, before float32 and softcap."""
@@ -247,10 +247,15 @@ class Model(nn.Module):
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
         if whole:
-            return self.model.decoder.norm(x).astype(self.dtype)
+            return self._final(x)
         last = self.layers[-1]
         last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
         return x
+
+    def _final(self, x: mx.array) -> mx.array:
+        """The residual stream after the final norm, in the activation dtype."""
+        normed: mx.array = self.model.decoder.norm(x)
+        return normed.astype(self.dtype)
 
     def _embed(
         self, tokens: np.ndarray, blocks: np.ndarray | None, soft: list[mx.array]

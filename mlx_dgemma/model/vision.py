@@ -148,7 +148,8 @@ class VisionLayer(nn.Module):
         mixed = self.self_attn(self.input_layernorm(x), rope)
         x = x + self.post_attention_layernorm(mixed)
         mixed = self.mlp(self.pre_feedforward_layernorm(x))
-        return x + self.post_feedforward_layernorm(mixed)
+        after: mx.array = self.post_feedforward_layernorm(mixed)
+        return x + after
 
 
 class PatchEmbedder(nn.Module):
@@ -188,7 +189,7 @@ class VisionTower(nn.Module):
         rope = self._rope(image.positions, dtype)
         for layer in self.encoder.layers:
             x = layer(x, rope)
-        pooled = self._pool(x[0], image.positions) * self.config.hidden_size**0.5
+        pooled: mx.array = self._pool(x[0], image.positions) * self.config.hidden_size**0.5
         if self.config.standardize:
             bias, scale = self.std_bias.astype(mx.float32), self.std_scale.astype(mx.float32)
             pooled = (pooled - bias) * scale

@@ -191,19 +191,21 @@ def _tool_calls(calls: Any, where: str) -> list[dict[str, Any]]:
 
 def _arguments(arguments: Any, where: str) -> dict[str, Any] | str:
     """OpenAI sends arguments as a JSON string; a template copies one that is no JSON object."""
-    text = arguments
-    if isinstance(arguments, str):
+    text: str | None = arguments if isinstance(arguments, str) else None
+    value = arguments
+    if text is not None:
         try:
-            arguments = json.loads(arguments) if arguments.strip() else {}
+            value = json.loads(text) if text.strip() else {}
         except (ValueError, RecursionError):
-            return arguments
-    if arguments is None:
+            return text
+    if value is None:
         return {}
-    if not isinstance(arguments, Mapping):
-        if isinstance(text, str):
+    if not isinstance(value, Mapping):
+        if text is not None:
             return text
         raise InputError(f"{where} must be a JSON object.")
-    return _plain(arguments, where)
+    plain: dict[str, Any] = _plain(value, where)
+    return plain
 
 
 def _match_tool_results(messages: list[dict[str, Any]]) -> None:

@@ -55,11 +55,6 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
-    @property
-    def arguments_json(self) -> str:
-        """OpenAI's spelling of the arguments."""
-        return json.dumps(self.arguments, ensure_ascii=False)
-
 
 def parse_tool_calls(text: str, *, closed: bool = True) -> tuple[ToolCall, ...]:
     """Every call in the text between two tool-call markers, or () when it is malformed.

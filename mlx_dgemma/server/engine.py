@@ -23,6 +23,7 @@ from collections.abc import (
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
+from mlx_dgemma.asyncio_bridge import Deliver, arrivals
 from mlx_dgemma.context.disk_cache import DiskCache
 from mlx_dgemma.context.prefix_cache import PrefixCache
 from mlx_dgemma.decisions import Decision
@@ -88,7 +89,6 @@ class Ended:
     notes: tuple[str, ...] = ()
 
 
-Deliver = Callable[[Any], None]
 # (engine, call, deadline of time.monotonic) -> the call's events
 Source = Callable[["Engine", Call, float], AsyncGenerator[Draft | Commit | Ended, None]]
 
@@ -269,22 +269,15 @@ class Engine:
 
         The work is cancelled when the generator is left, and at the deadline.
         """
-        loop = asyncio.get_running_loop()
-        arrived: asyncio.Queue[Any] = asyncio.Queue()
-
-        def deliver(item: Any) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop ended before the request did
-                loop.call_soon_threadsafe(arrived.put_nowait, item)
-
         cancel = threading.Event()
         self._cancels.add(cancel)
-        out_of_time = loop.call_later(max(deadline - time.monotonic(), 0), cancel.set)
+        left = max(deadline - time.monotonic(), 0)
+        out_of_time = asyncio.get_running_loop().call_later(left, cancel.set)
         try:
-            start(deliver, cancel)
-            while (item := await arrived.get()) is not None:
-                if isinstance(item, BaseException):
-                    raise item
-                yield item
+            arrived = arrivals(lambda deliver: start(deliver, cancel), cancel)
+            async with contextlib.aclosing(arrived) as items:
+                async for item in items:
+                    yield item
         finally:
             out_of_time.cancel()
             cancel.set()

@@ -119,7 +119,7 @@ def _call(call: Any) -> Any:
 
 def _asked_in(groups: list[list[Any]], result: Message) -> list[Any] | None:
     """The group whose calls the result answers; it gets the id or name that pairs them."""
-    for group in reversed(groups):
+    for group in groups[::-1]:
         calls = _calls(group)
         identity = result.get("tool_call_id")
         if identity and identity in [call.get("id") for call in calls]:

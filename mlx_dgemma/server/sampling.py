@@ -14,7 +14,6 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.images import count_images, prepare_images
 
-MAX_STOP_STRINGS = 16
 # Fields that steer autoregressive sampling, and the value that asks for nothing.
 WITHOUT_EFFECT: dict[str, Any] = {
     "top_p": 1,
@@ -128,12 +127,14 @@ async def make_call(
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:
     if len(ids) > engine.room:
+        too_long = f"prompt is too long: {len(ids)} tokens > {engine.room} maximum"
         # Clients look for these words and make their conversation shorter.
         raise ApiError(
             400,
             f"This model's maximum context length is {engine.room} tokens. However, your messages "
-            f"resulted in {len(ids)} tokens. Please reduce the length of the {param}.",
+            f"resulted in {len(ids)} tokens. Please reduce the length of the {param} (the "
+            f"{too_long}).",
             param=param,
             code="context_length_exceeded",
-            anthropic_message=f"prompt is too long: {len(ids)} tokens > {engine.room} maximum",
+            anthropic_message=too_long,
         )

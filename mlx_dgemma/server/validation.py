@@ -135,9 +135,8 @@ def _rewrite(schema: dict[str, Any]) -> None:
         if "additionalItems" in schema:
             schema["items"] = schema.pop("additionalItems")
     for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
-        if isinstance(schema.get(bound), bool):
-            if schema.pop(bound) and limit in schema:
-                schema[bound] = schema.pop(limit)
+        if isinstance(schema.get(bound), bool) and schema.pop(bound) and limit in schema:
+            schema[bound] = schema.pop(limit)
     needs = schema.pop("dependencies", None)
     for name, need in needs.items() if isinstance(needs, Mapping) else ():
         keyword = "dependentRequired" if isinstance(need, list) else "dependentSchemas"
@@ -237,9 +236,11 @@ _METASCHEMA = jsonschema.Draft202012Validator.META_SCHEMA
 _FORMATS = jsonschema.FormatChecker()
 
 
-@_FORMATS.checks("date-time", raises=ValueError)
 def _is_instant(value: Any) -> bool:
     """RFC 3339: a date, a time and an offset."""
     if not isinstance(value, str):
         return True
     return "T" in value.upper() and datetime.fromisoformat(value).tzinfo is not None
+
+
+_FORMATS.checks("date-time", raises=ValueError)(_is_instant)

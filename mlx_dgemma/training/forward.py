@@ -66,7 +66,8 @@ class Passes:
         for layer, (keys, values) in zip(model.layers, context, strict=True):
             run = self._wrapped(layer, _decode_layer)
             x = run(x, *rope[layer.kind], masks[layer.self_attn.window], keys, values)
-        return decoder.norm(x).astype(model.dtype)
+        normed: mx.array = decoder.norm(x)
+        return normed.astype(model.dtype)
 
     def _wrapped(self, layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arrays: mx.array) -> Any:

@@ -36,6 +36,8 @@ def make_optimizer(
             from mlx_lm.tuner.utils import build_schedule
 
             rate = build_schedule(schedule)
-        return OPTIMIZERS[name](learning_rate=rate, **{**DEFAULTS.get(name, {}), **options})
+        given = {**DEFAULTS.get(name, {}), **options}
+        chosen: optim.Optimizer = OPTIMIZERS[name](learning_rate=rate, **given)
+        return chosen
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise InputError(f"These optimizer or schedule settings do not fit: {error}.") from error

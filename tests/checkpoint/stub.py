@@ -147,155 +147,159 @@ WRITE = re.compile(
 )
 
 
-def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
+class Handler(BaseHTTPRequestHandler):
+    """Answers as the Hub does, for what `hub` holds."""
 
-        def noted(self) -> tuple[str, str | None]:
-            """Path and token of a request, which is remembered."""
-            path = unquote(urlsplit(self.path).path)
-            bearer = self.headers.get("Authorization")
-            token = bearer.removeprefix("Bearer ") if bearer else None
-            hub.requests.append(Asked(self.command, path, self.headers.get("Range"), token))
-            return path, token
+    hub: HubStub
+    protocol_version = "HTTP/1.1"
 
-        def do_GET(self) -> None:
-            path, token = self.noted()
-            if hub.down:
-                self.fail(503, "")
-            elif found := FILE.fullmatch(path):
-                self.serve(found[1], found[2], token, found[3])
-            elif found := API.fullmatch(path):
-                self.serve(found[1], found[3] or "main", token, None, tree=found[2] == "tree")
-            else:
-                self.fail(404, "")
+    def noted(self) -> tuple[str, str | None]:
+        """Path and token of a request, which is remembered."""
+        path = unquote(urlsplit(self.path).path)
+        bearer = self.headers.get("Authorization")
+        token = bearer.removeprefix("Bearer ") if bearer else None
+        self.hub.requests.append(Asked(self.command, path, self.headers.get("Range"), token))
+        return path, token
 
-        def do_HEAD(self) -> None:
-            self.do_GET()
+    def do_GET(self) -> None:
+        path, token = self.noted()
+        if self.hub.down:
+            self.fail(503, "")
+        elif found := FILE.fullmatch(path):
+            self.serve(found[1], found[2], token, found[3])
+        elif found := API.fullmatch(path):
+            self.serve(found[1], found[3] or "main", token, None, tree=found[2] == "tree")
+        else:
+            self.fail(404, "")
 
-        def do_PUT(self) -> None:
-            """An object of Git LFS; its address is its SHA-256."""
-            path, _ = self.noted()
-            content = self.rfile.read(int(self.headers["Content-Length"]))
-            hub.objects[path.removeprefix("/lfs/")] = content
-            self.answer(b"")
+    def do_HEAD(self) -> None:
+        self.do_GET()
 
-        def do_POST(self) -> None:
-            path, token = self.noted()
-            body = self.rfile.read(int(self.headers["Content-Length"]))
-            if hub.down:
-                return self.fail(503, "")
-            if path == "/api/validate-yaml":
-                return self.answer(b'{"warnings": [], "errors": []}')
-            found = WRITE.fullmatch(path)
-            if path == "/api/repos/create":
-                asked = json.loads(body)
-                owner = asked["organization"] or hub.writers.get(token or "", "")
-                name = f"{owner}/{asked['name']}"
-            elif found:
-                name = str(found[found.lastgroup or ""])
-            else:
-                return self.fail(404, "")
-            if token not in hub.writers:
-                return self.fail(401, "")
-            if name.split("/")[0] != hub.writers[token]:
-                return self.fail(403, "")
-            status = 200
-            if found is None:
-                status = 409 if name in hub.repositories else 200
-                hub.repositories.setdefault(name, Repository({"main": {}}))
-                answer: dict[str, Any] = {"url": f"{hub.url}/{name}"}
-            elif found.lastgroup == "preupload":
-                answer = _upload_modes(json.loads(body))
-            elif found.lastgroup == "batch":
-                answer = _upload_places(hub, json.loads(body))
-            else:
-                lines = [json.loads(line) for line in body.splitlines()]
-                repository = hub.repositories[name]
-                repository.revisions["main"] = {**repository.files("main"), **_files(hub, lines)}
-                commit = repository.commit("main")
-                answer = {"commitUrl": f"{hub.url}/{name}/commit/{commit}", "commitOid": commit}
-            self.answer(json.dumps(answer).encode(), status)
+    def do_PUT(self) -> None:
+        """An object of Git LFS; its address is its SHA-256."""
+        path, _ = self.noted()
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.hub.objects[path.removeprefix("/lfs/")] = content
+        self.answer(b"")
 
-        def serve(
-            self, name: str, revision: str, token: str | None, file: str | None, tree: bool = False
-        ) -> None:
-            repository = hub.repositories.get(name)
-            # Like the Hub, which does not tell strangers what exists.
-            if repository is None or (repository.token and token is None):
-                return self.fail(401, "RepoNotFound")
-            if repository.token and token != repository.token:
-                return self.fail(401 if file else 404, "RepoNotFound")
-            if repository.gated and file is not None:
-                return self.fail(403, "GatedRepo")
-            commit = repository.commit(revision)
-            if commit is None:
-                return self.fail(404, "RevisionNotFound")
-            files = repository.files(revision)
-            if file is None:
-                answer = _tree(files) if tree else _info(name, commit, files, repository.gated)
-                return self.answer(json.dumps(answer).encode())
-            if file not in files:
-                return self.fail(404, "EntryNotFound", {"X-Repo-Commit": commit})
-            self.send_file(repository, commit, files[file])
+    def do_POST(self) -> None:
+        path, token = self.noted()
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.hub.down:
+            return self.fail(503, "")
+        if path == "/api/validate-yaml":
+            return self.answer(b'{"warnings": [], "errors": []}')
+        found = WRITE.fullmatch(path)
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            owner = asked["organization"] or self.hub.writers.get(token or "", "")
+            name = f"{owner}/{asked['name']}"
+        elif found:
+            name = str(found[found.lastgroup or ""])
+        else:
+            return self.fail(404, "")
+        if token not in self.hub.writers:
+            return self.fail(401, "")
+        if name.split("/")[0] != self.hub.writers[token]:
+            return self.fail(403, "")
+        status = 200
+        if found is None:
+            status = 409 if name in self.hub.repositories else 200
+            self.hub.repositories.setdefault(name, Repository({"main": {}}))
+            answer: dict[str, Any] = {"url": f"{self.hub.url}/{name}"}
+        elif found.lastgroup == "preupload":
+            answer = _upload_modes(json.loads(body))
+        elif found.lastgroup == "batch":
+            answer = _upload_places(self.hub, json.loads(body))
+        else:
+            lines = [json.loads(line) for line in body.splitlines()]
+            repository = self.hub.repositories[name]
+            repository.revisions["main"] = {**repository.files("main"), **_files(self.hub, lines)}
+            commit = repository.commit("main")
+            answer = {"commitUrl": f"{self.hub.url}/{name}/commit/{commit}", "commitOid": commit}
+        self.answer(json.dumps(answer).encode(), status)
 
-        def send_file(self, repository: Repository, commit: str, content: Content) -> None:
-            size = size_of(content)
-            wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
-            start = int(wanted[1]) if wanted else 0
-            end = min(int(wanted[2]) + 1, size) if wanted and wanted[2] else size
-            if wanted and start >= size > 0:
-                return self.fail(416, "")
-            self.send_response(206 if wanted else 200)
-            self.send_header("Content-Length", str(end - start))
-            self.send_header("Accept-Ranges", "bytes")
-            self.send_header("ETag", f'"{digest_of(content)}"')
-            self.send_header("X-Repo-Commit", commit)
-            self.send_header("X-Linked-Size", str(size))
-            self.send_header("X-Linked-Etag", f'"{digest_of(content)}"')
-            if wanted:
-                self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
-            self.end_headers()
-            if self.command == "HEAD":
+    def serve(
+        self, name: str, revision: str, token: str | None, file: str | None, tree: bool = False
+    ) -> None:
+        repository = self.hub.repositories.get(name)
+        # Like the Hub, which does not tell strangers what exists.
+        if repository is None or (repository.token and token is None):
+            return self.fail(401, "RepoNotFound")
+        if repository.token and token != repository.token:
+            return self.fail(401 if file else 404, "RepoNotFound")
+        if repository.gated and file is not None:
+            return self.fail(403, "GatedRepo")
+        commit = repository.commit(revision)
+        if commit is None:
+            return self.fail(404, "RevisionNotFound")
+        files = repository.files(revision)
+        if file is None:
+            answer = _tree(files) if tree else _info(name, commit, files, repository.gated)
+            return self.answer(json.dumps(answer).encode())
+        if file not in files:
+            return self.fail(404, "EntryNotFound", {"X-Repo-Commit": commit})
+        self.send_file(repository, commit, files[file])
+
+    def send_file(self, repository: Repository, commit: str, content: Content) -> None:
+        size = size_of(content)
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range") or "")
+        start = int(wanted[1]) if wanted else 0
+        end = min(int(wanted[2]) + 1, size) if wanted and wanted[2] else size
+        if wanted and start >= size > 0:
+            return self.fail(416, "")
+        self.send_response(206 if wanted else 200)
+        self.send_header("Content-Length", str(end - start))
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("ETag", f'"{digest_of(content)}"')
+        self.send_header("X-Repo-Commit", commit)
+        self.send_header("X-Linked-Size", str(size))
+        self.send_header("X-Linked-Etag", f'"{digest_of(content)}"')
+        if wanted:
+            self.send_header("Content-Range", f"bytes {start}-{end - 1}/{size}")
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        limit = repository.break_after
+        sent = start
+        for piece in pieces(content, start):
+            piece = piece[: end - sent]
+            if limit is not None and sent + len(piece) > limit:
+                self.wfile.write(piece[: max(limit - sent, 0)])
+                self.wfile.flush()
+                repository.break_after = None
+                self.close_connection = True
+                self.connection.close()
                 return
-            limit = repository.break_after
-            sent = start
-            for piece in pieces(content, start):
-                piece = piece[: end - sent]
-                if limit is not None and sent + len(piece) > limit:
-                    self.wfile.write(piece[: max(limit - sent, 0)])
-                    self.wfile.flush()
-                    repository.break_after = None
-                    self.close_connection = True
-                    self.connection.close()
-                    return
-                self.wfile.write(piece)
-                sent += len(piece)
-                if sent >= end:
-                    return
+            self.wfile.write(piece)
+            sent += len(piece)
+            if sent >= end:
+                return
 
-        def answer(self, body: bytes, status: int = 200) -> None:
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
 
-        def fail(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
-            self.send_response(status)
-            if code:
-                self.send_header("X-Error-Code", code)
-                self.send_header("X-Error-Message", code)
-            for name, value in (headers or {}).items():
-                self.send_header(name, value)
-            self.send_header("Content-Length", "0")
-            self.end_headers()
+    def fail(self, status: int, code: str, headers: Mapping[str, str] | None = None) -> None:
+        self.send_response(status)
+        if code:
+            self.send_header("X-Error-Code", code)
+            self.send_header("X-Error-Message", code)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
-        def log_message(self, format: str, *args: object) -> None:
-            """Tests read `requests`; nothing goes to standard error."""
+    def log_message(self, format: str, *args: object) -> None:
+        """Tests read `requests`; nothing goes to standard error."""
 
-    return Handler
+
+def _handler(hub: HubStub) -> type[BaseHTTPRequestHandler]:
+    return type("BoundHandler", (Handler,), {"hub": hub})
 
 
 def _upload_modes(asked: dict[str, Any]) -> dict[str, Any]:

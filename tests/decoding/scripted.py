@@ -51,7 +51,9 @@ class ScriptedModel:
         self.canvases: list[np.ndarray] = []
         self.signals: list[np.ndarray | None] = []
 
-    def prefill(self, ids: mx.array, cache: ScriptedCache, images: object = None) -> None:
+    def prefill(
+        self, ids: mx.array, cache: ScriptedCache, images: object = None, cancelled: object = None
+    ) -> None:
         cache.offset += ids.shape[1]
         cache.ids += ids[0].tolist()
         self.block += 1

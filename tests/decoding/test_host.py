@@ -1,6 +1,6 @@
 """What the host does in a step: it reads once, and hands layers over before all are described."""
 
-from functools import partial
+from functools import partial, partialmethod
 from types import SimpleNamespace
 
 import mlx.core as mx
@@ -100,7 +100,7 @@ def test_reading_waits_for_nothing(model, monkeypatch):
     """Ids that lay on the device would be read from behind all the work that is queued there."""
     numpy = CountingNumPy()
     monkeypatch.setattr(network, "np", numpy)
-    monkeypatch.setattr(blocks, "CHUNK", 32)
+    monkeypatch.setattr(type(model), "prefill", partialmethod(type(model).prefill, chunk_size=32))
     settings = DecodingSettings(max_denoising_steps=1, max_tokens=64, empty_reply="allow")
     request = blocks.Request(
         prompt=range(60, 130), settings=settings, draws=SeededDraws(0), seed=0, stop_ids=frozenset()

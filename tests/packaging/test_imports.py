@@ -28,7 +28,7 @@ LINES = (
     ("headers",),
     ("files",),
     ("untrusted_json",),
-    ("errors", "_version", "__pyinstaller"),
+    ("errors", "_version", "asyncio_bridge", "__pyinstaller"),
 )
 RANK = {room: rank for rank, rooms in enumerate(LINES) for room in rooms}
 # The modules that `python -m` runs, and the package, whose public names come from everywhere.

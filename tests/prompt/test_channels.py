@@ -1,5 +1,6 @@
 """Replies are split exactly, whatever the block edges, and markers never show."""
 
+import json
 from collections.abc import Collection, Iterable
 from itertools import pairwise
 
@@ -223,7 +224,7 @@ def test_a_tool_loop_round_trips(tokenizer: Tokenizer, thought: str) -> None:
     ]
     thinking, called = parse(tokenizer, reply)
     (call,) = called.calls
-    function = {"name": call.name, "arguments": call.arguments_json}
+    function = {"name": call.name, "arguments": json.dumps(call.arguments, ensure_ascii=False)}
     messages = [
         {"role": "user", "content": "a"},
         {

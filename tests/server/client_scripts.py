@@ -1,0 +1,79 @@
+"""What the tests of client libraries share: scripted replies behind a real server and socket.
+
+The demo model answers its own puzzles alone. Where a client needs particular words, the ids that
+the network would commit are scripted; the server, the socket, the prompt and the client are real.
+"""
+
+import base64
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import pytest
+
+from mlx_dgemma.infilling import Filling, Infill
+from mlx_dgemma.prompt.encode import encode_prompt
+from mlx_dgemma.server import engine as engine_module
+from tests.prompt.drawings import photograph, saved
+
+from .conftest import Script, tokenizer
+from .test_clients import running
+
+PICTURE = base64.b64encode(saved(photograph(50, 40))).decode()
+PICTURE_URL = f"data:image/png;base64,{PICTURE}"
+PLACE = '{"city": "Oslo", "country": "Norway"}'
+LONG = "word " * 600  # more than the servers of these tests take
+CUT = 'I look.<|tool_call>call:look{q:<|"|>a long question<|"|>}<tool_call|>'
+CUT_AT = len(tokenizer().encode(CUT, special=True)) - 6  # inside the call's string
+
+
+def call(argument: str, text: str = "", name: str = "look") -> str:
+    return f'{text}<|tool_call>call:{name}{{q:<|"|>{argument}<|"|>}}<tool_call|>'
+
+
+def three_rounds() -> Script:
+    """Three calls, the second with text before it, then the answer."""
+    return Script(call("one"), call("two", "Next."), call("three"), "All done.", block=4)
+
+
+def rendered(script: Script, index: int = -1) -> str:
+    """The prompt of a request as the model reads it."""
+    seen = script.seen[index]
+    ids = encode_prompt(tokenizer(), seen["prompt"], tools=seen.get("tools"))
+    return tokenizer().decode(ids)
+
+
+def check_three_rounds(script: Script, answers: list[str]) -> None:
+    """The fourth prompt holds every call and result in order, in one open turn of the model."""
+    assert answers == ["one", "two", "three"]
+    assert len(script.seen) == 4
+    text = rendered(script)
+    turn = text[text.rindex("<|turn>model\n") :]
+    assert "<turn|>" not in turn
+    spoken = ["", "Next.", ""]
+    expected = "".join(
+        f'{said}<|tool_call>call:look{{q:<|"|>{q}<|"|>}}<tool_call|>'
+        f'<|tool_response>response:look{{value:<|"|>found {q}<|"|>}}<tool_response|>'
+        for said, q in zip(spoken, answers, strict=True)
+    )
+    assert turn == f"<|turn>model\n{expected}"
+
+
+@contextmanager
+def serving(script: Script, **settings: Any) -> Iterator[str]:
+    """The address of a server that takes prompts of 400 tokens and knows Claude's names."""
+    defaults = {"prefix_cache_bytes": 0, "max_prompt_tokens": 400, "any_model": True}
+    with ExitStack() as opened:
+        yield opened.enter_context(running(script, **{**defaults, **settings}))
+
+
+def fill_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
+    """Scripts what the network puts into a schema's holes."""
+
+    def script(text: str) -> None:
+        def infill_turns(*_: Any, **__: Any) -> Iterator[Any]:
+            yield Infill(text, (Filling(text, (0, len(text)), 1, ()),), 0.0, 0, 3, True, 5)
+
+        monkeypatch.setattr(engine_module, "infill_turns", infill_turns)
+
+    return script
