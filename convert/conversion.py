@@ -14,7 +14,7 @@ from mlx_dgemma.checkpoint.hub import local_folder
 from mlx_dgemma.convert import card
 from mlx_dgemma.convert.choice import choose_recipe
 from mlx_dgemma.convert.origin import (
-    foresee_disk,
+    check_space_for,
     provenance_of,
     resolve_source,
     source_revision,
@@ -127,7 +127,7 @@ def convert(
     if remote and not dry_run:
         small = resolve_source(str(hf_path), revision, weights=False)
         check_target(target, small, overwrite=overwrite)
-        foresee_disk(small, target, chosen, dtype)
+        check_space_for(small, target, chosen, dtype)
     if remote and dry_run and not measure:
         opened = describe_source(str(hf_path), revision)
     else:
@@ -139,6 +139,8 @@ def convert(
         explicit = recipe is not None or to_hf or dequantize or chosen.default is not None
         _check_quantization(source, str(hf_path), dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
+        if adapter is not None:
+            adapter.check_mergeable()
         keep = to_hf or dequantize or not explicit
         plan = make_plan(
             source.config,
@@ -225,7 +227,7 @@ def _check_quantization(source: Source, name: str, *, dequantize: bool, explicit
     if source.quantized and not explicit:
         raise InputError(
             f"{name} is quantized already; add -d to dequantize it, "
-            "or -q or --recipe to quantize it anew."
+            "or -q or --recipe to quantize it again."
         )
 
 

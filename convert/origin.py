@@ -33,7 +33,7 @@ def resolve_source(
     )
 
 
-def foresee_disk(folder: Path, target: Path, recipe: Recipe, dtype: str | None) -> None:
+def check_space_for(folder: Path, target: Path, recipe: Recipe, dtype: str | None) -> None:
     """Refuse, before the first byte of a weight, an output that will not fit the disk.
 
     folder: holds the source's config.json.
@@ -66,7 +66,7 @@ def provenance_of(name: str, source: Source, plan: Plan, adapter: Adapter | None
             "name": adapter.folder.name,
             "sha256": {
                 path.name: file_digest(path)
-                for path in sorted(adapter.folder.glob("adapter_*"))
+                for path in sorted(adapter.folder.glob("adapter*"))
                 if path.is_file()
             },
         }

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_dgemma.checkpoint.hub import explained, repository_id, resolve_model
+from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.checkpoint.weights import read_headers as read_local_headers
-from mlx_dgemma.convert.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError, DGemmaError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import check_ranges, read_entry

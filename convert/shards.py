@@ -20,7 +20,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.errors import CheckpointError, ResourceError
+from mlx_dgemma.files import open_regular
 from mlx_dgemma.headers import DTYPES
 
 # The shard size of the community's files: greedy, in module-tree order.
@@ -167,8 +168,12 @@ class ShardWriter:
 
 
 def file_digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    """SHA-256 of a regular file; CheckpointError when it cannot be read."""
+    try:
+        with open_regular(path) as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
 
 
 def write_json(path: Path, value: Any, indent: int = 4) -> None:

@@ -18,8 +18,8 @@ import numpy as np
 
 from mlx_dgemma.checkpoint import weights
 from mlx_dgemma.checkpoint.adapters import Adapter
+from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.convert.remote import local_files, read_headers
-from mlx_dgemma.convert.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import Entry

@@ -18,7 +18,9 @@ from mlx_dgemma.convert.workspace import JOURNAL
 from mlx_dgemma.errors import CheckpointError, DGemmaError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import INDEX
+from mlx_dgemma.model.section import Section
 from mlx_dgemma.prompt import load_tokenizer
+from mlx_dgemma.untrusted_json import printable
 
 # Scales of the mx and nv modes are floats in a byte; these bytes mean NaN.
 _NAN_SCALES = {"mxfp4": (0xFF,), "mxfp8": (0xFF,), "nvfp4": (0x7F, 0xFF)}
@@ -62,7 +64,7 @@ def verify(
             problems += _index_problems(source)
             journal = folder / JOURNAL
             if journal.exists():
-                problems += _digest_problems(folder, read_json(journal))
+                problems += _digest_problems(folder)
                 checked.append("digests of all files")
             problems += _number_problems(source, progress)
             checked.append("no NaN or Inf in any tensor")
@@ -84,22 +86,29 @@ def _index_problems(source: Source) -> list[str]:
     path = source.folder / INDEX
     if not path.exists():
         return []
-    index = read_json(path)
     stored = sum(entry.nbytes for file in source.files.values() for entry in file.entries.values())
-    claimed = (index.get("metadata") or {}).get("total_size", stored)
+    metadata = Section(Section(read_json(path), str(path)).get("metadata", {}), str(path))
+    claimed = metadata.integer("total_size", stored, minimum=0, maximum=2**62)
     if claimed != stored:
         return [f"{path}: total_size is {claimed:,} but the shards hold {stored:,} bytes."]
     return []
 
 
-def _digest_problems(folder: Path, journal: dict[str, Any]) -> list[str]:
+def _digest_problems(folder: Path) -> list[str]:
+    journal = Section(read_json(folder / JOURNAL), str(folder / JOURNAL))
     problems = []
-    for name, record in {**journal.get("shards", {}), **journal.get("files", {})}.items():
-        path = folder / name
-        if not path.exists():
-            problems.append(f"{path} is missing; {JOURNAL} lists it.")
-        elif file_digest(path) != record["sha256"]:
-            problems.append(f"{path} is not the file that was written: its digest differs.")
+    for part in ("shards", "files"):
+        if journal.get(part) is None:
+            continue
+        records = journal.section(part)
+        for name in records.values:
+            if Path(name).name != name or not name.isprintable():
+                raise CheckpointError(f"{folder / JOURNAL} names {printable(name)}, no file here.")
+            expected, path = records.section(name).text("sha256"), folder / name
+            if not path.exists():
+                problems.append(f"{path} is missing; {JOURNAL} lists it.")
+            elif file_digest(path) != expected:
+                problems.append(f"{path} is not the file that was written: its digest differs.")
     return problems
 
 

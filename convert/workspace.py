@@ -86,7 +86,7 @@ class Workspace:
 
     @contextlib.contextmanager
     def hold(self) -> Iterator[Workspace]:
-        """Create or reopen the folder; nobody else may write it meanwhile.
+        """Create or reopen the folder; no other process may write it meanwhile.
 
         What a killed conversion left of the checkpoint it replaced is put back or removed.
         Raises ResourceError when it cannot be written or another conversion holds it, InputError
@@ -216,6 +216,8 @@ class Workspace:
                 ) from error
             raise
         with contextlib.suppress(OSError):
-            (self.target / _LOCK).unlink()  # kept until now, so that nobody else takes the folder
+            (
+                self.target / _LOCK
+            ).unlink()  # kept until now, so that no other process takes the folder
         if replaced:
             shutil.rmtree(old, ignore_errors=True)

@@ -18,6 +18,7 @@ from mlx_dgemma.errors import DGemmaError
 
 if TYPE_CHECKING:
     from mlx_dgemma.checkpoint.loading import load
+    from mlx_dgemma.constraints import Constraint
     from mlx_dgemma.context.prompt_cache import PromptCache
     from mlx_dgemma.decisions import Choice, Decision, Noul, Score, decide
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
@@ -33,6 +34,7 @@ _NAMES = {
     "infilling.fill": ("edit", "infill", "refine", "regenerate"),
     "infilling.results": ("Infill",),
     "checkpoint.loading": ("load",),
+    "constraints": ("Constraint",),
     "context.prompt_cache": ("PromptCache",),
     "runtime": ("Runtime",),
 }
@@ -40,6 +42,7 @@ _NAMES = {
 __all__ = [
     "Choice",
     "Commit",
+    "Constraint",
     "DGemmaError",
     "Decision",
     "Draft",

@@ -21,6 +21,7 @@ VERBS = {
     "infill": "fill the holes of a text, or rewrite parts of it",
     "decide": "answers to yes-or-no, choice and score questions, from one pass",
     "lora": "fine-tune a checkpoint on conversations of your own",
+    "fuse": "an adapter merged into its model",
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
     "benchmark": "time, memory and quality of a model on this machine",
@@ -90,9 +91,20 @@ def _on_interrupt(
             signal.signal(signal.SIGINT, before)
 
 
-generate, chat, infill, decide, lora, convert, server, benchmark, doctor, models, completion = (
-    partial(launch, verb) for verb in VERBS
-)
+(
+    generate,
+    chat,
+    infill,
+    decide,
+    lora,
+    fuse,
+    convert,
+    server,
+    benchmark,
+    doctor,
+    models,
+    completion,
+) = (partial(launch, verb) for verb in VERBS)
 
 
 if __name__ == "__main__":

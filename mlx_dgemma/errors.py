@@ -25,6 +25,14 @@ class InputError(DGemmaError):
     """The request cannot be served as it was asked."""
 
 
+class LanguageError(InputError):
+    """A constraint that cannot be followed: malformed, empty, or too large."""
+
+
+class UnsupportedError(LanguageError):
+    """A rule that no automaton here can hold a text to; a check of the finished text can."""
+
+
 class ModelNotFoundError(DGemmaError):
     """The model is neither a folder here nor a repository that can be reached."""
 

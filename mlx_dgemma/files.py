@@ -6,10 +6,13 @@ without a word: nothing but a regular file is opened.
 
 from __future__ import annotations
 
+import io
 import os
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse
@@ -23,7 +26,7 @@ _KINDS = (
 )
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path) -> io.BufferedReader:
     """A regular file, opened for reading; never waits for whoever writes a pipe.
 
     Raises OSError whose strerror says what is wrong, also for what is no regular file.
@@ -74,6 +77,21 @@ def read_json(path: str | Path, limits: Limits = DEFAULT) -> Any:
         raise CheckpointError(f"{path} cannot be read: {error.strerror or error}.") from error
     except UntrustedJSONError as error:
         raise CheckpointError(f"{path} {error}; download it again.") from error
+
+
+@contextmanager
+def reading_weights(source: str | Path) -> Iterator[None]:
+    """MLX's error, where a file of weights that it reads late is cut short or its disk is gone, as
+    CheckpointError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("[read]"):
+            raise
+        raise CheckpointError(
+            f"{source}: the weights can no longer be read; were the files cut short, or is their "
+            "disk gone?"
+        ) from error
 
 
 def check_replaceable(path: str | Path) -> None:

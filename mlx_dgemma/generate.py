@@ -17,6 +17,7 @@ import numpy as np
 
 from mlx_dgemma.checkpoint.plan import slices_head
 from mlx_dgemma.checkpoint.sizes import working_bytes
+from mlx_dgemma.constraints import Constraint, Language
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
@@ -89,6 +90,7 @@ def stream_generate(
     kv_bits: int | None = None,
     logprobs: bool = False,
     opening: Opening | None = None,
+    constraint: Constraint | Language | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
     """Generates a reply; yields a Commit per block and a Finish, with `drafts` each Draft too.
@@ -115,6 +117,8 @@ def stream_generate(
         long one and no longer exact. With a cache, as the cache was made.
     cancel: set it from any thread; the generation ends between two denoising steps.
     logprobs: score committed ids in Commit.logprobs. opening: ids the reply must begin with.
+    constraint: what a reply that ends by itself must be: Constraint.regex(...), .choice(...),
+        .json_schema(...), .json_object(); one that max_tokens cuts is the beginning of such a text.
     trace: a file to record every draw in; not together with an opening.
 
     Closing the generator frees everything it holds. Raises InputError for a request that
@@ -159,12 +163,26 @@ def stream_generate(
         seed=seed,
         stop_ids=tokenizer.stop_ids,
         opening=opening,
+        language=_language(model, tokenizer, constraint),
         drafts=drafts,
         logprobs=logprobs,
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
     return _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+
+
+def _language(
+    model: Model, tokenizer: Tokenizer, constraint: Constraint | Language | None
+) -> Language | None:
+    if isinstance(constraint, Constraint):
+        return constraint.language(tokenizer, model.config.text.vocab_size)
+    if constraint is not None and not isinstance(constraint, Language):
+        raise InputError(
+            f"constraint={constraint!r:.60} is not possible: use Constraint.regex(...), "
+            ".choice(...), .json_schema(...) or .json_object()."
+        )
+    return constraint
 
 
 def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
@@ -189,6 +207,7 @@ class Options(DecodingOptions, total=False):
     cache: PromptCache | None
     logprobs: bool
     opening: Opening | None
+    constraint: Constraint | Language | None
     trace: str | Path | None
 
 

@@ -115,7 +115,12 @@ class Runtime:
             self.model: Model
             self.tokenizer: Tokenizer
             folder = _find(
-                path_or_hf_repo, revision, planned=not lazy, kv_bits=kv_bits, dtype=dtype
+                path_or_hf_repo,
+                revision,
+                adapter_path,
+                planned=not lazy,
+                kv_bits=kv_bits,
+                dtype=dtype,
             )
             self.model, self.tokenizer = self.call(
                 lambda: load(
@@ -308,7 +313,7 @@ class Runtime:
             self._jobs.put(job)
 
     def _requeue(self, job: Callable[[], None]) -> bool:
-        """Puts a job behind those that wait; False when none does, or when closing."""
+        """Queues a job after those that wait; False when none does, or when closing."""
         with self._lock:
             if self._closed or self._jobs.empty():
                 return False
@@ -329,6 +334,7 @@ class Runtime:
 def _find(
     path_or_hf_repo: str | Path | None,
     revision: str | None,
+    adapter_path: str | Path | None,
     *,
     planned: bool,
     kv_bits: int | None,
@@ -339,7 +345,13 @@ def _find(
         from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
         return resolve_model(path_or_hf_repo, revision=revision)
-    folder, plan = prepare(path_or_hf_repo, revision=revision, kv_bits=kv_bits, dtype=dtype)
+    folder, plan = prepare(
+        path_or_hf_repo,
+        revision=revision,
+        adapter_path=adapter_path,
+        kv_bits=kv_bits,
+        dtype=dtype,
+    )
     log.info("%s needs %s", path_or_hf_repo or "The demo checkpoint", plan)
     if plan.advice:
         log.warning(plan.advice)

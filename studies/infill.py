@@ -37,7 +37,7 @@ from mlx_dgemma.decoding import (
 )
 from mlx_dgemma.demo.tasks import InfillExample, infill_examples
 from mlx_dgemma.demo.tasks.example import ask
-from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
+from mlx_dgemma.demo.tasks.fillings import PROMPT, ROOMY_PROMPT
 from mlx_dgemma.generate import encode_prompt
 
 SEED = 2026

@@ -17,7 +17,7 @@ from mlx_dgemma.demo.tasks import (
     is_held_out,
 )
 from mlx_dgemma.demo.tasks.example import ask
-from mlx_dgemma.demo.tasks.infill import PROMPT, ROOMY_PROMPT
+from mlx_dgemma.demo.tasks.fillings import PROMPT, ROOMY_PROMPT
 from mlx_dgemma.demo.tasks.pictures import Picture
 
 CANVAS = 32

@@ -85,7 +85,7 @@ def prefill_costs(
     stored: Mapping[str, int] | None = None,
     kv_bits: int | None = None,
 ) -> dict[str, Cost]:
-    """Component -> cost of one encoder pass over `tokens` behind `context_tokens`.
+    """Component -> cost of one encoder pass over `tokens` after `context_tokens`.
 
     The last layer only makes keys and values; counted as a whole layer, which is a little much.
     """

@@ -1,45 +1,52 @@
-"""LoRA adapters in PEFT's format, merged into the weights.
+"""LoRA adapters: read in PEFT's and mlx-lm's form, put beside the weights, or merged into them.
 
 PEFT sees the encoder's and the decoder's copy of one tied weight as two modules and trains a
-delta for each; its own merge adds both to the shared weight, which is neither pass's trained
-function. Here the decoder's delta is merged, and an adapter whose encoder deltas differ is
-refused. What cannot be expressed as a delta of one weight is refused as well.
+delta for each, or for one of them; mlx-lm's form was trained on the shared weight, so its delta
+acts in both passes. Loaded adapters stay beside the weights, each in its pass. Only where both
+passes have the same delta can it be merged into the weight that they share.
 
-A large adapter is as large as a small model: its matrices stay in their file, and of a weight
-the rows that are merged are widened to float32, nothing else.
+A large adapter is as large as a small model: its matrices stay in their file until they are used.
 """
 
 from __future__ import annotations
 
-import re
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import prod, sqrt
 from pathlib import Path
-from typing import Any
 
 import mlx.core as mx
+import regex
 
+from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import read_header
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.low_rank import LAYERS, Factors, attach
 from mlx_dgemma.model.names import is_tied_duplicate, tied_to
-from mlx_dgemma.model.packing import Quantization, quantization_of
+from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.parameters import matrices
+from mlx_dgemma.model.section import MOST_NUMBER, Section
+from mlx_dgemma.untrusted_json import printable, shown
 
 CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-# What is widened to float32 at a time when an adapter is merged at load.
-SLICE_BYTES = 64 << 20
+PEFT_WEIGHTS = "adapter_model.safetensors"
+MLX_WEIGHTS = "adapters.safetensors"
+ADVICE = "copy the adapter again"
+# A pattern that takes longer on a module's name than this was written to take forever.
+PATTERN_SECONDS = 0.2
+_MOST_PATTERNS = 4096
 
-_KEY = re.compile(
-    r"(?:base_model\.model\.)?(?P<module>.+?)(?P<nested>(?:\.base_layer)*)"
+_PEFT_KEY = regex.compile(
+    r"(?:base_model\.model\.)?(?P<module>[\w.]+?)(?P<nested>(?:\.base_layer)*)"
     r"\.lora_(?P<side>[AB])(?:\.default)?\.weight"
 )
-# Entries of adapter_config.json that change what the weights mean, and the value we can honour.
+_MLX_KEY = regex.compile(r"(?P<module>[\w.]+)\.lora_(?P<side>[ab])")
+# Entries of PEFT's adapter_config.json that change what the weights mean.
 _REFUSED = {
-    "use_dora": "DoRA scales whole rows of the merged weight",
+    "use_dora": "DoRA scales whole rows of the adapted weight",
     "modules_to_save": "modules_to_save replaces whole weights",
     "fan_in_fan_out": "fan_in_fan_out transposes weights that this network does not transpose",
     "lora_bias": "lora_bias adds biases that this network does not have",
@@ -47,52 +54,92 @@ _REFUSED = {
     "layer_replication": "layer_replication changes the number of layers",
     "alora_invocation_tokens": "aLoRA applies to a part of the sequence only",
 }
+_Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class Delta:
-    """`scale * B @ A` of one matrix, or one such product per expert; A and B are not read yet.
+    """What is added to one weight [out, in], or [E, out, in]; not read yet.
 
-    shape: of the weight. file, a, b: the file and the names of A, [rank, in] or
-    [experts * rank, in], and B, [out, rank] or [out, rank * experts]. experts: how many, or None.
+    a, b: names in the file. peft: whether they lie as PEFT's A [r, in] (experts: [E * r, in]) and
+    B [out, r] (experts: [out, r * E]), else as mlx-lm's lora_a [in, r] (experts: [E, r, in]) and
+    lora_b [r, out] (experts: [E, out, r]).
     """
 
     shape: tuple[int, ...]
-    file: Path
+    file: TensorFile
     a: str
     b: str
     scale: float
-    experts: int | None = None
+    peft: bool
 
-    def read(self) -> tuple[mx.array, mx.array]:
-        """A and B as stored and unevaluated, by expert where there are experts.
+    @property
+    def nbytes(self) -> int:
+        return sum(self.file.entries[name].nbytes for name in (self.a, self.b))
 
-        They are read when they are evaluated, and kept as long as they are held.
-        """
-        tensors = _open(self.file)
-        a, b = tensors[self.a], tensors[self.b]
-        if self.experts is None:
-            return a, b
-        # A's rows are grouped by expert, B's columns by rank.
-        by_expert = b.reshape(b.shape[0], -1, self.experts).transpose(2, 0, 1)
-        return a.reshape(self.experts, -1, a.shape[1]), by_expert
+    def read(self, dtype: mx.Dtype | None = None) -> Factors:
+        """The factors from the file, as stored or in `dtype`."""
+        a, b = self.file.mlx(self.a), self.file.mlx(self.b)
+        if dtype is not None:
+            a, b = a.astype(dtype), b.astype(dtype)
+        if len(self.shape) == 2:
+            return Factors(a.T, b.T, self.scale) if self.peft else Factors(a, b, self.scale)
+        experts, outputs, inputs = self.shape
+        if self.peft:  # A's rows are grouped by expert, B's columns by rank
+            a = a.reshape(experts, -1, inputs)
+            return Factors(
+                a.swapaxes(1, 2), b.reshape(outputs, -1, experts).transpose(2, 1, 0), self.scale
+            )
+        return Factors(a.swapaxes(1, 2), b.swapaxes(1, 2), self.scale)
 
-    def rows(self, pair: tuple[mx.array, mx.array], start: int, stop: int) -> mx.array:
-        """float32 rows (or experts) [start, stop) of the delta, from what `read` gave."""
-        a, b = pair
-        if self.experts is not None:
-            a = a[start:stop]
-        return self.scale * (b[start:stop].astype(mx.float32) @ a.astype(mx.float32))
+
+def delta_rows(factors: Factors, start: int, stop: int) -> mx.array:
+    """float32 rows (or experts) [start, stop) of a delta [out, in] or [E, out, in]."""
+    a, b = factors.a, factors.b
+    if a.ndim == 3:
+        a, b = a[start:stop], b[start:stop]
+    else:
+        b = b[:, start:stop]
+    product = b.swapaxes(-1, -2).astype(mx.float32) @ a.swapaxes(-1, -2).astype(mx.float32)
+    return factors.scale * product
 
 
 class Adapter:
-    """The deltas of an adapter folder by weight name (MLX-community layout)."""
+    """An adapter's deltas by the name of the weight (MLX-community layout), for each pass.
 
-    def __init__(self, folder: Path, deltas: dict[str, Delta]) -> None:
+    A weight that one pass alone has (vision, self-conditioning) is in that pass's table.
+    """
+
+    def __init__(self, folder: Path, encoder: dict[str, Delta], decoder: dict[str, Delta]) -> None:
         self.folder = folder
-        self.deltas = deltas
-        # The rows of a weight are merged slice by slice: its pair is read once.
-        self._latest: tuple[str, tuple[mx.array, mx.array]] | None = None
+        self.encoder = encoder
+        self.decoder = decoder
+        # The rows of a weight are merged slice by slice: its factors are read once.
+        self._latest: tuple[str, Factors] | None = None
+
+    @property
+    def deltas(self) -> dict[str, Delta]:
+        """By weight, of either pass; what is merged once `check_mergeable` agrees."""
+        return {**self.encoder, **self.decoder}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the matrices, each counted once."""
+        unique = {(d.file.path, d.a): d for d in (*self.encoder.values(), *self.decoder.values())}
+        return sum(delta.nbytes for delta in unique.values())
+
+    def check_mergeable(self) -> None:
+        """Raises CheckpointError when the passes that share a weight would need two of it."""
+        for name in sorted({*self.encoder, *self.decoder}):
+            pair = self.encoder.get(name), self.decoder.get(name)
+            if name.startswith(LAYERS) and not _same(*pair):
+                alone = [w for w, d in zip(("encoder", "decoder"), pair, strict=True) if d]
+                how = "differently" if len(alone) == 2 else f"in the {alone[0]} alone"
+                raise CheckpointError(
+                    f"{self.folder} changes {name} {how}, and encoder and decoder share that "
+                    "weight, so it cannot be merged; convert without the adapter and give "
+                    "--adapter-path when the model is loaded."
+                )
 
     def merged(self, name: str, rows: mx.array, start: int) -> mx.array:
         """Rows of weight `name` beginning at `start`, with the delta added in float32."""
@@ -101,105 +148,155 @@ class Adapter:
             return rows
         if self._latest is None or self._latest[0] != name:
             self._latest = (name, delta.read())
-        added = delta.rows(self._latest[1], start, start + rows.shape[0])
+        added = delta_rows(self._latest[1], start, start + rows.shape[0])
         return rows.astype(mx.float32) + added
+
+    def attach(self, model: Model) -> None:
+        """Puts the deltas beside a filled model's weights, each in its pass.
+
+        In float32 they are computed in float32, else as they are stored.
+        """
+        dtype = mx.float32 if model.dtype == mx.float32 else None
+        known: dict[str, Factors] = {}
+        sides: list[dict[str, Factors]] = []
+        for deltas in (self.encoder, self.decoder):
+            side = {}
+            for name, delta in deltas.items():
+                if name in known and _same(self.encoder.get(name), self.decoder.get(name)):
+                    side[name.removesuffix(".weight")] = known[name]
+                    continue
+                factors = delta.read(dtype)
+                mx.eval(factors.a, factors.b)
+                known[name] = side[name.removesuffix(".weight")] = factors
+            sides.append(side)
+        attach(model, *sides)
+
+
+def adapter_bytes(folder: str | Path) -> int:
+    """Bytes of the matrices that loading an adapter adds; 0 where there is no adapter."""
+    paths = [Path(folder) / name for name in (PEFT_WEIGHTS, MLX_WEIGHTS)]
+    headers = [read_header(path, ADVICE) for path in paths if path.exists()]
+    return sum(entry.nbytes for header in headers[:1] for entry in header.entries.values())
 
 
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
-    """Read a PEFT LoRA adapter for a model of this config.
+    """Read a LoRA adapter of PEFT's or mlx-lm's form for a model of this config.
 
     Raises ModelNotFoundError without a folder, CheckpointError for an adapter that is damaged,
-    made for another model, or of a kind that cannot be merged.
+    made for another model, or of a kind that is no low-rank delta.
     """
     folder = Path(folder)
     if not (folder / CONFIG).exists():
-        raise ModelNotFoundError(f"{folder} has no {CONFIG}; give the folder of a PEFT adapter.")
-    settings = read_json(folder / CONFIG)
-    _refuse_kinds(settings, folder)
-    path = folder / WEIGHTS
+        raise ModelNotFoundError(f"{folder} has no {CONFIG}; give the folder of a LoRA adapter.")
+    settings = Section(read_json(folder / CONFIG), str(folder / CONFIG))
+    peft = settings.get("peft_type") is not None
+    if peft:
+        _refuse_kinds(settings)
+    elif settings.text("fine_tune_type", "lora") != "lora":
+        raise settings.refuse("fine_tune_type", "is not supported; only low-rank deltas (lora) are")
+    path = folder / (PEFT_WEIGHTS if peft else MLX_WEIGHTS)
+    file = TensorFile(path, ADVICE)
     shapes = matrices(config)
-    deltas: dict[str, Delta] = {}
+    found = _peft_deltas(file, shapes, settings) if peft else _mlx_deltas(file, shapes, settings)
     encoder: dict[str, Delta] = {}
-    for module, delta in _deltas(path, shapes, settings):
-        weight = f"{module}.weight"
-        tied = is_tied_duplicate(weight)
-        name = tied_to(weight) if tied else weight
+    decoder: dict[str, Delta] = {}
+    for module, delta in found:
+        tied = is_tied_duplicate(f"{module}.weight")
+        name = tied_to(f"{module}.weight") if tied else f"{module}.weight"
         expected = shapes.get(name.removesuffix(".weight"))
         if delta.shape != expected:
             fits = "no such weight" if expected is None else f"a weight of {list(expected)}"
             raise CheckpointError(
-                f"{path}: the delta of {module} is {list(delta.shape)} and the model has {fits}; "
-                "the adapter was trained on another model."
+                f"{path}: the delta of {printable(module)} is {list(delta.shape)} and the model "
+                f"has {fits}; the adapter was trained on another model."
             )
-        if not all(mx.isfinite(matrix).all().item() for matrix in delta.read()):
+        factors = delta.read()
+        if not all(mx.isfinite(part).all().item() for part in (factors.a, factors.b)):
             raise CheckpointError(f"{path}: the delta of {module} holds NaN or Inf.")
-        (encoder if tied else deltas)[name] = delta
-    for name, delta in encoder.items():
-        if not _same(delta, deltas.get(name)):
-            raise CheckpointError(
-                f"{path}: encoder and decoder share {name} but were trained apart; "
-                "an adapter can change the shared weight only once."
-            )
-    return Adapter(folder, deltas)
+        in_encoder = tied or not name.startswith("model.decoder.")
+        if in_encoder or (not peft and name.startswith(LAYERS)):
+            encoder[name] = delta
+        if not in_encoder:
+            decoder[name] = delta
+    return Adapter(folder, encoder, decoder)
 
 
-def _open(path: Path) -> dict[str, mx.array]:
-    """Every tensor of the adapter's file, unread."""
-    try:
-        tensors = mx.load(str(path))
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{path} is missing or damaged; copy the adapter again.") from error
-    assert isinstance(tensors, dict)
-    return tensors
-
-
-def _refuse_kinds(settings: Mapping[str, Any], folder: Path) -> None:
-    kind = settings.get("peft_type")
-    if kind != "LORA":
-        raise CheckpointError(f"{folder}: peft_type {kind!r} is not supported; only LORA is.")
+def _refuse_kinds(settings: Section) -> None:
+    if settings.get("peft_type") != "LORA":
+        raise settings.refuse("peft_type", "is not supported; only LORA is")
     for key, why in _REFUSED.items():
-        if settings.get(key):
-            raise CheckpointError(f"{folder}: {key} is not supported: {why}.")
+        if settings.values.get(key):
+            raise settings.refuse(key, f"is not supported: {why}")
     if settings.get("bias", "none") != "none":
-        raise CheckpointError(f"{folder}: trained biases (bias) have no place in this network.")
+        raise settings.refuse("bias", "is not supported: biases have no place in this network")
 
 
-_Shapes = Mapping[str, tuple[int, ...]]
+_Found = Iterator[tuple[str, Delta]]
 
 
-def _deltas(
-    path: Path, shapes: _Shapes, settings: Mapping[str, Any]
-) -> Iterator[tuple[str, Delta]]:
+def _peft_deltas(file: TensorFile, shapes: _Shapes, settings: Section) -> _Found:
     """(module, delta) for every adapted matrix, by the names and shapes of the file alone."""
-    stored: dict[str, tuple[int, ...]] = {}
-    found: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
-    for key, tensor in _open(path).items():
-        if "embed_tokens" in key or "lm_head" in key:
-            raise CheckpointError(
-                f"{path}: adapts the embedding table, which is also the output head and the "
-                "self-conditioning table; such an adapter cannot be merged."
-            )
-        match = _KEY.fullmatch(key)
-        if match is None or tensor.ndim != 2:
-            raise CheckpointError(f"{path}: {key} is no low-rank delta of a linear layer.")
-        stored[key] = tensor.shape
-        found[match["module"]][match["nested"]][match["side"]] = key
-    for module, wrappers in found.items():
+    scales = _PeftScales(settings)
+    pairs: dict[str, dict[str, dict[str, str]]] = defaultdict(lambda: defaultdict(dict))
+    for key, entry in file.entries.items():
+        match = _key(_PEFT_KEY, key, file.path)
+        if len(entry.shape) != 2:
+            raise CheckpointError(f"{file.path}: {printable(key)} is no low-rank delta.")
+        pairs[match["module"]][match["nested"]][match["side"]] = key
+    for module, wrappers in pairs.items():
         for pair in wrappers.values():
-            if set(pair) != {"A", "B"}:
-                raise CheckpointError(f"{path}: {module} has lora_{next(iter(pair))} only.")
-            (a_rows, width_in), (width_out, b_columns) = stored[pair["A"]], stored[pair["B"]]
-            name, experts = module, None
-            shape: tuple[int, ...] = (width_out, width_in)
+            _check_pair(pair, module, file.path)
+            a, b = pair["A"], pair["B"]
+            (a_rows, inputs), (outputs, b_columns) = file.entries[a].shape, file.entries[b].shape
+            name, experts = module, 1
+            shape: tuple[int, ...] = (outputs, inputs)
             if module.endswith(".experts"):
-                name, experts = _experts_weight(module, shape, shapes, path)
+                name, experts = _experts_weight(module, shape, shapes, file.path)
                 shape = (experts, *shape)
             elif len(wrappers) > 1:
-                raise CheckpointError(f"{path}: {module} is adapted twice.")
-            if a_rows != b_columns or a_rows % (experts or 1):
-                raise CheckpointError(f"{path}: A and B of {module} have different ranks.")
-            scale = _scale(name, a_rows // (experts or 1), settings)
-            yield name, Delta(shape, path, pair["A"], pair["B"], scale, experts)
+                raise CheckpointError(f"{file.path}: {module} is adapted twice.")
+            if a_rows != b_columns or a_rows % experts or not a_rows:
+                raise CheckpointError(f"{file.path}: A and B of {module} have different ranks.")
+            yield name, Delta(shape, file, a, b, scales.of(name, a_rows // experts), peft=True)
+
+
+def _mlx_deltas(file: TensorFile, shapes: _Shapes, settings: Section) -> _Found:
+    """The same for mlx-lm's form, whose names are this network's."""
+    parameters = settings.section("lora_parameters")
+    scale = parameters.number("scale", 20.0, minimum=-MOST_NUMBER)
+    pairs: dict[str, dict[str, str]] = defaultdict(dict)
+    for key in file.entries:
+        match = _key(_MLX_KEY, key, file.path)
+        pairs[match["module"]][match["side"]] = key
+    for module, pair in pairs.items():
+        _check_pair(pair, module, file.path)
+        a, b = file.entries[pair["a"]].shape, file.entries[pair["b"]].shape
+        if len(a) == len(b) == 2 and a[1] == b[0] > 0:
+            shape: tuple[int, ...] = (b[1], a[0])
+        elif len(a) == len(b) == 3 and a[0] == b[0] and a[1] == b[2] > 0:
+            shape = (a[0], b[1], a[2])
+        else:
+            raise CheckpointError(
+                f"{file.path}: lora_a {list(a)} and lora_b {list(b)} of {module} do not fit."
+            )
+        yield module, Delta(shape, file, pair["a"], pair["b"], scale, peft=False)
+
+
+def _key(pattern: regex.Pattern[str], key: str, path: Path) -> regex.Match[str]:
+    if "embed_tokens" in key or "lm_head" in key:
+        raise CheckpointError(
+            f"{path}: adapts the embedding table, which is also the output head and the "
+            "self-conditioning table; such an adapter cannot be applied."
+        )
+    match = pattern.fullmatch(key) if len(key) < 500 else None
+    if match is None:
+        raise CheckpointError(f"{path}: {printable(key)} is no low-rank delta of a linear layer.")
+    return match
+
+
+def _check_pair(pair: Mapping[str, str], module: str, path: Path) -> None:
+    if len(pair) != 2:
+        raise CheckpointError(f"{path}: {module} has lora_{next(iter(pair))} only.")
 
 
 def _experts_weight(
@@ -221,83 +318,57 @@ def _experts_weight(
     )
 
 
-def _scale(module: str, rank: int, settings: Mapping[str, Any]) -> float:
-    alpha = float(settings.get("lora_alpha", 8))
-    for pattern, value in (settings.get("alpha_pattern") or {}).items():
-        if re.match(rf"(.*\.)?({pattern})$", module):
-            alpha = float(value)
-            break
-    return alpha / (sqrt(rank) if settings.get("use_rslora") else rank)
+class _PeftScales:
+    """What PEFT multiplies each delta with: lora_alpha over the rank, with patterns by module."""
+
+    def __init__(self, settings: Section) -> None:
+        self._settings = settings
+        self._alpha = settings.number("lora_alpha", 8, minimum=-MOST_NUMBER)
+        self._rank_stabilized = settings.flag("use_rslora", False)
+        self._patterns: dict[str, tuple[regex.Pattern[str], float]] = {}
+        if settings.get("alpha_pattern") is None:
+            return
+        section = settings.section("alpha_pattern")
+        if len(section.values) > _MOST_PATTERNS:
+            raise settings.refuse("alpha_pattern", f"has more than {_MOST_PATTERNS:,} patterns")
+        for pattern in section.values:
+            value = section.number(pattern, minimum=-MOST_NUMBER)
+            try:
+                compiled = regex.compile(rf"(.*\.)?({pattern})$") if len(pattern) < 500 else None
+            except (regex.error, RecursionError, OverflowError):
+                compiled = None
+            if compiled is None:
+                raise settings.refuse("alpha_pattern", f"has {shown(pattern)}, which is no pattern")
+            self._patterns[pattern] = compiled, value
+
+    def of(self, module: str, rank: int) -> float:
+        alpha = self._alpha
+        for pattern, (compiled, value) in self._patterns.items():
+            try:
+                found = compiled.match(module, timeout=PATTERN_SECONDS)
+            except TimeoutError:
+                raise self._settings.refuse(
+                    "alpha_pattern", f"has {shown(pattern)}, which takes too long; write it simpler"
+                ) from None
+            if found:
+                alpha = value
+                break
+        return alpha / (math.sqrt(rank) if self._rank_stabilized else rank)
 
 
-def _same(encoder: Delta, decoder: Delta | None) -> bool:
-    """Whether both passes would get the same weight; an untrained delta (B = 0) counts as zero."""
-    ours = encoder.read()
-    theirs = None if decoder is None else decoder.read()
-    step = encoder.shape[0] if encoder.experts is None else 1
-    for start in range(0, encoder.shape[0], step):
-        mine = encoder.rows(ours, start, start + step)
-        other = mx.zeros_like(mine)
-        if decoder is not None and theirs is not None:
-            other = decoder.rows(theirs, start, start + step)
-        if not mx.allclose(mine, other, rtol=1e-5, atol=1e-8).item():
+def _same(one: Delta | None, other: Delta | None) -> bool:
+    """Whether two passes get the same weight; an untrained delta (B = 0) counts as none."""
+    if one is other:
+        return True
+    some = one or other
+    assert some is not None
+    factors = [None if delta is None else delta.read() for delta in (one, other)]
+    step = some.shape[0] if len(some.shape) == 2 else 1
+    for start in range(0, some.shape[0], step):
+        ours, theirs = (
+            mx.array(0.0) if part is None else delta_rows(part, start, start + step)
+            for part in factors
+        )
+        if not mx.allclose(ours, theirs, rtol=1e-5, atol=1e-8).item():
             return False
     return True
-
-
-def merge_parameters(
-    parameters: dict[str, mx.array], adapter: Adapter, config: ModelConfig, *, read: bool
-) -> None:
-    """Merges the adapter into tensors as they are stored, in their place.
-
-    A packed matrix is dequantized, merged and packed again as it was; merging before
-    quantization (`mlx_dgemma.convert --adapter-path`) rounds once instead of twice.
-    read: read the adapted tensors now, one slice of one tensor after the other; else everything
-    stays unevaluated.
-    """
-    for name in adapter.deltas:
-        module = name.removesuffix(".weight")
-        packing = None
-        if f"{module}.scales" in parameters:
-            packing = quantization_of(config.quantization, module)
-        suffixes = ("weight",) if packing is None else ("weight", "scales", "biases")
-        names = [name, *(f"{module}.{suffix}" for suffix in suffixes[1:])]
-        names = [part for part in names if part in parameters]
-        stored = [parameters.pop(part) for part in names]
-        merged: list[list[mx.array]] = [[] for _ in names]
-        delta = adapter.deltas[name]
-        rows = max(1, SLICE_BYTES // (4 * prod(delta.shape[1:])))
-        for start in range(0, delta.shape[0], rows):
-            slices = [part[start : start + rows] for part in stored]
-            again = _merged_slice(slices, adapter, name, start, packing)
-            if read:
-                mx.eval(again)
-            for parts, part in zip(merged, again, strict=True):
-                parts.append(part)
-        for part_name, pieces in zip(names, merged, strict=True):
-            parameters[part_name] = mx.concatenate(pieces)
-        if read:
-            del stored, slices, again
-            mx.eval([parameters[part_name] for part_name in names])
-            merged.clear()
-            mx.clear_cache()
-
-
-def _merged_slice(
-    stored: list[mx.array],
-    adapter: Adapter,
-    name: str,
-    start: int,
-    packing: Quantization | None,
-) -> list[mx.array]:
-    """Some rows of a weight (with scales and biases if it is packed), merged."""
-    if packing is None:
-        return [adapter.merged(name, stored[0], start).astype(stored[0].dtype)]
-    how: dict[str, Any] = {
-        "group_size": packing.group_size,
-        "bits": packing.bits,
-        "mode": packing.mode,
-    }
-    weight, scales, *biases = stored
-    dense = mx.dequantize(weight, scales, biases[0] if biases else None, **how)
-    return list(mx.quantize(adapter.merged(name, dense, start).astype(dense.dtype), **how))

@@ -11,10 +11,15 @@ import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mlx_dgemma.checkpoint.known_repositories import (
+    BESIDE_WEIGHTS,
+    COMMUNITY,
+    DEMO_NAME,
+    KNOWN_REPOSITORIES,
+)
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.headers import INDEX, read_weight_map
@@ -25,15 +30,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
     from huggingface_hub.hf_api import ModelInfo
 
-COMMUNITY = "mlx-community/diffusiongemma-26B-A4B-it"
-DEMO_NAME = "demo"
-GOOGLE = "google/diffusiongemma-26B-A4B-it"
-
-# Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.5 GB).
-BESIDE_WEIGHTS = 1_091_829_760
-# The longest context by itself, exactly and in 8 bits.
-LONGEST_CONTEXT = 262_144
-LONGEST_CONTEXT_BYTES = {None: 5_746_196_480, 8: 3_224_698_880}
 # Kept free on the disk after a download.
 DISK_RESERVE = 1_000_000_000
 
@@ -50,43 +46,6 @@ SMALL_FILES = (
     "preprocessor_config.json",
 )
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
-
-
-@dataclass(frozen=True)
-class KnownRepository:
-    """A repository of the real model. weight_bytes: tensors; exact where the index is known."""
-
-    id: str
-    weight_bytes: int
-    exact: bool
-    about: str
-
-    @property
-    def short(self) -> str:
-        """What stands for its id in `--model`."""
-        return self.id.removeprefix(f"{COMMUNITY}-") if self.id != GOOGLE else "google"
-
-    @property
-    def memory_bytes(self) -> int:
-        """With an 8k context and the working memory of a step."""
-        return self.weight_bytes + BESIDE_WEIGHTS
-
-
-# The 4-bit size is its index's total_size; the others are reckoned from the model's shapes with
-# every quantized matrix in the named precision and the 4-bit repository's 8-bit modules.
-KNOWN_REPOSITORIES = (
-    KnownRepository(
-        f"{COMMUNITY}-4bit", 16_542_844_632, True, "experts in 4 bits, what every token uses in 8"
-    ),
-    KnownRepository(f"{COMMUNITY}-mxfp4", 15_828_498_648, False, "4-bit floats"),
-    KnownRepository(f"{COMMUNITY}-nvfp4", 16_542_844_632, False, "4-bit floats, finer scales"),
-    KnownRepository(f"{COMMUNITY}-5bit", 19_400_228_568, False, "experts in 5 bits"),
-    KnownRepository(f"{COMMUNITY}-6bit", 22_257_612_504, False, "experts in 6 bits"),
-    KnownRepository(f"{COMMUNITY}-mxfp8", 27_258_034_392, False, "8-bit floats"),
-    KnownRepository(f"{COMMUNITY}-8bit", 27_972_380_376, False, "everything in 8 bits"),
-    KnownRepository(f"{COMMUNITY}-bf16", 51_647_562_456, False, "not quantized"),
-    KnownRepository(GOOGLE, 51_647_562_456, False, "the original, to convert from"),
-)
 
 
 def demo_path() -> Path:
@@ -335,21 +294,32 @@ class _Repository:
                 )
             )
         except (LocalEntryNotFoundError, OSError, ValueError) as error:
+            complete = self._newest_complete(weights)
+            if complete is not None:
+                return complete
             raise ModelNotFoundError(
                 f"{self.name} is not in the local Hub cache ({self.cache_dir}) and {reason}; "
                 "download it while online."
             ) from error
-        index = folder / INDEX
-        shards = ["model.safetensors"] if weights else []
-        if weights and index.is_file():
-            shards = sorted(set(read_weight_map(index).values()))
-        lost = [name for name in ["config.json", *shards] if not (folder / name).exists()]
+        lost = _lost(folder, weights)
         if lost:
+            complete = self._newest_complete(weights)
+            if complete is not None:
+                return complete
             raise ModelNotFoundError(
                 f"The copy of {self.name} in the local Hub cache lacks {lost[0]} and {reason}; "
                 "finish the download while online."
             )
         return folder
+
+    def _newest_complete(self, weights: bool) -> Path | None:
+        """A whole snapshot of no revision in particular: refs/ may be gone, or name a commit of
+        which another program fetched the config alone."""
+        if self.revision is not None:
+            return None
+        snapshots = self.cache_dir / ("models--" + self.name.replace("/", "--")) / "snapshots"
+        found = [folder for folder in snapshots.glob("*") if not _lost(folder, weights)]
+        return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
 
     def _explained(self, error: Exception) -> Exception:
         """What a failure of the Hub means for the user; unknown kinds come back as they are."""
@@ -419,3 +389,12 @@ def check_memory(name: str, files: dict[str, int], this: Machine) -> None:
         f"{name} needs {gigabytes(needed)} of memory ({gigabytes(weights)} weights), and this "
         f"machine has {gigabytes(this.memory)}, of which {gigabytes(room)} can be used; {advice}."
     )
+
+
+def _lost(folder: Path, weights: bool) -> list[str]:
+    """What a snapshot lacks of a model."""
+    index = folder / INDEX
+    shards = ["model.safetensors"] if weights else []
+    if weights and index.is_file():
+        shards = sorted(set(read_weight_map(index).values()))
+    return [name for name in ["config.json", *shards] if not (folder / name).exists()]

@@ -32,11 +32,11 @@ def load(
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
-    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter in PEFT's
-    format, merged on loading. dtype: "float16", "bfloat16" or "float32", of the activations; by
-    default the checkpoint's, and float32 on MLX's CPU backend. In float16 the residual stream
-    stays in float32. chat_template: a file with a Jinja template, or its text, in the place of the
-    checkpoint's.
+    repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter of PEFT's or
+    mlx-lm's form, kept beside the weights, each delta in the pass it was trained in. dtype:
+    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, and
+    float32 on MLX's CPU backend. In float16 the residual stream stays in float32. chat_template: a
+    file with a Jinja template, or its text, in the place of the checkpoint's.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
     InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
@@ -60,7 +60,7 @@ def load_network(
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
 ) -> tuple[Model, Path]:
-    """The model alone, for who needs no tokenizer, and its folder; otherwise as `load`."""
+    """The model without its tokenizer, and its folder; otherwise as `load`."""
     if dtype is not None:
         _check_dtype(dtype)
     if lazy:
@@ -69,7 +69,11 @@ def load_network(
         folder = resolve_model(path_or_hf_repo, revision=revision)
     else:
         folder, _ = prepare(
-            path_or_hf_repo, revision=revision, context_tokens=LEAST_CONTEXT, dtype=dtype
+            path_or_hf_repo,
+            revision=revision,
+            adapter_path=adapter_path,
+            context_tokens=LEAST_CONTEXT,
+            dtype=dtype,
         )
     set_limits(machine())
     if not lazy:  # the checks need memory of their own, which the weights will take

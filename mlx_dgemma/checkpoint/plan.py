@@ -8,6 +8,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.adapters import adapter_bytes
 from mlx_dgemma.checkpoint.sizes import (
     context_bytes,
     packable,
@@ -76,6 +77,7 @@ def prepare(
     source: str | Path | None,
     *,
     revision: str | None = None,
+    adapter_path: str | Path | None = None,
     context_tokens: int = PLANNED_CONTEXT,
     kv_bits: int | None = None,
     dtype: str | None = None,
@@ -84,7 +86,8 @@ def prepare(
 ) -> tuple[Path, Plan]:
     """A checkpoint's folder, fetched if need be, and the plan by which it fits this machine.
 
-    source, revision, progress: as in `resolve_model`; None is the demo checkpoint.
+    source, revision, progress: as in `resolve_model`; None is the demo checkpoint. adapter_path:
+    of an adapter, which stays beside the weights.
     context_tokens: prompt and reply together; at most what the model takes. dtype: what is
     computed in, where that is not the checkpoint's own. weights: False fetches the small files
     alone, and their bytes follow from the config.
@@ -99,11 +102,13 @@ def prepare(
     stored = weights or source is None or Path(source).expanduser().is_dir()
     here = machine()
     config, widened = computed_config(folder, dtype)
+    beside = 0 if adapter_path is None else adapter_bytes(adapter_path)
+    known = stored_bytes(folder, widened=widened) if stored else weight_bytes(config)
     wanted = plan_for(
         here,
         config,
         context_tokens=min(context_tokens, config.text.max_position_embeddings),
-        weights=stored_bytes(folder, widened=widened) if stored else None,
+        weights=known + beside,
         kv_bits=kv_bits,
     )
     name = "The demo checkpoint" if source is None else str(source)

@@ -59,7 +59,7 @@ def stored_bytes(folder: str | Path, *, widened: bool = False) -> int:
 
 
 def context_bytes(config: ModelConfig, tokens: int, kv_bits: int | None = None) -> int:
-    """Bytes of the context cache once it holds `tokens`, a canvas behind them included.
+    """Bytes of the context cache once it holds `tokens`, a canvas after them included.
 
     kv_bits: 8 for the layers that grow in 8 bits.
     """

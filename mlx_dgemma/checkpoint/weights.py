@@ -17,13 +17,15 @@ from typing import Any, Literal
 import mlx.core as mx
 import mlx.nn as nn
 
-from mlx_dgemma.checkpoint.adapters import merge_parameters, read_adapter
+from mlx_dgemma.checkpoint.adapters import read_adapter
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.files import reading_weights
 from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.layers import Weights
-from mlx_dgemma.model.names import VISION_TOWER, is_tied_duplicate, tied_to, together
+from mlx_dgemma.model.low_rank import LowRank
+from mlx_dgemma.model.names import MOST_NAMES, VISION_TOWER, is_tied_duplicate, tied_to, together
 from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.packing import quantization_of
 from mlx_dgemma.model.parameters import matrices, parameter_shapes
@@ -65,7 +67,7 @@ class Source:
         return part.dtype(headers)
 
     def read(self, tensors: Mapping[str, mx.array]) -> mx.array:
-        """The parameter, still unevaluated."""
+        """The parameter in its own shape and dtype, still unevaluated."""
         if self.kind == "tensor":
             return tensors[self.parts[0]]
         parts = [part.read(tensors) for part in self.parts]
@@ -84,7 +86,7 @@ def load_model(
         read now, and q/k/v and gate/up are joined.
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
-    adapter_path: a LoRA adapter in PEFT's format, merged into the weights.
+    adapter_path: a LoRA adapter of PEFT's or mlx-lm's form, which stays beside the weights.
     Raises ModelNotFoundError or CheckpointError.
     """
     folder = Path(folder)
@@ -92,6 +94,7 @@ def load_model(
     headers = read_headers(folder)
     sources = match(config, headers, str(folder))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    adapter = None if adapter_path is None else read_adapter(adapter_path, config)
     stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
     model = Model(config, dtype or (mx.float32 if on_cpu else stored))
 
@@ -102,14 +105,12 @@ def load_model(
         for path in sorted({header.path for header in headers.values()}):
             tensors.update(_load_shard(path))
         parameters = {name: source.read(tensors) for name, source in sources.items()}
-    del tensors  # else a tensor that an adapter replaces would stay beside its replacement
-    if adapter_path is not None:
-        adapter = read_adapter(adapter_path, config)
-        with mx.stream(unbound if lazy else mx.default_device()):
-            merge_parameters(parameters, adapter, config, read=not lazy)
     fill(model, parameters)
     if not lazy:
-        settle(model, unbound)
+        with reading_weights(folder):
+            settle(model, unbound)
+    if adapter is not None:
+        adapter.attach(model)
     if config.vision is not None:
         model.reread_vision = partial(
             _leave_vision_unread,
@@ -184,7 +185,10 @@ def fill(model: Model, parameters: Mapping[str, mx.array]) -> None:
         packing = quantization_of(model.config.quantization, path)
         if path != name and packing is not None:
             parent, attribute = _find(model, path)
-            parent[attribute] = parent[attribute].pack(packing)
+            held = parent[attribute]
+            if isinstance(held, LowRank):
+                parent, attribute, held = held, "linear", held.linear
+            parent[attribute] = held.pack(packing)
     for name, tensor in parameters.items():
         module, attribute = _find(model, name)
         module[attribute] = tensor
@@ -239,9 +243,13 @@ def match(config: ModelConfig, headers: Mapping[str, Entry], source: str) -> dic
     complaints = [
         ("missing", [name for name in table if name not in sources]),
         ("unexpected", strays + unused),
-        ("misshapen", _misshapen(table, sources, headers)),
     ]
     found = [f"{kind}: {together(names)}" for kind, names in complaints if names]
+    misshapen = _misshapen(table, sources, headers)
+    if misshapen:
+        more = len(misshapen) - MOST_NAMES
+        listed = ", ".join(misshapen[:MOST_NAMES]) + (f" and {more:,} more" if more > 0 else "")
+        found.append(f"misshapen: {listed}")
     if found:
         raise CheckpointError(f"{source} does not fit its config.json; " + "; ".join(found) + ".")
     return {name: sources[name] for name in table}
@@ -315,11 +323,18 @@ def _load_shard(path: Path) -> dict[str, mx.array]:
 
 
 def _find(model: nn.Module, name: str) -> tuple[Any, str]:
+    """The module that holds what has this name in the checkpoint, and its attribute."""
     *path, attribute = name.split(".")
     module: Any = model
     for step in path:
+        module = _within(module, step)
         module = module[int(step)] if isinstance(module, list) else module[step]
-    return module, attribute
+    return _within(module, attribute), attribute
+
+
+def _within(module: Any, step: str) -> Any:
+    """The module itself, or the linear map whose place a low-rank delta took."""
+    return module.linear if isinstance(module, LowRank) and step not in module else module
 
 
 def _dense_bytes(config: ModelConfig) -> int:

@@ -6,7 +6,7 @@ import argparse
 from typing import Any
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.hub import COMMUNITY
+from mlx_dgemma.checkpoint.known_repositories import COMMUNITY
 from mlx_dgemma.decoding.settings import PRESETS, settings_by_name
 from mlx_dgemma.model.config import DTYPES
 
@@ -18,7 +18,8 @@ def add_version(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--version", action="version", version=f"mlx_dgemma {__version__}")
 
 
-def add_model(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
+def add_source(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """The flags that say which checkpoint; the group, for more about it."""
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
@@ -27,18 +28,26 @@ def add_model(parser: argparse.ArgumentParser, *, adapter: bool = True) -> None:
         f"{COMMUNITY}-4bit (default: MLX_DGEMMA_MODEL, else the bundled demo checkpoint)",
     )
     group.add_argument("--revision", help="branch, tag or commit of the repository")
-    if adapter:
-        group.add_argument(
-            "--adapter-path",
-            metavar="FOLDER",
-            help="a LoRA adapter in PEFT's format, merged on loading",
-        )
+    return group
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    group = add_source(parser)
+    group.add_argument(
+        "--adapter-path",
+        metavar="FOLDER",
+        help="a LoRA adapter of PEFT's or mlx-lm's form, kept beside the weights",
+    )
     group.add_argument(
         "--chat-template",
         metavar="FILE",
         help="a Jinja chat template in the place of the checkpoint's, such as a newer one",
     )
-    group.add_argument(
+    add_dtype(group)
+
+
+def add_dtype(parser: argparse._ActionsContainer) -> None:
+    parser.add_argument(
         "--dtype",
         choices=DTYPES,
         help="what is computed in; float16 suits M1 and M2, which have no bfloat16 of their own "

@@ -1,6 +1,6 @@
 """A draft as text: what is accepted, what is still noise, and how sure the model is.
 
-Three things are told apart, in colour and without it: committed text is plain, accepted
+Three things look different, in colour and without it: committed text is plain, accepted
 positions are bold, noisy positions are dim, and a position too uncertain to read is a shade.
 Below the text, one bar per canvas position rises to full height as its entropy falls.
 """

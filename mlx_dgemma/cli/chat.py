@@ -33,7 +33,7 @@ MESSAGES = "messages"  # where a saved context keeps the conversation that it be
 HELP = """\
 /help           this list
 /reset          forget the conversation
-/system TEXT    set the system prompt and start anew (no TEXT: none)
+/system TEXT    set the system prompt and start again (no TEXT: none)
 /image FILE     show the model a picture with the next message (or a URL)
 /think          let the model think before it answers, or no longer
 /seed N         repeat replies with this seed (no N: a fresh one every time)
@@ -65,7 +65,7 @@ class Conversation:
         return first.get("content") if first.get("role") == "system" else None
 
     def reset(self, system_prompt: str | None) -> None:
-        """Starts anew; the context is found again as far as the next prompt repeats it."""
+        """Starts again; the context is found again as far as the next prompt repeats it."""
         system = {"role": "system", "content": system_prompt}
         self.messages = [system] if system_prompt else []
 
@@ -164,7 +164,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     while (line := reader()) is not None:
         try:
             if line.startswith("/"):
-                if _obey(talk, line, messages):
+                if _run_command(talk, line, messages):
                     break
             elif line.strip():
                 _answer(talk, line, console, live)
@@ -183,7 +183,7 @@ def _answer(talk: Conversation, line: str, console: Console, live: bool) -> None
         console.print()
 
 
-def _obey(talk: Conversation, line: str, messages: Console) -> bool:
+def _run_command(talk: Conversation, line: str, messages: Console) -> bool:
     """Runs one /command; True when it ends the chat."""
     verb, _, rest = line.strip().partition(" ")
     rest = rest.strip()

@@ -67,7 +67,7 @@ def command(body: Body) -> Main:
 
     @functools.wraps(body)
     def main(argv: Sequence[str] | None = None) -> int:
-        # transformers greets every user who has no PyTorch; nobody here needs it.
+        # transformers greets every user who has no PyTorch; nothing here needs it.
         os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
         os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

@@ -133,7 +133,7 @@ def build_parser() -> argparse.ArgumentParser:
     add("--dtype", choices=DTYPES, help="of what is not quantized, and of scales")
     add("-d", "--dequantize", action="store_true", help="undo the source's quantization")
     add("--to-hf", action="store_true", help="write the Hugging Face layout")
-    add("--adapter-path", help="folder of a PEFT LoRA adapter to merge")
+    add("--adapter-path", help="folder of a LoRA adapter (of PEFT's or mlx-lm's form) to merge")
     add("--upload-repo", metavar="HUB-ID", help="upload the result")
     add("--overwrite", action="store_true", help="replace a checkpoint at --mlx-path")
     add(

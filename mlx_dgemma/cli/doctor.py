@@ -14,7 +14,11 @@ from rich.table import Table
 from rich.text import Text
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES, LONGEST_CONTEXT, LONGEST_CONTEXT_BYTES
+from mlx_dgemma.checkpoint.known_repositories import (
+    KNOWN_REPOSITORIES,
+    LONGEST_CONTEXT,
+    LONGEST_CONTEXT_BYTES,
+)
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
@@ -154,7 +158,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
     console.print()
     console.print(_models(found["models"]))
-    console.print(Text("needs: with a context of 8,192 tokens; ~: reckoned from shapes", "dim"))
+    console.print(Text("needs: with a context of 8,192 tokens; ~: estimated from shapes", "dim"))
     longest = found["longest_context"]
     exact, packed = (gigabytes(longest[f"{kind}_bytes"]) for kind in ("exact", "kv_bits_8"))
     console.print(

@@ -15,6 +15,7 @@ from rich.text import Text
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
 from mlx_dgemma.cli.session import (
@@ -64,6 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     flags.add_model(parser)
     flags.add_decoding(parser)
+    add_constraint(parser)
     flags.add_display(parser)
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -234,6 +236,8 @@ def _options(
         options["enable_thinking"] = example.enable_thinking or arguments.enable_thinking
         options["tools"] = example.tools
     options["logprobs"] = arguments.logprobs
+    if (constraint := read_constraint(arguments)) is not None:
+        options["constraint"] = constraint
     if arguments.trace is not None:
         options["trace"] = arguments.trace
     if arguments.prompt_cache_file is not None:

@@ -38,7 +38,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("text", nargs="?", help="text with holes ('-' or nothing reads stdin)")
     text.add_argument("--file", metavar="FILE", help="read the text from a file")
     text.add_argument("--prefix", metavar="TEXT", help="what stands before one hole")
-    text.add_argument("--suffix", metavar="TEXT", help="what stands behind it")
+    text.add_argument("--suffix", metavar="TEXT", help="the text after the hole")
     text.add_argument(
         "--edit",
         type=span,
@@ -62,7 +62,7 @@ def build_parser() -> argparse.ArgumentParser:
     text.add_argument("--prompt", "-p", metavar="TEXT", help="what the text is an answer to")
     text.add_argument("--system-prompt", metavar="TEXT", help="instructions before the prompt")
     text.add_argument(
-        "--open-end", action="store_true", help="the text goes on behind what is given"
+        "--open-end", action="store_true", help="the text continues after what is given"
     )
     flags.add_model(parser)
     decoding = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")

@@ -30,7 +30,7 @@ def build_parser() -> argparse.ArgumentParser:
         "and test.jsonl, one JSON object a line with messages, prompt and completion, or text. "
         "Writes adapters.safetensors and adapter_config.json, as mlx_lm.lora does.",
     )
-    flags.add_model(parser, adapter=False)
+    flags.add_dtype(flags.add_source(parser))
     what = parser.add_argument_group("what to do")
     what.add_argument("--train", action="store_true", default=None, help="train")
     what.add_argument("--test", action="store_true", default=None, help="the loss of test.jsonl")

@@ -6,19 +6,15 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.table import Table
 
-from mlx_dgemma.checkpoint.hub import (
-    KNOWN_REPOSITORIES,
-    local_folder,
-    repository_id,
-    resolve_model,
-)
+from mlx_dgemma.checkpoint.hub import local_folder, repository_id, resolve_model
+from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import InputError, ModelNotFoundError
@@ -164,5 +160,7 @@ def remove(name: str, sure: bool) -> dict[str, str]:
             raise InputError(f"Removing {repository} deletes {size}: say so with --yes.")
         if input(f"Delete {repository}, {size}? [y/N] ").strip().lower() not in ("y", "yes"):
             return {"model": repository, "freed": "nothing"}
-    cache.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
+    # Of this repository alone: a duplicate of it has commits of the same names.
+    own = replace(cache, repos=frozenset({repo}))
+    own.delete_revisions(*(revision.commit_hash for revision in repo.revisions)).execute()
     return {"model": repository, "freed": size}

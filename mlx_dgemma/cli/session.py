@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_dgemma.checkpoint.hub import DEMO_NAME, demo_path
+from mlx_dgemma.checkpoint.hub import demo_path
+from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.checkpoint.plan import PLANNED_CONTEXT, Plan, prepare
 from mlx_dgemma.cli.arguments import settings
 from mlx_dgemma.cli.canvas import Pieces
@@ -88,6 +89,7 @@ def prepared(
     return prepare(
         arguments.model,
         revision=arguments.revision,
+        adapter_path=getattr(arguments, "adapter_path", None),
         context_tokens=max(context, PLANNED_CONTEXT),
         kv_bits=arguments.kv_bits,
         dtype=arguments.dtype,

@@ -110,7 +110,7 @@ class PrefixCache:
     def worth_keeping(self, keys: Sequence[int], divisions: Sequence[int]) -> dict[int, bool]:
         """The divisions of a new prompt to keep a context at -> whether others may share it.
 
-        The first, behind the system prompt and the tools; the longest that an earlier prompt
+        The first, after the system prompt and the tools; the longest that an earlier prompt
         shares; and the last, from which the conversation goes on. A tool loop goes on from its
         very end.
         """
@@ -145,7 +145,7 @@ class PrefixCache:
     def _write(self, entry: Entry) -> None:
         if self.disk is not None:
             context: ContextCache = self.owner.model.make_cache(self.kv_bits)
-            context.thaw(entry.frozen)
+            context.copy_in(entry.frozen)
             self.disk.save(entry.name, entry.keys, context)
 
 
@@ -169,7 +169,7 @@ class SharedContext(PromptCache):
         self._begun = self._store.find(self.ids, self._names)
         if self._begun is not None:
             self.cached_tokens = len(self._begun.keys)
-            self.cache.thaw(self._begun.frozen)
+            self.cache.copy_in(self._begun.frozen)
         chosen = self._store.worth_keeping(self.ids, self._divisions)
         if self._whole:
             chosen[len(self.ids)] = True

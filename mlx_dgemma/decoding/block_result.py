@@ -31,7 +31,7 @@ class BlockResult:
 
     @classmethod
     def untouched(cls, ids: np.ndarray, logprobs: bool) -> BlockResult:
-        """A draft kept at strength 0: nothing was predicted, so nothing is known about it."""
+        """A draft int32 [C] kept at strength 0: nothing was predicted, so nothing is known."""
         unknown = np.full(ids.shape, np.nan, dtype=np.float32)
         return cls(ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True)
 

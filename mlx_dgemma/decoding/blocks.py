@@ -17,8 +17,11 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.constraints.automaton import END
+from mlx_dgemma.constraints.constraint import Language
 from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
+from mlx_dgemma.decoding.constrained import CanvasConstraint
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
@@ -44,6 +47,7 @@ class Request:
         per run of image placeholders in them.
     seed: reported in Finish; `draws`, made from it, give every random number.
     stop_ids: end the reply, anywhere on a canvas. opening: how the reply must begin.
+    language: what a reply that ends by itself belongs to.
     drafts: yield a Draft per denoising step. logprobs: score committed ids.
     cancel: checked between steps. prefilled: called once the prompt is in the cache. stops:
         offsets of the cache at which an encoder pass must end; `reached` is called there.
@@ -57,6 +61,7 @@ class Request:
     stop_ids: frozenset[int]
     images: Sequence[Any] = ()
     opening: Opening | None = None
+    language: Language | None = None
     drafts: bool = False
     logprobs: bool = False
     cancel: threading.Event | None = None
@@ -76,6 +81,7 @@ class _Tally:
 
     prompt_tokens: int
     generated: int = 0
+    state: int = 0  # of the language, behind what was committed
     forwards: int = 0
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
@@ -105,7 +111,7 @@ def generate_blocks(
 
     Texts in the events are empty. The caller may send(True) in answer to a Commit: the
     request then ends with reason "stop". On return the cache holds what it held before, the
-    prompt and every committed block but the last, which nobody needed to read.
+    prompt and every committed block but the last, which no later block needs.
 
     Raises InputError when the prompt is empty or leaves no room for a canvas, NumericsError
     when the network produces NaN or Inf.
@@ -116,6 +122,8 @@ def generate_blocks(
     _check_room(model.config, len(request.prompt), length, cache.offset)
     mx.reset_peak_memory()
     tally = _Tally(prompt_tokens=len(request.prompt))
+    if request.language is not None:
+        tally.state = request.language.automaton.start
 
     started = time.perf_counter()
     _read_prompt(model, cache, request)
@@ -151,6 +159,8 @@ def generate_blocks(
         ids, stop_id = cut_at_stop(result.ids, request.stop_ids)
         kept = ids[: settings.max_tokens - tally.generated]
         tally.generated += len(kept)
+        if request.language is not None:
+            tally.state = request.language.automaton.after(tally.state, kept)
         asked_to_stop = yield _commit(result, kept, block)
         if asked_to_stop or (stop_id is not None and len(kept) == len(ids)):
             reason = "stop"
@@ -201,10 +211,10 @@ def _check_room(config: ModelConfig, prompt: int, length: int, offset: int) -> N
         )
     room = limit - offset - length
     if prompt > room:
-        anew = ", or begin a new conversation (/reset in the chat)" if offset else ""
+        restart = ", or begin a new conversation (/reset in the chat)" if offset else ""
         raise InputError(
             f"The prompt has {prompt} tokens, but only {max(room, 0)} fit into the context "
-            f"beside a canvas of {length}: shorten it{anew}."
+            f"beside a canvas of {length}: shorten it{restart}."
         )
 
 
@@ -227,11 +237,19 @@ def _reply_block(
 
     Terse prompts can make the whole first draft stop ids. "reroll" denoises it again with
     other draws on shorter canvases; "suppress" keeps stop ids out of the first position, in
-    draft and sample but not in the self-conditioning signal.
+    draft and sample but not in the self-conditioning signal. With a constraint, that says whether
+    a reply may be empty.
     """
     guard = request.settings.empty_reply
     first = block == 0
     canvas = CanvasRequest(request.draws)
+    if request.language is not None:
+        more = cache.offset + 2 * length <= model.config.text.max_position_embeddings
+        left = request.settings.max_tokens - tally.generated
+        canvas = replace(
+            canvas, constraint=CanvasConstraint(request.language, tally.state, left, more)
+        )
+        guard = guard if request.language.automaton.start == END else "allow"
     if first and guard == "suppress":
         vocabulary = np.arange(model.config.text.vocab_size, dtype=np.int32)
         canvas = replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(request.stop_ids))})
@@ -285,7 +303,8 @@ def _denoise(
 
 
 def draft_event(step: Step, row: int = 0) -> Draft:
-    """The row's draft. Whole arrays are read, for they are computed: a row would yet have to be."""
+    """The row's draft. Whole arrays are read: they are computed, while a row of one would need
+    work of its own on the device."""
     line = step.rows.index(row)
     return Draft(
         ids=np.array(step.draft)[line],

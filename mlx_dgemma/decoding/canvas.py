@@ -5,12 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
+
+if TYPE_CHECKING:
+    from mlx_dgemma.decoding.constrained import CanvasConstraint
 
 # What a batch pins: ids int32 [B, C] and a mask bool [B, C].
 PinArrays = tuple[mx.array, mx.array]
@@ -95,12 +99,15 @@ class CanvasRequest:
 
     allowed: canvas position -> ids int32 [n], the only ones that position may take in draft
         and sample. The self-conditioning signal is not restricted.
+    constraint: the language that the canvas' text must belong to; pins may lie in it, `allowed`
+        does not go with it.
     """
 
     draws: Draws
     pins: Pins | None = None
     start: Start | None = None
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
+    constraint: CanvasConstraint | None = None
 
     def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
         """int32 [length]: noise, or the draft with some positions noised; pins laid on top.

@@ -72,7 +72,7 @@ class SeededDraws:
         return mx.random.uniform(shape=(length,), key=self.key(place, Purpose.KEEP))
 
     def key(self, place: Place, purpose: Purpose) -> mx.array:
-        """The PRNG key of one draw, as mx.random.key returns it."""
+        """The PRNG key of one draw, uint32 [2], as mx.random.key returns it."""
         packed = struct.pack("<QIIII", self.seed, *place, purpose)
         digest = hashlib.blake2b(packed, digest_size=8).digest()
         return mx.random.key(int.from_bytes(digest, "little"))

@@ -19,6 +19,7 @@ import numpy as np
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
     ROW_BLOCK,
+    SLICE,
     Exponentials,
     RowStatistics,
     row_statistics,
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 # The raw logit of a banned id: the softcap makes it -softcap, which leaves next to no probability
 # and, unlike -Inf, no NaN from 0 * log 0.
 _OUT_OF_REACH = -1e4
+GROUPS = 256  # of ids, by remainder, when the likely ones are looked for
 
 
 class Logits(Protocol):
@@ -56,13 +58,20 @@ class Logits(Protocol):
         """Soft embeddings [b, C, H] of the tempered logits."""
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
-        """The tokens that carry each row's probability."""
+        """The tokens that carry the probability of each of the rows [b * C]."""
 
     def at(self, ids: mx.array) -> mx.array:
         """float32 [b, C]: the raw logit of one id per position, ids int32 [b, C]."""
 
     def row(self, line: int, position: int, options: mx.array) -> mx.array:
         """[n]: the raw logits of some ids at one position."""
+
+    def columns(self, line: int, ids: mx.array) -> mx.array:
+        """[C, n]: one row's raw logits of some ids, the same at every position."""
+
+    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
+        """One row's likely ids int32 [C, GROUPS] and their raw logits: the best of each residue
+        of the id modulo GROUPS, so that neighbours in the vocabulary do not compete."""
 
     def log_z(self, line: int) -> mx.array:
         """float32 [C]: log-sum-exp of a canvas' untempered, softcapped logits."""
@@ -121,6 +130,12 @@ class WholeLogits:
     def row(self, line: int, position: int, options: mx.array) -> mx.array:
         return self._raw[line, position][options]
 
+    def columns(self, line: int, ids: mx.array) -> mx.array:
+        return self._raw[line][:, ids]
+
+    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
+        return _best_of_groups(self._raw[line], 0)
+
     def log_z(self, line: int) -> mx.array:
         raw = self._raw[line]
         nothing = mx.zeros((raw.shape[0], 2))
@@ -168,6 +183,23 @@ class SlicedLogits:
     def row(self, line: int, position: int, options: mx.array) -> mx.array:
         rows = self._table.take(options).astype(self._hidden.dtype)
         return rows @ self._hidden[line, position]
+
+    def columns(self, line: int, ids: mx.array) -> mx.array:
+        rows = self._table.take(ids).astype(self._hidden.dtype)
+        return self._hidden[line] @ rows.T
+
+    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
+        hidden, found = self._hidden[line], None
+        for start in range(0, self._vocabulary, SLICE):
+            stop = min(start + SLICE, self._vocabulary)
+            some = _best_of_groups(self._slice(hidden, start, stop), start)
+            if found is not None:
+                better = some[1] > found[1]
+                some = mx.where(better, some[0], found[0]), mx.where(better, some[1], found[1])
+            found = some
+            mx.eval(*found)
+        assert found is not None
+        return found
 
     def log_z(self, line: int) -> mx.array:
         hidden = self._hidden[line]
@@ -235,3 +267,14 @@ class ExponentialLogits(SlicedLogits):
     def _row_blocks(self) -> list[slice]:
         rows = self._flat.shape[0]
         return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]
+
+
+def _best_of_groups(raw: mx.array, start: int) -> tuple[mx.array, mx.array]:
+    """Of raw logits [C, n] of the ids from `start` (a multiple of GROUPS) on: the best id of each
+    residue int32 [C, GROUPS], and its logit; -Inf where n is smaller than GROUPS."""
+    if short := -raw.shape[1] % GROUPS:
+        raw = mx.pad(raw, [(0, 0), (0, short)], constant_values=-mx.inf)
+    grouped = raw.reshape(raw.shape[0], -1, GROUPS)
+    best = grouped.argmax(axis=1, keepdims=True)
+    ids = start + best[:, 0].astype(mx.int32) * GROUPS + mx.arange(GROUPS, dtype=mx.int32)
+    return ids, mx.take_along_axis(grouped, best, axis=1)[:, 0]

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas_state import CanvasState
+from mlx_dgemma.decoding.constrained import Mixture, constrain
 from mlx_dgemma.decoding.logits import Logits, make_logits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
@@ -25,6 +26,8 @@ class Prediction:
 
     logits: raw. stats: of their rows [b * C], before pins and allowed ids. temperature: one
         number, or float32 [b * C]. draft, sample: int32 [b, C]. entropy: float32 [b, C], nats.
+    certainty: float32 [C] of the rows with a constraint, the probability of their sample under it.
+    mixture: their marginals, where these are not the network's own.
     """
 
     model: Model
@@ -34,6 +37,8 @@ class Prediction:
     draft: mx.array
     sample: mx.array
     entropy: mx.array
+    certainty: Mapping[int, np.ndarray] = field(default_factory=dict)
+    mixture: Mixture | None = None
 
     def sample_probability(self) -> mx.array:
         """float32 [b, C]: the tempered probability of each position's sample."""
@@ -42,7 +47,11 @@ class Prediction:
         divisor = self.temperature
         if isinstance(divisor, mx.array):
             divisor = divisor.reshape(shape)
-        return mx.exp(capped / divisor - self.stats.log_z.reshape(shape))
+        plain = mx.exp(capped / divisor - self.stats.log_z.reshape(shape))
+        for line, certainty in self.certainty.items():
+            own = mx.array(certainty)
+            plain[line] = mx.where(mx.isnan(own), plain[line], own)
+        return plain
 
     def logprobs(self, line: int) -> np.ndarray:
         """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
@@ -93,4 +102,5 @@ def predict(
         ids, pinned = state.pins
         draft, sample = mx.where(pinned, ids, draft), mx.where(pinned, ids, sample)
         entropy = mx.where(pinned, 0.0, entropy)
-    return Prediction(model, logits, stats, temperature, draft, sample, entropy)
+    seen = Prediction(model, logits, stats, temperature, draft, sample, entropy)
+    return constrain(seen, state, uniforms, settings.temp)

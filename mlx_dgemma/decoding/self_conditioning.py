@@ -53,6 +53,8 @@ def signal(
         soft = seen.logits.signal(seen.stats, seen.temperature)
     else:
         soft = gathered(model, survivors, kept).reshape(*seen.draft.shape, -1)
+    if seen.mixture is not None:
+        soft = seen.mixture.signal(model, soft)
     if pins is None:
         return soft
     ids, pinned = pins

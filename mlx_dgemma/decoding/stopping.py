@@ -29,7 +29,7 @@ class StableAndConfident:
 
 
 def cut_at_stop(ids: np.ndarray, stop_ids: frozenset[int]) -> tuple[list[int], int | None]:
-    """The ids before the first stop id anywhere on the canvas, and that stop id (or None)."""
+    """The ids before the first stop id on a canvas int32 [C], and that stop id (or None)."""
     for position, token in enumerate(ids.tolist()):
         if token in stop_ids:
             return ids[:position].tolist(), token

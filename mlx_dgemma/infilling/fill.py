@@ -36,7 +36,7 @@ class InfillOptions(TypedDict, total=False):
     temp, sampler, max_denoising_steps, entropy_bound, kv_bits: as in `stream_generate`.
     lengths: how a hole without a fixed length finds its own: candidates are tried ("try"), or
         the network ends it with pads ("pad"), for networks trained to, as the demo is.
-    final: whether the text ends the reply; then the stop id and filler behind it are pinned.
+    final: whether the text ends the reply; then the stop id and filler after it are pinned.
     cancel: ends the request between two denoising steps; raises CancelledError.
     """
 
@@ -61,7 +61,7 @@ def infill(
     text: str | Sequence[str | Hole],
     **options: Unpack[InfillOptions],
 ) -> Infill:
-    """Fills every <hole> of `text`, seeing what stands before and behind it.
+    """Fills every <hole> of `text`, seeing what stands before and after it.
 
     A hole may say its length in tokens, `<hole:3>` or `<hole:1-4>`; else the model chooses.
     Characters outside the holes stay exactly as they are. Text that reaches past one canvas
@@ -80,7 +80,7 @@ def infill_turns(
     text: str | Sequence[str | Hole],
     **options: Unpack[InfillOptions],
 ) -> Generator[int | Infill, None, None]:
-    """`infill` for a thread that others wait for: pauses behind every few canvases.
+    """`infill` for a thread that others wait for: pauses after every few canvases.
 
     Yields how many decoder passes there were so far, and the Infill at last.
     """

@@ -1,10 +1,10 @@
 """How long a hole should be: the length at which what follows the hole follows.
 
 A denoiser predicts every position of the canvas it is shown, those that are known among them. Where
-a hole is too short or too long, the known text behind it stands where it does not belong and looks
+a hole is too short or too long, the known text after it stands where it does not belong and looks
 to it like noise. So one decoder pass with noise in the hole ranks all lengths, and the best is
 filled. Filling four and choosing then costs three times as much and is right no more often.
-A few lengths are all filled, and one pass decides that is shown the filling but noise behind it:
+A few lengths are all filled, and one pass decides that is shown the filling but noise after it:
 how probable is the text that was hidden? What the filled tokens' own probabilities say is worth
 less: a network that has talked itself into a filling is sure of it (studies/README.md).
 """
@@ -53,14 +53,14 @@ def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
 
 
 def following(template: Template, hole: int, length: int) -> np.ndarray:
-    """bool [length]: the known text behind a hole, the stop id included; all of it if none is."""
+    """bool [length]: the known text after a hole, the stop id included; all of it if none is."""
     known = np.zeros(length, dtype=bool)
     known[: len(template.ids)] = [token is not None for token in template.ids]
-    behind = known & (np.arange(length) >= template.slots[hole].end)
-    return behind if behind.any() else known
+    after = known & (np.arange(length) >= template.slots[hole].end)
+    return after if after.any() else known
 
 
-def belief(
+def mean_logprob(
     model: Model,
     cache: ContextCache,
     settings: DecodingSettings,

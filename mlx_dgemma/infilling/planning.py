@@ -85,9 +85,9 @@ class Plan:
                 break
             used, count = used + more, count + 1
         last = first + count == len(self.ranges)
-        behind = len(self.layout.literals[first + count]) + (1 if last and self.job.final else 0)
+        after = len(self.layout.literals[first + count]) + (1 if last and self.job.final else 0)
         before = len(self.layout.literals[first])
-        room = max(self.limit - used - behind, 0)
+        room = max(self.limit - used - after, 0)
         return Window(first, count, max(before - room, 0))
 
     def template(self, window: Window, lengths: Sequence[int]) -> Template:

@@ -33,7 +33,7 @@ class Template:
     """One canvas before denoising.
 
     ids: a token, or None where it is to be found. slots: the holes. allowed: canvas position
-    -> the only ids it may take. filler: pinned behind the ids; None cuts the canvas there.
+    -> the only ids it may take. filler: pinned after the ids; None cuts the canvas there.
     unseen: tokens of right context that the canvas had no room for.
     """
 
@@ -154,16 +154,16 @@ class Layout:
             allowed |= self.allowed(hole, slots[-1])
             ids += [None] * length
             ids += self.literals[hole + 1]
-        behind = self.literals[first + len(lengths) + 1 :]
-        if not behind:
+        after = self.literals[first + len(lengths) + 1 :]
+        if not after:
             ids += tail
-        unseen = max(len(ids) - limit, 0) + sum(map(len, behind))
+        unseen = max(len(ids) - limit, 0) + sum(map(len, after))
         return Template(
             tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen
         )
 
     def _take_last(self, ids: list[int], literal: str) -> str:
-        """Moves a literal's last token into the hole behind it, if one could continue it."""
+        """Moves a literal's last token into the hole after it, if one could continue it."""
         if not ids or not (literal[-1].isalnum() or literal[-1].isspace()):
             return ""
         return self._take(ids, -1, self.texts.starting)
@@ -204,13 +204,15 @@ class TokenTexts:
         return ["" if "\ufffd" in text else text for text in texts]
 
     def starting(self, prefix: str) -> np.ndarray:
+        """int32 [n]: tokens whose text begins with `prefix`."""
         return self._where(lambda text: text.startswith(prefix))
 
     def ending(self, suffix: str) -> np.ndarray:
+        """int32 [n]: tokens whose text ends with `suffix`."""
         return self._where(lambda text: text.endswith(suffix))
 
     def spanning(self, prefix: str, suffix: str) -> np.ndarray:
-        """Tokens that begin with one text and end with another, sharing no character."""
+        """int32 [n]: tokens that begin with one text and end with another, sharing no character."""
         shortest = len(prefix) + len(suffix)
         return self._where(
             lambda text: len(text) >= shortest and text.startswith(prefix) and text.endswith(suffix)

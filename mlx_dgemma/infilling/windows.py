@@ -1,7 +1,7 @@
 """From a text with holes to filled texts: one canvas if all fits, else one after another.
 
 What stands on which canvas is the plan's (see planning). What is filled is committed, and the next
-canvas begins behind it.
+canvas begins after it.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from mlx_dgemma.infilling.lengths import (
     FEW,
     FINALISTS,
     alike,
-    belief,
     following,
+    mean_logprob,
     roomy,
     suits,
     without_pads,
@@ -33,7 +33,7 @@ from mlx_dgemma.infilling.results import Filling, Infill
 from mlx_dgemma.infilling.template import Template
 from mlx_dgemma.model import ContextCache
 
-# Work that pauses behind each batch of canvases, saying how many decoder passes there were so far.
+# Work that pauses after each batch of canvases and yields the decoder passes so far.
 T = TypeVar("T")
 Turns = Generator[int, None, T]
 
@@ -149,8 +149,8 @@ class Filler:
             request = self._request(window, template, seed)
             noisy = request.initial(Place(window.first, 0, 0), length, self.vocabulary)
             looks.append((np.array(noisy), np.array(noisy), following(template, hole, length)))
-        beliefs = yield from self._beliefs(cache, looks)
-        best = sorted(range(len(tries)), key=lambda row: -beliefs[row])[:FINALISTS]
+        mean_logprobs = yield from self._mean_logprobs(cache, looks)
+        best = sorted(range(len(tries)), key=lambda row: -mean_logprobs[row])[:FINALISTS]
         return [tries[row] for row in sorted(best)]
 
     def _best_followed(
@@ -161,7 +161,7 @@ class Filler:
         hole: int,
         seed: int,
     ) -> Turns[_Filled]:
-        """The filling after which the known text behind the hole is most probable."""
+        """The filling after which the known text after the hole is most probable."""
         if len(filled) == 1:
             return filled[0]
         looks = []
@@ -170,17 +170,17 @@ class Filler:
             hidden = following(one.template, hole, len(ids))
             noise = SeededDraws(seed).canvas(Place(window.first, 1, 0), len(ids), self.vocabulary)
             looks.append((np.where(hidden, np.array(noise), ids), ids, hidden))
-        beliefs = yield from self._beliefs(cache, looks)
-        return filled[int(np.argmax(beliefs))]
+        mean_logprobs = yield from self._mean_logprobs(cache, looks)
+        return filled[int(np.argmax(mean_logprobs))]
 
-    def _beliefs(
+    def _mean_logprobs(
         self, cache: ContextCache, looks: Sequence[tuple[np.ndarray, np.ndarray, np.ndarray]]
     ) -> Turns[list[float]]:
-        """`belief` of (canvas, expected ids, counted positions), in batches."""
+        """`mean_logprob` of (canvas, expected ids, counted positions), in batches."""
         found: dict[int, float] = {}
         for batch in alike([len(look[0]) for look in looks], self.job.together):
             columns = zip(*(looks[row] for row in batch), strict=True)
-            values = belief(self.model, cache, self.job.settings, *columns)
+            values = mean_logprob(self.model, cache, self.job.settings, *columns)
             found.update(zip(batch, values, strict=True))
             self.forwards += len(batch)
             yield self.forwards

@@ -28,6 +28,7 @@ from mlx_dgemma.kernels.registry import Operation, Shape
 from mlx_dgemma.kernels.verdicts import Verdict
 
 TIMEOUT = 120.0  # seconds for one check, compilation included
+STARTING = 120.0  # seconds until the child begins its first
 CUT_OFF = "the program ended while it checked this kernel"
 CUT_OFF_TWICE = f"{CUT_OFF}, twice"
 _log = logging.getLogger("mlx_dgemma.kernels")
@@ -141,11 +142,11 @@ def _answers(requests: Sequence[Request]) -> Iterator[Findings]:
     )
     for pipe in pipes:
         pipe.start()
+    begun, answered = False, 0
     try:
-        begun, answered = False, 0
         _ask(child, asked)
         while answered < len(requests):
-            line = lines.get(timeout=TIMEOUT)
+            line = lines.get(timeout=TIMEOUT if begun else STARTING)
             if line is None:
                 child.wait()
                 pipes[1].join()
@@ -159,7 +160,11 @@ def _answers(requests: Sequence[Request]) -> Iterator[Findings]:
                 answered += 1
                 yield Findings(**answer["findings"])
     except queue.Empty:
-        yield _cut_off(f"the self-check did not finish within {TIMEOUT:g} s")
+        if begun:
+            yield _cut_off(f"the self-check did not finish within {TIMEOUT:g} s")
+        else:
+            late = _cut_off(f"the self-check did not begin within {STARTING:g} s")
+            yield from [late] * len(requests)
     finally:
         child.kill()
         child.wait()

@@ -26,6 +26,7 @@ import numpy as np
 
 from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.matrix import DENSE, Matrix
+from mlx_dgemma.kernels.probed_levels import PROBED_TEMPERATURE, levels, tempered_level
 from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, tempered, tempering
 from mlx_dgemma.kernels.samples import dtype_named, random_matrix
 
@@ -320,47 +321,20 @@ def _survivor_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
     """
     dtype, table = dtype_named(shape["dtype"]), dtype_named(shape["table"])
     capacity, vocabulary = int(shape["capacity"]), int(shape["vocabulary"])
-    likely, unlikely, mass = _levels(capacity)
+    likely, unlikely, mass = levels(capacity)
     for rows, columns in ((2, 33), (3, 2 * _THREADS * 8 + 1), (int(shape["rows"]), vocabulary)):
         cut = min(columns - 3, round(0.02 / mass))
         place = (mx.arange(columns)[None] * 7 + mx.arange(rows)[:, None] * 5) % columns
         raw = mx.where(place < cut + 3, unlikely, -300.0)
         raw = mx.where(place < 3, likely, raw).astype(dtype)
-        log_z = mx.full((rows,), _tempered_level(likely) + math.log(3.0 / 0.98))
-        arguments = (raw, log_z, _PROBED_TEMPERATURE, table)
+        log_z = mx.full((rows,), tempered_level(likely) + math.log(3.0 / 0.98))
+        arguments = (raw, log_z, PROBED_TEMPERATURE, table)
         yield registry.Probe(
             metal=partial(survivors_metal, *arguments, capacity=capacity),
             twin=partial(survivors_twin, *arguments, capacity=capacity),
             tolerance=1e-4,
             least=1.0,  # what was dropped is one minus nearly one
         )
-
-
-_PROBED_TEMPERATURE = 0.8
-
-
-def _tempered_level(raw: float) -> float:
-    return 30.0 * math.tanh(raw / 30.0) / _PROBED_TEMPERATURE
-
-
-def _levels(capacity: int) -> tuple[float, float, float]:
-    """Raw logits of three tokens that share 0.98 and of one under the threshold, and its mass.
-
-    Raw logits are sixteenths, which every dtype has; tempered they are nearly quarters or eighths,
-    which bfloat16 has.
-    """
-    exact = [
-        raw
-        for raw in (sixteenths / 16 for sixteenths in range(16, 256))
-        if abs(_tempered_level(raw) * 8 - round(_tempered_level(raw) * 8)) < 1 / 32
-    ]
-    likely = exact[-1]
-
-    def mass(raw: float) -> float:
-        return 0.98 / 3.0 * math.exp(_tempered_level(raw) - _tempered_level(likely))
-
-    unlikely = max(raw for raw in exact if mass(raw) < 0.5 / capacity)
-    return likely, unlikely, mass(unlikely)
 
 
 def _gather_probes(shape: registry.Shape) -> Iterator[registry.Probe]:

@@ -60,7 +60,7 @@ class Attention(nn.Module):
         return self.o_proj(attend_causal(queries, segments, first_query, self.window, blocks))
 
     def extend(self, x: mx.array, rope: Table, context: LayerContext) -> None:
-        """Append the keys of x without attending: all the encoder's last layer is needed for.
+        """Append the keys of x [1, L, H] without attending, all that the encoder's last layer does.
 
         That layer's projections are never joined, so its queries need not be computed.
         """
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         context.append(*self.keys_and_values(keys, values, rope))
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Bidirectional pass over canvases x [B, C, H] behind one shared context."""
+        """Bidirectional pass over canvases x [B, C, H] after one shared context."""
         queries, keys, values = self.project(x)
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)
@@ -97,6 +97,7 @@ class Attention(nn.Module):
         )
 
     def queries(self, queries: mx.array, rope: Table) -> mx.array:
+        """Normed and rotated queries [B, heads, L, D] of raw ones [B, L, heads, D]."""
         return kernels.normed_heads(queries, self.q_norm.weight, rope, self.eps)
 
     def keys_and_values(
@@ -147,7 +148,8 @@ def attend_causal(
     window: int | None,
     blocks: np.ndarray | None,
 ) -> mx.array:
-    """Encoder attention, a block of queries at a time over just the keys it can see.
+    """Encoder attention of queries [1, heads, L, D] -> [1, L, heads * D], a block of queries at a
+    time over just the keys it can see.
 
     The last segment ends with the queries' own keys. A sliding layer has no other segment.
     """

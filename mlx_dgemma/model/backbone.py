@@ -62,15 +62,17 @@ class Layer(nn.Module):
         return self.feed_forward(self.after_attention(x, mixed)) * scalar
 
     def attention_input(self, x: mx.array) -> mx.array:
+        """[B, L, H] in the activation dtype: the norm of the residual stream x [B, L, H]."""
         normed: mx.array = self.input_layernorm(x)
         return normed.astype(self.dtype)
 
     def after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
+        """[B, L, H]: the residual stream x with the attention output `mixed`, both [B, L, H]."""
         normed: mx.array = self.post_attention_layernorm(mixed.astype(x.dtype))
         return x + normed
 
     def feed_forward(self, residual: mx.array) -> mx.array:
-        """The two branches; the router reads the raw residual."""
+        """[B, L, H]: the residual stream after both branches; the router reads it unnormed."""
         wide = residual.dtype
         dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
         dense = self.post_feedforward_layernorm_1(dense.astype(wide))
@@ -92,7 +94,8 @@ class SelfConditioning(GatedMLP):
         self._declare(text.hidden_size, text.intermediate_size)
 
     def condition(self, embedded: mx.array, soft: mx.array | None) -> mx.array:
-        """Norm of embedded plus signal; without a signal (a first step) of embedded alone."""
+        """[B, C, H]: norm of `embedded` plus the signal of the soft embeddings, [B, C, H] each;
+        without them (a first step) of embedded alone."""
         if soft is not None:
             embedded = embedded + self(self.pre_norm(soft))
         return mx.fast.rms_norm(embedded, None, self.eps)

@@ -103,7 +103,7 @@ class ContextCache:
 
     @property
     def arrays(self) -> list[mx.array]:
-        """All buffers, for evaluation."""
+        """All buffers, [1, kv_heads, capacity, ...] each, for evaluation."""
         return [buffer for layer in self.layers for buffer in layer.buffers]
 
     @property
@@ -169,14 +169,14 @@ class ContextCache:
         tails = [_copied(layer.tail()) for layer in self.layers]
         return Frozen(self.offset, tuple(tail for tail in tails if tail is not None), self.kv_bits)
 
-    def thaw(self, frozen: Frozen) -> None:
+    def copy_in(self, frozen: Frozen) -> None:
         """Hold exactly what was frozen, of this model; snapshots of before are void.
 
         InputError for a context of the other kind.
         """
         if frozen.kv_bits != self.kv_bits:
             raise InputError(
-                f"This context was frozen with kv_bits={frozen.kv_bits}: thaw it in one that was "
+                f"This context was frozen with kv_bits={frozen.kv_bits}: copy it into one that was "
                 "made so."
             )
         self._snapshots.clear()

@@ -35,10 +35,10 @@ def kernel_shapes(config: ModelConfig, dtype: str | None = None) -> list[Request
     return requests
 
 
-Asked = Iterator[tuple[Operation, *tuple[Size, ...]]]
+Calls = Iterator[tuple[Operation, *tuple[Size, ...]]]
 
 
-def _vocabulary(config: ModelConfig, dtype: str) -> Asked:
+def _vocabulary(config: ModelConfig, dtype: str) -> Calls:
     """What a step asks once."""
     text, rows = config.text, config.canvas_length
     table = _packing(config, EMBED_TOKENS, text.hidden_size)
@@ -48,7 +48,7 @@ def _vocabulary(config: ModelConfig, dtype: str) -> Asked:
     yield GATHER, dtype, table, text.hidden_size, rows, CAPACITY
 
 
-def _layers(config: ModelConfig, dtype: str) -> Asked:
+def _layers(config: ModelConfig, dtype: str) -> Calls:
     """What every layer asks."""
     text = config.text
     for tokens in sorted({config.canvas_length, *ROW_CLASSES["tokens"]}):

@@ -24,7 +24,7 @@ class LayerContext:
     """Keys and values as they are, [1, kv_heads, capacity, D], of which `used` slots count.
 
     Slot 0 holds position `base`, so the next token's position is base + used. A canvas' own keys
-    are written behind the committed ones and overwritten by the next.
+    are written after the committed ones and overwritten by the next.
 
     parts: names of the buffers, which are all [1, kv_heads, capacity, ...].
     """
@@ -53,7 +53,8 @@ class LayerContext:
         return self.used if self.window is None else min(self.used, self.window - 1 + self.slack)
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
-        """Commit new positions; returns everything they may attend to, themselves last."""
+        """Commit keys and values [1, kv_heads, L, D]; returns all they may attend to, themselves
+        last."""
         count = keys.shape[2]
         if self.window is not None and count > self.slack:
             return self._replace(keys, values)
@@ -62,7 +63,8 @@ class LayerContext:
         return self._span(self._first_visible(count), self.used)
 
     def with_canvas(self, keys: mx.array, values: mx.array) -> list[Segment]:
-        """The visible context followed by a canvas, which is not committed."""
+        """The visible context followed by a canvas' keys and values [1, kv_heads, C, D], which are
+        not committed."""
         self._write((keys, values))
         return self._span(self._first_visible(), self.used + keys.shape[2])
 
@@ -99,7 +101,7 @@ class LayerContext:
         return 0 if self.window is None else max(0, self.used - own - (self.window - 1))
 
     def _write(self, arrays: Arrays) -> None:
-        """Into the slots behind the used ones; they do not count yet."""
+        """Into the slots after the used ones; they do not count yet."""
         count = arrays[0].shape[2]
         self._reserve(count, arrays)
         # Rebinding the buffer lets MLX write in place: nothing else holds the old one.
@@ -107,7 +109,7 @@ class LayerContext:
             buffer[:, :, self.used : self.used + count] = rows
 
     def _reserve(self, count: int, like: Arrays) -> None:
-        """Room for `count` positions behind the used ones, and for a canvas behind those."""
+        """Room for `count` positions after the used ones, and for a canvas after those."""
         if self.used + count <= self.capacity:
             return
         kept = self.kept

@@ -10,6 +10,8 @@ from __future__ import annotations
 import re
 from typing import Literal
 
+from mlx_dgemma.untrusted_json import printable
+
 Layout = Literal["mlx", "hf"]
 
 DECODER = "model.decoder."
@@ -18,6 +20,8 @@ VISION_TOWER = "model.encoder.vision_tower."
 EMBED_VISION = "model.encoder.embed_vision."
 EMBED_TOKENS = "model.decoder.embed_tokens"
 LAYER_SCALAR = ".layer_scalar"
+# That one message names.
+MOST_NAMES = 12
 
 
 def is_tied_duplicate(name: str) -> bool:
@@ -40,7 +44,7 @@ def tied_to(name: str) -> str:
 
 def together(names: list[str]) -> str:
     """All the names in few words: those that differ in one number share a pattern, such as
-    model.decoder.layers.{0-4,6}.layer_scalar."""
+    model.decoder.layers.{0-4,6}.layer_scalar. Of many patterns the first MOST_NAMES."""
     found = [tuple(re.split(r"(?<=\.)(\d+)(?=\.)", name)) for name in names]
     for column in range(max(map(len, found)) - 2, 0, -2):
         alike: dict[tuple[str, ...], list[str]] = {}
@@ -51,7 +55,9 @@ def together(names: list[str]) -> str:
             rest[:column] + ((_ranges(numbers),) if numbers[0] else ()) + rest[column:]
             for rest, numbers in alike.items()
         ]
-    return ", ".join("".join(parts) for parts in found)
+    names = [printable("".join(parts)) for parts in found[:MOST_NAMES]]
+    more = len(found) - len(names)
+    return ", ".join(names) + (f" and {more:,} more" if more else "")
 
 
 def _ranges(numbers: list[str]) -> str:

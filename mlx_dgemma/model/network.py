@@ -6,6 +6,7 @@ Nothing here knows about sampling, schedules or text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
@@ -14,6 +15,7 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
 from mlx_dgemma.model.config import ModelConfig
@@ -27,6 +29,14 @@ CHUNK = 2048  # prompt tokens per encoder pass
 # Layers after which the graph built so far is sent to the device. Building all thirty takes Python
 # several milliseconds, in which a GPU would have nothing to do.
 DISPATCH_EVERY = 5
+
+
+@dataclass
+class EncoderPass:
+    """layers: views that the encoder pass runs instead of the decoder's, where an adapter changes
+    the passes differently; None where both run the same."""
+
+    layers: list[Layer] | None = None
 
 
 class Model(nn.Module):
@@ -49,6 +59,7 @@ class Model(nn.Module):
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
         self._seen = FeatureCache()
+        self.encoder_pass = EncoderPass()
         # Set by `load_model`: replaces the vision tower's tensors by unread ones.
         self.reread_vision: Callable[[Model], None] | None = None
 
@@ -193,8 +204,9 @@ class Model(nn.Module):
     def image_features(self, image: ImagePatches) -> mx.array:
         """[soft tokens, H] of one image, as they replace the image tokens' embeddings."""
         encoder = self.model.encoder
-        # What is unread is read before: else a GPU waits for the disk in the midst of its work.
-        mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
+        # Unread weights are read first: otherwise a GPU waits for the disk during its work.
+        with reading_weights("The vision tower"):
+            mx.eval(encoder.vision_tower.parameters(), encoder.embed_vision.parameters())
         return encoder.embed_vision(encoder.vision_tower(image, self.dtype)).astype(self.dtype)
 
     def release_vision(self) -> None:
@@ -220,6 +232,8 @@ class Model(nn.Module):
         known = getattr(self, "_fingerprint", None)
         if known is None:
             text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
+            for index, layer in enumerate(self.encoder_pass.layers or ()):
+                text[f"encoder pass {index}"] = layer
             known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
         return known
 
@@ -241,14 +255,15 @@ class Model(nn.Module):
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
         through = None if whole else -1
-        read = zip(self.layers[:through], scalars[:through], cache.layers[:through], strict=True)
+        layers = self.encoder_pass.layers or self.layers
+        read = zip(layers[:through], scalars[:through], cache.layers[:through], strict=True)
         for index, (layer, scalar, context) in enumerate(read, 1):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
         if whole:
             return self._final(x)
-        last = self.layers[-1]
+        last = layers[-1]
         last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
         return x
 

@@ -52,7 +52,7 @@ class FeatureCache:
         self._known: OrderedDict[bytes, mx.array] = OrderedDict()
 
     def get(self, image: ImagePatches, encode: Callable[[ImagePatches], mx.array]) -> mx.array:
-        """encode(image), evaluated, or what it was the last time."""
+        """encode(image), [soft tokens, H], evaluated, or what it was the last time."""
         key = image.key
         if key not in self._known:
             features = encode(image)

@@ -27,7 +27,9 @@ from mlx_dgemma.prompt.download import MAX_BYTES, MAX_SECONDS, Resolver, any_add
 
 MAX_PIXELS = 89_478_485  # a quarter of a gigabyte of RGB, where Pillow begins to warn
 # Formats that are pictures and nothing else: no documents, no programs that draw.
-FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO")
+FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO",
+           "HEIF")  # fmt: skip
+_HEIF_BRANDS = (b"heic", b"heix", b"hevc", b"hevx", b"heim", b"heis", b"mif1", b"msf1")
 _UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -165,14 +167,35 @@ def too_large(name: str, size: tuple[int, int] | None = None) -> InputError:
 def open_image(content: bytes | Path, name: str) -> Image.Image:
     """A PIL image whose pixels are still unread; call it, and use it, inside `decoding`."""
     Image.init()
-    readable = [form for form in FORMATS if form in Image.OPEN]
     try:
+        _allow_heif(content, name)
+        readable = [form for form in FORMATS if form in Image.OPEN]
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         image = Image.open(file, formats=readable)
     except PermissionError:
         raise InputError(f"{name} cannot be read: permission denied.") from None
     _check_size(image, name)
     return image
+
+
+def _allow_heif(content: bytes | Path, name: str) -> None:
+    """A phone's picture needs a reader that Pillow does not bring."""
+    if isinstance(content, bytes):
+        head = content[:12]
+    else:
+        with content.open("rb") as file:
+            head = file.read(12)
+    if head[4:8] != b"ftyp" or head[8:12] not in _HEIF_BRANDS:
+        return
+    try:
+        import pillow_heif
+    except ImportError:
+        raise InputError(
+            f"{name} is a HEIC image, which needs a reader of its own: pip install pillow-heif, or "
+            "save it as JPEG."
+        ) from None
+    pillow_heif.register_heif_opener()
+    Image.init()
 
 
 def _check_size(image: Image.Image, name: str) -> None:

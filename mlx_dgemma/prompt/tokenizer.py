@@ -148,6 +148,11 @@ class Tokenizer:
         """The vocabulary's own spelling of one id, or an empty string for an id it lacks."""
         return self._backend.id_to_token(int(id_)) or ""
 
+    def id_of(self, token: str) -> int | None:
+        """The id of a vocabulary entry by its own spelling; None when there is none."""
+        found: int | None = self._backend.token_to_id(token)
+        return found
+
     def detokenizer(self, *, skip_special: bool = False) -> Detokenizer:
         """A fresh streaming decoder."""
         return Detokenizer(self, skip_special=skip_special)

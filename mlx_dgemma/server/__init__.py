@@ -5,6 +5,6 @@ engine        admits requests, hands them to the model's thread, frees what they
 chat completions responses messages      one endpoint each
 requests sampling fields                 what they read alike
 choices replies segments streams drafts  what they answer alike
-tool_choice structured schema            replies that must have a form, and how it is pinned
+tool_choice structured validation        replies that must have a form: languages and checks
 prefix_cache disk_cache                  contexts that conversations share
 """

@@ -37,7 +37,12 @@ from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
 from mlx_dgemma.server.sse import EventStream
 from mlx_dgemma.server.stored import StoredResponses
 
-PAGE = {"/": "index.html", "/page.js": "page.js", "/page.css": "page.css"}
+_PAGE = Path(__file__).parent / "page"
+PAGE = {"/": "index.html"} | {
+    f"/{path.relative_to(_PAGE)}": str(path.relative_to(_PAGE))
+    for path in sorted(_PAGE.rglob("*"))
+    if path.suffix in (".js", ".css")
+}
 log = logging.getLogger("mlx_dgemma.server")
 _PATIENCE = 4  # how many times the limit a client may send before it is cut off
 Handler = Callable[[Engine, Fields, Request], Awaitable[Any]]
@@ -117,7 +122,7 @@ def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
             "x-content-type-options": "nosniff",
             "cache-control": "no-cache",
         }
-        return FileResponse(Path(__file__).parent / "page" / name, headers=headers)
+        return FileResponse(_PAGE / name, headers=headers)
 
     return file
 

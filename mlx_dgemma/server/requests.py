@@ -23,10 +23,9 @@ from mlx_dgemma.server.sampling import (
     read_seed,
     read_warnings,
 )
-from mlx_dgemma.server.schema import Schema
 from mlx_dgemma.server.sse import EventStream, unless_gone
-from mlx_dgemma.server.structured import called_or_pinned, pinned, without_effect
-from mlx_dgemma.server.tool_choice import ToolUse, forced_call
+from mlx_dgemma.server.structured import Wanted, held, read_outputs
+from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 
 MAX_STOP_STRINGS = 16
@@ -76,7 +75,7 @@ async def read_request(
     max_tokens: int | None,
     stop: str | None,
     thinking: bool,
-    schema: Schema | None = None,
+    wanted: Wanted | None = None,
     choices: int = 1,
     logprobs: bool = False,
     notes: Sequence[str] = (),
@@ -96,15 +95,13 @@ async def read_request(
     seed = read_seed(fields, choices)
     image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
     messages, mended = mend(messages)
+    wanted = wanted or read_outputs(fields)
     warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))
-    source = None
-    if tools.forced:
-        source, unchecked = forced_call(engine.tokenizer, tools)
-        warnings += unchecked
-    elif schema is not None:
-        warnings += without_effect(schema, stop=options.pop("stop", None), logprobs=logprobs)
-        source = called_or_pinned(schema) if tools.declared else pinned(schema)
-    if source is not None and thinking:
+    language, source, unchecked = await held(engine, wanted, tools)
+    warnings += unchecked
+    if language is not None:
+        options["constraint"] = language
+    if thinking and (tools.forced or wanted is not None):
         what = "a forced tool_choice" if tools.forced else "response_format"
         thinking, warnings = False, (*warnings, f"thinking was left out for {what}")
     call = await make_call(

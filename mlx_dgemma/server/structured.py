@@ -1,27 +1,47 @@
-"""Replies that stand around holes: `response_format` pins what a schema fixes and checks the rest,
-`suffix` pins both sides. Their text comes in one piece, and they take turns like any reply."""
+"""Replies held to a language: `response_format`, `structured_outputs`, calls of tools; `suffix`.
+
+The canvas is conditioned on the language, so a reply that ends by itself is in it. What a schema
+asks for that no automaton can hold is checked behind, and a breach is reported as a warning.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import time
-from collections.abc import AsyncGenerator
-from dataclasses import replace
+from collections.abc import AsyncGenerator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_dgemma.constraints import Constraint, Language, LanguageError, ToolCalls
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.infilling import Infill
 from mlx_dgemma.prompt.holes import Hole
-from mlx_dgemma.server.attempts import ATTEMPTS, seed_of
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
+from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.schema import Schema
+from mlx_dgemma.server.tool_choice import ToolUse
+from mlx_dgemma.server.validation import Rules
 
-_ANY_OBJECT = {"type": "object"}
+
+@dataclass(frozen=True)
+class Wanted:
+    """What a reply must be. where: the field that says so. rules: of a JSON schema."""
+
+    constraint: Constraint
+    where: str
+    rules: Rules | None = None
+
+    @classmethod
+    def schema(cls, schema: Any, where: str) -> Wanted:
+        """ApiError 400 for what is no schema."""
+        rules = Rules(schema, where)
+        return cls(Constraint.json_schema(rules.root), where, rules)
 
 
-def read_format(fields: Fields | None, name: str = "response_format") -> Schema | None:
-    """None for plain text; ApiError 400 for a format or schema that cannot be pinned."""
+def read_format(fields: Fields | None, name: str = "response_format") -> Wanted | None:
+    """None for plain text; ApiError 400 for a format that is none."""
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
         return None
@@ -29,76 +49,128 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Schema 
     if kind in (None, "text"):
         return None
     if kind == "json_object":
-        return Schema(_ANY_OBJECT, fields.path(name))
+        return Wanted(Constraint.json_object(), fields.path(name))
     # Chat completions nest the schema, the responses endpoint does not.
     inner = wanted.object("json_schema") or wanted
     schema = inner.raw("schema")
     if schema is None:
         raise inner.fail("schema", "given as a JSON schema")
-    return Schema(schema, inner.path("schema"))
+    return Wanted.schema(schema, inner.path("schema"))
 
 
-def without_effect(schema: Schema, **others: Any) -> tuple[str, ...]:
-    """Warnings: a pinned reply is no run of the block loop, and some options need that loop."""
-    return tuple(f"{name} has no effect on a reply in a schema" for name in others if others[name])
+def read_outputs(fields: Fields) -> Wanted | None:
+    """vLLM's `structured_outputs`: one of regex, choice and json."""
+    wanted = fields.object("structured_outputs")
+    if wanted is None:
+        return None
+    given = {name: value for name in ("regex", "choice", "json")
+             if (value := wanted.raw(name)) is not None}  # fmt: skip
+    if len(given) != 1:
+        raise fields.fail("structured_outputs", "an object with one of regex, choice and json")
+    ((name, value),) = given.items()
+    where = wanted.path(name)
+    if name == "json":
+        return Wanted.schema(json.loads(value) if isinstance(value, str) else value, where)
+    return Wanted(Constraint.regex(value) if name == "regex" else Constraint.choice(value), where)
 
 
-def pinned(schema: Schema) -> Source:
-    """Fills the schema's holes until the text satisfies it; the last attempt stands as it is."""
+async def compiled(engine: Engine, constraint: Constraint, where: str) -> Language:
+    """The language for the engine's vocabulary, made off the event loop; ApiError 400."""
+    size = engine.runtime.model.config.text.vocab_size
+    try:
+        return await asyncio.to_thread(constraint.language, engine.tokenizer, size)
+    except LanguageError as error:
+        raise ApiError(400, f"{where}: {error}", param=where) from None
+
+
+async def held(
+    engine: Engine, wanted: Wanted | None, tools: ToolUse
+) -> tuple[Language | None, Source | None, tuple[str, ...]]:
+    """The language of a reply, what checks it behind, and warnings.
+
+    With tools beside a format the reply is calls or in the format; with tools alone, calls come
+    inside free text, and their arguments fit the tools.
+    """
+    if not tools.declared and wanted is None:
+        return None, None, ()
+    if not tools.declared or (wanted is not None and wanted.rules is None and not tools.forced):
+        assert wanted is not None
+        language = await compiled(engine, wanted.constraint, wanted.where)
+        return language, _checked(language, wanted, ()), ()
+    markers = {"stc", "etc", "escape"} <= engine.tokenizer.ids.keys()
+    if not markers:
+        if tools.forced:
+            why = "tool_choice: this checkpoint has no tool calls."
+            raise ApiError(400, why, param="tool_choice")
+        return None, None, ()
+    chosen = [t["function"] for t in tools.declared
+              if not tools.forced or t["function"]["name"] in tools.forced]  # fmt: skip
+    rules, warnings = [], []
+    for function in chosen:
+        try:
+            one = Rules(function.get("parameters") or True, "parameters")
+        except ApiError as unknown:
+            one = Rules(True, "parameters")
+            why = unknown.message.partition(":")[0]
+            warnings.append(f"the arguments of {function['name']} are not checked: {why}")
+        rules.append((function["name"], one))
+    format_ = wanted if wanted is not None and not tools.forced else None
+    calls = ToolCalls(
+        tuple((name, {} if one.root is True else one.root) for name, one in rules),
+        forced=bool(tools.forced) or format_ is not None,
+        one=tools.one_call,
+        otherwise=None if format_ is None or format_.rules is None else format_.rules.root,
+    )
+    try:
+        language = await compiled(engine, Constraint.tool_calls(calls), "tools")
+    except ApiError as error:
+        if tools.forced or format_ is not None:
+            raise
+        return None, None, (*warnings, f"calls are not held to the tools: {error.message}")
+    return language, _checked(language, format_, rules), tuple(warnings)
+
+
+def _checked(
+    language: Language, wanted: Wanted | None, tools: Sequence[tuple[str, Rules]]
+) -> Source | None:
+    """The block loop, and a check of what the language leaves open; None where that is nothing."""
+    if not language.unchecked:
+        return None
 
     async def source(
         engine: Engine, call: Call, deadline: float
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        results: list[Infill] = []
-        problem: str | None = None
-        started = time.monotonic()
-        only = schema.parts[0] if len(schema.parts) == 1 else None
-        for attempt in range(ATTEMPTS if only is None else 0):
-            results.append(await engine.fill(call, schema.parts, seed_of(call, attempt), deadline))
-            problem = schema.problem(results[-1].text)
-            if problem is None:
-                break
-        tokenizer, limit = engine.tokenizer, call.options["max_tokens"]
-        text = str(only) if only is not None else results[-1].text
-        ids = tokenizer.encode(text)
-        cut = len(ids) > limit
-        if cut:
-            ids = ids[:limit]
-            text = tokenizer.decode(ids)
-        yield Commit(ids=tuple(ids), text=text, block=max(len(results) - 1, 0))
-        notes = (
-            ()
-            if problem is None
-            else (f"after {ATTEMPTS} attempts the reply breaks the schema: {problem}",)
-        )
-        end = ended(engine, call, results, text, notes, time.monotonic() - started)
-        yield replace(end, finish=replace(end.finish, reason="length")) if cut else end
-
-    return source
-
-
-def called_or_pinned(schema: Schema) -> Source:
-    """A reply that calls a tool, or else one in the schema: the model chooses, writing freely."""
-
-    async def source(
-        engine: Engine, call: Call, deadline: float
-    ) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        held: list[Draft | Commit | Ended] = []
+        text = ""
+        calls: list[dict[str, Any]] = []
         async with contextlib.aclosing(engine.stream(call, deadline)) as events:
             async for event in events:
-                held.append(event)
-        commits = [event for event in held if isinstance(event, Commit)]
-        calls = any(commit.tool_calls or commit.cut_call for commit in commits)
-        text = "".join(commit.text for commit in commits)
-        if calls or schema.problem(text) is None:
-            for event in held:
-                yield event
-            return
-        async with contextlib.aclosing(pinned(schema)(engine, call, deadline)) as events:
-            async for event in events:
+                if isinstance(event, Commit):
+                    text += event.text
+                    calls += event.tool_calls
+                if isinstance(event, Ended) and event.finish.reason == "stop":
+                    wrong = _breach(text, calls, wanted, dict(tools))
+                    if wrong is not None:
+                        event = replace(event, notes=(*event.notes, wrong))
                 yield event
 
     return source
+
+
+def _breach(
+    text: str, calls: list[dict[str, Any]], wanted: Wanted | None, tools: dict[str, Rules]
+) -> str | None:
+    for call in calls:
+        rules = tools.get(call["name"])
+        wrong = None if rules is None else rules.violation(call["arguments"])
+        if wrong is not None:
+            return f"the arguments of {call['name']} break its parameters: {wrong}"
+    if calls or wanted is None or wanted.rules is None:
+        return None
+    try:
+        wrong = wanted.rules.violation(json.loads(text))
+    except ValueError:
+        wrong = "it is not valid JSON"
+    return None if wrong is None else f"the reply breaks the schema: {wrong}"
 
 
 def between(prompt: str, suffix: str) -> Source:
@@ -111,28 +183,21 @@ def between(prompt: str, suffix: str) -> Source:
         result = await engine.fill(call, [prompt, Hole(), suffix], call.options["seed"], deadline)
         (filling,) = result.fillings
         yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
-        yield ended(engine, call, [result], filling.text, (), time.monotonic() - started)
+        yield _ended(engine, call, result, filling.text, time.monotonic() - started)
 
     return source
 
 
-def ended(
-    engine: Engine,
-    call: Call,
-    results: list[Infill],
-    text: str,
-    notes: tuple[str, ...],
-    seconds: float,
-) -> Ended:
-    """The account of a reply that one or more fillings gave, which also read the prompt."""
+def _ended(engine: Engine, call: Call, result: Infill, text: str, seconds: float) -> Ended:
+    """The account of a reply that a filling gave, which also read the prompt."""
     generated = len(engine.tokenizer.encode(text))
     finish = Finish(
         reason="stop",
         seed=call.options["seed"],
-        blocks=len(results),
-        steps_per_block=tuple(result.steps for result in results),
-        converged=tuple(result.converged for result in results),
-        tokens_per_forward=generated / max(sum(result.forwards for result in results), 1),
+        blocks=1,
+        steps_per_block=(result.steps,),
+        converged=(result.converged,),
+        tokens_per_forward=generated / max(result.forwards, 1),
         prompt_tokens=len(call.prompt_ids),
         generated_tokens=generated,
         prefill_seconds=0.0,
@@ -140,4 +205,4 @@ def ended(
         peak_memory_bytes=0,
     )
     engine.metrics.finished(finish, 0)
-    return Ended(finish, cached_tokens=0, timed_out=False, notes=notes)
+    return Ended(finish, cached_tokens=0, timed_out=False)

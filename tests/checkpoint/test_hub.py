@@ -10,7 +10,8 @@ import pytest
 from huggingface_hub import constants
 
 from mlx_dgemma.checkpoint import hub as module
-from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES, demo_path, resolve_model
+from mlx_dgemma.checkpoint.hub import demo_path, resolve_model
+from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
 from mlx_dgemma.cli.generate import main as generate
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.machine.hardware import machine
@@ -166,6 +167,26 @@ def test_offline_mode_asks_nobody(hub: HubStub, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ModelNotFoundError, match=r"lacks model-00002-of-00002.safetensors"):
         resolve_model(NAME)
     assert len(hub.requests) == asked
+
+
+def test_offline_a_whole_snapshot_serves_whatever_refs_say(
+    hub: HubStub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.add(NAME, FILES)
+    folder = resolve_model(NAME)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    # Another program fetched the config of a newer commit, and nothing else.
+    newer = folder.parent / ("f" * 40)
+    newer.mkdir()
+    (newer / "config.json").write_bytes((folder / "config.json").read_bytes())
+    main = folder.parents[1] / "refs" / "main"
+    main.write_text(newer.name)
+    assert resolve_model(NAME) == folder
+    main.unlink()
+    main.parent.rmdir()
+    assert resolve_model(NAME) == folder
+    with pytest.raises(ModelNotFoundError):
+        resolve_model(NAME, revision="main")
 
 
 def test_a_plan_needs_no_weights(

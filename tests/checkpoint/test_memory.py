@@ -14,12 +14,12 @@ import pytest
 
 from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 from mlx_dgemma.checkpoint import loading, plan, sizes
-from mlx_dgemma.checkpoint.hub import (
+from mlx_dgemma.checkpoint.hub import demo_path
+from mlx_dgemma.checkpoint.known_repositories import (
     BESIDE_WEIGHTS,
     KNOWN_REPOSITORIES,
     LONGEST_CONTEXT,
     LONGEST_CONTEXT_BYTES,
-    demo_path,
 )
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, ResourceError

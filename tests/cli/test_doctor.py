@@ -6,6 +6,7 @@ import io
 import json
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,10 @@ import pytest
 from rich.console import Console
 
 from mlx_dgemma.cli.doctor import concerns, examine, main, show, verdict
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.kernels import dispatch, verdicts
+from mlx_dgemma.kernels.self_checks import Request
+from mlx_dgemma.kernels.table import operations
 from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
 
 GIB = 1 << 30
@@ -141,3 +146,37 @@ def test_the_longest_context_is_told_both_ways() -> None:
     stream = io.StringIO()
     show(examine(mac(24)), Console(file=stream, width=120))
     assert "262,144 tokens take 5.7 GB; with --kv-bits 8 3.2 GB" in stream.getvalue()
+
+
+@pytest.mark.parametrize(("model", "hidden"), [("", 2816), (str(CHECKPOINT), 128)])
+def test_check_is_for_the_published_model_or_the_one_named(
+    model: str, hidden: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Request] = []
+
+    def prepare(requests: list[Request], *, again: bool) -> None:
+        assert again
+        asked.extend(requests)
+
+    monkeypatch.setattr(dispatch, "prepare", prepare)
+    command = ["--check", model, "--json"] if model else ["--check", "--json"]
+    assert main(command) == 0
+    assert {shape["hidden"] for one, shape in asked if one.name == "moe"} == {hidden}
+
+
+def test_each_verdict_is_shown_with_its_reason_and_age(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(verdicts, "cache_file", lambda: tmp_path / "kernels.json")
+    operation = operations()["accept"]
+    key = verdicts.verdict_key(operation, operation.shape("float32", 256))
+    died = verdicts.Verdict(
+        False, "the self-check died of signal 9", lasting=False, when=time.time() - 7300
+    )
+    verdicts.remember({key: died})
+    stream = io.StringIO()
+    show(examine(mac(24)), Console(file=stream, width=200))
+    assert (
+        "accept dtype=float32 length=256: twin, the self-check died of signal 9 "
+        "(2 hours ago; will be checked again)"
+    ) in stream.getvalue()

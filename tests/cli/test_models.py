@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from mlx_dgemma.__main__ import VERBS, main
-from mlx_dgemma.checkpoint.hub import COMMUNITY, KNOWN_REPOSITORIES, demo_path, repository_id
+from mlx_dgemma.checkpoint.hub import demo_path, repository_id
+from mlx_dgemma.checkpoint.known_repositories import COMMUNITY, KNOWN_REPOSITORIES
 from mlx_dgemma.errors import ModelNotFoundError
 from tests.checkpoint.conftest import hub
 from tests.checkpoint.stub import HubStub

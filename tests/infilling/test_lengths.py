@@ -11,8 +11,8 @@ from mlx_dgemma.infilling.lengths import (
     LENGTHS,
     SPARE,
     alike,
-    belief,
     following,
+    mean_logprob,
     roomy,
     spread,
     without_pads,
@@ -93,7 +93,7 @@ def test_belief_is_the_mean_log_probability_of_the_obvious_path(demo):
     shape = (2, model.config.canvas_length)
     canvases, expected = generator.integers(0, model.config.text.vocab_size, (2, *shape))
     counted = generator.random(shape) < 0.5
-    ours = belief(model, cache, settings_of(model), canvases, expected, counted)
+    ours = mean_logprob(model, cache, settings_of(model), canvases, expected, counted)
     logits = np.array(model.denoise(mx.array(canvases), cache), dtype=np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, expected[..., None], axis=-1)[..., 0]
@@ -112,7 +112,7 @@ def test_a_canvas_of_holes_alone_says_nothing_of_their_lengths(demo):
     model, _ = demo
     cache = model.make_cache()
     canvas, none = np.zeros(8, dtype=np.int32), np.zeros(8, dtype=bool)
-    assert belief(model, cache, settings_of(model), [canvas], [canvas], [none]) == [0.0]
+    assert mean_logprob(model, cache, settings_of(model), [canvas], [canvas], [none]) == [0.0]
 
 
 @pytest.mark.parametrize("finalists", [1, 4])

@@ -63,7 +63,9 @@ FAKE = registry.Operation("fake", ("size", "kind"), (), lambda shape: True, prob
 
 if __name__ == "__main__":
     requests = sys.stdin.read()
-    if "garbage" in requests:
+    if "never begins" in requests:
+        time.sleep(60)
+    elif "garbage" in requests:
         print("warming up")
     elif "fails" in requests:
         sys.exit("no such module")

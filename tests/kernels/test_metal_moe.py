@@ -7,7 +7,7 @@ import references as ref
 from harness import DTYPES, TOLERANCE, emulated, every_setting, skip
 
 from mlx_dgemma.kernels import Matrix, choose_experts
-from mlx_dgemma.kernels.moe import ROW_TILES, metal
+from mlx_dgemma.kernels.moe import ROW_TILES, metal, row_tile
 
 pytestmark = skip
 
@@ -78,3 +78,16 @@ def test_the_real_inner_widths(bits, setting):
     check(
         mx.bfloat16, bits, setting, tokens=1, hidden=2816, width=704, count=3, top_k=2
     )  # fmt: skip
+
+
+def test_few_experts_are_unpacked_twice_and_few_rows_are_padding():
+    """A canvas of the published layer under uniform routing, as studies/README.md tells it."""
+    scores = np.random.default_rng(0).standard_normal((50, 256, 128))
+    chosen = np.argsort(-scores, axis=2)[:, :, :8].reshape(50, -1)
+    rows = np.stack([np.bincount(each, minlength=128) for each in chosen])
+    tile = row_tile(256 * 8, 128)
+    assert tile == 32
+    passes, multiplied = -(-rows // tile), -(-rows // 8) * 8
+    assert passes.sum() / (rows > 0).sum() < 1.001
+    assert multiplied.sum() / rows.sum() == pytest.approx(1.22, abs=0.01)
+    assert (-(-rows // 16)).sum() / (rows > 0).sum() == pytest.approx(1.43, abs=0.01)

@@ -68,6 +68,13 @@ def experts():
     )  # fmt: skip
 
 
+def ragged_experts():
+    """Fewer columns than the last threadgroup has."""
+    test_metal_moe.check(
+        mx.float32, 8, "checked", tokens=9, hidden=96, width=32, count=3, top_k=2, tile=8
+    )
+
+
 def floats():
     test_metal_moe.check(
         mx.float32, "mxfp4", "checked", tokens=5, hidden=64, width=32, count=3, top_k=2, tile=8
@@ -147,23 +154,27 @@ MUTANTS = [
     (route, "sort_by_expert", "lid == count - 1", "lid == count - 2",
      {"value", "unwritten-output"}),
     # experts
-    (experts, "experts", BARRIER + "\n      for (int q = lid; q < TM", "for (int q = lid; q < TM",
-     RACE),
+    (experts, "experts", BARRIER + "\n      if (staged_row", "if (staged_row", RACE),
     (experts, "experts", BARRIER + "\n      // 4.", "// 4.", RACE),
     (experts, "experts", "found[1] = 0;\n    }\n    " + BARRIER, "found[1] = 0;\n    }\n", RACE),
     (experts, "experts", BARRIER + "\n    const int expert", "const int expert", RACE),
     (experts, "experts", BARRIER + "\n    for (int q = lid; q < rows", "for (int q = lid; q < rows",
      RACE),
-    (experts, "experts", "if (r < rows)", "if (r <= rows)", {"out-of-bounds"}),
-    (experts, "experts", "order[row0 + r] / TOP_K", "order[row0 + r]", {"out-of-bounds", "value"}),
-    (experts, "experts", "(own_row / 8) * O", "(own_row / 8) * 8", VALUE),
+    (experts, "experts", "staged_row < rows;", "staged_row <= rows;", {"out-of-bounds", "value"}),
+    (experts, "experts", "order[pair] / TOP_K", "order[pair]", {"out-of-bounds", "value"}),
+    (experts, "experts", "(GLU ? c * O : 0)", "(GLU ? c * 8 : 0)", VALUE),
+    (experts, "experts", "k % 8 / 2 * 8 + k / 8 * 2", "k % 8 / 2 * 2 + k / 8 * 8", VALUE),
+    (experts, "experts", "quarter * 8;", "quarter * 4;", VALUE),
+    (experts, "experts", "if (i * 8 < rows) {\n          #", "if (i * 8 + 8 < rows) {\n          #",
+     VALUE),
+    (ragged_experts, "experts", "O - 1);", "O);", {"out-of-bounds"}),
     (experts, "experts", "(rows + TM - 1) / TM", "rows / TM", {"unwritten-output"}),
-    (experts, "experts", "Xs + i * 8 * LD + kk, LD)", "Xs + i * 8 * LD + kk, LD - 1)",
+    (experts, "experts", "m * 8, LD, ulong2", "m * 8, LD - 1, ulong2",
      {"uninit-threadgroup", "value"}),
     (experts, "experts", "GLU ? row0 + r : order[row0 + r]", "row0 + r", VALUE),
     (experts, "experts", "expert) * matrix_rows", "expert) * O", VALUE),
-    (experts, "experts", "(weight_row * K + k0) / GROUP", "(weight_row * K) / GROUP", VALUE),
-    (experts, "experts", "(packed >> (j * (32 / PER_WORD)))", "(packed >> j)", VALUE),
+    (experts, "experts", "first / GROUP;", "(first - k0) / GROUP;", VALUE),
+    (experts, "experts", "(packed >> (j % PER_WORD * (32 / PER_WORD)))", "(packed >> j)", VALUE),
     (experts, "experts", "if (sg == 0) {", "if (sg == 0 && lane < 31) {",
      {"simd-divergence", "simd-lane", "value", "barrier"}),
     (floats, "experts", "stored - 127.0f", "stored - 126.0f", VALUE),

@@ -91,11 +91,19 @@ def test_what_another_try_may_find_otherwise_is_tried_again(kind, reason, monkey
 
 
 def test_a_kernel_that_hangs_is_given_up_and_tried_again(monkeypatch):
-    monkeypatch.setattr(self_checks, "TIMEOUT", 1.5)
+    monkeypatch.setattr(self_checks, "TIMEOUT", 5.0)
     found = judged([fake("good"), fake("hangs"), fake("good", 5)])
     assert [verdict.enabled for verdict in found] == [True, False, True]
-    assert "did not finish within 1.5 s" in found[1].reason
+    assert "did not finish within 5 s" in found[1].reason
     assert not found[1].lasting
+
+
+def test_a_process_that_never_begins_is_waited_for_once(monkeypatch):
+    monkeypatch.setattr(self_checks, "STARTING", 1.0)
+    started = time.monotonic()
+    found = judged([fake("never begins", size) for size in range(30)])
+    assert time.monotonic() - started < 20
+    assert {verdict.reason for verdict in found} == {"the self-check did not begin within 1 s"}
 
 
 def test_a_process_that_cannot_start(monkeypatch):

@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
-from mlx_dgemma.model.config import FULL, SLIDING, GenerationConfig, ModelConfig
+from mlx_dgemma.model.config import FULL, SLIDING, ModelConfig
+from mlx_dgemma.model.generation_config import GenerationConfig
 
 
 def saved(**layers):

@@ -193,7 +193,7 @@ def test_a_context_that_was_emptied_again(model, tmp_path):
     model.prefill(ids(5), cache)
     cache.restore(moment)
     other = prefilled(model, ids(3))
-    other.thaw(frozen)
+    other.copy_in(frozen)
     for emptied in (cache, other, ContextCache.load(tmp_path / "emptied", model)):
         assert emptied.offset == 0
         np.testing.assert_array_equal(logits(model, emptied), expected)

@@ -183,15 +183,15 @@ def test_frozen_and_thawed(model):
     assert frozen.nbytes < prefilled(model, ids(70), None).freeze().nbytes
     model.prefill(ids(CANVAS), cache)  # the frozen one keeps its own memory
     other = model.make_cache(8)
-    other.thaw(frozen)
+    other.copy_in(frozen)
     assert other.offset == 70
     np.testing.assert_array_equal(logits(model, other), expected)
     model.prefill(ids(CANVAS), other)
     np.testing.assert_array_equal(logits(model, other), logits(model, cache))
     with pytest.raises(InputError, match="frozen with kv_bits=8"):
-        model.make_cache().thaw(frozen)
+        model.make_cache().copy_in(frozen)
     with pytest.raises(InputError, match="frozen with kv_bits=None"):
-        other.thaw(model.make_cache().freeze())
+        other.copy_in(model.make_cache().freeze())
 
 
 def test_saved_and_loaded(model, tmp_path):

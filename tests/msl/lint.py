@@ -128,14 +128,14 @@ def _clang_findings(
             text = f"enum {{ {name} = {int(value)} }}; {text}"
         else:
             text = f"typedef {METAL_TYPE[dtype_name(value)]} {name}; {text}"
+    signature = text[: text.index(body.source)].count("\n")  # no rewriting adds a line
     text = text.replace("[[kernel]] void", "__kernel void")
     for space in ("const device", "const constant", "device"):
         text = text.replace(f"{space} bool*", f"{space} uchar*")  # no bool buffers in OpenCL
     text, header = (
-        re.sub(r"\bvec<([^<>]+)>\s*\(", r"metal::mk<vec<\1>>(", part)
+        re.sub(r"(?:\bmetal::)?\bvec<([^<>]+)>\s*\(", r"metal::mk<vec<\1>>(", part)
         for part in (text, body.header)
     )
-    signature = text[: text.index(body.source)].count("\n")
     header_lines = header.count("\n") + 1
     full = header + "\n" + text
 

@@ -32,7 +32,7 @@ LINES = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LINES) for room in rooms}
 # The modules that `python -m` runs, and the package, whose public names come from everywhere.
-COMMANDS = {"__main__", "chat", "decide", "doctor", "infill", "lora"}
+COMMANDS = {"__main__", "chat", "decide", "doctor", "fuse", "infill", "lora"}
 
 
 def modules() -> dict[str, Path]:
@@ -154,3 +154,25 @@ if __name__ == "__main__":
     }
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
     assert RANK["kernels"] > RANK["model"] > RANK["decoding"] > RANK["generate"] > RANK["cli"]
+
+
+def test_modules_are_short_and_named_once_in_their_room() -> None:
+    lengths = {name: len(path.read_text("utf-8").splitlines()) for name, path in MODULES.items()}
+    assert {name: count for name, count in lengths.items() if count > 400} == {}
+    twice = defaultdict(list)
+    for name in MODULES:
+        room, last = room_of(name), name.split(".")[-1]
+        if room != "commands" and last not in ("__main__", room):
+            twice[room, last].append(name)
+    found = [names for names in twice.values() if len(names) > 1]
+    # The benchmark is a verb with modules of its own.
+    assert found == [["mlx_dgemma.cli.benchmark.command", "mlx_dgemma.cli.command"]]
+
+
+def test_every_module_says_what_it_is_for() -> None:
+    silent = []
+    for name, path in MODULES.items():
+        text = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8")))
+        if not text or len(text.split("\n\n")[0]) < 20:
+            silent.append(name)
+    assert silent == []

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dgemma.__main__ import VERBS
-from mlx_dgemma.checkpoint.hub import KNOWN_REPOSITORIES
+from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
 from mlx_dgemma.convert.inspection import fit
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import gigabytes, usable
@@ -139,7 +139,8 @@ def test_every_decoding_flag_is_explained() -> None:
 
 @pytest.mark.parametrize("page", PAGES)
 def test_links_lead_to_files(page: str) -> None:
-    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", PAGES[page])
+    prose = re.sub(r"```.*?```|`[^`]*`", "", PAGES[page], flags=re.DOTALL)
+    targets = re.findall(r"\]\((?!https?://|#)([^)#]+)", prose)
     assert [
         target for target in targets if not (ROOT / page).parent.joinpath(target).exists()
     ] == []

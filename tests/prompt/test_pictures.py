@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import sys
 import zlib
 
 import numpy as np
@@ -14,7 +15,14 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.prompt.pictures import MAX_PIXELS, Access, open_picture
+from mlx_dgemma.prompt.pictures import (
+    MAX_PIXELS,
+    Access,
+    decoding,
+    open_image,
+    open_picture,
+    to_rgb,
+)
 from tests.prompt.drawings import animation, photograph, saved
 
 PICTURE = photograph(40, 30)
@@ -185,3 +193,21 @@ def test_any_bytes_behind_a_true_beginning(start, body):
 def test_a_lazy_image_of_a_truncated_file():
     image = Image.open(io.BytesIO(FILES["PNG"][:-600]))
     assert "damaged or truncated" in refusal(image)
+
+
+def test_a_phones_picture_is_read_or_the_way_out_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    head = b"\0\0\0\x18ftypheic" + bytes(40)
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    with (
+        pytest.raises(InputError, match=r"HEIC image.*pip install pillow-heif, or save it"),
+        decoding("a.heic"),
+    ):
+        open_image(head, "a.heic")
+    monkeypatch.undo()
+    heif = pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    written = io.BytesIO()
+    heif.from_pillow(Image.new("RGB", (20, 10), (200, 10, 10))).save(written)
+    with decoding("a.heic"):
+        image = to_rgb(open_image(written.getvalue(), "a.heic"), "a.heic")
+    assert image.size == (20, 10)
+    assert image.getpixel((5, 5))[0] > 150

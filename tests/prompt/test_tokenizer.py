@@ -149,3 +149,38 @@ def test_an_unmarked_added_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(content))
     with pytest.raises(CheckpointError, match="not marked special"):
         load_tokenizer(tmp_path, [1])
+
+
+def test_truncation_and_padding_that_were_saved_are_not_applied(tmp_path: Path) -> None:
+    """An ordinary save after a truncating call writes both into tokenizer.json."""
+    import tokenizers
+
+    from .conftest import DEMO
+
+    text = "A prompt of several words, which is longer than five tokens."
+    plain = load_tokenizer(DEMO, [1]).encode(text)
+    saved = tokenizers.Tokenizer.from_file(str(DEMO / "tokenizer.json"))
+    saved.enable_truncation(5)
+    saved.enable_padding(length=200)
+    saved.save(str(tmp_path / "tokenizer.json"))
+    assert len(saved.encode(text).ids) == 200
+    assert load_tokenizer(tmp_path, [1]).encode(text) == plain
+    assert len(plain) > 5
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"model_specific_special_tokens": [1]}, "model_specific_special_tokens"),
+        ({"chat_template": [1]}, "chat_template"),
+        ({"chat_template": [{"name": ["a"], "template": "x"}]}, "name"),
+        ({"chat_template": {"default": "x"}}, "must be a string"),
+    ],
+)
+def test_settings_of_the_wrong_type_are_named(settings: dict, words: str, tmp_path: Path) -> None:
+    from .conftest import DEMO
+
+    shutil.copy(DEMO / "tokenizer.json", tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match=words):
+        load_tokenizer(tmp_path, [1])

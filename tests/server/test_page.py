@@ -1,5 +1,7 @@
 """The page in a real browser: a reply appears, its canvas can be replayed, nothing leaks out."""
 
+import hashlib
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,6 +9,9 @@ from typing import Any
 
 import pytest
 
+from mlx_dgemma.runtime import Runtime
+from mlx_dgemma.server import app
+from mlx_dgemma.server.app import PAGE
 from tests.prompt.drawings import photograph
 
 from .conftest import Open, Script
@@ -21,14 +26,29 @@ REPLY = "<|channel>thought\nhm, hm\n<channel|>Hello <b>there</b>, reader."
 
 def test_the_page_is_served_with_its_policy(serve: Open) -> None:
     client = serve(Script("x"), api_key="k")
-    for path, kind in (("/", "text/html"), ("/page.js", "javascript"), ("/page.css", "text/css")):
+    for path in PAGE:
+        kind = {"/": "text/html", ".js": "javascript", ".css": "text/css"}[Path(path).suffix or "/"]
         answer = client.get(path)
         assert answer.status_code == 200
         assert kind in answer.headers["content-type"]
         assert "default-src 'self'" in answer.headers["content-security-policy"]
-        assert "http://" not in answer.text
-        assert "https://" not in answer.text
+        assert vendored(path) or not {"http://", "https://"} & set(answer.text.split('"'))
     assert client.get("/page/../app.py").status_code == 404
+
+
+def vendored(path: str) -> bool:
+    return path.startswith("/vendor/")
+
+
+def test_the_libraries_are_the_ones_that_are_named() -> None:
+    folder = Path(app.__file__).parent / "page" / "vendor"
+    libraries = json.loads((folder / "vendor.json").read_text())
+    assert {path.name for path in folder.glob("*.js")} == set(libraries)
+    licenses = (folder / "LICENSES.txt").read_text()
+    for name, library in libraries.items():
+        digest = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+        assert digest == library["sha256"], name
+        assert f"==== {library['package']}\n" in licenses
 
 
 @pytest.fixture
@@ -143,3 +163,174 @@ def test_errors_and_stopping_are_shown(browser: Any) -> None:
         page.locator(".cells span").first.wait_for()
         page.get_by_role("button", name="Stop").click()
         page.get_by_text("Stopped.").wait_for()
+
+
+HOSTILE = """# Title
+
+| a | b |
+|---|---|
+| 1 | 2 |
+
+```python
+def f(x):
+    return "<script>alert(1)</script>"
+```
+
+Area $\\pi r^2$ and \\(x+1\\), costs $5 and $6.
+
+<img src=x onerror="window.hit=1"><script>window.hit=1</script>
+[here](javascript:window.hit=1) [there](https://example.com/a) ![pixel](https://example.com/p.png)
+<a href="#" onclick="window.hit=1" style="position:fixed">x</a><form action="/"><input></form>
+<svg><animate onbegin="window.hit=1" attributeName=x dur=1s></svg>
+$\\href{javascript:window.hit=1}{x}$ $\\htmlStyle{color:red}{y}$
+"""
+
+
+def open_page(browser: Any, url: str, **options: Any) -> tuple[Any, list[str]]:
+    """A page with what went wrong on it."""
+    page = browser.new_page(**options)
+    page.set_default_timeout(PATIENCE)
+    problems: list[str] = []
+    page.on("console", lambda message: message.type == "error" and problems.append(message.text))
+    page.on("pageerror", lambda error: problems.append(str(error)))
+    page.goto(url)
+    return page, problems
+
+
+def say(page: Any, text: str) -> None:
+    page.get_by_label("Message", exact=True).fill(text)
+    page.get_by_label("Message", exact=True).press("Enter")
+    page.get_by_text("Reply complete.").wait_for()
+
+
+def test_a_reply_is_markdown_and_cannot_do_harm(browser: Any) -> None:
+    with running(Script(HOSTILE), prefix_cache_bytes=0) as url:
+        page, problems = open_page(browser, url)
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        say(page, "Hi")
+        text = page.locator(".text")
+        assert text.locator("h1").inner_text() == "Title"
+        assert text.locator("td").all_inner_texts() == ["1", "2"]
+        code = text.locator("pre code")
+        assert "<script>alert(1)</script>" in code.inner_text()
+        assert code.locator(".hljs-keyword").first.inner_text() == "def"
+        assert text.locator("math").count() >= 2
+        assert "costs $5 and $6" in text.inner_text()
+        # HTML of a reply is shown as words.
+        assert '<img src=x onerror="window.hit=1">' in text.inner_text()
+        assert (
+            text.locator("img, script, form, input, svg, [onclick], [style], [onerror]").count()
+            == 0
+        )
+        links = text.locator("a").evaluate_all("all => all.map(a => a.getAttribute('href'))")
+        assert [link for link in links if link] == ["https://example.com/a"]
+        page.wait_for_timeout(100)
+        assert page.evaluate("window.hit") is None
+        assert problems == []
+        assert all(address.startswith(url) for address in asked)
+
+
+def test_conversations_are_kept_edited_and_answered_again(browser: Any) -> None:
+    script = Script("First.", "Second.", "Third.", "Fourth.")
+    with running(script, prefix_cache_bytes=0) as url:
+        page, problems = open_page(browser, url)
+        say(page, "One")
+        page.get_by_role("button", name="Answer again").click()
+        page.locator(".text", has_text="Second.").wait_for()
+        page.get_by_text("Reply complete.").wait_for()
+        assert page.locator("article").count() == 2
+        page.get_by_role("button", name="Edit").click()
+        assert page.get_by_label("Message", exact=True).input_value() == "One"
+        say(page, "Two")
+        assert [m["content"] for m in script.seen[2]["prompt"]] == ["Two"]
+        page.reload()
+        page.get_by_text("Conversations").click()
+        page.get_by_role("button", name="One", exact=True).click()
+        assert page.locator(".text").inner_text() == "Third."
+        page.get_by_role("button", name="New conversation").click()
+        assert page.locator("article").count() == 0
+        page.get_by_text("Conversations").click()
+        page.get_by_role("button", name="Remove One").click()
+        assert page.locator("#kept li").count() == 0
+        assert problems == []
+
+
+def test_the_page_is_accessible_in_both_schemes_and_on_a_phone(
+    browser: Any, tmp_path: Path
+) -> None:
+    axe = pytest.importorskip(
+        "axe_playwright_python.sync_playwright", reason="axe is not installed"
+    )
+    with running(Script(HOSTILE), prefix_cache_bytes=0) as url:
+        for scheme in ("light", "dark"):
+            phone = {"width": 360, "height": 740}
+            page, _ = open_page(browser, url, color_scheme=scheme, viewport=phone)
+            say(page, "Hi")
+            page.get_by_text("Settings").click()
+            page.get_by_text("Ask for decisions").click()
+            found = axe.Axe().run(page)
+            assert found.violations_count == 0, found.generate_report()
+            width = page.evaluate("document.documentElement.scrollWidth")
+            assert width <= 360, f"{width} pixels wide"
+            page.screenshot(path=str(tmp_path / f"{scheme}.png"), full_page=True)
+
+
+def test_decisions_and_constraints_have_their_boxes(browser: Any) -> None:
+    with Runtime() as runtime, running(runtime) as url:
+        page, problems = open_page(browser, url)
+        page.get_by_text("Ask for decisions").click()
+        page.get_by_label("Text", exact=True).fill("I was charged twice.")
+        page.get_by_label("Questions, one a line").fill("Is it urgent?\nTeam? [Billing | Sales]")
+        page.get_by_role("button", name="Decide").click()
+        page.locator("#decisions td").nth(3).wait_for()
+        answers = page.locator("#decisions td").all_inner_texts()
+        assert answers[0] == "Is it urgent?"
+        assert answers[1].startswith(("yes, ", "no, "))
+        assert answers[2] == "Team?"
+        assert "Billing" in answers[3]
+        page.get_by_text("Settings").click()
+        page.get_by_label("Answer must be").select_option("json")
+        page.get_by_label("Lines, expression or schema").fill("{")
+        page.get_by_label("Message", exact=True).fill("Hi")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("alert").get_by_text("The schema is not valid JSON").wait_for()
+        assert problems == []
+
+
+def test_the_page_goes_on_when_the_server_is_back(browser: Any) -> None:
+    with running(Script("Yes."), prefix_cache_bytes=0) as url:
+        page, _ = open_page(browser, url)
+        page.route("**/v1/**", lambda route: route.abort())
+        page.route("**/health", lambda route: route.abort())
+        page.get_by_label("Message", exact=True).fill("Hi")
+        page.get_by_role("button", name="Send").click()
+        page.get_by_role("alert").get_by_text("The server does not answer").wait_for()
+        page.unroute("**/health")
+        page.unroute("**/v1/**")
+        page.get_by_text("The server is back").wait_for()
+        page.get_by_role("button", name="Answer again").click()
+        page.locator(".text", has_text="Yes.").wait_for()
+
+
+def test_a_selection_is_rewritten_between_its_neighbours(browser: Any) -> None:
+    with running(Script("The small cat sleeps."), prefix_cache_bytes=0) as url:
+        page, _ = open_page(browser, url)
+        say(page, "Hi")
+        sent: list[Any] = []
+
+        def fill(route: Any) -> None:
+            sent.append(route.request.post_data_json)
+            route.fulfill(json={"choices": [{"text": "large dog"}]})
+
+        page.route("**/v1/completions", fill)
+        page.get_by_role("button", name="Rewrite a part").click()
+        page.get_by_text("Select some plain words").wait_for()
+        page.evaluate(
+            "() => { const node = document.querySelector('.text p').firstChild;"
+            "getSelection().setBaseAndExtent(node, 4, node, 13); }"
+        )
+        page.evaluate("document.querySelector('.rewrite').click()")
+        page.get_by_text("Rewritten.").wait_for()
+        assert page.locator(".text").inner_text() == "The large dog sleeps."
+        assert (sent[0]["prompt"], sent[0]["suffix"]) == ("The ", " sleeps.")

@@ -1,20 +1,28 @@
-"""Replies around holes: what a schema pins, what is checked, retried and reported; `suffix`."""
+"""Replies held to a format: in it by construction, refused, or checked and reported; `suffix`."""
 
 import json
+import re
 import time
 from collections.abc import Iterator
 from typing import Any
 
+import jsonschema
 import pytest
+from starlette.testclient import TestClient
 
+from mlx_dgemma import Runtime
 from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server import engine as engine_module
+from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
-from mlx_dgemma.server.schema import Schema
+from mlx_dgemma.server.settings import ServerSettings
+from mlx_dgemma.server.structured import Wanted
 from mlx_dgemma.server.validation import Rules
 
-from .conftest import Open, Script, user
+from .conftest import Open, Script, tokenizer, user
+
+CHAT = "/v1/chat/completions"
 
 PERSON: dict[str, Any] = {
     "type": "object",
@@ -34,57 +42,13 @@ PERSON: dict[str, Any] = {
 GOOD = '{"name": "Ada", "age": 36, "kind": "cat", "home": {"city": null}, "tags": ["a"], "v": 1}'
 
 
-def schema(value: Any) -> Schema:
-    return Schema(value, "response_format")
+def schema(value: Any) -> Wanted:
+    return Wanted.schema(value, "response_format")
 
 
-def shape(parts: list[str | Hole]) -> str:
-    """The text with each hole as _, or as its choices, or as its alphabet."""
-    assert all(isinstance(part, Hole) == bool(i % 2) for i, part in enumerate(parts))
-    return "".join(
-        part if isinstance(part, str) else f"({'|'.join(part.choices)})" if part.choices
-        else f"<{part.alphabet}>" if part.alphabet else "_"
-        for part in parts
-    )  # fmt: skip
-
-
-def test_the_fixed_part_is_pinned() -> None:
-    assert shape(schema(PERSON).parts) == (
-        '{"name": "_", "age": <[-\\d]+>, "kind": "(cat|dog)", '
-        '"home": {"city": _}, "tags": [_], "v": 1}'
-    )
-    assert shape(schema({"type": "object"}).parts) == "{_}"
-    assert shape(schema({"type": "array", "items": {"type": "number"}}).parts) == "[_]"
-
-
-@pytest.mark.parametrize(
-    ("value", "pinned"),
-    [
-        ({"enum": [1, "a", None]}, '(1|"a"|null)'),
-        ({"type": "boolean"}, "(true|false)"),
-        ({"anyOf": [{"const": "x"}, {"enum": ["y", "z"]}]}, '"(x|y|z)"'),
-        ({"type": "array", "items": {"type": "string"}, "minItems": 2, "maxItems": 2},
-         '["_", "_"]'),
-        ({"type": "array", "prefixItems": [{"const": 1}, {"type": "string"}], "items": False},
-         '[1, "_"]'),
-        ({"type": "string", "pattern": "^[A-C]{2}-\\d+$"},
-         """"<(?:(?!["\\\\\\x00-\\x1f])[A-C])>-<(?:(?!["\\\\\\x00-\\x1f])\\d)+>\""""),
-        ({"allOf": [{"type": "object", "properties": {"a": {"type": "string"}}},
-                    {"properties": {"a": {"const": "x"}, "b": True}, "required": ["b", "a"]}]},
-         '{"a": "x", "b": _}'),
-        ({"type": "object", "additionalProperties": {"type": "integer"}}, "{_}"),
-        ({"type": ["string"]}, '"_"'),
-    ],
-)  # fmt: skip
-def test_what_each_keyword_pins(value: Any, pinned: str) -> None:
-    assert shape(schema({"type": "array", "prefixItems": [value], "items": False}).parts) == (
-        f"[{pinned}]"
-    )
-
-
-def test_a_name_that_spells_a_hole_is_a_name() -> None:
-    spelled = schema({"type": "object", "properties": {"a<hole>b\\": {"type": "string"}}})
-    assert shape(spelled.parts) == '{"a<hole>b\\\\": "_"}'
+def problem(wanted: Wanted, text: str) -> str | None:
+    assert wanted.rules is not None
+    return wanted.rules.violation(json.loads(text))
 
 
 @pytest.mark.parametrize(
@@ -107,13 +71,12 @@ def test_rules_find_what_breaks_them(value: Any, wrong: Any, says: str) -> None:
 
 
 def test_a_right_reply_passes() -> None:
-    assert schema(PERSON).problem(GOOD) is None
+    assert problem(schema(PERSON), GOOD) is None
 
 
 @pytest.mark.parametrize(
     ("old", "new", "says"),
     [
-        ('"Ada"', '"Ada', "not valid JSON"),
         ('"Ada"', "3", "$.name: 3 is not of type 'string'"),
         ('"Ada"', '""', "$.name: '' should be non-empty"),
         ('"Ada"', '"Ada Lovelace"', "$.name: 'Ada Lovelace' is too long"),
@@ -131,16 +94,15 @@ def test_a_right_reply_passes() -> None:
     ],
 )
 def test_wrong_replies_are_found(old: str, new: str, says: str) -> None:
-    assert says in (schema(PERSON).problem(GOOD.replace(old, new, 1)) or "")
+    assert says in (problem(schema(PERSON), GOOD.replace(old, new, 1)) or "")
 
 
 def test_any_of_and_one_of() -> None:
     both = [{"type": "integer"}, {"type": "number", "minimum": 5}]
     choice = schema({"type": "object", "properties": {"a": {"anyOf": both}, "b": {"oneOf": both}}})
-    assert shape(choice.parts) == '{"a": _, "b": _}'
-    assert choice.problem('{"a": 7, "b": 1}') is None
-    assert "$.b: 7 is valid under each of" in (choice.problem('{"a": 7, "b": 7}') or "")
-    assert "$.a: 'x' is not" in (choice.problem('{"a": "x", "b": 1}') or "")
+    assert problem(choice, '{"a": 7, "b": 1}') is None
+    assert "$.b: 7 is valid under each of" in (problem(choice, '{"a": 7, "b": 7}') or "")
+    assert "$.a: 'x' is not" in (problem(choice, '{"a": "x", "b": 1}') or "")
 
 
 @pytest.mark.parametrize(
@@ -240,32 +202,20 @@ DAILY: list[tuple[Any, Any, Any]] = [  # schema, a value in it, a value outside
 @pytest.mark.parametrize(("value", "right", "wrong"), DAILY, ids=lambda value: str(value)[:40])
 def test_schemas_of_every_day_are_taken_and_judged(value: Any, right: Any, wrong: Any) -> None:
     made = schema(value)
-    assert made.problem(json.dumps(right)) is None
-    assert made.problem(json.dumps(wrong)) is not None
-    assert all(isinstance(part, Hole) == bool(i % 2) for i, part in enumerate(made.parts))
-
-
-def test_a_schema_that_leaves_nothing_open_is_answered(serve: Open, filled: Any) -> None:
-    asked = filled("unused")
-    body = {"messages": user(), "response_format": form({"const": {"a": 1}})}
-    got = serve(Script("unused")).post("/v1/chat/completions", json=body).json()
-    assert got["choices"][0]["message"]["content"] == '{"a": 1}'
-    assert asked == []
-
-
-def test_a_key_given_twice_is_a_problem() -> None:
-    assert schema({"type": "object"}).problem('{"a": 1, "a": 2}') == "it has the key 'a' twice"
+    assert problem(made, json.dumps(right)) is None
+    assert problem(made, json.dumps(wrong)) is not None
+    assert made.constraint.language(tokenizer(), 896).automaton.start > 1
 
 
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Scripts what infilling gives; returns the list of (text, options) it was asked."""
 
-    def script(*texts: str) -> list[tuple[str, Any]]:
-        asked: list[tuple[str, Any]] = []
+    def script(*texts: str) -> list[tuple[list[str | Hole], Any]]:
+        asked: list[tuple[list[str | Hole], Any]] = []
 
         def infill_turns(_m: Any, _t: Any, parts: Any, **options: Any) -> Iterator[Any]:
-            asked.append((shape(parts), options))
+            asked.append((parts, options))
             given = texts[min(len(asked), len(texts)) - 1]
             yield 5
             yield Infill(given, (Filling(given, (0, len(given)), 1, ()),), 0.0, 0, 3, True, 5)
@@ -280,83 +230,124 @@ def form(value: Any = PERSON) -> dict[str, Any]:
     return {"type": "json_schema", "json_schema": {"name": "person", "schema": value}}
 
 
-def test_chat_retries_with_new_seeds_until_it_fits(serve: Open, filled: Any) -> None:
-    asked = filled("{", "{}", GOOD)
-    body = {"messages": user(), "response_format": form(), "seed": 5, "temperature": 0}
-    got = serve(Script("unused")).post("/v1/chat/completions", json=body).json()
-    choice = got["choices"][0]
-    assert choice["message"]["content"] == GOOD
-    assert (choice["finish_reason"], choice["x_diffusion"]["blocks"]) == ("stop", 3)
-    assert got["x_warnings"] == []
-    assert len({options["seed"] for _, options in asked}) == 3
-    assert asked[0][1]["seed"] == 5
-    assert asked[0][1]["temp"] == 0
-    assert asked[0][0] == shape(schema(PERSON).parts)
+@pytest.fixture(scope="module")
+def demo() -> Iterator[TestClient]:
+    with TestClient(create_app(Runtime(), ServerSettings()), base_url="http://127.0.0.1") as client:
+        yield client
 
 
-def test_a_reply_that_never_fits_is_reported(serve: Open, filled: Any) -> None:
-    asked = filled('{"name": 3}')
-    body = {"messages": user(), "response_format": form()}
-    got = serve(Script("unused")).post("/v1/chat/completions", json=body).json()
-    assert len(asked) == 4
-    assert got["choices"][0]["message"]["content"] == '{"name": 3}'
-    assert "after 4 attempts" in got["x_warnings"][0]
+ASK = user("Write JSON with name, age and pet.")
 
 
-def test_max_tokens_cuts_a_structured_reply(serve: Open, filled: Any) -> None:
-    filled(GOOD)
-    body = {"messages": user(), "response_format": form(), "max_tokens": 3}
-    got = serve(Script("unused")).post("/v1/chat/completions", json=body).json()
-    assert got["usage"]["completion_tokens"] == 3
-    assert got["choices"][0]["finish_reason"] == "length"
-    assert GOOD.startswith(got["choices"][0]["message"]["content"])
-
-
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
-ANY = {"type": "object"}
+@pytest.mark.parametrize("seed", [1, 2])
+def test_every_dialect_answers_in_the_schema(demo: TestClient, seed: int) -> None:
+    few = {"seed": seed, "max_denoising_steps": 3}
+    asked = form()["json_schema"]
+    chat = demo.post(CHAT, json={"messages": ASK, "response_format": form(), **few}).json()
+    flat = {"input": ASK[0]["content"], "text": {"format": {"type": "json_schema", **asked}}}
+    responses = demo.post("/v1/responses", json={**flat, **few}).json()
+    format_ = {"output_config": {"format": {"type": "json_schema", "schema": PERSON}}}
+    body = {"messages": ASK, "max_tokens": 200, **few, **format_}
+    messages = demo.post("/v1/messages", json=body).json()
+    texts = [
+        chat["choices"][0]["message"]["content"],
+        responses["output"][0]["content"][0]["text"],
+        messages["content"][0]["text"],
+    ]
+    assert chat["choices"][0]["finish_reason"] == "stop"
+    for text in texts:
+        jsonschema.validate(json.loads(text), PERSON)
+    assert all("converging" in warning for warning in chat["x_warnings"])
 
 
 @pytest.mark.parametrize(
-    ("reply", "called", "answer"),
+    ("outputs", "pattern"),
     [
-        ("<|tool_call>call:look{}<tool_call|>", "look", None),
-        (GOOD, None, GOOD),
-        ("Some words.", None, '{"filled": 1}'),
+        ({"regex": "[a-c]{3}-[0-9]+"}, "[a-c]{3}-[0-9]+"),
+        ({"choice": ["yes", "no"]}, "yes|no"),
+        ({"json": {"enum": [1, 2]}}, "1|2"),
     ],
 )
-def test_with_tools_the_model_may_call_or_answer_in_the_schema(
-    serve: Open, filled: Any, reply: str, called: str | None, answer: str | None
+def test_structured_outputs_in_vllms_spelling_with_several_choices_streamed_drafts_and_stops(
+    demo: TestClient, outputs: Any, pattern: str
 ) -> None:
-    filled('{"filled": 1}')
-    client = serve(Script(reply))
-    shared = {"messages": user(), "tools": [TOOL], "response_format": form(ANY)}
-    message = client.post("/v1/chat/completions", json=shared).json()["choices"][0]["message"]
-    names = [call["function"]["name"] for call in message.get("tool_calls", [])]
-    assert (names, message["content"]) == ([called] if called else [], answer)
+    body = {"messages": ASK, "structured_outputs": outputs, "n": 2, "seed": 1}
+    body |= {"stop": ["#"], "max_denoising_steps": 3}
+    got = demo.post(CHAT, json=body).json()
+    assert all("converging" in warning for warning in got["x_warnings"])
+    texts = [choice["message"]["content"] for choice in got["choices"]]
+    assert len(texts) == 2
+    assert all(re.fullmatch(pattern, text) for text in texts)
+    body |= {"n": 1, "stream": True, "stream_options": {"include_drafts": True}}
+    lines = demo.post(CHAT, json=body).text.split("\n\n")
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    deltas = [c["delta"].get("content", "") for k in chunks for c in k.get("choices", [])]
+    assert "".join(deltas) == texts[0]
+
+
+@pytest.mark.parametrize(
+    ("outputs", "says"),
+    [
+        ({"regex": "(a"}, "without a ')'"),
+        ({"regex": "a(?<=b)"}, "looks behind"),
+        ({"regex": "a{30000}"}, "more than 10000"),
+        ({"regex": "(" * 200 + "a" + ")" * 200}, "nests more than"),
+        ({"regex": "((a{9000}){9000}){9000}"}, "the most"),
+        ({"choice": [str(n) for n in range(10_000)]}, "at most 5000"),
+        ({"choice": []}, "at least one"),
+        ({"json": {"type": "integer", "minimum": 3, "maximum": 2}}, "No text"),
+        ({"json": {"type": "string", "minLength": 200000}}, "bytes"),
+        ({"regex": "a", "choice": ["b"]}, "one of regex, choice and json"),
+    ],
+)
+def test_what_cannot_be_followed_is_refused_within_a_second(
+    serve: Open, outputs: Any, says: str
+) -> None:
+    client = serve(Script("unused"))
+    started = time.process_time()
+    reply = client.post(CHAT, json={"messages": user(), "structured_outputs": outputs})
+    assert time.process_time() - started < 1
+    assert reply.status_code == 400
+    assert says in reply.json()["error"]["message"]
+
+
+def test_what_no_automaton_holds_is_checked_and_reported(serve: Open) -> None:
+    value = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
+    body = {"messages": user(), "response_format": form(value)}
+    got = serve(Script("[1, 1]")).post(CHAT, json=body).json()
+    assert "non-unique" in got["x_warnings"][0]
+    assert serve(Script("[1, 2]")).post(CHAT, json=body).json()["x_warnings"] == []
+
+
+def test_max_tokens_cuts_a_structured_reply(demo: TestClient) -> None:
+    body = {"messages": ASK, "response_format": form(), "max_tokens": 3, "max_denoising_steps": 3}
+    got = demo.post(CHAT, json=body).json()
+    assert got["usage"]["completion_tokens"] == 3
+    assert got["choices"][0]["finish_reason"] == "length"
+    assert got["choices"][0]["message"]["content"].startswith("{")
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
+def test_with_tools_the_model_may_call_or_answer_in_the_schema(demo: TestClient) -> None:
+    shared = {"messages": ASK, "tools": [TOOL], "response_format": form(PERSON)}
+    shared |= {"seed": 1, "max_denoising_steps": 3}
+    message = demo.post(CHAT, json=shared).json()["choices"][0]["message"]
+    calls = message.get("tool_calls") or []
+    assert bool(calls) != bool(message["content"])
+    if message["content"]:
+        jsonschema.validate(json.loads(message["content"]), PERSON)
 
 
 @pytest.mark.parametrize("field", ["output_config", "output_format"])
-def test_anthropic_takes_a_format_in_both_spellings(serve: Open, filled: Any, field: str) -> None:
-    filled(GOOD)
+def test_anthropic_takes_a_format_in_both_spellings(serve: Open, field: str) -> None:
     asked = {"type": "json_schema", "schema": PERSON}
     given = {"output_config": {"format": asked, "effort": "low"}, "output_format": asked}[field]
     body = {"messages": user(), "max_tokens": 200, field: given}
-    got = serve(Script("unused")).post("/v1/messages", json=body).json()
+    got = serve(Script(GOOD)).post("/v1/messages", json=body).json()
     assert got["content"] == [{"type": "text", "text": GOOD}]
     assert got["x_warnings"] == []
-
-
-def test_streams_and_responses_take_formats_too(serve: Open, filled: Any) -> None:
-    filled(GOOD)
-    client = serve(Script("unused"))
-    body = {"messages": user(), "response_format": {"type": "json_object"}, "stream": True}
-    text = client.post("/v1/chat/completions", json=body).text
-    chunks = [json.loads(line[6:]) for line in text.split("\n\n") if line.startswith("data: {")]
-    deltas = [c["delta"].get("content", "") for k in chunks for c in k["choices"]]
-    assert "".join(deltas) == GOOD
-    asked = {"input": "hi", "text": {"format": {**form()["json_schema"], "type": "json_schema"}}}
-    got = client.post("/v1/responses", json=asked).json()
-    assert got["output"][0]["content"][0]["text"] == GOOD
 
 
 def test_suffix_fills_between_both_sides(serve: Open, filled: Any) -> None:
@@ -364,4 +355,4 @@ def test_suffix_fills_between_both_sides(serve: Open, filled: Any) -> None:
     body = {"prompt": "left <hole> ", "suffix": " right"}
     got = serve(Script("unused")).post("/v1/completions", json=body).json()
     assert got["choices"][0]["text"] == "middle"
-    assert asked[0][0] == "left <hole> _ right"
+    assert asked[0][0] == ["left <hole> ", Hole(), " right"]

@@ -11,9 +11,12 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
+from mlx_dgemma.cli.fuse import main as fuse
 from mlx_dgemma.cli.lora import main
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.training import run
 from mlx_dgemma.training.loop import STATE, Evaluated, Report, Saved
@@ -233,3 +236,39 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_save(data, tmp_path
     assert main(flags) == 2
     assert "is not a number" in capsys.readouterr().err
     assert (tmp_path / "a" / WEIGHTS).exists()
+
+
+def test_an_adapter_is_asked_fused_and_exported(data, tmp_path, capsys):
+    """Beside the weights, merged into them and in PEFT's form it is one and the same network."""
+    from mlx_dgemma.checkpoint.weights import load_model
+
+    folder = tmp_path / "adapter"
+    trained(data, folder, learning_rate=3e-2)
+    assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")]) == 0
+    assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "p"), "--peft"]) == 0
+    capsys.readouterr()
+
+    def logits(path, adapter=None):
+        model = load_model(path, adapter_path=adapter)
+        cache = model.make_cache()
+        model.prefill(np.arange(60, 80), cache)
+        return model.denoise(mx.arange(32)[None] + 200, cache)
+
+    plain, beside = logits(CHECKPOINT), logits(CHECKPOINT, folder)
+    scale = mx.abs(plain).max().item()
+    assert mx.abs(beside - plain).max().item() > 0.05 * scale
+    assert mx.abs(beside - logits(CHECKPOINT, tmp_path / "p")).max().item() < 1e-4 * scale
+    # The demo's weights are stored in 16 bits, which round what is merged into them.
+    assert mx.abs(beside - logits(tmp_path / "fused")).max().item() < 0.05 * scale
+
+
+def test_what_cannot_be_fused_gets_one_sentence(data, tmp_path, capsys):
+    assert fuse(["--adapter-path", str(tmp_path)]) == 2
+    assert fuse(["--adapter-path", str(tmp_path), "--peft", "--dequantize"]) == 2
+    trained(data, tmp_path / "full", fine_tune_type="full", num_layers=1, iters=1)
+    exported = ["--adapter-path", str(tmp_path / "full"), "--save-path", str(tmp_path / "x")]
+    assert fuse([*exported, "--peft"]) == 2
+    error = capsys.readouterr().err
+    assert "type full" in error
+    assert "Traceback" not in error
+    assert not (tmp_path / "x").exists()

@@ -100,13 +100,13 @@ def show(found: dict[str, Any], console: Console) -> None:
     console.print(table)
     ceiling = found["ceiling"]
     if ceiling is None:
-        told = "This chip is not in the table; --ceilings measures what it can do."
+        note = "This chip is not in the table; --ceilings measures what it can do."
     else:
-        told = (
+        note = (
             f"roofline: {ceiling['name']}, {ceiling['gigabytes_per_second']:.3g} GB/s and "
             f"{ceiling['teraflops']:.3g} TFLOP/s ({ceiling['source']})"
         )
-    console.print(Text(told, "dim"), soft_wrap=True)
+    console.print(Text(note, "dim"), soft_wrap=True)
     above = gigabytes(found["peak_bytes_above_weights"])
     console.print(
         Text(f"memory: {gigabytes(found['weights_bytes'])} weights, {above} above", "dim")

@@ -2,7 +2,7 @@
 
 from mlx_dgemma.demo.tasks import grids, letters, pictures, tools, words
 from mlx_dgemma.demo.tasks.example import Example, Task, is_held_out
-from mlx_dgemma.demo.tasks.infill import InfillExample, Segment, infill_examples
+from mlx_dgemma.demo.tasks.fillings import InfillExample, Segment, infill_examples
 
 TASKS: dict[str, Task] = {
     task.name: task

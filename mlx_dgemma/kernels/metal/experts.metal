@@ -3,8 +3,12 @@
 // written in sorted order. Otherwise rows are read in sorted order and written at their pair's place.
 // Template: T activations, TM rows, BITS 0 (dense), 4 or 8, FP4 (mxfp4 codes in 4 bits), GROUP, GLU,
 // EXPERTS, TOP_K.
+//
 // Four SIMD-groups; each owns all rows of the tile and two blocks of 8 columns, so that no weight is
-// unpacked twice and GeGLU stays in registers.
+// unpacked twice and GeGLU stays in registers. What is computed is the transpose, weights times rows:
+// then a lane holds two neighbouring inputs of one weight row and unpacks them where they are
+// multiplied. Of BK inputs a lane owns 8 in a row, a quarter; fragment m takes its inputs 2m and
+// 2m + 1. The rows are staged in the same order, which changes no sum but its order.
 
 // Magnitudes of a four-bit float with two exponent bits and one of mantissa.
 constant constexpr float MAGNITUDES[8] = {0.0f, 0.5f, 1.0f, 1.5f, 2.0f, 3.0f, 4.0f, 6.0f};
@@ -17,6 +21,8 @@ METAL_FUNC float gelu_tanh(float x) {
     constexpr int LD = BK + 8;          // padded rows, so that a column is not one memory bank
     constexpr int BLOCKS = TM / 8;
     constexpr int COLUMNS = GLU ? 32 : 64;
+    constexpr int SPAN = TM * BK / 128;  // neighbouring inputs that a thread stages
+    constexpr int WIDE = SPAN < 4 ? SPAN : 4;
     const int K = x_shape[1];
     const int O = GLU ? w_shape[1] / 2 : w_shape[1];
     const int lid = thread_index_in_threadgroup;
@@ -26,7 +32,6 @@ METAL_FUNC float gelu_tanh(float x) {
     const int column0 = threadgroup_position_in_grid.x * COLUMNS;
 
     threadgroup T Xs[TM * LD];
-    threadgroup T Ws[4 * 16 * LD];
     threadgroup float Ys[TM * COLUMNS];
     threadgroup int found[2];
 
@@ -65,72 +70,84 @@ METAL_FUNC float gelu_tanh(float x) {
       acc[i][1] = simdgroup_matrix<float, 8, 8>(0.0f);
     }
 
-    // The weight row this lane unpacks: 16 rows per SIMD-group, two lanes per row, 16 columns each.
-    const int own_row = lane / 2;
-    const int half_k = (lane % 2) * 16;
-    const int out_row = GLU ? column0 + sg * 8 + (own_row % 8) + (own_row / 8) * O : column0 + sg * 16 + own_row;
-    const bool real_row = GLU ? column0 + sg * 8 + (own_row % 8) < O : out_row < O;
-    const int matrix_rows = GLU ? 2 * O : O;
-    const ulong weight_row = static_cast<ulong>(expert) * matrix_rows + (real_row ? out_row : 0);
-    threadgroup T* mine = Ws + (sg * 16 + own_row) * LD + half_k;
+    // Where a lane's two elements lie in an 8 x 8 fragment: (fm, fn) and (fm, fn + 1).
+    const int fm = (lane / 16) * 4 + (lane / 2) % 4;
+    const int quarter = (lane / 8) % 2 * 2 + lane % 2;
+    // The two weight rows of this lane; behind the last column any row will do, it is not written.
+    ulong weight_row[2];
+    #pragma clang loop unroll(full)
+    for (int c = 0; c < 2; c++) {
+      const int column = metal::min(column0 + (GLU ? sg : sg * 2 + c) * 8 + fm, O - 1);
+      const int matrix_rows = GLU ? 2 * O : O;
+      weight_row[c] = static_cast<ulong>(expert) * matrix_rows + column + (GLU ? c * O : 0);
+    }
+    // The part of a row that this thread stages.
+    const int staged_row = lid / (BK / SPAN);
+    const int staged_k = lid % (BK / SPAN) * SPAN;
+    const bool real = staged_row < rows;
+    const int pair = row0 + (real ? staged_row : 0);
+    const int source = GLU ? order[pair] / TOP_K : pair;
+    const device T* from = x + static_cast<ulong>(source) * K + staged_k;
 
     for (int k0 = 0; k0 < K; k0 += BK) {
-      // 2. Stage the rows, gathered from their tokens, zeros behind the expert's last.
-      threadgroup_barrier(mem_flags::mem_threadgroup);
-      for (int q = lid; q < TM * BK; q += 128) {
-        const int r = q / BK;
-        T value = T(0);
-        if (r < rows) {
-          const int source = GLU ? order[row0 + r] / TOP_K : row0 + r;
-          value = x[static_cast<ulong>(source) * K + k0 + q % BK];
-        }
-        Xs[r * LD + q % BK] = value;
-      }
-      // 3. Unpack this SIMD-group's weights.
-      if (!real_row) {
-        #pragma clang loop unroll(full)
-        for (int j = 0; j < 16; j++) {
-          mine[j] = T(0);
-        }
-      } else if (BITS == 0) {
-        #pragma clang loop unroll(full)
-        for (int j = 0; j < 16; j++) {
-          mine[j] = static_cast<T>(w[weight_row * K + k0 + half_k + j]);
-        }
-      } else {
-        constexpr int PER_WORD = BITS == 8 ? 4 : 8;
-        constexpr uint MASK = BITS == 8 ? 0xffu : 0xfu;
-        const ulong group = (weight_row * K + k0) / GROUP;
-        const float stored = static_cast<float>(scales[group]);
-        const float scale = FP4 ? metal::precise::exp2(stored - 127.0f) : stored;
-        const float bias = FP4 ? 0.0f : static_cast<float>(biases[group]);
-        #pragma clang loop unroll(full)
-        for (int word = 0; word < 16 / PER_WORD; word++) {
-          const uint packed = static_cast<uint>(w[(weight_row * K + k0 + half_k) / PER_WORD + word]);
+      // 2. Unpack this lane's weights into fragments.
+      simdgroup_matrix<T, 8, 8> weight[2][4];
+      #pragma clang loop unroll(full)
+      for (int c = 0; c < 2; c++) {
+        const ulong first = weight_row[c] * K + k0 + quarter * 8;
+        if (BITS == 0) {
           #pragma clang loop unroll(full)
-          for (int j = 0; j < PER_WORD; j++) {
-            const uint code = (packed >> (j * (32 / PER_WORD))) & MASK;
+          for (int j = 0; j < 8; j++) {
+            weight[c][j / 2].thread_elements()[j % 2] = static_cast<T>(w[first + j]);
+          }
+        } else {
+          constexpr int PER_WORD = BITS == 8 ? 4 : 8;
+          constexpr uint MASK = BITS == 8 ? 0xffu : 0xfu;
+          const ulong group = first / GROUP;
+          const float stored = static_cast<float>(scales[group]);
+          const float scale = FP4 ? metal::precise::exp2(stored - 127.0f) : stored;
+          const float bias = FP4 ? 0.0f : static_cast<float>(biases[group]);
+          #pragma clang loop unroll(full)
+          for (int j = 0; j < 8; j++) {
+            const uint packed = static_cast<uint>(w[first / PER_WORD + j / PER_WORD]);
+            const uint code = (packed >> (j % PER_WORD * (32 / PER_WORD))) & MASK;
             float value = static_cast<float>(code);
             if (FP4) {
               value = (code & 8u) != 0 ? -MAGNITUDES[code & 7u] : MAGNITUDES[code & 7u];
             }
-            mine[word * PER_WORD + j] = static_cast<T>(scale * value + bias);
+            weight[c][j / 2].thread_elements()[j % 2] = static_cast<T>(scale * value + bias);
+          }
+        }
+      }
+      // 3. Stage the rows, gathered from their tokens, with zeros after the last; blocks of rows
+      // that are empty are never read.
+      threadgroup_barrier(mem_flags::mem_threadgroup);
+      if (staged_row < (rows + 7) / 8 * 8) {
+        #pragma clang loop unroll(full)
+        for (int e = 0; e < SPAN; e += WIDE) {
+          metal::vec<T, WIDE> values = metal::vec<T, WIDE>(T(0));
+          if (real) {
+            values = *reinterpret_cast<const device metal::vec<T, WIDE>*>(from + k0 + e);
+          }
+          #pragma clang loop unroll(full)
+          for (int j = 0; j < WIDE; j++) {
+            const int k = staged_k + e + j;
+            Xs[staged_row * LD + k % 8 / 2 * 8 + k / 8 * 2 + k % 2] = values[j];
           }
         }
       }
       threadgroup_barrier(mem_flags::mem_threadgroup);
-      // 4. Multiply.
+      // 4. Multiply. Every thread of the group takes the same turns.
       #pragma clang loop unroll(full)
-      for (int kk = 0; kk < BK; kk += 8) {
-        simdgroup_matrix<T, 8, 8> b[2];
-        simdgroup_load(b[0], Ws + sg * 16 * LD + kk, LD, ulong2(0, 0), true);
-        simdgroup_load(b[1], Ws + (sg * 16 + 8) * LD + kk, LD, ulong2(0, 0), true);
-        #pragma clang loop unroll(full)
-        for (int i = 0; i < BLOCKS; i++) {
-          simdgroup_matrix<T, 8, 8> a;
-          simdgroup_load(a, Xs + i * 8 * LD + kk, LD);
-          simdgroup_multiply_accumulate(acc[i][0], a, b[0], acc[i][0]);
-          simdgroup_multiply_accumulate(acc[i][1], a, b[1], acc[i][1]);
+      for (int i = 0; i < BLOCKS; i++) {
+        if (i * 8 < rows) {
+          #pragma clang loop unroll(full)
+          for (int m = 0; m < 4; m++) {
+            simdgroup_matrix<T, 8, 8> row;
+            simdgroup_load(row, Xs + i * 8 * LD + m * 8, LD, ulong2(0, 0), true);
+            simdgroup_multiply_accumulate(acc[i][0], weight[0][m], row, acc[i][0]);
+            simdgroup_multiply_accumulate(acc[i][1], weight[1][m], row, acc[i][1]);
+          }
         }
       }
     }
@@ -138,17 +155,20 @@ METAL_FUNC float gelu_tanh(float x) {
     // 5. GeGLU in registers (gate and up share a lane layout), then out through threadgroup memory.
     #pragma clang loop unroll(full)
     for (int i = 0; i < BLOCKS; i++) {
-      if (GLU) {
-        #pragma clang loop unroll(full)
-        for (int j = 0; j < 2; j++) {
-          const float gate = static_cast<float>(static_cast<T>(acc[i][0].thread_elements()[j]));
-          const float up = static_cast<float>(static_cast<T>(acc[i][1].thread_elements()[j]));
-          acc[i][0].thread_elements()[j] = gelu_tanh(gate) * up;
+      if (i * 8 < rows) {
+        threadgroup float* to = Ys + i * 8 * COLUMNS + sg * (GLU ? 8 : 16);
+        if (GLU) {
+          #pragma clang loop unroll(full)
+          for (int j = 0; j < 2; j++) {
+            const float gate = static_cast<float>(static_cast<T>(acc[i][0].thread_elements()[j]));
+            const float up = static_cast<float>(static_cast<T>(acc[i][1].thread_elements()[j]));
+            acc[i][0].thread_elements()[j] = gelu_tanh(gate) * up;
+          }
+          simdgroup_store(acc[i][0], to, COLUMNS, ulong2(0, 0), true);
+        } else {
+          simdgroup_store(acc[i][0], to, COLUMNS, ulong2(0, 0), true);
+          simdgroup_store(acc[i][1], to + 8, COLUMNS, ulong2(0, 0), true);
         }
-        simdgroup_store(acc[i][0], Ys + i * 8 * COLUMNS + sg * 8, COLUMNS);
-      } else {
-        simdgroup_store(acc[i][0], Ys + i * 8 * COLUMNS + sg * 16, COLUMNS);
-        simdgroup_store(acc[i][1], Ys + i * 8 * COLUMNS + sg * 16 + 8, COLUMNS);
       }
     }
     threadgroup_barrier(mem_flags::mem_threadgroup);

@@ -49,7 +49,7 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
         max_tokens=max_tokens,
         stop="stop_sequences",
         thinking=mode in ("enabled", "adaptive"),
-        schema=read_format(fields.object("output_config"), "format")
+        wanted=read_format(fields.object("output_config"), "format")
         or read_format(fields, "output_format"),
         notes=warnings,
     )

@@ -41,7 +41,7 @@ async def read_chat(engine: Engine, fields: Fields) -> Asked:
         max_tokens=older if limit is None else limit,
         stop="stop",
         thinking=read_thinking(fields),
-        schema=read_format(fields),
+        wanted=read_format(fields),
         choices=fields.integer("n", 1, engine.settings.max_choices) or 1,
         logprobs=fields.flag("logprobs") or False,
     )
@@ -116,6 +116,8 @@ def logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str,
     """Every committed token, markers included, with its untempered log-probability."""
     content = []
     for id_, value in scored:
+        if id_ == tokenizer.ids.get("pad"):  # what fills a canvas is no part of the reply
+            continue
         token = tokenizer.decode([id_])
         content.append(
             {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}

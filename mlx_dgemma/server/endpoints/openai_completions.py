@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from starlette.requests import Request
@@ -67,20 +69,23 @@ def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
 async def completions(engine: Engine, fields: Fields, request: Request) -> Any:
     asked, echo = read_completion(engine, fields)
 
-    def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
-        return _logprobs(engine.tokenizer, ids) if asked.logprobs else None
+    def scores() -> _Scores:
+        return _Scores(engine.tokenizer, len(echo))
+
+    streamed = defaultdict[int, _Scores](scores)  # by reply
 
     def choice(reply: Reply) -> dict[str, Any]:
         return {
             "text": echo + reply.text,
             "finish_reason": _reason(reply),
-            "logprobs": scored(reply.logprobs),
+            "logprobs": scores().write(reply.logprobs) if asked.logprobs else None,
         }
 
-    def write(_: Reply, event: Commit, __: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    def write(reply: Reply, event: Commit, __: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
         if event.text or event.logprobs:
-            scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
-            yield {"text": event.text, "logprobs": scores}
+            scored = zip(event.ids, event.logprobs, strict=False)
+            listed = streamed[id(reply)].write(scored) if asked.logprobs else None
+            yield {"text": event.text, "logprobs": listed}
 
     return await answer(
         engine,
@@ -113,12 +118,27 @@ def _reason(reply: Reply) -> str:
     return "stop" if reply.end.finish.reason == "stop" else "length"
 
 
-def _logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str, Any]:
-    tokens = [tokenizer.decode([id_]) for id_, _ in scored]
-    offsets = [sum(map(len, tokens[:i])) for i in range(len(tokens))]
-    return {
-        "tokens": tokens,
-        "token_logprobs": [value for _, value in scored],
-        "top_logprobs": None,
-        "text_offset": offsets,
-    }
+class _Scores:
+    """Log-probabilities of one reply, whole or in parts; before: characters that precede it.
+
+    Tokens are the pieces of text they add: one that holds part of a character adds nothing, the
+    last of its parts adds it. What fills a canvas is not listed.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, before: int) -> None:
+        self._tokenizer = tokenizer
+        self._reader = tokenizer.detokenizer()
+        self._at = before
+
+    def write(self, scored: Iterable[tuple[int, float]]) -> dict[str, Any]:
+        pad, control = self._tokenizer.ids.get("pad"), self._tokenizer.control_ids
+        shown = [(id_, value) for id_, value in scored if id_ != pad]
+        tokens = ["" if id_ in control else self._reader.feed([id_]) for id_, _ in shown]
+        ends = list(itertools.accumulate(map(len, tokens), initial=self._at))
+        self._at = ends[-1]
+        return {
+            "tokens": tokens,
+            "token_logprobs": [value for _, value in shown],
+            "top_logprobs": None,
+            "text_offset": ends[:-1],
+        }

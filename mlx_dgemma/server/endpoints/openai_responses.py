@@ -49,7 +49,7 @@ async def read_response(
         max_tokens=fields.limit("max_output_tokens"),
         stop=None,
         thinking=read_thinking(fields),
-        schema=read_format(fields.object("text"), "format"),
+        wanted=read_format(fields.object("text"), "format"),
         notes=conversation.warnings,
     )
     return asked, conversation

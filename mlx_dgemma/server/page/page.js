@@ -1,8 +1,13 @@
+// The page: a conversation over /v1/chat/completions with drafts, kept in this browser.
 "use strict";
-// Chat over /v1/chat/completions with draft events; every text goes in as text, never as HTML.
+
+import { Conversations, images, words } from "./conversations.js";
+import { setUp as setUpDecisions } from "./decisions.js";
+import { Reply } from "./reply.js";
+import { Unreachable, events, health, post } from "./server.js";
 
 const $ = (id) => document.getElementById(id);
-const history = [];
+const kept = new Conversations();
 const attached = []; // {name, url} of the next message's images
 let running = null;
 
@@ -19,15 +24,24 @@ function number(id) {
   return value === "" ? undefined : Number(value);
 }
 
-function headers() {
-  const key = $("key").value;
-  return { "content-type": "application/json", ...(key && { authorization: `Bearer ${key}` }) };
+function constraint() {
+  const text = $("constraint").value;
+  const kind = $("form").value;
+  if (!kind) return {};
+  if (!text.trim()) throw new Error("Say what the answer must be: fill in the field for it under Settings.");
+  if (kind === "choice") return { structured_outputs: { choice: text.split("\n").filter((line) => line.trim()) } };
+  if (kind === "regex") return { structured_outputs: { regex: text } };
+  try {
+    return { response_format: { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(text) } } };
+  } catch (error) {
+    throw new Error(`The schema is not valid JSON: ${error.message}.`);
+  }
 }
 
 function request() {
   return {
     model: "default",
-    messages: history,
+    messages: kept.current.turns.map(({ role, content }) => ({ role, content })),
     stream: true,
     stream_options: { include_drafts: true, include_usage: true },
     enable_thinking: $("thinking").checked,
@@ -36,25 +50,13 @@ function request() {
     entropy_bound: number("bound"),
     temperature: number("temperature"),
     seed: number("seed"),
+    ...constraint(),
   };
 }
 
-async function* events(response) {
-  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
-  for (;;) {
-    const { done, value } = await reader.read();
-    if (done) return;
-    held += value;
-    const parts = held.split("\n\n");
-    held = parts.pop();
-    for (const part of parts) {
-      if (part.startsWith("data: {")) yield JSON.parse(part.slice(6));
-    }
-  }
-}
+// Images of the next message
 
-function picture({ name, url }) {
+function picture(url, name) {
   const shown = document.createElement("img");
   shown.src = url;
   shown.alt = name;
@@ -79,120 +81,129 @@ async function attach(files) {
 function showAttached() {
   const items = attached.map((image, index) => {
     const item = document.createElement("li");
-    const remove = document.createElement("button");
-    remove.type = "button";
-    remove.textContent = `Remove ${image.name}`;
-    remove.addEventListener("click", () => { attached.splice(index, 1); showAttached(); });
-    item.append(picture(image), remove);
+    item.append(picture(image.url, image.name), button(`Remove ${image.name}`, () => {
+      attached.splice(index, 1);
+      showAttached();
+    }));
     return item;
   });
   $("attached").replaceChildren(...items);
 }
 
-function addUser(text, images) {
+function button(text, act) {
+  const made = document.createElement("button");
+  made.type = "button";
+  made.textContent = text;
+  made.addEventListener("click", act);
+  return made;
+}
+
+// The conversation on the page
+
+function show() {
+  $("log").replaceChildren();
+  kept.current.turns.forEach((turn, index) => {
+    if (turn.role === "user") return addUser(turn, index);
+    const reply = new Reply($("log"));
+    if (turn.thinking) reply.addThinking(turn.thinking);
+    reply.addText(words(turn));
+    reply.finish(turn.facts || "");
+    withActions(reply, index);
+  });
+  showKept();
+}
+
+function showKept() {
+  const items = kept.all.map((one) => {
+    const item = document.createElement("li");
+    const open = button(one.title || "Untitled", () => {
+      stop();
+      kept.open(one.id);
+      show();
+      $("kept").open = false;
+      $("prompt").focus();
+    });
+    if (one.id === kept.current.id) open.setAttribute("aria-current", "true");
+    const remove = button("Remove", () => { kept.remove(one.id); show(); });
+    remove.setAttribute("aria-label", `Remove ${one.title || "Untitled"}`);
+    item.append(open, remove);
+    return item;
+  });
+  $("kept").querySelector("ul").replaceChildren(...items);
+}
+
+function addUser(turn, index) {
   const article = document.createElement("article");
   article.className = "user";
   const title = document.createElement("h2");
   title.textContent = "You";
-  const words = document.createElement("p");
-  words.textContent = text;
-  article.append(title, ...images.map(picture), words);
+  const text = document.createElement("p");
+  text.textContent = words(turn);
+  const names = turn.names || [];
+  const shown = images(turn).map((url, place) => picture(url, names[place] || "attached image"));
+  article.append(title, ...shown, text, button("Edit", () => edit(index)));
   $("log").append(article);
 }
 
-class Reply {
-  constructor() {
-    const copy = $("reply").content.cloneNode(true);
-    this.root = copy.querySelector("article");
-    $("log").append(copy);
-    this.drafts = [];
-    this.text = "";
-    this.find("input").addEventListener("input", (event) => this.draw(Number(event.target.value)));
-  }
-
-  find(selector) {
-    return this.root.querySelector(selector);
-  }
-
-  addText(text) {
-    this.text += text;
-    this.find(".text").textContent = this.text;
-  }
-
-  addThinking(text) {
-    this.find(".thinking").hidden = false;
-    this.find(".thinking p").textContent += text;
-  }
-
-  addCall(call) {
-    const shown = document.createElement("pre");
-    shown.textContent = `${call.function.name}(${call.function.arguments})`;
-    this.find(".calls").append(shown);
-  }
-
-  addDraft(draft) {
-    this.drafts.push(draft);
-    const slider = this.find("input");
-    const watching = Number(slider.value) >= Number(slider.max);
-    this.find(".canvas").hidden = false;
-    slider.max = String(this.drafts.length - 1);
-    if (!watching) return;
-    slider.value = slider.max;
-    this.draw(this.drafts.length - 1);
-  }
-
-  draw(index) {
-    const draft = this.drafts[index];
-    const firstChanged = draft.changed.length ? draft.changed[0][0] : draft.tokens.length;
-    const cells = draft.tokens.map((token, position) => {
-      const cell = document.createElement("span");
-      const control = /^<[^ ]+>$/.test(token) && token.includes("|") || token === "<eos>";
-      cell.textContent = control ? "·" : token;
-      cell.title = `${token} (entropy ${draft.entropy[position]} nats)`;
-      cell.style.setProperty("--sure", Math.exp(-draft.entropy[position]).toFixed(3));
-      cell.classList.toggle("control", control);
-      cell.classList.toggle("accepted", draft.accepted[position] === 1);
-      cell.classList.toggle("stable", position < firstChanged);
-      return cell;
-    });
-    this.find(".cells").replaceChildren(...cells);
-    const where = `block ${draft.block + 1}, step ${draft.step}`;
-    this.find(".where").textContent = `(${where}, mean entropy ${draft.mean_entropy.toFixed(3)})`;
-    this.find("input").setAttribute("aria-valuetext", where);
-  }
-
-  finish(facts, usage, warnings) {
-    const steps = facts ? facts.steps_per_block.join(", ") : "";
-    const parts = facts ? [`seed ${facts.seed}`, `steps per block: ${steps}`] : [];
-    if (usage) parts.push(`${usage.completion_tokens} tokens`);
-    this.find(".facts").textContent = [...parts, ...warnings].join(" · ");
-  }
-
-  fail(message) {
-    const line = document.createElement("p");
-    line.className = "error";
-    line.textContent = message;
-    this.root.append(line);
-  }
+// Takes the message back into the composer; what followed it goes when it is sent.
+function edit(index) {
+  if (running) return;
+  const turn = kept.current.turns[index];
+  attached.splice(0, attached.length, ...images(turn).map((url, place) => ({ url, name: (turn.names || [])[place] || "image" })));
+  showAttached();
+  kept.current.turns.length = index;
+  $("prompt").value = words(turn);
+  show();
+  $("prompt").focus();
 }
 
-async function ask(text) {
-  const before = history.length;
-  const images = attached.splice(0);
-  showAttached();
-  const parts = images.map(({ url }) => ({ type: "image_url", image_url: { url } }));
-  history.push({ role: "user", content: parts.length ? [...parts, { type: "text", text }] : text });
-  addUser(text, images);
-  const reply = new Reply();
-  document.documentElement.scrollTop = document.documentElement.scrollHeight;
-  let facts, usage, warnings = [];
+function withActions(reply, index) {
+  reply.find(".again").addEventListener("click", () => {
+    if (running) return;
+    kept.current.turns.length = index;
+    show();
+    answer();
+  });
+  reply.find(".rewrite").addEventListener("click", () => rewrite(reply, index));
+}
+
+// The selected words of a reply are denoised again, both sides in view.
+async function rewrite(reply, index) {
+  if (running) return;
+  const turn = kept.current.turns[index];
+  const selected = getSelection().toString();
+  const start = selected ? turn.content.indexOf(selected) : -1;
+  if (start < 0) {
+    $("status").textContent = "Select some plain words of this reply first, within one line; then press “Rewrite a part”.";
+    return;
+  }
   running = new AbortController();
   busy(true);
   try {
-    const response = await fetch("v1/chat/completions", {
-      method: "POST", headers: headers(), body: JSON.stringify(request()), signal: running.signal,
-    });
-    if (!response.ok) throw new Error((await response.json()).error.message);
+    const [before, after] = [turn.content.slice(0, start), turn.content.slice(start + selected.length)];
+    const response = await post("v1/completions", {
+      model: "default", prompt: before, suffix: after, max_tokens: number("tokens"), seed: number("seed"),
+    }, running.signal);
+    turn.content = before + (await response.json()).choices[0].text + after;
+    reply.replaceText(turn.content);
+    $("status").textContent = kept.save() || "Rewritten.";
+  } catch (error) {
+    $("status").textContent = error.name === "AbortError" ? "Stopped." : error.message;
+  }
+  busy(false);
+}
+
+// Asking
+
+async function answer() {
+  const { turns } = kept.current;
+  const reply = new Reply($("log"));
+  document.documentElement.scrollTop = document.documentElement.scrollHeight;
+  let facts, usage, warnings = [], thinking = "", finished = "";
+  running = new AbortController();
+  busy(true);
+  try {
+    const response = await post("v1/chat/completions", request(), running.signal);
     for await (const event of events(response)) {
       if (event.error) throw new Error(event.error.message);
       usage = event.usage || usage;
@@ -201,23 +212,57 @@ async function ask(text) {
         if (event.x_draft) reply.addDraft(event.x_draft);
         for (const choice of event.choices || []) {
           facts = choice.x_diffusion || facts;
+          warnings = choice.x_warnings || warnings;
           if (choice.delta.content) reply.addText(choice.delta.content);
-          if (choice.delta.reasoning) reply.addThinking(choice.delta.reasoning);
+          if (choice.delta.reasoning) {
+            thinking += choice.delta.reasoning;
+            reply.addThinking(choice.delta.reasoning);
+          }
           for (const call of choice.delta.tool_calls || []) reply.addCall(call);
         }
       });
     }
-    history.push({ role: "assistant", content: reply.text });
-    $("status").textContent = "Reply complete.";
+    finished = "Reply complete.";
   } catch (error) {
+    finished = error.name === "AbortError" ? "Stopped." : "The request failed.";
     if (error.name !== "AbortError") reply.fail(error.message);
-    $("status").textContent = error.name === "AbortError" ? "Stopped." : "The request failed.";
-    // A turn without an answer would mislead the next one; what there is of an answer counts.
-    if (reply.text) history.push({ role: "assistant", content: reply.text });
-    else history.length = Math.min(history.length, before);
+    if (error instanceof Unreachable) waitForServer();
   }
-  following(() => reply.finish(facts, usage, warnings));
+  const summary = summarised(facts, usage, warnings);
+  following(() => reply.finish(summary));
+  // A turn without an answer would mislead the next one; what there is of an answer counts.
+  if (reply.text) {
+    turns.push({ role: "assistant", content: reply.text, thinking, facts: summary });
+    withActions(reply, turns.length - 1);
+  } else {
+    reply.find(".again").hidden = false;
+    reply.find(".again").addEventListener("click", () => { if (!running) { show(); answer(); } });
+  }
+  $("status").textContent = kept.save() || finished;
+  showKept();
   busy(false);
+}
+
+function summarised(facts, usage, warnings) {
+  const parts = facts ? [`seed ${facts.seed}`, `steps per block: ${facts.steps_per_block.join(", ")}`] : [];
+  if (usage) parts.push(`${usage.completion_tokens} tokens`);
+  return [...parts, ...warnings].join(" · ");
+}
+
+function send(text) {
+  const { turns } = kept.current;
+  // A message that was never answered gives way to the next one.
+  if (turns.length && turns[turns.length - 1].role === "user") turns.pop();
+  const given = attached.splice(0);
+  showAttached();
+  const parts = given.map(({ url }) => ({ type: "image_url", image_url: { url } }));
+  turns.push({
+    role: "user",
+    content: parts.length ? [...parts, { type: "text", text }] : text,
+    names: given.map(({ name }) => name),
+  });
+  show();
+  answer();
 }
 
 function busy(on) {
@@ -227,12 +272,35 @@ function busy(on) {
   else running = null;
 }
 
+function stop() {
+  if (running) running.abort();
+}
+
+// The server
+
+async function connect() {
+  const body = await health();
+  $("model").textContent = body.model;
+}
+
+async function waitForServer() {
+  $("model").textContent = "not connected";
+  for (;;) {
+    await new Promise((done) => setTimeout(done, 1000));
+    try {
+      await connect();
+      $("status").textContent = "The server is back: press “Answer again”.";
+      return;
+    } catch { /* not yet */ }
+  }
+}
+
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = $("prompt").value.trim();
   if (!text || running) return;
   $("prompt").value = "";
-  ask(text);
+  send(text);
 });
 $("prompt").addEventListener("keydown", (event) => {
   if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
@@ -240,6 +308,7 @@ $("prompt").addEventListener("keydown", (event) => {
     $("composer").requestSubmit();
   }
 });
+$("form").addEventListener("change", () => { $("constraint-label").hidden = !$("form").value; });
 $("show").addEventListener("click", () => $("files").click());
 $("files").addEventListener("change", () => {
   attach([...$("files").files]).then(() => { $("files").value = ""; });
@@ -260,15 +329,16 @@ $("prompt").addEventListener("paste", (event) => {
     attach([...event.clipboardData.files]);
   }
 });
-$("stop").addEventListener("click", () => running && running.abort());
+document.addEventListener("keydown", (event) => { if (event.key === "Escape") stop(); });
+$("stop").addEventListener("click", stop);
 $("clear").addEventListener("click", () => {
-  if (running) running.abort();
-  history.length = 0;
+  stop();
+  kept.current = kept.fresh();
   attached.length = 0;
   showAttached();
-  $("log").replaceChildren();
+  show();
   $("prompt").focus();
 });
-fetch("health").then((answer) => answer.json()).then((body) => {
-  $("model").textContent = body.model;
-});
+setUpDecisions($("decisions").querySelector("form"));
+show();
+connect().catch(waitForServer);

@@ -17,14 +17,15 @@ import numpy as np
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import open_regular
-from mlx_dgemma.headers import DTYPES, Entry, identity_of, read_header
+from mlx_dgemma.headers import DOWNLOAD, DTYPES, Entry, identity_of, read_header
 
 
 class TensorFile:
     """An opened safetensors file."""
 
-    def __init__(self, path: Path) -> None:
-        read = read_header(path)
+    def __init__(self, path: Path, advice: str = DOWNLOAD) -> None:
+        """advice: what to do about a file that is damaged. Raises CheckpointError."""
+        read = read_header(path, advice)
         self.path = path
         self.entries, self.metadata, self.header = read.entries, read.metadata, read.raw
         self.size, self._identity = read.file_bytes, read.identity

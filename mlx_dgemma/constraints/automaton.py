@@ -1,0 +1,224 @@
+"""The automaton of a language over a vocabulary's ids, walked and kept by need."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlx_dgemma.constraints.expressions import NEVER, SYMBOLS, Node, Space
+from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
+from mlx_dgemma.errors import LanguageError
+
+DEAD, END = 0, 1  # states: nothing can follow; everything may
+# Transitions kept, states times ids: four bytes each.
+_MOST_KEPT = 6_000_000
+_MOST_STATES = 20_000
+_WORD = 16  # symbols of a literal that are looked at together
+_FEW = 16  # symbols that a kept-alive move may have
+_MOST_ALIVE = 96  # ids that keep one state alive
+_TYPICAL = b" word"  # what an id outside the candidates is taken for inside open text
+_PRINTABLE = ((1 << 95) - 1) << 32
+
+
+class Automaton:
+    """States are numbers. DEAD leads nowhere; END is reached by a stop id and takes every id.
+
+    vocabulary: of the ids. start: the number of the language's own start state.
+    """
+
+    def __init__(self, space: Space, language: Node, vocabulary: Vocabulary) -> None:
+        self.vocabulary = vocabulary
+        self._space = space
+        self._nodes: list[Node] = [space.none, space.anything]
+        self._numbers = {space.none.number: DEAD, space.anything.number: END}
+        self._rows = np.zeros((64, SYMBOLS), dtype=np.int32)
+        self._has_row = np.zeros(64, dtype=bool)
+        self._has_row[DEAD] = self._has_row[END] = True
+        self._rows[END] = END
+        self.accepting = np.zeros(64, dtype=bool)
+        self.accepting[END] = True
+        self.least = np.full(64, NEVER, dtype=np.int64)
+        self.least[END] = 0
+        self._column = np.full(vocabulary.size, -1, dtype=np.int32)
+        self._columns = np.zeros(0, dtype=np.int64)
+        self._kept = np.zeros((64, 0), dtype=np.int32)
+        self._alive: dict[int, np.ndarray] = {}
+        self._typical: dict[int, int] = {}
+        self.start = self._number(language)
+
+    def __len__(self) -> int:
+        return len(self._nodes)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the tables; the vocabulary is shared and counted there."""
+        arrays = (self._rows, self._has_row, self.accepting, self.least, self._column)
+        return sum(array.nbytes for array in (*arrays, self._columns, self._kept))
+
+    def after(self, state: int, ids: list[int]) -> int:
+        """The state behind some ids."""
+        for id_ in ids:
+            state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
+        return state
+
+    def table(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """int32 [s, n]: where each id leads from each state."""
+        while True:
+            columns = self._column[ids]
+            if (columns < 0).any():
+                self.prepare(ids)
+                columns = self._column[ids]
+            found: np.ndarray = self._kept[states[:, None], columns[None]]
+            unknown = (found < 0).any(axis=1)
+            if not unknown.any():
+                return found
+            for state in states[unknown].tolist():
+                self._fill(state)
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Makes room for ids, so that they are walked together."""
+        wanted = np.zeros(self.vocabulary.size, dtype=bool)
+        wanted[ids] = True
+        for alive in self._alive.values():
+            wanted[alive] = True
+        fresh = np.flatnonzero(wanted & (self._column < 0))
+        if not fresh.size:
+            return
+        if (self._columns.size + fresh.size) * len(self._kept) > _MOST_KEPT:
+            self._forget()
+            fresh = np.flatnonzero(wanted)
+        self._column[fresh] = np.arange(self._columns.size, self._columns.size + fresh.size)
+        self._columns = np.concatenate([self._columns, fresh])
+        more = np.full((len(self._kept), fresh.size), -1, dtype=np.int32)
+        self._kept = np.concatenate([self._kept, more], axis=1)
+
+    def _forget(self) -> None:
+        """Drops the walked transitions; they are walked again by need."""
+        self._column[:] = -1
+        self._columns = np.zeros(0, dtype=np.int64)
+        self._kept = np.zeros((len(self._kept), 0), dtype=np.int32)
+
+    def alive(self, state: int) -> np.ndarray:
+        """int64: ids that keep the language reachable from a state, and write its literals."""
+        if state not in self._alive:
+            found: list[int] = []
+            for word in self._words(self._nodes[state]):
+                found += self.vocabulary.beginnings(word)
+            if self.accepting[state]:
+                found += self.vocabulary.stop_ids.tolist()
+            ids = np.array(list(dict.fromkeys(found))[:_MOST_ALIVE], dtype=np.int64)
+            self._alive[state] = np.unique(ids)
+        return self._alive[state]
+
+    def typical(self, state: int) -> int:
+        """Where an ordinary word leads from a state inside open text; DEAD elsewhere."""
+        if state not in self._typical:
+            node, target = self._nodes[state], DEAD
+            if state == END or (node.mask & _PRINTABLE).bit_count() >= 80:
+                target = state
+                for byte in _TYPICAL:
+                    target = int(self._row(target)[byte])
+            self._typical[state] = target
+        return self._typical[state]
+
+    def _words(self, node: Node) -> list[list[int]]:
+        """Beginnings of the words that follow, the shortest's first."""
+        words = [self._follow(node, shortest=True)] if node.least else []
+        for mask, target in self._space.moves(node):
+            if mask.bit_count() <= _FEW and self._space.least(target) < NEVER:
+                tail = self._follow(target, shortest=False)
+                words += [[symbol, *tail] for symbol in _bits(mask)]
+            if len(words) > _MOST_ALIVE:
+                break
+        return [word for word in words if word]
+
+    def _follow(self, node: Node, *, shortest: bool) -> list[int]:
+        """Symbols along the only way, or along a shortest."""
+        word: list[int] = []
+        while len(word) < _WORD:
+            moves = [m for m in self._space.moves(node) if self._space.least(m.target) < NEVER]
+            if not shortest and (len(moves) != 1 or moves[0].mask.bit_count() != 1):
+                break
+            if not moves or (shortest and not self._space.least(node)):
+                break
+            mask, node = min(moves, key=lambda m: self._space.least(m.target))
+            printable = mask & _PRINTABLE or mask
+            word.append(_bits(printable & -printable)[0])
+        return word
+
+    def _number(self, node: Node) -> int:
+        known = self._numbers.get(node.number)
+        if known is not None:
+            return known
+        least = self._space.least(node)
+        if least >= NEVER:
+            self._numbers[node.number] = DEAD
+            return DEAD
+        number = len(self._nodes)
+        if number >= _MOST_STATES:
+            raise LanguageError(
+                f"The constraint was in more than {_MOST_STATES} states: make it simpler."
+            )
+        if number >= len(self._rows):
+            self._grow()
+        self._nodes.append(node)
+        self._numbers[node.number] = number
+        self.accepting[number], self.least[number] = node.nullable, least
+        return number
+
+    def _grow(self) -> None:
+        size = len(self._rows)
+        if 2 * size * self._columns.size > _MOST_KEPT:
+            self._forget()
+        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
+        self._has_row = np.concatenate([self._has_row, np.zeros(size, dtype=bool)])
+        self.accepting = np.concatenate([self.accepting, np.zeros(size, dtype=bool)])
+        self.least = np.concatenate([self.least, np.full(size, NEVER, dtype=np.int64)])
+        self._kept = np.concatenate([self._kept, np.full_like(self._kept, -1)])
+
+    def _row(self, state: int) -> np.ndarray:
+        """int32 [SYMBOLS]: where each symbol leads."""
+        if not self._has_row[state]:
+            row = np.zeros(SYMBOLS, dtype=np.int32)
+            for mask, target in self._space.moves(self._nodes[state]):
+                row[_members(mask)] = self._number(target)
+            self._rows[state], self._has_row[state] = row, True
+        row_: np.ndarray = self._rows[state]
+        return row_
+
+    def _fill(self, state: int) -> None:
+        """Walks every id that has a column from a state."""
+        columns = self._columns
+        missing = np.flatnonzero(self._kept[state] < 0)
+        found = self._walk(state, columns[missing])
+        if columns is self._columns:  # else the table was forgotten on the way
+            self._kept[state, missing] = found
+
+    def _walk(self, state: int, ids: np.ndarray) -> np.ndarray:
+        """int32 [n]: the state behind each id."""
+        if state in (DEAD, END):
+            return np.full(ids.size, state, dtype=np.int32)
+        offsets, symbols = self.vocabulary.offsets, self.vocabulary.symbols
+        at, end = offsets[ids], offsets[ids + 1]
+        current = np.full(ids.size, state, dtype=np.int32)
+        going = np.flatnonzero(at < end)
+        while going.size:
+            here = current[going]
+            if not self._has_row[here].all():
+                for unknown in np.unique(here[~self._has_row[here]]).tolist():
+                    self._row(unknown)
+            here = self._rows[here, symbols[at[going]]]
+            current[going] = here
+            at[going] += 1
+            going = going[(here != DEAD) & (at[going] < end[going])]
+        current[self.vocabulary.is_stop[ids]] = END if self.accepting[state] else DEAD
+        return current
+
+
+def _bits(mask: int) -> list[int]:
+    return [symbol for symbol in range(OTHER_CONTROL + 16) if mask >> symbol & 1]
+
+
+def _members(mask: int) -> np.ndarray:
+    """bool [SYMBOLS]: which symbols a mask holds."""
+    data = np.frombuffer(mask.to_bytes(SYMBOLS // 8, "little"), dtype=np.uint8)
+    return np.unpackbits(data, bitorder="little").astype(bool)

@@ -1,0 +1,152 @@
+"""What a reply must be: the public form of a constraint, and its language over a vocabulary.
+
+Constraint.regex(r"\\d{4}-\\d\\d")          Constraint.json_schema({"type": "object", ...})
+Constraint.choice(["yes", "no"])          Constraint.json_object()
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from mlx_dgemma.constraints.automaton import Automaton
+from mlx_dgemma.constraints.expressions import NEVER, Node, Space
+from mlx_dgemma.constraints.json_schema import SchemaLanguage
+from mlx_dgemma.constraints.json_text import JsonText
+from mlx_dgemma.constraints.regex import full_match
+from mlx_dgemma.constraints.tool_calls import ToolCalls, tool_language
+from mlx_dgemma.constraints.vocabulary import Vocabulary
+from mlx_dgemma.errors import LanguageError
+from mlx_dgemma.prompt.tokenizer import Tokenizer
+
+MOST_CHOICES = 5_000
+_MOST_CHARACTERS = 200_000  # of choices, or of a schema as JSON
+_MOST_NEEDED = 50_000  # bytes of the shortest text
+_LOOKED_AT = 64  # states near the start that are built before anything is generated
+
+_vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class Language:
+    """A constraint compiled for a vocabulary; for one reply, for its automaton grows.
+
+    unchecked: keywords of a schema that the language does not hold the reply to.
+    """
+
+    automaton: Automaton
+    unchecked: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Constraint:
+    """What a whole reply must be. Made by its class methods; `spec` is what they were given."""
+
+    kind: str
+    value: Any = field(hash=False)
+
+    @classmethod
+    def regex(cls, pattern: str) -> Constraint:
+        """Text that the pattern matches from its first character to the last."""
+        return cls("regex", pattern)
+
+    @classmethod
+    def choice(cls, texts: Sequence[str]) -> Constraint:
+        """One of the texts."""
+        return cls("choice", list(texts) if not isinstance(texts, str) else texts)
+
+    @classmethod
+    def json_schema(cls, schema: Mapping[str, Any] | bool) -> Constraint:
+        """JSON that satisfies the schema."""
+        return cls("json", schema)
+
+    @classmethod
+    def json_object(cls) -> Constraint:
+        """A JSON object of any shape, nested at most four deep inside."""
+        return cls("json_object", True)
+
+    @classmethod
+    def tool_calls(cls, calls: ToolCalls) -> Constraint:
+        """Calls of tools with the arguments they take."""
+        return cls("tool_calls", calls)
+
+    @classmethod
+    def everything(cls) -> Constraint:
+        """No constraint; for tests of what a constraint must not change."""
+        return cls("everything", True)
+
+    def language(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
+        """Compiles it; LanguageError for one that is malformed, empty or too large."""
+        space = Space()
+        node, unchecked = self._node(space)
+        least = space.least(node)
+        if least >= NEVER:
+            raise LanguageError("No text satisfies the constraint: take one of its rules out.")
+        if least > _MOST_NEEDED:
+            raise LanguageError(
+                f"The shortest text that satisfies the constraint has {least} bytes; "
+                f"{_MOST_NEEDED} are the most."
+            )
+        _look_ahead(space, node)
+        return Language(Automaton(space, node, vocabulary(tokenizer, vocab_size)), unchecked)
+
+    def _node(self, space: Space) -> tuple[Node, tuple[str, ...]]:
+        if self.kind == "regex":
+            return full_match(space, self.value), ()
+        if self.kind == "choice":
+            return space.choice(_choices(self.value)), ()
+        if self.kind == "json":
+            _check_schema(self.value)
+            schema = SchemaLanguage(space, self.value)
+            return schema.build(), tuple(schema.unchecked)
+        if self.kind == "json_object":
+            text = JsonText(space)
+            return text.object_of(4), ()
+        if self.kind == "tool_calls":
+            return tool_language(space, self.value)
+        return space.anything, ()
+
+
+def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
+    """A tokenizer's, made once."""
+    found = _vocabularies.get(tokenizer)
+    if found is None or found.size != size:
+        found = _vocabularies[tokenizer] = Vocabulary(tokenizer, size)
+    return found
+
+
+def _look_ahead(space: Space, node: Node) -> None:
+    """Builds the first states, so that what explodes does so before anything is generated."""
+    seen, queue, started = {node.number}, [node], time.monotonic()
+    while queue and len(seen) < _LOOKED_AT:
+        for _, target in space.moves(queue.pop(0)):
+            if target.number not in seen and space.least(target) < NEVER:
+                seen.add(target.number)
+                queue.append(target)
+        if time.monotonic() - started > 0.5:
+            raise LanguageError("The constraint's automaton grows too fast: make it simpler.")
+
+
+def _choices(texts: Any) -> list[bytes]:
+    if not isinstance(texts, list) or not texts or not all(isinstance(t, str) for t in texts):
+        raise LanguageError("A choice is a list of at least one text.")
+    if len(texts) > MOST_CHOICES or sum(map(len, texts)) > _MOST_CHARACTERS:
+        raise LanguageError(
+            f"A choice has at most {MOST_CHOICES} texts of {_MOST_CHARACTERS} characters together."
+        )
+    return [text.encode("utf-8", "replace") for text in texts]
+
+
+def _check_schema(schema: Any) -> None:
+    try:
+        size = len(json.dumps(schema))
+    except (TypeError, ValueError, RecursionError):
+        raise LanguageError("The schema cannot be written as JSON.") from None
+    if size > _MOST_CHARACTERS:
+        raise LanguageError(
+            f"The schema has {size} characters as JSON; {_MOST_CHARACTERS} are the most."
+        )

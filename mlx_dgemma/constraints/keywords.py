@@ -1,0 +1,94 @@
+"""What single keywords of a JSON schema say: counts, bounds, types, options that lie apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from decimal import Decimal
+from typing import Any
+
+from mlx_dgemma.errors import LanguageError
+
+
+def count(schema: Mapping[str, Any], name: str) -> int | None:
+    value = schema.get(name)
+    if value is None:
+        return None
+    if isinstance(value, bool) or not is_of_type(value, "integer") or value < 0:
+        raise LanguageError(f"{name} is {value!r:.40}: use a whole number from 0 on.")
+    return int(value)
+
+
+def decimal(value: Any, name: str) -> Decimal:
+    if not is_of_type(value, "number") or not math.isfinite(value):
+        raise LanguageError(f"{name} is {value!r:.40}: use a number.")
+    found = Decimal(repr(value))
+    if name == "multipleOf" and found <= 0:
+        raise LanguageError("multipleOf is not above zero: use a positive number.")
+    return found
+
+
+def bounds(schema: Mapping[str, Any], scale: int) -> tuple[Decimal | None, Decimal | None]:
+    """Inclusive bounds among the multiples of 1/scale."""
+    step = Decimal(1) / scale
+    low = high = None
+    if schema.get("minimum") is not None:
+        low = decimal(schema["minimum"], "minimum")
+    if schema.get("maximum") is not None:
+        high = decimal(schema["maximum"], "maximum")
+    least, most = schema.get("exclusiveMinimum"), schema.get("exclusiveMaximum")
+    if least is True:  # draft 4
+        least, low = low, None
+    if most is True:
+        most, high = high, None
+    if least not in (None, False):
+        value = decimal(float(least) if isinstance(least, Decimal) else least, "exclusiveMinimum")
+        above = (math.floor(value * scale) + 1) * step
+        low = above if low is None else max(low, above)
+    if most not in (None, False):
+        value = decimal(float(most) if isinstance(most, Decimal) else most, "exclusiveMaximum")
+        below = (math.ceil(value * scale) - 1) * step
+        high = below if high is None else min(high, below)
+    return low, high
+
+
+def apart(options: list[Any], resolve: Callable[[Any], Any]) -> bool:
+    """Whether no value fits two options: other types, or a property with other constants."""
+    plain = []
+    for option in options:
+        if isinstance(option, Mapping) and "$ref" in option:
+            option = resolve(option["$ref"])
+        if not isinstance(option, Mapping):
+            return False
+        plain.append(option)
+    kinds = [option.get("type") for option in plain]
+    if all(isinstance(kind, str) for kind in kinds) and len(set(map(str, kinds))) == len(kinds):
+        return not {"integer", "number"} <= set(map(str, kinds))
+    constants = [_constants(option) for option in plain]
+    names = set.intersection(*map(set, constants)) if constants else set()
+    for name in names:
+        values = [repr(value) for each in constants for value in each[name]]
+        if len(values) == len(set(values)):
+            return True
+    alone = [option.get("enum", [option["const"]] if "const" in option else None)
+             for option in plain]  # fmt: skip
+    values = [repr(value) for each in alone for value in each or [None]]
+    return None not in alone and len(values) == len(set(values))
+
+
+def _constants(option: Mapping[str, Any]) -> dict[str, list[Any]]:
+    """Required properties that may only hold listed values."""
+    found = {}
+    for name in option.get("required", ()):
+        inner = option.get("properties", {}).get(name)
+        if isinstance(inner, Mapping) and ("const" in inner or "enum" in inner):
+            found[name] = inner["enum"] if "enum" in inner else [inner["const"]]
+    return found
+
+
+def is_of_type(value: Any, kind: str) -> bool:
+    if kind in ("integer", "number"):
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        return number and (kind == "number" or float(value).is_integer())
+    types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
+    return isinstance(value, types[kind])

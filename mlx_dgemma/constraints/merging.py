@@ -1,0 +1,95 @@
+"""Schemas joined into one: allOf, and what stands beside a $ref."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from mlx_dgemma.errors import LanguageError, UnsupportedError
+
+_ANNOTATIONS = frozenset(
+    (
+        *("title", "description", "default", "examples", "example", "deprecated", "readOnly"),
+        *("writeOnly", "$schema", "$id", "$comment", "$anchor", "$defs", "definitions", "strict"),
+        *("discriminator", "xml", "externalDocs"),
+    )
+)
+_LARGER = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties", "minContains")
+_SMALLER = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
+
+
+def merged(schemas: list[Any]) -> Any:
+    """One schema for all of them; LanguageError names what cannot be joined."""
+    result: dict[str, Any] = {}
+    for schema in schemas:
+        if schema is False:
+            return False
+        if schema is True:
+            continue
+        if not isinstance(schema, Mapping):
+            raise LanguageError(f"A schema is an object or a boolean, not {schema!r:.40}.")
+        result = _pair(result, dict(schema))
+    return result
+
+
+def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    result = {**other, **one}
+    for key in one.keys() & other.keys():
+        ours, theirs = one[key], other[key]
+        if key in _ANNOTATIONS or key.startswith("x-") or ours == theirs:
+            continue
+        result[key] = _both(key, ours, theirs)
+    closed = [s for s in (one, other) if s.get("additionalProperties") is False]
+    for schema, against in ((one, other), (other, one)):
+        if schema in closed:
+            known = schema.get("properties", {})
+            for name in against.get("properties", {}):
+                if name not in known and "patternProperties" not in schema:
+                    result["properties"] = {**result["properties"], name: False}
+    return result
+
+
+def _both(key: str, ours: Any, theirs: Any) -> Any:
+    if key == "properties":
+        return {
+            name: {"allOf": [ours[name], theirs[name]]}
+            if name in ours and name in theirs
+            else ours.get(name, theirs.get(name))
+            for name in {**ours, **theirs}
+        }
+    if key == "required":
+        return list(dict.fromkeys([*ours, *theirs]))
+    if key == "type":
+        return _types(ours, theirs)
+    if key == "enum":
+        return [value for value in ours if value in theirs]
+    if key in _LARGER:
+        return max(ours, theirs)
+    if key in _SMALLER:
+        return min(ours, theirs)
+    if key in ("items", "additionalProperties", "propertyNames"):
+        return {"allOf": [ours, theirs]}
+    if key == "pattern":
+        return f"^(?=[^]*(?:{ours}))(?=[^]*(?:{theirs}))" if _plain(ours, theirs) else _no(key)
+    if key in ("anyOf", "oneOf"):
+        return [{"allOf": [a, b]} for a in ours for b in theirs]
+    return _no(key)
+
+
+def _plain(*patterns: str) -> bool:
+    return all("^" not in pattern for pattern in patterns)
+
+
+def _no(key: str) -> Any:
+    raise UnsupportedError(f"The schema joins two different {key!r:.40}: write them as one.")
+
+
+def _types(ours: Any, theirs: Any) -> Any:
+    a = ours if isinstance(ours, list) else [ours]
+    b = theirs if isinstance(theirs, list) else [theirs]
+    common = [kind for kind in a if kind in b]
+    if "integer" not in common and (
+        ("integer" in a and "number" in b) or ("integer" in b and "number" in a)
+    ):
+        common.append("integer")
+    return common if len(common) != 1 else common[0]

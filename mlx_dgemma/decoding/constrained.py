@@ -1,0 +1,214 @@
+"""A step's canvases within their languages: between the device's distributions and the sums."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import mlx.core as mx
+import numpy as np
+
+from mlx_dgemma.constraints.constraint import Language
+from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
+
+if TYPE_CHECKING:
+    from mlx_dgemma.decoding.canvas_state import CanvasState
+    from mlx_dgemma.decoding.prediction import Prediction
+    from mlx_dgemma.model import Model
+
+# A vocabulary of at most so many ids is summed whole.
+WHOLE = 2048
+# Candidates below this probability are left out, beyond the first few of a position.
+_LEAST = 1e-4
+_ALWAYS = 8
+_MOST = 64
+_MIXED = 96  # ids of a position's marginal that the signal is summed over
+_ROWS = 32  # positions whose embeddings are gathered together
+
+
+@dataclass(frozen=True)
+class CanvasConstraint:
+    """What a canvas' text must lead on to. state: of the language's automaton where it begins.
+
+    left: tokens that the reply may still have. more: whether another canvas may follow.
+    """
+
+    language: Language
+    state: int
+    left: int
+    more: bool
+
+    def ends_by(self, length: int) -> int | None:
+        """Positions within which the text must end: the stop id may stand behind the last token."""
+        if self.left < length:
+            return self.left + 1
+        return None if self.more and self.left > length else length
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Marginals: `plain` float32 [b, C] times the network's distribution, plus `weights` float32
+    [b, C, n] of `ids` int32 [b, C, n]."""
+
+    plain: mx.array
+    ids: mx.array
+    weights: mx.array
+
+    def signal(self, model: Model, soft: mx.array) -> mx.array:
+        """The soft embeddings [b, C, H] of the marginals, given those of the network."""
+        table, scale = model.embedding_matrix, model.embed_scale
+        count = self.ids.shape[-1]
+        ids, weights = self.ids.reshape(-1, count), self.weights.reshape(-1, count)
+        parts = []
+        for first in range(0, ids.shape[0], _ROWS):
+            rows = table.take(ids[first : first + _ROWS]).astype(mx.float32)
+            parts.append((weights[first : first + _ROWS, None] @ rows)[:, 0] * scale)
+        own = mx.concatenate(parts).reshape(soft.shape)
+        return (self.plain[..., None] * soft.astype(mx.float32) + own).astype(soft.dtype)
+
+
+def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: float) -> Prediction:
+    """The prediction with the rows that have a constraint conditioned on it.
+
+    uniforms: float32 [b, C, 2], the draws of the sample. A row whose logits are not finite stays
+    as it is, for the check of the step.
+    """
+    lines = [n for n, request in enumerate(state.requests) if request.constraint is not None]
+    if not lines:
+        return seen
+    mx.eval(seen.entropy, seen.draft, seen.sample)
+    found = {
+        line: one
+        for line in lines
+        if (one := _condition(seen, state, line, uniforms, temp)) is not None
+    }
+    if not found:
+        return seen
+    certainty = {line: one.certainty for line, one in found.items()}
+    return replace(
+        seen,
+        draft=_laid_over(seen.draft, {line: one.draft for line, one in found.items()}),
+        sample=_laid_over(seen.sample, {line: one.sample for line, one in found.items()}),
+        entropy=_laid_over(seen.entropy, {line: one.entropy for line, one in found.items()}),
+        certainty=certainty,
+        mixture=_mixture(seen, found),
+    )
+
+
+def _condition(
+    seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
+) -> Conditioned | None:
+    request = state.requests[line]
+    constraint = request.constraint
+    assert constraint is not None
+    entropy = np.array(seen.entropy[line], dtype=np.float64)
+    if not np.isfinite(entropy).all():
+        return None
+    automaton = constraint.language.automaton
+    length = entropy.size
+    pinned = None if state.pins is None else (state.pins[0][line], state.pins[1][line])
+    view = _View(seen, line, None if pinned is None else tuple(map(np.array, pinned)))
+    ids, probabilities = view.candidates(automaton.vocabulary.size)
+    draws = uniforms[line, :, 0]
+    return condition(
+        automaton,
+        Distributions(
+            ids,
+            probabilities,
+            view.gather,
+            entropy,
+            np.array(seen.draft[line]),
+            np.array(seen.sample[line]),
+            whole=automaton.vocabulary.size <= WHOLE,
+        ),
+        start=constraint.state,
+        uniforms=np.array(draws, dtype=np.float64),
+        ends_by=constraint.ends_by(length),
+        room=constraint.left - length,
+        temp=temp,
+    )
+
+
+class _View:
+    """The distributions of one row, as the host reads them; pinned positions are certain."""
+
+    def __init__(self, seen: Prediction, line: int, pinned: tuple[np.ndarray, ...] | None) -> None:
+        self._seen = seen
+        self._line = line
+        self._pinned = pinned
+        self._known: dict[int, np.ndarray] = {}
+
+    def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
+        """int64 [C, K] ids and float64 [C, K] probabilities."""
+        length = self._seen.draft.shape[1]
+        if size <= WHOLE:
+            ids = np.arange(size)
+            return np.tile(ids, (length, 1)), self._probabilities(ids)
+        found, raw = self._seen.logits.candidates(self._line)
+        ids = np.array(found, dtype=np.int64)
+        p = self._tempered(raw)
+        order = np.argsort(-p, axis=1, kind="stable")
+        ids, p = np.take_along_axis(ids, order, 1), np.take_along_axis(p, order, 1)
+        count = min(max(int((p >= _LEAST).sum(axis=1).max()), _ALWAYS), _MOST)
+        p = np.where(p >= _LEAST, p, 0)
+        p[:, :_ALWAYS] = np.maximum(p[:, :_ALWAYS], 1e-300)
+        return self._with_pins(ids[:, :count], p[:, :count])
+
+    def gather(self, at: int, ids: np.ndarray) -> np.ndarray:
+        """float64 [n]: the probabilities of ids at one position."""
+        unknown = [id_ for id_ in ids.tolist() if id_ not in self._known]
+        if unknown:
+            some = np.array(unknown)
+            for id_, column in zip(unknown, self._probabilities(some).T, strict=True):
+                self._known[id_] = column
+        return np.array([self._known[id_][at] for id_ in ids.tolist()])
+
+    def _with_pins(self, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if self._pinned is not None:
+            known, mask = self._pinned
+            p[mask] = 0
+            ids[mask, 0], p[mask, 0] = known[mask], 1
+        return ids, p
+
+    def _probabilities(self, ids: np.ndarray) -> np.ndarray:
+        """float64 [C, n] of the same ids everywhere."""
+        p = self._tempered(self._seen.logits.columns(self._line, mx.array(ids)))
+        if self._pinned is not None:
+            known, mask = self._pinned
+            p[mask] = (ids[None] == known[mask][:, None]).astype(float)
+        return p
+
+    def _tempered(self, raw: mx.array) -> np.ndarray:
+        seen, length = self._seen, self._seen.draft.shape[1]
+        rows = slice(self._line * length, (self._line + 1) * length)
+        divisor = seen.temperature
+        if isinstance(divisor, mx.array):
+            divisor = divisor[rows][:, None]
+        capped = seen.model.softcap(raw.astype(mx.float32))
+        log_p = capped / divisor - seen.stats.log_z[rows][:, None]
+        return np.exp(np.array(log_p, dtype=np.float64))
+
+
+def _laid_over(array: mx.array, lines: dict[int, np.ndarray]) -> mx.array:
+    whole = np.array(array)
+    for line, values in lines.items():
+        whole[line] = values
+    return mx.array(whole)
+
+
+def _mixture(seen: Prediction, found: dict[int, Conditioned]) -> Mixture | None:
+    """None where every position keeps the network's distribution."""
+    if all((one.plain == 1).all() and not one.weights.any() for one in found.values()):
+        return None
+    count = min(max(one.ids.shape[1] for one in found.values()), _MIXED)
+    batch, length = seen.draft.shape
+    plain = np.ones((batch, length), dtype=np.float32)
+    ids = np.zeros((batch, length, count), dtype=np.int32)
+    weights = np.zeros((batch, length, count), dtype=np.float32)
+    for line, one in found.items():
+        order = np.argsort(-np.abs(one.weights), axis=1, kind="stable")[:, :count]
+        some = order.shape[1]
+        plain[line] = one.plain
+        ids[line, :, :some] = np.take_along_axis(one.ids, order, 1)
+        weights[line, :, :some] = np.take_along_axis(one.weights, order, 1)
+    return Mixture(mx.array(plain), mx.array(ids), mx.array(weights))
