@@ -18,7 +18,7 @@ import numpy as np
 from mlx_dgemma.checkpoint.plan import slices_head
 from mlx_dgemma.checkpoint.sizes import working_bytes
 from mlx_dgemma.constraints import Constraint, Language
-from mlx_dgemma.context.prompt_cache import PromptCache
+from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decoding.blocks import Request, generate_blocks
 from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
@@ -47,6 +47,7 @@ from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import is_short
+from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import ReplyReader, Tokenizer
 from mlx_dgemma.prompt.encode import Prompt as Prompt
@@ -127,6 +128,8 @@ def stream_generate(
     may succeed.
     """
     given = overrides(locals())
+    claim_process()
+    check_cache(cache)
     if cache is not None and kv_bits is None:
         kv_bits = cache.kv_bits
     given["kv_bits"] = kv_bits
@@ -155,6 +158,8 @@ def stream_generate(
     if trace is not None:
         _check_traceable(trace, prepared, opening)
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
+        if isinstance(constraint, Constraint):
+            record.constraint = asdict(constraint)
         draws = RecordingDraws(draws, record)
     request = Request(
         prompt=ids,
@@ -169,7 +174,9 @@ def stream_generate(
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
-    return _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+    return exclusively(
+        cache, _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+    )
 
 
 def _language(
@@ -183,6 +190,15 @@ def _language(
             ".choice(...), .json_schema(...) or .json_object()."
         )
     return constraint
+
+
+def _recorded(model: Model, tokenizer: Tokenizer, record: Trace) -> Language | None:
+    if record.constraint is None:
+        return None
+    try:
+        return _language(model, tokenizer, Constraint(**record.constraint))
+    except TypeError:
+        raise InputError("The trace's constraint is none: record it again.") from None
 
 
 def _check_traceable(path: str | Path, prepared: PreparedPrompt, opening: Opening | None) -> None:
@@ -262,6 +278,7 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
         draws=RecordedDraws(record),
         seed=record.seed,
         stop_ids=tokenizer.stop_ids,
+        language=_recorded(model, tokenizer, record),
         cancel=ended,
         observe=observe,
     )
@@ -321,7 +338,7 @@ def _stream(
                 return
             except (GpuError, GpuMemoryError):
                 if cache is not None:  # what it holds was perhaps never computed
-                    cache.reset()
+                    cache.forget()
                 raise
             answer = None
             if isinstance(event, Draft):

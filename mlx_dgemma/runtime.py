@@ -13,6 +13,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import logging
+import os
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
@@ -24,13 +25,16 @@ import numpy as np
 from mlx_dgemma.asyncio_bridge import Deliver, arrivals
 from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.plan import prepare
+from mlx_dgemma.context.prompt_cache import check_cache
 from mlx_dgemma.decisions import Decision
 from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
 from mlx_dgemma.decisions.questions import Question
+from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.events import Commit, Event
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
 from mlx_dgemma.machine.gpu_failures import explained
+from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 
@@ -48,11 +52,12 @@ class _Worker:
     idle: ClassVar[list[_Worker]] = []  # threads that wait for their next runtime
 
     def __init__(self) -> None:
+        self.thread = threading.Thread(target=self._work, name="mlx_dgemma", daemon=True)
         self._given: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        threading.Thread(target=self._work, name="mlx_dgemma", daemon=True).start()
+        self.thread.start()
 
     @classmethod
-    def run(cls, function: Callable[[], None]) -> threading.Event:
+    def run(cls, function: Callable[[], None]) -> tuple[threading.Thread, threading.Event]:
         """Runs a function on an idle thread or a new one; the event is set when it has returned."""
         try:
             worker = cls.idle.pop()
@@ -68,7 +73,7 @@ class _Worker:
                 ended.set()
 
         worker._given.put(whole)
-        return ended
+        return worker.thread, ended
 
     def _work(self) -> None:
         while True:
@@ -109,7 +114,9 @@ class Runtime:
         self._waiting = 0
         self._closed = False
         self._running: list[threading.Event] = []  # once per request: several may share one
-        self._ended = _Worker.run(self._serve)
+        self._process = os.getpid()
+        claim_process()
+        self._thread, self._ended = _Worker.run(self._serve)
         atexit.register(self.close)
         try:
             self.model: Model
@@ -159,6 +166,8 @@ class Runtime:
             is logged. Requests take turns block by block, so a short one does not wait for a
             long one to finish.
         """
+        check_cancel(cancel)
+        check_cache(options.get("cache"))
         cancel = cancel or threading.Event()
         if hasattr(prompt, "__array__"):  # an MLX array that is not computed belongs to its thread
             prompt = np.asarray(prompt)
@@ -218,6 +227,7 @@ class Runtime:
         The request is queued at once. Setting `cancel` or closing the generator ends it
         between two denoising steps. Errors are raised here, in the caller's thread.
         """
+        self._check_may_wait()
         arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         cancel = self.submit(prompt, arrived.put, drafts=drafts, cancel=cancel, **options)
         events = _receive(arrived, cancel)
@@ -233,6 +243,7 @@ class Runtime:
         **options: Unpack[Options],
     ) -> AsyncGenerator[Event, None]:
         """`stream` for asyncio: waiting for the next event leaves the loop free."""
+        self._check_may_wait()
         cancel = cancel or threading.Event()
 
         def start(deliver: Deliver) -> None:
@@ -267,7 +278,9 @@ class Runtime:
         raise AssertionError("decide_turns ends with a Decision")
 
     def call(self, function: Callable[[], T]) -> T:
-        """Runs any function on the model's thread and returns its result."""
+        """Runs any function on the model's thread and returns its result; InputError on that
+        thread itself, as from `stream`, `astream` and `generate`."""
+        self._check_may_wait()
         outcome: queue.SimpleQueue[T | _Raised] = queue.SimpleQueue()
 
         def run() -> None:
@@ -285,7 +298,11 @@ class Runtime:
         return value
 
     def close(self) -> None:
-        """Cancels what runs and waits until the model's thread is done. Safe to call twice."""
+        """Cancels what runs and waits until the model's thread is done. Safe to call twice; in a
+        forked process, which has no such thread, it does nothing."""
+        if os.getpid() != self._process:
+            return
+        self._check_may_wait()
         with self._lock:
             if self._closed:
                 return
@@ -302,8 +319,17 @@ class Runtime:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _check_may_wait(self) -> None:
+        """Refuses to wait on the model's thread for what only that thread can do."""
+        if threading.current_thread() is self._thread:
+            raise InputError(
+                "The model's own thread cannot wait for the runtime, as in a function given to "
+                "runtime.call: use stream_generate there, or ask from another thread."
+            )
+
     def _submit(self, job: Callable[[], None], cancel: threading.Event | None = None) -> None:
         """Queues a job; `close` sets its `cancel`."""
+        claim_process()
         with self._lock:
             if self._closed:
                 raise InputError("This runtime is closed: make a new one.")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +28,10 @@ class Limits:
 
 
 DEFAULT = Limits()
+# A string, or what follows a quotation mark that none closes. Possessive: no text makes it slow.
+_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+_BRACKET = re.compile(r"[\[\]{}]")
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
 
 
 class UntrustedJSONError(ValueError):
@@ -97,16 +102,17 @@ def _check_structure(text: str, limits: Limits) -> None:
     opened = text.count("[") + text.count("{")
     if opened <= limits.depth and opened + text.count(",") <= limits.parts:
         return
-    bare = "".join(text.replace("\\\\", "").replace('\\"', "").split('"')[::2])
+    bare = _STRING.sub("", text)
     if bare.count("[") + bare.count("{") + bare.count(",") > limits.parts:
         raise UntrustedJSONError(f"holds more than {limits.parts:,} values")
     depth = 0
-    for character in bare:
+    for bracket in _BRACKET.finditer(bare):
+        character = bracket.group()
         if character in "[{":
             depth += 1
             if depth > limits.depth:
                 raise UntrustedJSONError(f"nests deeper than {limits.depth} levels")
-        elif character in "]}":
+        else:
             depth -= 1
 
 
@@ -115,7 +121,7 @@ def _has_surrogate(value: Any) -> bool:
     while waiting:
         one = waiting.pop()
         if isinstance(one, str):
-            if not one.isascii() and any("\ud800" <= character <= "\udfff" for character in one):
+            if not one.isascii() and _SURROGATE.search(one):
                 return True
         elif isinstance(one, dict):
             waiting += [*one, *one.values()]

@@ -70,6 +70,8 @@ def measure(task: str, n: int) -> dict[str, Any]:
             reply = client.post("/v1/chat/completions", json=body).json()
             seconds = time.perf_counter() - started
             steps = finished() - before
+            if "choices" not in reply:
+                raise SystemExit(f"seed {body['seed']} of {task}: {reply}")
             message = reply["choices"][0]["message"]
             if task == "tool":
                 calls = message.get("tool_calls") or []

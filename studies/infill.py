@@ -24,6 +24,7 @@ from typing import Any
 from unittest.mock import patch
 
 import mlx.core as mx
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
@@ -35,6 +36,7 @@ from mlx_dgemma.decoding import (
     denoise_block,
     self_conditioning,
 )
+from mlx_dgemma.decoding.logits import WholeLogits
 from mlx_dgemma.demo.tasks import InfillExample, infill_examples
 from mlx_dgemma.demo.tasks.example import ask
 from mlx_dgemma.demo.tasks.fillings import PROMPT, ROOMY_PROMPT
@@ -144,12 +146,15 @@ def signals(model: Any, tokenizer: Any, n: int) -> dict[str, Any]:
     """What a pinned position tells the next step: its own embedding, nothing, or the prediction."""
     certain = self_conditioning.signal
 
-    def predicted(model: Any, seen: Any, pins: Any, *few: Any, **counts: Any) -> mx.array:
-        return certain(model, seen, None, *few, **counts)
+    def predicted(model: Any, seen: Any, *_: Any) -> mx.array:
+        """As if nothing were pinned; the step itself predicts free positions alone."""
+        logits = WholeLogits(model, seen.hidden, np.zeros(0, dtype=np.int32))
+        stats = logits.statistics(seen.temperature, mx.zeros((len(seen.hidden), 2)), 0.0)
+        return logits.signal(stats, seen.temperature).reshape(*seen.draft.shape, -1)
 
-    def zero(model: Any, seen: Any, pins: Any, *few: Any, **counts: Any) -> mx.array:
-        soft = certain(model, seen, None, *few, **counts)
-        return soft if pins is None else mx.where(pins[1][..., None], 0.0, soft)
+    def zero(model: Any, seen: Any, state: Any, *few: Any) -> mx.array:
+        soft = certain(model, seen, state, *few)
+        return soft if state.pins is None else mx.where(state.pins[1][..., None], 0.0, soft)
 
     figures = {}
     for name, signal in {"one-hot": certain, "zero": zero, "predicted": predicted}.items():

@@ -106,7 +106,7 @@ def client(port: int, number: int, until: float, expected: list[list[str]], tall
         except (OSError, HTTPException) as error:
             tally.note("broken", f"{what}: {error!r}")
             continue
-        if status == 429:
+        if status == 429:  # whatever the body is, which is not read then
             tally.note("queue full")
             time.sleep(rng.uniform(0.2, 1.0))
         elif what == "ask" and status == 200:

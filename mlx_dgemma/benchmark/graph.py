@@ -12,12 +12,14 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.checkpoint.weights import fill
@@ -25,11 +27,12 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.denoise import step
 from mlx_dgemma.decoding.draws import Place, SeededDraws
-from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels import dispatch, registry, verdicts
+from mlx_dgemma.kernels.table import operations
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.model.parameters import parameter_shapes
 
 _VIEWS = {
@@ -73,16 +76,33 @@ def count_step(config: ModelConfig) -> dict[str, dict[str, Any]]:
     "written out": the contract `model.denoise` and the sampler's rules, with nothing joined.
     "twins": joined matrices and the fused operations in plain MLX.
     "kernels": the same with every fused operation as its Metal kernels.
+    "here": with those that would run on this machine, by what is remembered of their checks.
     """
     model = _hollow(thin(config))
     found = {"written out": _count(_written_out, model)}
     model.prepare()
     found["twins"] = _count(_step, model)
-    found["kernels"] = _count(_step, model, as_kernels=True)
+    found["kernels"] = _count(_step, model, known=operations())
+    found["here"] = _count(_step, model, known=enabled_here(config))
     return {
         way: {"launches": counter.total(), "by_primitive": dict(counter.most_common())}
         for way, counter in found.items()
     }
+
+
+def enabled_here(config: ModelConfig) -> set[str]:
+    """The operations whose kernels run here at every shape that a canvas of this config needs."""
+    names = set(operations())
+    if not dispatch.available() or dispatch.mode() == "off":
+        return set()
+    if dispatch.mode() == "auto":
+        known = verdicts.remembered()
+        for operation, shape in kernel_shapes(config):
+            key = verdicts.verdict_key(operation, dispatch.shape_class(shape))
+            rows = [shape[name] for name in dispatch.ROW_CLASSES if name in shape]
+            if rows == [config.canvas_length] and not (key in known and known[key].enabled):
+                names.discard(operation.name)
+    return names
 
 
 def thin(config: ModelConfig) -> ModelConfig:
@@ -127,21 +147,23 @@ def _context(model: Model) -> ContextCache:
 _Build = Callable[[Model, ContextCache], list[mx.array]]
 
 
-def _count(build: _Build, model: Model, *, as_kernels: bool = False) -> Counter[str]:
+def _count(build: _Build, model: Model, known: Collection[str] = ()) -> Counter[str]:
+    """known: the operations that run as kernels."""
     tally: Counter[str] = Counter()
     cache = _context(model)
     with ExitStack() as stack:
         for module, name in ((mx.fast, "rms_norm"), (mx, "softmax"), (mx, "logsumexp")):
             stack.enter_context(_swapped(module, name, _one(tally, name, getattr(module, name))))
-        if as_kernels:
-            stack.enter_context(_swapped(dispatch, "use", _supported))
-            stack.enter_context(_swapped(registry, "launch", _launch(tally)))
+        stack.enter_context(_swapped(dispatch, "use", partial(_supported, known)))
+        stack.enter_context(_swapped(registry, "launch", _launch(tally)))
         outputs = build(model, cache)
     return tally + launches(outputs)
 
 
-def _supported(operation: registry.Operation, *sizes: registry.Size) -> bool:
-    return operation.supports(operation.shape(*sizes))
+def _supported(
+    known: Collection[str], operation: registry.Operation, *sizes: registry.Size
+) -> bool:
+    return operation.name in known and operation.supports(operation.shape(*sizes))
 
 
 def _one(tally: Counter[str], name: str, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
@@ -215,10 +237,12 @@ def _step(model: Model, cache: ContextCache) -> list[mx.array]:
     vocabulary = config.text.vocab_size
     state = CanvasState.initial([request], Place(0, 0, 0), length, vocabulary, steps)
     state.canvas = state.draft = mx.zeros((1, length), mx.int32)
-    counts, dropped = mx.zeros((length,), mx.int32), mx.zeros((length,))
+    counts, dropped = mx.full((length,), 64, mx.int32), mx.zeros((length,))
     survivors = kernels.Survivors(mx.zeros(rows, mx.int32), mx.zeros(rows), counts, dropped)
     mx.eval(state.canvas, state.revealed, survivors)
-    state.signal = gathered(model, survivors, 64)[None]
+    state.signal = kernels.gather_soft_embeddings(
+        survivors, model.embedding_matrix, np.array(counts), scale=model.embed_scale
+    )[None]
     settings = DecodingSettings(conditioning="sparse")
     outcome = step(model, cache, settings, state, dispatch_every=None)
     assert outcome.survivors is not None

@@ -22,7 +22,6 @@ from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
-from mlx_dgemma.decoding.self_conditioning import gathered
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.model import ContextCache, Model
@@ -211,8 +210,11 @@ def _components(model: Model, cache: ContextCache) -> Iterator[tuple[str, _Parts
         few = kernels.select_survivors(
             sharp, peaked.log_z, _TEMPERATURE, table.dtype, softcap=softcap
         )
-        most = int(np.array(few.counts).max())
-        return conditioned(gathered(model, few, most))
+        return conditioned(
+            kernels.gather_soft_embeddings(
+                few, table, np.array(few.counts), scale=model.embed_scale
+            )
+        )
 
     yield "self-conditioning, dense", [(1, densely)]
     yield "self-conditioning, sparse", [(1, sparsely)]

@@ -13,6 +13,7 @@ from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import set_limits
+from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
@@ -61,6 +62,7 @@ def load_network(
     dtype: str | None = None,
 ) -> tuple[Model, Path]:
     """The model without its tokenizer, and its folder; otherwise as `load`."""
+    claim_process()
     if dtype is not None:
         _check_dtype(dtype)
     if lazy:

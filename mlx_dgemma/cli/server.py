@@ -9,7 +9,7 @@ import os
 import socket
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,10 @@ from rich.console import Console
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import DEMO_NAME, DEMO_NOTICE
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.server.quiet import OncePerMinute
 from mlx_dgemma.server.settings import ServerSettings
 
 KEY_VARIABLE = "MLX_DGEMMA_API_KEY"
@@ -72,7 +74,7 @@ def build_parser() -> argparse.ArgumentParser:
     limits = parser.add_argument_group("limits")
     limits.add_argument("--max-tokens", type=int, metavar="N", help="of a reply (default: 8192)")
     limits.add_argument("--max-prompt-tokens", type=int, metavar="N", help="default: the context")
-    limits.add_argument("--max-body-mb", type=int, metavar="MB", help="of a request (default: 32)")
+    limits.add_argument("--max-body-mb", type=int, metavar="MB", help="of a request (default: 16)")
     limits.add_argument("--max-concurrent", type=int, metavar="N", help="take turns (default: 4)")
     limits.add_argument("--max-waiting", type=int, metavar="N", help="may queue (default: 64)")
     limits.add_argument("--max-seconds", type=float, metavar="S", help="per reply (default: 600)")
@@ -105,16 +107,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     settings = _settings(arguments)
     try:
-        import uvicorn
-
         from mlx_dgemma.server.app import create_app
+        from mlx_dgemma.server.connections import Server, configure
     except ImportError as error:
         raise InputError(
             f"The server needs {error.name}: pip install 'mlx-dgemma[server]'."
         ) from error
     from mlx_dgemma.runtime import Runtime
 
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    shown = logging.StreamHandler(sys.stderr)
+    shown.addFilter(OncePerMinute())
+    logging.basicConfig(handlers=[shown], level=logging.INFO, format="%(message)s")
+    for name in ("uvicorn.error", "uvicorn.asgi"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     messages = Console(stderr=True, highlight=False)
     with ExitStack() as opened:
         # Before the weights: a port in use should not take a minute.
@@ -133,22 +138,16 @@ def main(argv: Sequence[str] | None = None) -> int:
                 kv_bits=arguments.kv_bits,
             )
         )
-        config = uvicorn.Config(
-            create_app(runtime, settings),
-            log_level="warning",
-            access_log=False,
-            timeout_graceful_shutdown=10,
-        )
-        server = uvicorn.Server(config)
+        app = create_app(runtime, settings)
+        server = Server(configure(app), app.state.stop)
         with _one_sentence(settings):
             for bound in sockets:
                 bound.listen()
         port = sockets[0].getsockname()[1]
         host = f"[{settings.host}]" if ":" in settings.host else settings.host
         messages.print(f"Serving {settings.model_name} at http://{host}:{port}/v1", soft_wrap=True)
-        with suppress(KeyboardInterrupt):
-            server.run(sockets)
-    return 0 if server.started else 1
+        server.run(sockets)
+    return INTERRUPTED if server.interrupted else 1
 
 
 def _bind(settings: ServerSettings) -> list[socket.socket]:

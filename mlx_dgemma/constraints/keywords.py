@@ -41,11 +41,11 @@ def bounds(schema: Mapping[str, Any], scale: int) -> tuple[Decimal | None, Decim
         least, low = low, None
     if most is True:
         most, high = high, None
-    if least not in (None, False):
+    if least is not None and least is not False:  # 0 is a bound
         value = decimal(float(least) if isinstance(least, Decimal) else least, "exclusiveMinimum")
         above = (math.floor(value * scale) + 1) * step
         low = above if low is None else max(low, above)
-    if most not in (None, False):
+    if most is not None and most is not False:
         value = decimal(float(most) if isinstance(most, Decimal) else most, "exclusiveMaximum")
         below = (math.ceil(value * scale) - 1) * step
         high = below if high is None else min(high, below)

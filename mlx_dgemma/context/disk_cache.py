@@ -11,12 +11,13 @@ import json
 import logging
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
+from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError, ResourceError
 from mlx_dgemma.model.context import ContextCache
 
 if TYPE_CHECKING:
@@ -33,10 +34,18 @@ class DiskCache:
     def __init__(self, directory: Path, budget_bytes: int) -> None:
         try:
             directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            status = directory.stat()
+            if status.st_mode & 0o077:  # it was there before, open to others
+                directory.chmod(0o700)
         except OSError as error:
             raise InputError(
-                f"The prompt cache cannot be kept in {directory}: {error.strerror}."
+                f"The prompt cache cannot be kept in {directory}, for its owner alone: "
+                f"{error.strerror}."
             ) from error
+        if status.st_uid != os.getuid():
+            raise InputError(
+                f"The prompt cache cannot be kept in {directory}, which is another user's."
+            )
         self._directory = directory
         self._budget = budget_bytes
         self._made_by = f"mlx_dgemma {__version__}, mlx {version('mlx')}"
@@ -57,11 +66,12 @@ class DiskCache:
             if known != list(keys) or context.metadata.get(_MADE_BY) != self._made_by:
                 raise CheckpointError(f"{path} does not hold what its name says.")
             os.utime(path)
-        except (CheckpointError, OSError, ValueError, KeyError) as error:
+        except (DGemmaError, OSError, RuntimeError, ValueError, KeyError) as error:
             log.warning(
                 json.dumps({"event": "prompt cache", "dropped": path.name, "why": str(error)})
             )
-            path.unlink(missing_ok=True)
+            with suppress(OSError):  # a folder of that name stays
+                path.unlink(missing_ok=True)
             return None
         return context
 
@@ -69,7 +79,8 @@ class DiskCache:
         """Writes a context, unless it is there; a full disk is logged and no more."""
         path = self._path(name, context, context.kv_bits)
         if path.exists():
-            os.utime(path)
+            with suppress(OSError):
+                os.utime(path)
             return
         context.metadata |= {_KEYS: json.dumps(list(keys)), _MADE_BY: self._made_by}
         before = os.umask(0o077)
@@ -88,10 +99,14 @@ class DiskCache:
         return self._directory / f"context-{digest[:40]}.safetensors"
 
     def _shrink(self) -> None:
-        files = [(path.stat(), path) for path in self._directory.glob("context-*.safetensors")]
+        files = []
+        for path in self._directory.glob("context-*.safetensors"):
+            with suppress(OSError):  # another server removed it
+                files.append((path.stat(), path))
         total = sum(status.st_size for status, _ in files)
         for status, path in sorted(files, key=lambda file: file[0].st_mtime):
             if total <= self._budget:
                 return
             total -= status.st_size
-            path.unlink(missing_ok=True)
+            with suppress(OSError):
+                path.unlink()

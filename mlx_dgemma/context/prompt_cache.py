@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import threading
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
-from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 if TYPE_CHECKING:
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.model.context import Snapshot
 
 _IDS = "prompt_ids"
+T = TypeVar("T")
 
 
 class PromptCache:
@@ -26,6 +29,8 @@ class PromptCache:
 
     kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.
 
+    One request at a time: a second one, `save` and `reset` raise InputError meanwhile.
+
     A prompt with images is given by its `PreparedPrompt.keys`, in which placeholders carry
     their picture's content: the ids alone are the same for all pictures.
     """
@@ -36,12 +41,26 @@ class PromptCache:
         self.cache: ContextCache = model.make_cache(kv_bits)
         self.ids: list[int] = []
         self._snapshot: Snapshot | None = None
+        self._busy = threading.Lock()
+
+    @contextmanager
+    def in_use(self) -> Iterator[None]:
+        """Keeps the cache to one request; InputError when another has it."""
+        if not self._busy.acquire(blocking=False):
+            raise InputError(
+                "This PromptCache is in use by another request: wait until that one has ended, or "
+                "give each request a cache of its own."
+            )
+        try:
+            yield
+        finally:
+            self._busy.release()
 
     def align(self, prompt: Sequence[int]) -> list[int]:
         """Takes the cache back to where `prompt` continues it; returns the ids still to read."""
         prompt = list(prompt)
         if self._snapshot is None or prompt[: len(self.ids)] != self.ids:
-            self.reset()
+            self.forget()
             return prompt
         self.cache.restore(self._snapshot)
         return prompt[len(self.ids) :]
@@ -60,15 +79,21 @@ class PromptCache:
 
     def reset(self) -> None:
         """Forgets everything."""
+        with self.in_use():
+            self.forget()
+
+    def forget(self) -> None:
+        """`reset`, for the request that has the cache."""
         self.cache = self._model.make_cache(self.kv_bits)
         self.ids = []
         self._snapshot = None
 
     def save(self, path: str | Path) -> None:
         """Writes the prompt's context to a safetensors file, whole or not at all."""
-        self.align(self.ids)
-        self.cache.metadata[_IDS] = json.dumps(self.ids)
-        self.cache.save(path)
+        with self.in_use():
+            self.align(self.ids)
+            self.cache.metadata[_IDS] = json.dumps(self.ids)
+            self.cache.save(path)
 
     @classmethod
     def load(cls, path: str | Path, model: Model, kv_bits: int | None = None) -> PromptCache:
@@ -87,3 +112,18 @@ class PromptCache:
             raise CheckpointError(f"{path} does not say which prompt it holds; save it again.")
         loaded.mark(ids)
         return loaded
+
+
+def check_cache(cache: object) -> None:
+    """Refuses what is no PromptCache, before a request gets far with it."""
+    if cache is not None and not isinstance(cache, PromptCache):
+        raise InputError(
+            f"cache is a PromptCache or None, not a {type(cache).__name__}: make one with "
+            "PromptCache(model)."
+        )
+
+
+def exclusively(cache: PromptCache | None, events: Iterator[T]) -> Generator[T, None, None]:
+    """The events, with the cache kept to this request from the first to the last."""
+    with nullcontext() if cache is None else cache.in_use():
+        yield from events

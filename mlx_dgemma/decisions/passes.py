@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.context.prompt_cache import PromptCache
+from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decisions.answers import Answer, make_answer
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
 from mlx_dgemma.decisions.questions import Choice, Question, as_text, read_questions
@@ -123,7 +123,8 @@ def decide_turns(
     orders = options.get("orders", 2)
     if isinstance(orders, bool) or not isinstance(orders, int) or not 1 <= orders <= GROUP:
         raise InputError(f"orders={orders!r} is not possible: use 1 to {GROUP}.")
-    return _decide(_Reader(model, tokenizer, state, options), asked, orders)
+    reader = _Reader(model, tokenizer, state, options)
+    return exclusively(reader.cache, _decide(reader, asked, orders))
 
 
 def _decide(
@@ -167,7 +168,8 @@ class _Reader:
         self._seed = check_seed(options.get("seed", 0))
         self._cancel = options.get("cancel")
         cache = options.get("cache")
-        self._cache = PromptCache(model, options.get("kv_bits")) if cache is None else cache
+        check_cache(cache)
+        self.cache = PromptCache(model, options.get("kv_bits")) if cache is None else cache
         self._shared: list[int] = []
         self._prefix = self._state_prompt()
         self.prompt_tokens = len(self._prefix.ids)
@@ -178,18 +180,18 @@ class _Reader:
         """Fills the cache with what all questions share."""
         keys = self._prefix.keys
         self._check_room(len(keys))
-        self.cached_tokens = len(keys) - len(self._cache.align(keys))
-        self._context = self._cache.cache
+        self.cached_tokens = len(keys) - len(self.cache.align(keys))
+        self._context = self.cache.cache
         ids = self._prefix.network_ids(self._model.config.image_token_id)[self.cached_tokens :]
         if ids:
             images = [image.patches for image in self._prefix.images_after(self.cached_tokens)]
             self._model.prefill(np.array(ids)[None], self._context, images=images or None)
-        self._cache.mark(keys)
+        self.cache.mark(keys)
         self._start = self._context.snapshot()
 
     def forget(self) -> None:
         """Empties the cache, whose arrays were perhaps never computed."""
-        self._cache.reset()
+        self.cache.forget()
 
     def ask(self, question: Question, orders: int) -> np.ndarray:
         """Reads [r, n]: distributions over the question's n answers, one for each noise and

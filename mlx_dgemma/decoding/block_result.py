@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas_state import CanvasState
-from mlx_dgemma.decoding.prediction import Prediction
+from mlx_dgemma.decoding.predicted import Prediction
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from mlx_dgemma.constraints.automaton import END
 from mlx_dgemma.constraints.constraint import Language
 from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
-from mlx_dgemma.decoding.constrained import CanvasConstraint
+from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
 from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
@@ -70,9 +70,18 @@ class Request:
     reached: Callable[[int], None] | None = None
     observe: Callable[[Step], None] | None = None
 
+    def __post_init__(self) -> None:
+        check_cancel(self.cancel)
+
     @property
     def cancelled(self) -> bool:
         return self.cancel is not None and self.cancel.is_set()
+
+
+def check_cancel(cancel: object) -> None:
+    """Refuses what cannot be asked whether it is set."""
+    if cancel is not None and not callable(getattr(cancel, "is_set", None)):
+        raise InputError(f"cancel is a threading.Event or None, not a {type(cancel).__name__}.")
 
 
 @dataclass

@@ -14,7 +14,7 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.decoding.constrained import CanvasConstraint
+    from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
 
 # What a batch pins: ids int32 [B, C] and a mask bool [B, C].
 PinArrays = tuple[mx.array, mx.array]
@@ -141,3 +141,9 @@ def stack_pins(rows: Sequence[CanvasRequest], length: int) -> PinArrays | None:
         mx.array(np.stack([pin.ids for pin in pins])),
         mx.array(np.stack([pin.mask for pin in pins])),
     )
+
+
+def pinned_positions(rows: Sequence[CanvasRequest], length: int) -> np.ndarray:
+    """bool [B, C]: which positions are pinned, on the host."""
+    none = np.zeros(length, dtype=bool)
+    return np.stack([none if row.pins is None else row.pins.mask for row in rows])

@@ -13,7 +13,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding import schedule
-from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, stack_pins
+from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.settings import DecodingSettings
 
@@ -31,8 +31,9 @@ class CanvasState:
     canvas: int32 [b, C], what the next step denoises. draft: int32 [b, C] of the step before, -1
         before the first. settled: int32 [b, C], the step that last changed the draft.
         revealed: bool [b, C], positions that stay as they are (confidence-threshold).
-    pins: ids int32 [b, C] and mask bool [b, C], or None. signal: [b, C, H], the self-conditioning
-        of the next step; None before any row's first.
+    pins: ids int32 [b, C] and mask bool [b, C], or None. pinned: the mask on the host. signal:
+        [b, C, H], the self-conditioning of the next step; None before any row's first.
+    least_entropy: nats, of the surest free position of the step before; 0 before the first.
     """
 
     rows: list[int]
@@ -46,7 +47,9 @@ class CanvasState:
     settled: mx.array
     revealed: mx.array
     pins: PinArrays | None
+    pinned: np.ndarray
     signal: mx.array | None = None
+    least_entropy: float = 0.0
 
     @classmethod
     def initial(
@@ -75,6 +78,7 @@ class CanvasState:
             settled=mx.zeros((count, length), dtype=mx.int32),
             revealed=mx.zeros((count, length), dtype=mx.bool_) if pins is None else pins[1],
             pins=pins,
+            pinned=pinned_positions(requests, length),
         )
 
     @property
@@ -122,11 +126,14 @@ class CanvasState:
         self.canvas, self.draft = self.canvas[index], self.draft[index]
         self.settled, self.revealed = self.settled[index], self.revealed[index]
         self.pins = None if self.pins is None else (self.pins[0][index], self.pins[1][index])
+        self.pinned = self.pinned[lines]
         self.signal = None if self.signal is None else self.signal[index]
 
     def join(self, others: CanvasState) -> None:
         """Takes over the rows of another state; all canvases have one length."""
         self.pins = _join_pins(self, others)
+        self.pinned = np.concatenate([self.pinned, others.pinned])
+        self.least_entropy = min(self.least_entropy, others.least_entropy)
         self.signal = _join_signals(self, others)
         self.rows = self.rows + others.rows
         self.requests = self.requests + others.requests

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.constraints.constraint import Language
+from mlx_dgemma.decoding.canvas_constraint import Mixture
+from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
-
-if TYPE_CHECKING:
-    from mlx_dgemma.decoding.canvas_state import CanvasState
-    from mlx_dgemma.decoding.prediction import Prediction
-    from mlx_dgemma.model import Model
+from mlx_dgemma.decoding.predicted import Prediction
 
 # A vocabulary of at most so many ids is summed whole.
 WHOLE = 2048
@@ -23,48 +19,6 @@ _LEAST = 1e-4
 _ALWAYS = 8
 _MOST = 64
 _MIXED = 96  # ids of a position's marginal that the signal is summed over
-_ROWS = 32  # positions whose embeddings are gathered together
-
-
-@dataclass(frozen=True)
-class CanvasConstraint:
-    """What a canvas' text must lead on to. state: of the language's automaton where it begins.
-
-    left: tokens that the reply may still have. more: whether another canvas may follow.
-    """
-
-    language: Language
-    state: int
-    left: int
-    more: bool
-
-    def ends_by(self, length: int) -> int | None:
-        """Positions within which the text must end: the stop id may stand behind the last token."""
-        if self.left < length:
-            return self.left + 1
-        return None if self.more and self.left > length else length
-
-
-@dataclass(frozen=True)
-class Mixture:
-    """Marginals: `plain` float32 [b, C] times the network's distribution, plus `weights` float32
-    [b, C, n] of `ids` int32 [b, C, n]."""
-
-    plain: mx.array
-    ids: mx.array
-    weights: mx.array
-
-    def signal(self, model: Model, soft: mx.array) -> mx.array:
-        """The soft embeddings [b, C, H] of the marginals, given those of the network."""
-        table, scale = model.embedding_matrix, model.embed_scale
-        count = self.ids.shape[-1]
-        ids, weights = self.ids.reshape(-1, count), self.weights.reshape(-1, count)
-        parts = []
-        for first in range(0, ids.shape[0], _ROWS):
-            rows = table.take(ids[first : first + _ROWS]).astype(mx.float32)
-            parts.append((weights[first : first + _ROWS, None] @ rows)[:, 0] * scale)
-        own = mx.concatenate(parts).reshape(soft.shape)
-        return (self.plain[..., None] * soft.astype(mx.float32) + own).astype(soft.dtype)
 
 
 def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: float) -> Prediction:
@@ -133,8 +87,9 @@ class _View:
     """The distributions of one row, as the host reads them; pinned positions are certain."""
 
     def __init__(self, seen: Prediction, line: int, pinned: tuple[np.ndarray, ...] | None) -> None:
+        length = seen.draft.shape[1]
         self._seen = seen
-        self._line = line
+        self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
         self._known: dict[int, np.ndarray] = {}
 
@@ -144,7 +99,7 @@ class _View:
         if size <= WHOLE:
             ids = np.arange(size)
             return np.tile(ids, (length, 1)), self._probabilities(ids)
-        found, raw = self._seen.logits.candidates(self._line)
+        found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
         order = np.argsort(-p, axis=1, kind="stable")
@@ -172,15 +127,14 @@ class _View:
 
     def _probabilities(self, ids: np.ndarray) -> np.ndarray:
         """float64 [C, n] of the same ids everywhere."""
-        p = self._tempered(self._seen.logits.columns(self._line, mx.array(ids)))
+        p = self._tempered(self._seen.logits.columns(self._rows, mx.array(ids)))
         if self._pinned is not None:
             known, mask = self._pinned
             p[mask] = (ids[None] == known[mask][:, None]).astype(float)
         return p
 
     def _tempered(self, raw: mx.array) -> np.ndarray:
-        seen, length = self._seen, self._seen.draft.shape[1]
-        rows = slice(self._line * length, (self._line + 1) * length)
+        seen, rows = self._seen, self._rows
         divisor = seen.temperature
         if isinstance(divisor, mx.array):
             divisor = divisor[rows][:, None]

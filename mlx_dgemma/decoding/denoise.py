@@ -12,20 +12,22 @@ from collections.abc import Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma.decoding import self_conditioning
 from mlx_dgemma.decoding.block_result import BlockResult, finished, untouched
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.prediction import Prediction, predict
+from mlx_dgemma.decoding.predicted import Prediction
+from mlx_dgemma.decoding.prediction import predict
 from mlx_dgemma.decoding.report import Numbers, Report
 from mlx_dgemma.decoding.sampler import Decision, StepInput, make_sampler
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
 from mlx_dgemma.errors import NumericsError
-from mlx_dgemma.kernels.soft_embeddings import Survivors
+from mlx_dgemma.kernels.sparse_embeddings import Survivors
 from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
@@ -130,22 +132,19 @@ def step(
     seen = predict(model, cache, settings, state, banned, dispatch_every=dispatch_every)
     decision = make_sampler(settings).decide(_step_input(model, state, seen), last=state.last)
     survivors = None
-    if settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size) and not state.last.all():
+    wanted = settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
+    vocabulary = model.config.text.vocab_size
+    if wanted and not state.last.all() and self_conditioning.may_be_sparse(state, vocabulary):
         survivors = seen.logits.survivors(seen.stats, seen.temperature)
-    report = Report.pack(decision, survivors, state.pins)
+    report = Report.pack(decision, seen.entropy, survivors)
     return Outcome(seen, decision, survivors, state.settled_after(seen.draft), report)
 
 
 def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers) -> None:
     """Gives `state` the canvas that the next step denoises, and its self-conditioning."""
-    state.signal = self_conditioning.signal(
-        model,
-        outcome.seen,
-        state.pins,
-        outcome.survivors,
-        dropped=numbers.dropped,
-        kept=numbers.kept,
-    )
+    state.signal = self_conditioning.signal(model, outcome.seen, state, outcome.survivors, numbers)
+    free = numbers.entropy[~state.pinned.reshape(-1)]
+    state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed
     state.draft, state.settled = outcome.seen.draft, outcome.settled
     state.taken, state.remaining = state.taken + 1, state.remaining - 1

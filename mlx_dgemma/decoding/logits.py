@@ -1,6 +1,7 @@
 """What decoding asks of one decoder pass's logits, held whole or never held at all.
 
-`WholeLogits` keeps the raw logits [b, C, V] until the next step has its self-conditioning.
+Positions are rows: those of all canvases, flattened, without the pinned ones, of which nobody asks
+anything. `WholeLogits` keeps the raw logits [R, V] until the next step has its self-conditioning.
 `SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
 `ExponentialLogits` makes them slice by slice too, but keeps the exponentials that the statistics
@@ -11,7 +12,7 @@ vocabulary in the same slices.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
@@ -26,12 +27,13 @@ from mlx_dgemma.kernels.row_statistics import (
     sliced_row_statistics,
 )
 from mlx_dgemma.kernels.soft_embeddings import (
-    Survivors,
     kept_soft_embeddings,
-    select_survivors,
     sliced_soft_embeddings,
     soft_embeddings,
 )
+from mlx_dgemma.kernels.sparse_embeddings import Survivors, select_survivors
+
+T = TypeVar("T", mx.array, float | mx.array)
 
 if TYPE_CHECKING:
     from mlx_dgemma.decoding.settings import DecodingSettings
@@ -44,43 +46,48 @@ GROUPS = 256  # of ids, by remainder, when the likely ones are looked for
 
 
 class Logits(Protocol):
-    """The raw logits of a batch of canvases; rows are canvas positions, flattened [b * C]."""
+    """The raw logits of R canvas positions."""
 
     def statistics(
         self, temperature: float | mx.array, uniforms: mx.array, temp: float
     ) -> RowStatistics:
-        """Statistics and a sample of every row; uniforms float32 [b * C, 2].
+        """Statistics and a sample of every row; uniforms float32 [R, 2].
 
-        temperature: one number, or float32 [b * C].
+        temperature: one number, or float32 [R].
         """
 
-    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
-        """Soft embeddings [b, C, H] of the tempered logits."""
+    def signal(
+        self,
+        stats: RowStatistics,
+        temperature: float | mx.array,
+        some: np.ndarray | None = None,
+    ) -> mx.array:
+        """Soft embeddings [R, H] of the tempered logits; `some`, int [r]: of these rows alone."""
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         """The tokens that carry the probability of each of the rows [b * C]."""
 
     def at(self, ids: mx.array) -> mx.array:
-        """float32 [b, C]: the raw logit of one id per position, ids int32 [b, C]."""
+        """float32 [R]: the raw logit of one id per row, ids int32 [R]."""
 
-    def row(self, line: int, position: int, options: mx.array) -> mx.array:
-        """[n]: the raw logits of some ids at one position."""
+    def row(self, row: int, options: mx.array) -> mx.array:
+        """[n]: the raw logits of some ids in one row."""
 
-    def columns(self, line: int, ids: mx.array) -> mx.array:
-        """[C, n]: one row's raw logits of some ids, the same at every position."""
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        """[r, n]: some rows' raw logits of some ids, the same in every row."""
 
-    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
-        """One row's likely ids int32 [C, GROUPS] and their raw logits: the best of each residue
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        """Some rows' likely ids int32 [r, GROUPS] and their raw logits: the best of each residue
         of the id modulo GROUPS, so that neighbours in the vocabulary do not compete."""
 
-    def log_z(self, line: int) -> mx.array:
-        """float32 [C]: log-sum-exp of a canvas' untempered, softcapped logits."""
+    def log_z(self) -> mx.array:
+        """float32 [R]: log-sum-exp of the untempered, softcapped logits."""
 
 
 def make_logits(
     model: Model, hidden: mx.array, banned: np.ndarray, settings: DecodingSettings
 ) -> Logits:
-    """The way to hold the logits of hidden states [b, C, H] that suits settings and backend.
+    """The way to hold the logits of hidden states [R, H] that suits settings and backend.
 
     banned: int ids whose logits are discarded.
     """
@@ -107,43 +114,41 @@ class WholeLogits:
     def statistics(
         self, temperature: float | mx.array, uniforms: mx.array, temp: float
     ) -> RowStatistics:
-        return row_statistics(self._rows, temperature, uniforms, softcap=self._softcap, temp=temp)
+        return row_statistics(self._raw, temperature, uniforms, softcap=self._softcap, temp=temp)
 
-    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
-        soft = soft_embeddings(
-            self._rows,
-            stats.log_z,
-            temperature,
+    def signal(
+        self,
+        stats: RowStatistics,
+        temperature: float | mx.array,
+        some: np.ndarray | None = None,
+    ) -> mx.array:
+        return soft_embeddings(
+            _rows_of(self._raw, some),
+            _rows_of(stats.log_z, some),
+            _rows_of(temperature, some),
             self._model.embedding_matrix,
             softcap=self._softcap,
             scale=self._model.embed_scale,
         )
-        return soft.reshape(*self._raw.shape[:2], -1)
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         dtype = self._model.embedding_matrix.dtype
-        return select_survivors(self._rows, stats.log_z, temperature, dtype, softcap=self._softcap)
+        return select_survivors(self._raw, stats.log_z, temperature, dtype, softcap=self._softcap)
 
     def at(self, ids: mx.array) -> mx.array:
         return mx.take_along_axis(self._raw, ids[..., None], axis=-1)[..., 0].astype(mx.float32)
 
-    def row(self, line: int, position: int, options: mx.array) -> mx.array:
-        return self._raw[line, position][options]
+    def row(self, row: int, options: mx.array) -> mx.array:
+        return self._raw[row][options]
 
-    def columns(self, line: int, ids: mx.array) -> mx.array:
-        return self._raw[line][:, ids]
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        return self._raw[rows][:, ids]
 
-    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
-        return _best_of_groups(self._raw[line], 0)
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        return _best_of_groups(self._raw[rows], 0)
 
-    def log_z(self, line: int) -> mx.array:
-        raw = self._raw[line]
-        nothing = mx.zeros((raw.shape[0], 2))
-        return row_statistics(raw, 1.0, nothing, softcap=self._softcap, temp=0.0).log_z
-
-    @property
-    def _rows(self) -> mx.array:
-        return self._raw.reshape(-1, self._raw.shape[-1])
+    def log_z(self) -> mx.array:
+        return self.statistics(1.0, mx.zeros((self._raw.shape[0], 2)), 0.0).log_z
 
 
 class SlicedLogits:
@@ -160,18 +165,23 @@ class SlicedLogits:
     def statistics(
         self, temperature: float | mx.array, uniforms: mx.array, temp: float
     ) -> RowStatistics:
-        return self._statistics(self._flat, temperature, uniforms, temp)
+        return self._statistics(self._hidden, temperature, uniforms, temp)
 
-    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
-        soft = sliced_soft_embeddings(
-            lambda start, stop: self._slice(self._flat, start, stop),
-            stats.log_z,
-            temperature,
+    def signal(
+        self,
+        stats: RowStatistics,
+        temperature: float | mx.array,
+        some: np.ndarray | None = None,
+    ) -> mx.array:
+        hidden = _rows_of(self._hidden, some)
+        return sliced_soft_embeddings(
+            lambda start, stop: self._slice(hidden, start, stop),
+            _rows_of(stats.log_z, some),
+            _rows_of(temperature, some),
             self._table,
             softcap=self._softcap,
             scale=self._scale,
         )
-        return soft.reshape(self._hidden.shape)
 
     def survivors(self, stats: RowStatistics, temperature: float | mx.array) -> Survivors:
         raise ValueError("a sliced head sums its signal densely")
@@ -180,16 +190,16 @@ class SlicedLogits:
         rows = self._table.take(ids).astype(self._hidden.dtype)
         return (self._hidden * rows).sum(axis=-1).astype(mx.float32)
 
-    def row(self, line: int, position: int, options: mx.array) -> mx.array:
+    def row(self, row: int, options: mx.array) -> mx.array:
         rows = self._table.take(options).astype(self._hidden.dtype)
-        return rows @ self._hidden[line, position]
+        return rows @ self._hidden[row]
 
-    def columns(self, line: int, ids: mx.array) -> mx.array:
-        rows = self._table.take(ids).astype(self._hidden.dtype)
-        return self._hidden[line] @ rows.T
+    def columns(self, rows: slice, ids: mx.array) -> mx.array:
+        taken = self._table.take(ids).astype(self._hidden.dtype)
+        return self._hidden[rows] @ taken.T
 
-    def candidates(self, line: int) -> tuple[mx.array, mx.array]:
-        hidden, found = self._hidden[line], None
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        hidden, found = self._hidden[rows], None
         for start in range(0, self._vocabulary, SLICE):
             stop = min(start + SLICE, self._vocabulary)
             some = _best_of_groups(self._slice(hidden, start, stop), start)
@@ -201,13 +211,9 @@ class SlicedLogits:
         assert found is not None
         return found
 
-    def log_z(self, line: int) -> mx.array:
-        hidden = self._hidden[line]
-        return self._statistics(hidden, 1.0, mx.zeros((hidden.shape[0], 2)), 0.0).log_z
-
-    @property
-    def _flat(self) -> mx.array:
-        return self._hidden.reshape(-1, self._hidden.shape[-1])
+    def log_z(self) -> mx.array:
+        nothing = mx.zeros((self._hidden.shape[0], 2))
+        return self._statistics(self._hidden, 1.0, nothing, 0.0).log_z
 
     def _statistics(
         self,
@@ -249,7 +255,7 @@ class ExponentialLogits(SlicedLogits):
         self._kept = []
         blocks: list[RowStatistics] = []
         for some in self._row_blocks():
-            hidden, drawn = self._flat[some], uniforms[some]
+            hidden, drawn = self._hidden[some], uniforms[some]
             t = temperature[some] if isinstance(temperature, mx.array) else temperature
             if blocks:  # one block at a time, so that temporaries stay small
                 hidden, drawn = mx.depends([hidden, drawn], list(blocks[-1]))
@@ -257,16 +263,26 @@ class ExponentialLogits(SlicedLogits):
             blocks.append(self._statistics(hidden, t, drawn, temp, self._kept[-1]))
         return RowStatistics(*(mx.concatenate(list(field)) for field in zip(*blocks, strict=True)))
 
-    def signal(self, stats: RowStatistics, temperature: float | mx.array) -> mx.array:
+    def signal(
+        self,
+        stats: RowStatistics,
+        temperature: float | mx.array,
+        some: np.ndarray | None = None,
+    ) -> mx.array:
         soft = [
-            kept_soft_embeddings(kept, stats.log_z[some], self._table, scale=self._scale)
-            for kept, some in zip(self._kept, self._row_blocks(), strict=True)
+            kept_soft_embeddings(kept, stats.log_z[block], self._table, scale=self._scale)
+            for kept, block in zip(self._kept, self._row_blocks(), strict=True)
         ]
-        return mx.concatenate(soft).reshape(self._hidden.shape)
+        return _rows_of(mx.concatenate(soft), some)
 
     def _row_blocks(self) -> list[slice]:
-        rows = self._flat.shape[0]
+        rows = self._hidden.shape[0]
         return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]
+
+
+def _rows_of(values: T, some: np.ndarray | None) -> T:
+    """Rows of an array; a number is every row's."""
+    return values if some is None or not isinstance(values, mx.array) else values[mx.array(some)]
 
 
 def _best_of_groups(raw: mx.array, start: int) -> tuple[mx.array, mx.array]:

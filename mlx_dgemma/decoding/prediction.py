@@ -2,61 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.canvas_state import CanvasState
-from mlx_dgemma.decoding.constrained import Mixture, constrain
-from mlx_dgemma.decoding.logits import Logits, make_logits
+from mlx_dgemma.decoding.constrained import constrain
+from mlx_dgemma.decoding.logits import make_logits
+from mlx_dgemma.decoding.predicted import Prediction, placed
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.kernels.row_statistics import RowStatistics, row_statistics
+from mlx_dgemma.kernels.row_statistics import row_statistics
 from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
-
-
-@dataclass(frozen=True)
-class Prediction:
-    """A decoder pass over b canvases at a temperature, pins and allowed ids respected.
-
-    logits: raw. stats: of their rows [b * C], before pins and allowed ids. temperature: one
-        number, or float32 [b * C]. draft, sample: int32 [b, C]. entropy: float32 [b, C], nats.
-    certainty: float32 [C] of the rows with a constraint, the probability of their sample under it.
-    mixture: their marginals, where these are not the network's own.
-    """
-
-    model: Model
-    logits: Logits
-    stats: RowStatistics
-    temperature: float | mx.array
-    draft: mx.array
-    sample: mx.array
-    entropy: mx.array
-    certainty: Mapping[int, np.ndarray] = field(default_factory=dict)
-    mixture: Mixture | None = None
-
-    def sample_probability(self) -> mx.array:
-        """float32 [b, C]: the tempered probability of each position's sample."""
-        capped = self.model.softcap(self.logits.at(self.sample))
-        shape = capped.shape
-        divisor = self.temperature
-        if isinstance(divisor, mx.array):
-            divisor = divisor.reshape(shape)
-        plain = mx.exp(capped / divisor - self.stats.log_z.reshape(shape))
-        for line, certainty in self.certainty.items():
-            own = mx.array(certainty)
-            plain[line] = mx.where(mx.isnan(own), plain[line], own)
-        return plain
-
-    def logprobs(self, line: int) -> np.ndarray:
-        """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
-        capped = self.model.softcap(self.logits.at(self.draft)[line])
-        return np.array(capped - self.logits.log_z(line))
 
 
 def predict(
@@ -74,33 +35,67 @@ def predict(
         Model.hidden.
     """
     batch, length = state.canvas.shape
-    temperature = state.temperature(settings)
+    free = free_positions(state)
+    whole = free.size == state.pinned.size
     hidden = model.hidden(state.canvas, cache, state.signal, dispatch_every=dispatch_every)
-    logits = make_logits(model, hidden, np.array(banned, dtype=np.int32), settings)
+    hidden = hidden.reshape(-1, hidden.shape[-1])
+    temperature = state.temperature(settings)
     if settings.temp == 0:
-        uniforms = mx.zeros((batch, length, 2))
+        uniforms = mx.zeros((batch * length, 2))
     else:
         sources = zip(state.requests, state.places, strict=True)
         uniforms = mx.stack([request.draws.sample(place, length) for request, place in sources])
-    stats = logits.statistics(temperature, uniforms.reshape(-1, 2), settings.temp)
-    entropy = stats.entropy.reshape(batch, length)
-    draft, sample = stats.argmax.reshape(batch, length), stats.sample.reshape(batch, length)
+        uniforms = uniforms.reshape(-1, 2)
+    draws, rows = uniforms.reshape(batch, length, 2), hidden
+    if not whole:
+        chosen = mx.array(free)
+        rows, uniforms = hidden[chosen], uniforms[chosen]
+        if isinstance(temperature, mx.array):
+            temperature = temperature[chosen]
+    forbidden = np.array(banned, dtype=np.int32)
+    logits = make_logits(model, rows, forbidden, settings)
+    stats = logits.statistics(temperature, uniforms, settings.temp)
+    draft, sample, entropy = (
+        values.reshape(-1) for values in (stats.argmax, stats.sample, stats.entropy)
+    )
     for line, request in enumerate(state.requests):
         for position, options in request.allowed.items():
-            choice = mx.array(options)
+            if state.pinned[line, position]:
+                continue
+            row, choice = int(np.searchsorted(free, line * length + position)), mx.array(options)
             best = row_statistics(
-                logits.row(line, position, choice)[None],
-                temperature if isinstance(temperature, float) else temperature[line * length],
-                uniforms[line, position][None],
+                logits.row(row, choice)[None],
+                temperature if isinstance(temperature, float) else temperature[row],
+                uniforms[row][None],
                 softcap=model.config.text.final_logit_softcapping,
                 temp=settings.temp,
             )
-            draft[line, position] = choice[best.argmax[0]]
-            sample[line, position] = choice[best.sample[0]]
-            entropy[line, position] = best.entropy[0]
-    if state.pins is not None:
-        ids, pinned = state.pins
-        draft, sample = mx.where(pinned, ids, draft), mx.where(pinned, ids, sample)
-        entropy = mx.where(pinned, 0.0, entropy)
-    seen = Prediction(model, logits, stats, temperature, draft, sample, entropy)
-    return constrain(seen, state, uniforms, settings.temp)
+            draft[row] = choice[best.argmax[0]]
+            sample[row] = choice[best.sample[0]]
+            entropy[row] = best.entropy[0]
+    nothing = mx.zeros((batch, length))
+    ids = nothing.astype(mx.int32) if state.pins is None else state.pins[0]
+    seen = Prediction(
+        model=model,
+        hidden=hidden,
+        free=free,
+        pins=state.pins,
+        logits=logits,
+        stats=stats,
+        temperature=temperature,
+        draft=placed(draft, free, state.pins, ids),
+        sample=placed(sample, free, state.pins, ids),
+        entropy=placed(entropy, free, state.pins, nothing),
+        settings=settings,
+        banned=forbidden,
+    )
+    return constrain(seen, state, draws, settings.temp)
+
+
+def free_positions(state: CanvasState) -> np.ndarray:
+    """int64 [R], of [b * C]: what is predicted, where pins replace the prediction: all beside a
+    constraint, which reads whole canvases, and one where all is pinned."""
+    if any(request.constraint is not None for request in state.requests):
+        return np.arange(state.pinned.size)
+    free = np.flatnonzero(~state.pinned)
+    return free if free.size else np.zeros(1, dtype=np.int64)

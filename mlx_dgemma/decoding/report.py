@@ -8,60 +8,67 @@ from typing import NamedTuple
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding.canvas import PinArrays
 from mlx_dgemma.decoding.sampler import Decision
-from mlx_dgemma.kernels.soft_embeddings import Survivors
+from mlx_dgemma.kernels.sparse_embeddings import Survivors
 
 
 class Numbers(NamedTuple):
-    """A report on the host.
+    """A report on the host, of b canvases of C positions.
 
     repeated bool [b]: the draft equals the previous one. mean_entropy float32 [b], nats.
     finite bool [b]: every entropy is finite. complete bool [b]: the sampler finished the row.
-    dropped: the most probability that a position's survivors leave out; kept: the most survivors
-    of a position. 1 and 0 where none were selected.
+    entropy: float32 [b * C], nats.
+    dropped: float32 [R], the probability that a free position's survivors leave out; counts: int64
+    [R], how many survivors it has. All of it and none where none were selected.
     """
 
     repeated: np.ndarray
     mean_entropy: np.ndarray
     finite: np.ndarray
     complete: np.ndarray
-    dropped: float
-    kept: int
+    entropy: np.ndarray
+    dropped: np.ndarray
+    counts: np.ndarray
 
 
 @dataclass(frozen=True)
 class Report:
-    """packed: float32 [rows * columns + 2], every row's columns, then `dropped` and `kept`."""
+    """packed: float32, the columns of every canvas, the entropies of all positions, and of the
+    free positions whose survivors were selected what these dropped and how many they are."""
 
     packed: mx.array
-    rows: int
+    canvases: int
+    positions: int
+    selected: int
 
     @classmethod
-    def pack(
-        cls, decision: Decision, survivors: Survivors | None, pins: PinArrays | None
-    ) -> Report:
-        """A pinned position's signal is its own embedding, so its survivors do not count."""
+    def pack(cls, decision: Decision, entropy: mx.array, survivors: Survivors | None) -> Report:
+        """entropy: float32 [b, C]."""
         status = decision.status
         if decision.complete is not None:
             complete = decision.complete[:, None].astype(mx.float32)
             status = mx.concatenate([status, complete], axis=1)
-        if survivors is None:
-            tail = [mx.array([1.0, 0.0])]
-        else:
-            dropped, count = survivors.dropped, survivors.counts
-            if pins is not None:
-                free = mx.logical_not(pins[1].reshape(-1))
-                dropped, count = dropped * free, count * free
-            tail = [dropped.max()[None], count.max()[None]]
-        return cls(mx.concatenate([status.reshape(-1), *tail]), status.shape[0])
+        parts = [status.reshape(-1), entropy.reshape(-1)]
+        if survivors is not None:
+            parts += [survivors.dropped, survivors.counts.astype(mx.float32)]
+        selected = 0 if survivors is None else survivors.counts.size
+        return cls(mx.concatenate(parts), status.shape[0], entropy.size, selected)
 
     def read(self) -> Numbers:
         """Waits for the device; the one host read of a step."""
         packed = np.array(self.packed)
-        columns = packed[:-2].reshape(self.rows, -1).T
-        complete = columns[3] > 0 if len(columns) > 3 else np.zeros(self.rows, dtype=bool)
-        dropped, kept = packed[-2:]
+        ends = np.cumsum([-2 * self.selected - self.positions, self.positions, self.selected])
+        status, entropy, dropped, counts = np.split(packed, packed.size + ends)
+        columns = status.reshape(self.canvases, -1).T
+        complete = columns[3] > 0 if len(columns) > 3 else np.zeros(self.canvases, dtype=bool)
+        if not self.selected:
+            dropped, counts = np.ones(self.positions), np.zeros(self.positions)
         return Numbers(
-            columns[0] > 0, columns[1], columns[2] > 0, complete, float(dropped), int(kept)
+            columns[0] > 0,
+            columns[1],
+            columns[2] > 0,
+            complete,
+            entropy,
+            dropped,
+            counts.astype(np.int64),
         )

@@ -1,7 +1,7 @@
 """The signal by which a step learns the distributions of the step before: soft embeddings.
 
-Summed over the tokens that carry the probability where these are nearly all of it at every
-position (sparse), over the whole vocabulary otherwise (dense).
+Each position for itself: summed over the tokens that carry its probability where these are nearly
+all of it (sparse), over the whole vocabulary otherwise (dense), and for a pinned position neither.
 """
 
 from __future__ import annotations
@@ -9,54 +9,58 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import mlx.core as mx
+import numpy as np
 
-from mlx_dgemma.decoding.canvas import PinArrays
-from mlx_dgemma.decoding.prediction import Prediction
-from mlx_dgemma.kernels.soft_embeddings import (
+from mlx_dgemma.decoding.predicted import Prediction
+from mlx_dgemma.decoding.report import Numbers
+from mlx_dgemma.kernels.soft_embeddings import scale_embeddings
+from mlx_dgemma.kernels.sparse_embeddings import (
     DROPPED_MASS,
     Survivors,
     gather_soft_embeddings,
-    scale_embeddings,
+    most_entropy,
 )
 
 if TYPE_CHECKING:
+    from mlx_dgemma.decoding.canvas_state import CanvasState
     from mlx_dgemma.model import Model
 
 
-def gathered(model: Model, survivors: Survivors, kept: int) -> mx.array:
-    """Soft embeddings [rows, H] of survivors that are at most `kept` per row."""
-    return gather_soft_embeddings(
-        survivors, model.embedding_matrix, width=width_for(kept), scale=model.embed_scale
-    )
-
-
-def width_for(kept: int) -> int:
-    """Survivors to sum per row: a power of two, so that few different shapes are compiled."""
-    return 1 << max(kept - 1, 0).bit_length()
+def may_be_sparse(state: CanvasState, vocabulary: int) -> bool:
+    """Whether a position of the next step may be summed sparsely, from the entropies of the step
+    before: where the surest position was all but uniform, none will be this time."""
+    return state.least_entropy <= most_entropy(vocabulary)
 
 
 def signal(
     model: Model,
     seen: Prediction,
-    pins: PinArrays | None,
+    state: CanvasState,
     survivors: Survivors | None,
-    *,
-    dropped: float,
-    kept: int,
+    numbers: Numbers,
 ) -> mx.array:
     """The next step's self-conditioning [b, C, H]; a pinned position's is its own embedding.
 
-    survivors: the tokens that carry the probability, at most `kept` per position, with at most
-        `dropped` of it outside them; None, or too much dropped, sums over all tokens.
+    state: as it was for this step. survivors: the tokens that carry the probability, or None.
     """
-    if survivors is None or dropped >= DROPPED_MASS:
+    sparse = numbers.dropped < DROPPED_MASS
+    dense = np.flatnonzero(~sparse)
+    if survivors is None or not sparse.any():
         soft = seen.logits.signal(seen.stats, seen.temperature)
     else:
-        soft = gathered(model, survivors, kept).reshape(*seen.draft.shape, -1)
+        counts = np.where(sparse, numbers.counts, 0)
+        soft = gather_soft_embeddings(
+            survivors, model.embedding_matrix, counts, scale=model.embed_scale
+        )
+        if dense.size:
+            soft[mx.array(dense)] = seen.logits.signal(seen.stats, seen.temperature, dense)
     if seen.mixture is not None:
-        soft = seen.mixture.signal(model, soft)
-    if pins is None:
-        return soft
-    ids, pinned = pins
+        whole = seen.mixture.signal(model, soft.reshape(*seen.draft.shape, -1))
+        soft = whole.reshape(soft.shape)
+    if state.pins is None:
+        return soft.reshape(*seen.draft.shape, -1)
+    ids, pinned = state.pins
     certain = scale_embeddings(model.embedding_rows(ids).astype(soft.dtype), model.embed_scale)
-    return mx.where(pinned[..., None], certain, soft)
+    flat = certain.reshape(-1, certain.shape[-1])
+    flat[mx.array(seen.free)] = soft
+    return mx.where(pinned[..., None], certain, flat.reshape(certain.shape))

@@ -116,10 +116,10 @@ class DecodingSettings:
         denoises it again with other draws on shorter canvases, "suppress" keeps stop ids from
         its first position, "allow" takes it as it is.
     conditioning: how the self-conditioning signal is summed. "dense" multiplies every
-        probability with the embedding table. "sparse" sums only tokens of probability 1/1024
-        or more, in steps where they make up all but 1/256 at every position, and is dense in
-        the others. Their difference is below the rounding of 16-bit logits, so "auto" is
-        sparse where activations have 16 bits and dense in float32.
+        probability with the embedding table. "sparse" sums only tokens of probability 1/8192
+        or more, at positions where they make up all but 1/256, and is dense at the others.
+        Their difference is below the rounding of 16-bit logits, so "auto" is sparse where
+        activations have 16 bits and dense in float32.
     sliced_head: never hold the logits of a canvas, only a slice of the vocabulary at a time;
         the same values for less memory and a second pass over the head.
     kv_bits: 8 keeps the context of full-attention layers in 8 bits; None keeps it exactly.

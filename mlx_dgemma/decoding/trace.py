@@ -54,6 +54,7 @@ class Trace:
     draws: "block.attempt.step.purpose" -> the numbers drawn there.
     steps: one record per denoising step with its draft, accepted positions and mean entropy.
     committed: the ids of every block, in order.
+    constraint: what the reply had to be, kind and value.
     """
 
     seed: int
@@ -64,6 +65,7 @@ class Trace:
     draws: dict[str, list[Any]] = field(default_factory=dict)
     steps: list[dict[str, Any]] = field(default_factory=list)
     committed: list[list[int]] = field(default_factory=list)
+    constraint: dict[str, Any] | None = None
     format: int = FORMAT
 
     def observe(self, step: Step) -> None:

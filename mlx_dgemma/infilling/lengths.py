@@ -75,14 +75,16 @@ def mean_logprob(
     """
     ids = mx.array(np.stack(canvases).astype(np.int32))
     tokens = mx.array(np.stack(expected).astype(np.int32))
-    hidden = model.hidden(ids, cache)
+    rows = np.flatnonzero(np.stack(counted))
+    if not rows.size:
+        return [0.0] * len(canvases)
+    hidden, chosen = model.hidden(ids, cache), mx.array(rows)
+    hidden = hidden.reshape(-1, hidden.shape[-1])[chosen]
     kind = SlicedLogits if settings.sliced_head else WholeLogits
     logits: Logits = kind(model, hidden, np.zeros(0, dtype=np.int32))
-    found = np.array(model.softcap(logits.at(tokens)))
-    return [
-        float((row - np.array(logits.log_z(line)))[mask].mean()) if mask.any() else 0.0
-        for line, (row, mask) in enumerate(zip(found, counted, strict=True))
-    ]
+    logprobs = model.softcap(logits.at(tokens.reshape(-1)[chosen])) - logits.log_z()
+    found = np.split(np.array(logprobs), np.cumsum([mask.sum() for mask in counted])[:-1])
+    return [float(row.mean()) if row.size else 0.0 for row in found]
 
 
 def suits(template: Template, ranges: Sequence[list[int]]) -> bool:

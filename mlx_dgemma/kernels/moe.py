@@ -42,7 +42,14 @@ def moe(
     )
     same = gate_up.dtype == down.dtype == x.dtype
     run = metal if same and dispatch.use(OPERATION, *sizes) else twin
-    return run(x, routing, gate_up, down)
+    return combine(run(x, routing, gate_up, down), routing)
+
+
+def combine(rows: mx.array, routing: Routing) -> mx.array:
+    """The weighted sums [T, H] of the experts' outputs [N, H], which come in sorted order."""
+    tokens, top_k = routing.experts.shape
+    use = dispatch.use(COMBINE, rows.dtype, tokens, rows.shape[1], top_k)
+    return (combine_metal if use else combine_twin)(rows, routing.places, routing.weights)
 
 
 class ExpertMatrices(Protocol):
@@ -58,9 +65,8 @@ def twin(
     gate_up: ExpertMatrices,
     down: ExpertMatrices,
 ) -> mx.array:
-    """The same in plain MLX operations."""
-    hidden = gate_up_twin(x, routing, gate_up)
-    return combine_twin(down_twin(hidden, routing, down), routing.weights, x.dtype)
+    """The experts' outputs [N, H] in sorted order, in plain MLX operations."""
+    return down_twin(gate_up_twin(x, routing, gate_up), routing, down)
 
 
 def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.array:
@@ -73,20 +79,28 @@ def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.a
 
 
 def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
-    """Expert outputs [T, k, H] in token order from sorted rows [N, F]."""
-    rows = down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
-    places = mx.put_along_axis(
-        mx.zeros_like(routing.order),
-        routing.order,
-        mx.arange(routing.order.shape[0], dtype=mx.int32),
-        axis=0,
-    )
-    return rows[places].reshape(*routing.experts.shape, -1)
+    """Expert outputs [N, H] from GeGLU rows [N, F], both in sorted order."""
+    return down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
 
 
-def combine_twin(rows: mx.array, weights: mx.array, dtype: mx.Dtype) -> mx.array:
-    """Weighted sum over a token's choices: rows [T, k, H], weights [T, k] float32 -> [T, H]."""
-    return (rows.astype(mx.float32) * weights[..., None]).sum(axis=1).astype(dtype)
+def combine_twin(rows: mx.array, places: mx.array, weights: mx.array) -> mx.array:
+    """Weighted sums in plain MLX operations: rows [N, H], places [N] of the pairs among them,
+    weights [T, k] float32 -> [T, H]."""
+    paired = rows[places].reshape(*weights.shape, -1).astype(mx.float32)
+    return (paired * weights[..., None]).sum(axis=1).astype(rows.dtype)
+
+
+def combine_metal(rows: mx.array, places: mx.array, weights: mx.array) -> mx.array:
+    """The same as one Metal kernel, which reads each row once, where it lies."""
+    (tokens, top_k), width = weights.shape, rows.shape[1]
+    return registry.launch(
+        _COMBINE,
+        [rows, places, weights],
+        template=[("T", rows.dtype), ("TOP_K", top_k)],
+        grid=(width, tokens, 1),
+        threadgroup=(min(width, 256), 1, 1),
+        outputs=[((tokens, width), rows.dtype)],
+    )[0]
 
 
 def _sorted_experts(routing: Routing) -> mx.array:
@@ -104,7 +118,7 @@ def geglu(gate: mx.array, up: mx.array) -> mx.array:
 _EXPERTS = registry.Kernel(
     "experts", inputs=("x", "order", "offsets", "w", "scales", "biases"), outputs=("y",)
 )
-_COMBINE = registry.Kernel("combine", inputs=("rows", "weights"), outputs=("y",))
+_COMBINE = registry.Kernel("combine", inputs=("rows", "places", "weights"), outputs=("y",))
 ROW_TILES = (8, 16, 32)
 _PACKED = ("affine 4", "affine 8", "mxfp4 4")
 
@@ -134,21 +148,11 @@ def metal(
     *,
     tile: int | None = None,
 ) -> mx.array:
-    """The same as three Metal kernels: gate_up with GeGLU, down, and the weighted sum."""
-    tokens, top_k = routing.experts.shape
-    experts = routing.offsets.shape[0] - 1
-    tile = row_tile(tokens * top_k, experts) if tile is None else tile
+    """The same as two Metal kernels: gate_up with GeGLU, and down."""
+    pairs, experts = routing.order.shape[0], routing.offsets.shape[0] - 1
+    tile = row_tile(pairs, experts) if tile is None else tile
     hidden = _multiply(x, routing, gate_up, tile, glu=True)
-    rows = _multiply(hidden, routing, down, tile, glu=False)
-    width = rows.shape[1]
-    return registry.launch(
-        _COMBINE,
-        [rows.reshape(tokens, top_k, width), routing.weights],
-        template=[("T", x.dtype), ("TOP_K", top_k)],
-        grid=(width, tokens, 1),
-        threadgroup=(min(width, 256), 1, 1),
-        outputs=[((tokens, width), x.dtype)],
-    )[0]
+    return _multiply(hidden, routing, down, tile, glu=False)
 
 
 def _multiply(x: mx.array, routing: Routing, matrix: Matrix, tile: int, *, glu: bool) -> mx.array:
@@ -212,7 +216,36 @@ def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:
 OPERATION = registry.Operation(
     "moe",
     ("dtype", "tokens", "hidden", "width", "experts", "top_k", "gate_up", "down"),
-    (_EXPERTS, _COMBINE),
+    (_EXPERTS,),
     _supports,
     _probes,
+)
+
+
+def _combine_supports(shape: registry.Shape) -> bool:
+    return registry.is_float(shape) and int(shape["tokens"]) > 0
+
+
+def _combine_probes(shape: registry.Shape) -> Iterator[registry.Probe]:
+    dtype, hidden, top_k = dtype_named(shape["dtype"]), int(shape["hidden"]), int(shape["top_k"])
+    for tokens in (1, 5, int(shape["tokens"])):
+        rows = mx.random.normal((tokens * top_k, hidden), key=mx.random.key(tokens)).astype(dtype)
+        weights = mx.random.uniform(0.1, 1.0, (tokens, top_k), key=mx.random.key(1))
+        places = mx.argsort(mx.random.uniform(shape=(tokens * top_k,), key=mx.random.key(2)))
+        places = places.astype(mx.int32)
+        mx.eval(rows, weights, places)  # else they would be timed with the kernel and its twin
+        yield registry.Probe(
+            partial(combine_metal, rows, places, weights),
+            partial(combine_twin, rows, places, weights),
+            tolerance={mx.float32: 1e-5, mx.float16: 2e-3}.get(dtype, 1e-2),
+            expected=partial(combine_twin, rows.astype(mx.float32), places, weights),
+        )
+
+
+COMBINE = registry.Operation(
+    "combine",
+    ("dtype", "tokens", "hidden", "top_k"),
+    (_COMBINE,),
+    _combine_supports,
+    _combine_probes,
 )

@@ -8,7 +8,7 @@ in token order inside an expert, so that an expert's rows are one contiguous run
 Metal kernels: checked by emulation on Linux; not yet run on Apple hardware.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -24,20 +24,8 @@ class Routing(NamedTuple):
     experts: mx.array  # [T, k] int32, highest score first
     weights: mx.array  # [T, k] float32, per-expert scale included
     order: mx.array  # [N] int32: pairs in ascending order of expert, then of pair
+    places: mx.array  # [N] int32: where each pair stands in `order`
     offsets: mx.array  # [E + 1] int32: expert e owns order[offsets[e] : offsets[e + 1]]
-
-
-def route(
-    x: mx.array,
-    scale: mx.array,
-    projection: Callable[[mx.array], mx.array],
-    per_expert_scale: mx.array,
-    top_k: int,
-    *,
-    eps: float = 1e-6,
-) -> Routing:
-    """Routing of the raw residual x [T, H]; `projection` maps [T, H] to scores [T, E]."""
-    return choose_experts(projection(scaled_norm(x, scale, eps)), per_expert_scale, top_k)
 
 
 def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
@@ -70,9 +58,12 @@ def twin(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
     pairs = tokens * top_k
     flat = experts.reshape(-1)
     order = mx.argsort(flat * pairs + mx.arange(pairs, dtype=mx.int32)).astype(mx.int32)
+    places = mx.put_along_axis(
+        mx.zeros_like(order), order, mx.arange(pairs, dtype=mx.int32), axis=0
+    )
     sizes = (flat[:, None] == mx.arange(count, dtype=mx.int32)).astype(mx.int32).sum(axis=0)
     offsets = mx.concatenate([mx.zeros((1,), dtype=mx.int32), mx.cumsum(sizes).astype(mx.int32)])
-    return Routing(experts, weights, order, offsets)
+    return Routing(experts, weights, order, places, offsets)
 
 
 def _ascending_bits(values: mx.array) -> mx.array:
@@ -86,7 +77,7 @@ _TOP = registry.Kernel(
     "top_experts", inputs=("scores", "per_expert"), outputs=("experts", "weights")
 )
 _SORT = registry.Kernel(
-    "sort_by_expert", inputs=("pairs", "per_expert"), outputs=("order", "offsets")
+    "sort_by_expert", inputs=("pairs", "per_expert"), outputs=("order", "places", "offsets")
 )
 
 
@@ -110,15 +101,15 @@ def metal(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
     pairs = tokens * top_k
     threads = -(-count // 32) * 32
     staged = next(size for size in (2048, 4096, _MOST_PAIRS) if pairs <= size)
-    order, offsets = registry.launch(
+    order, places, offsets = registry.launch(
         _SORT,
         [experts.reshape(-1), per_expert_scale],
         template=[("PAIRS", staged), ("TG", threads)],
         grid=(threads, 1, 1),
         threadgroup=(threads, 1, 1),
-        outputs=[((pairs,), mx.int32), ((count + 1,), mx.int32)],
+        outputs=[((pairs,), mx.int32), ((pairs,), mx.int32), ((count + 1,), mx.int32)],
     )
-    return Routing(experts, weights, order, offsets)
+    return Routing(experts, weights, order, places, offsets)
 
 
 def _probes(shape: registry.Shape) -> Iterator[registry.Probe]:

@@ -148,11 +148,13 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
     return column
 
 
-@fused
-def tempered(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
+def temper(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
     """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
     return softcapped(x, softcap) / divisor + (x - x)
+
+
+tempered = fused(temper)
 
 
 def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:

@@ -9,6 +9,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma import kernels
+from mlx_dgemma.kernels import BranchNorms, Norms
 from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
@@ -26,7 +28,7 @@ class Layer(nn.Module):
 
     def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
         super().__init__()
-        eps = text.rms_norm_eps
+        eps = self.eps = text.rms_norm_eps
         self.dtype = dtype
         hidden = text.hidden_size
         self.kind = text.layer_types[index]
@@ -53,35 +55,38 @@ class Layer(nn.Module):
     ) -> mx.array:
         """Encoder pass of x [1, L, H]; its keys and values enter the context."""
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
-        return self.feed_forward(self.after_attention(x, mixed)) * scalar
+        return self.feed_forward(x, mixed, scalar)
 
     def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
         """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
         mixed = self.self_attn.decode(self.attention_input(x), rope, context)
-        scalar: mx.array = self.layer_scalar
-        return self.feed_forward(self.after_attention(x, mixed)) * scalar
+        return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
         """[B, L, H] in the activation dtype: the norm of the residual stream x [B, L, H]."""
         normed: mx.array = self.input_layernorm(x)
         return normed.astype(self.dtype)
 
-    def after_attention(self, x: mx.array, mixed: mx.array) -> mx.array:
-        """[B, L, H]: the residual stream x with the attention output `mixed`, both [B, L, H]."""
-        normed: mx.array = self.post_attention_layernorm(mixed.astype(x.dtype))
-        return x + normed
-
-    def feed_forward(self, residual: mx.array) -> mx.array:
-        """[B, L, H]: the residual stream after both branches; the router reads it unnormed."""
-        wide = residual.dtype
-        dense = self.mlp(self.pre_feedforward_layernorm(residual).astype(self.dtype))
-        dense = self.post_feedforward_layernorm_1(dense.astype(wide))
-        flat = residual.reshape(-1, residual.shape[-1])
-        normed = self.pre_feedforward_layernorm_2(flat).astype(self.dtype)
-        mixed = self.experts(normed, self.router(flat))
-        sparse = self.post_feedforward_layernorm_2(mixed.reshape(residual.shape).astype(wide))
-        both: mx.array = self.post_feedforward_layernorm(dense + sparse)
-        return residual + both
+    def feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
+        """What leaves the layer that x entered, from the attention's output: the two branches side
+        by side, the router on the raw residual."""
+        norms = Norms(
+            self.post_attention_layernorm.weight,
+            self.pre_feedforward_layernorm.weight,
+            self.pre_feedforward_layernorm_2.weight,
+            self.router.scale,
+        )
+        flat = x.reshape(-1, x.shape[-1])
+        read = kernels.after_attention(flat, mixed.reshape(flat.shape), norms, self.eps)
+        after = BranchNorms(
+            self.post_feedforward_layernorm_1.weight,
+            self.post_feedforward_layernorm_2.weight,
+            self.post_feedforward_layernorm.weight,
+        )
+        dense = self.mlp(read.dense)
+        routed = self.experts(read.experts, self.router(read.router))
+        out = kernels.after_branches(read.residual, dense, routed, after, scalar, self.eps)
+        return out.reshape(x.shape)
 
 
 class SelfConditioning(GatedMLP):

@@ -6,16 +6,18 @@ can be kept in 8 bits instead of exactly. A canvas never counts as context.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.files import check_replaceable
@@ -24,7 +26,7 @@ from mlx_dgemma.model.layer_context import Arrays, LayerContext, Tail
 from mlx_dgemma.model.packed_context import BITS, PackedLayerContext
 from mlx_dgemma.untrusted_json import parse, shown
 
-_FORMAT = "mlx_dgemma context 1"
+_FORMAT = "mlx_dgemma context 2"
 
 
 class ContextOwner(Protocol):
@@ -202,6 +204,7 @@ class ContextCache:
             "kv_bits": json.dumps(self.kv_bits),
             "metadata": json.dumps(self.metadata),
         }
+        header["digest"] = _digest(tensors, header)
         partial = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
         try:
             partial.touch()  # MLX does not say why it cannot
@@ -226,7 +229,7 @@ class ContextCache:
         path = Path(path)
         tensors, header = _read(path)
         if header.get("format") != _FORMAT:
-            raise CheckpointError(f"{path} is not a context saved by this program.")
+            raise CheckpointError(f"{path} is not a context saved by this version of the program.")
         cache = model.make_cache(kv_bits)
         try:
             if header["fingerprint"] != model.fingerprint():
@@ -239,6 +242,11 @@ class ContextCache:
                 raise CheckpointError(
                     f"{path} holds an {kind} context: read it {way} kv_bits={BITS} "
                     f"(--kv-bits {BITS}), or prefill it again."
+                )
+            if header["digest"] != _digest(tensors, header):
+                raise CheckpointError(
+                    f"{path} is damaged: it does not hold what was saved; delete it and prefill "
+                    "again."
                 )
             bases, offset = parse(header["bases"]), int(header["offset"])
             like = _one_position(model, kv_bits)
@@ -262,6 +270,18 @@ class ContextCache:
         for known in list(self._snapshots):
             if known.offset > offset:
                 self._snapshots.discard(known)
+
+
+def _digest(tensors: Mapping[str, mx.array], header: Mapping[str, str]) -> str:
+    """Of everything a file holds, the digest itself apart."""
+    digest = hashlib.sha256()
+    for name, text in sorted(header.items()):
+        if name != "digest":
+            digest.update(f"{name}={text}\n".encode())
+    for name, array in sorted(tensors.items()):
+        digest.update(f"{name}: {array.dtype} {array.shape}\n".encode())
+        digest.update(np.asarray(array.view(mx.uint8)).data)
+    return digest.hexdigest()
 
 
 def _nbytes(tail: Tail) -> int:
@@ -304,6 +324,10 @@ def _fits(layer: LayerContext, base: Any, offset: int, held: Arrays | None, like
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
+    if not path.exists():
+        raise CheckpointError(
+            f"{path} cannot be read as a saved context: No such file or directory."
+        )
     read_header(path, "delete it and prefill again")
     try:
         loaded: Any = mx.load(str(path), format="safetensors", return_metadata=True)

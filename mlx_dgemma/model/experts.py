@@ -11,25 +11,19 @@ from mlx_dgemma.model.layers import Linear, Weights
 
 
 class Router(nn.Module):
-    """Chooses `top_k` experts per position from the raw residual stream."""
+    """Chooses `top_k` experts per position from the raw residual stream, normed and scaled."""
 
     def __init__(self, text: TextConfig, dtype: mx.Dtype):
         super().__init__()
         self.dtype = dtype
-        self.eps = text.rms_norm_eps
         self.top_k = text.top_k_experts
         self.proj = Linear(text.num_experts, text.hidden_size)
         self.scale = mx.zeros((text.hidden_size,))
         self.per_expert_scale = mx.zeros((text.num_experts,))
 
-    def __call__(self, x: mx.array) -> kernels.Routing:
-        """The experts of x [T, H], their weights, and the pairs sorted by expert."""
-        return kernels.route(
-            x, self.scale, self._scores, self.per_expert_scale, self.top_k, eps=self.eps
-        )
-
-    def _scores(self, normed: mx.array) -> mx.array:
-        return self.proj(normed.astype(self.dtype))
+    def __call__(self, normed: mx.array) -> kernels.Routing:
+        """The experts of positions [T, H], their weights, and the pairs sorted by expert."""
+        return kernels.choose_experts(self.proj(normed), self.per_expert_scale, self.top_k)
 
 
 class Experts(nn.Module):

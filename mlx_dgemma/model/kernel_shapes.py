@@ -8,13 +8,15 @@ from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
 from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
 from mlx_dgemma.kernels.dispatch import ROW_CLASSES
 from mlx_dgemma.kernels.matrix import DENSE
+from mlx_dgemma.kernels.moe import COMBINE
 from mlx_dgemma.kernels.moe import OPERATION as MOE
 from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
 from mlx_dgemma.kernels.registry import Operation, Size
+from mlx_dgemma.kernels.residual import ATTENDED, BRANCHES
 from mlx_dgemma.kernels.router import OPERATION as ROUTER
 from mlx_dgemma.kernels.row_statistics import OPERATION as ROW_STATISTICS
 from mlx_dgemma.kernels.self_checks import Request
-from mlx_dgemma.kernels.soft_embeddings import CAPACITY, GATHER, SELECT
+from mlx_dgemma.kernels.sparse_embeddings import CAPACITY, GATHER, SELECT
 from mlx_dgemma.model.attention import KEY_CHUNK, QUERY_BLOCK
 from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.names import DECODER, EMBED_TOKENS
@@ -51,7 +53,11 @@ def _vocabulary(config: ModelConfig, dtype: str) -> Calls:
 def _layers(config: ModelConfig, dtype: str) -> Calls:
     """What every layer asks."""
     text = config.text
+    stream = "float32" if dtype == "float16" else dtype  # see Model
     for tokens in sorted({config.canvas_length, *ROW_CLASSES["tokens"]}):
+        yield ATTENDED, stream, dtype, tokens, text.hidden_size
+        yield BRANCHES, stream, dtype, tokens, text.hidden_size
+        yield COMBINE, dtype, tokens, text.hidden_size, text.top_k_experts
         yield ROUTER, dtype, tokens, text.num_experts, text.top_k_experts
         for gate_up, down in sorted(_experts(config)):
             widths = (text.hidden_size, text.moe_intermediate_size)

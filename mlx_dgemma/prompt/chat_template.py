@@ -10,10 +10,8 @@ conversations get exactly the ids of plain rendering and tokenizing.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +19,6 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.prompt.messages import check_messages, declared, merge_turns
 
 if TYPE_CHECKING:
-    import jinja2
-
     from mlx_dgemma.prompt.tokenizer import Tokenizer
 
 # (is a control token's spelling, text)
@@ -145,7 +141,7 @@ def _put_texts_back(pieces: list[Piece], piece: str, spoken: list[str], veil: _V
 
 def read_template(template: str | Path) -> str:
     """Jinja source: itself, or what the file of that name holds. Raises InputError."""
-    import jinja2
+    from mlx_dgemma.prompt.sandbox import check_template
 
     source = template if isinstance(template, str) else ""
     if "{{" not in source and "{%" not in source:
@@ -155,11 +151,17 @@ def read_template(template: str | Path) -> str:
             raise InputError(
                 f"The chat template {template} cannot be read ({error}): name a Jinja file."
             ) from error
-    try:
-        _compile(source)
-    except jinja2.TemplateError as error:
-        raise InputError(f"The chat template given is not valid Jinja: {error}.") from error
+    check_template(source)
     return source
+
+
+def _render(tokenizer: Tokenizer, **variables: Any) -> str:
+    from mlx_dgemma.prompt.sandbox import render  # Jinja takes a moment
+
+    assert tokenizer.chat_template is not None
+    return render(
+        tokenizer.chat_template, tokenizer.source, **tokenizer.template_tokens, **variables
+    )
 
 
 class _Veil:
@@ -205,54 +207,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from _strings(inner)
-
-
-def _render(tokenizer: Tokenizer, **variables: Any) -> str:
-    import jinja2
-
-    assert tokenizer.chat_template is not None
-    try:
-        template = _compile(tokenizer.chat_template)
-    except jinja2.TemplateError as error:
-        raise CheckpointError(
-            f"The chat template beside {tokenizer.source} is not valid Jinja: {error}."
-        ) from error
-    try:
-        return template.render(**tokenizer.template_tokens, **variables)
-    except (
-        jinja2.TemplateError,
-        ArithmeticError,
-        AttributeError,
-        LookupError,
-        RecursionError,
-        TypeError,
-        ValueError,
-    ) as error:
-        # A template is a program over the caller's data: its complaints are about that data.
-        complaint = str(error).rstrip(".")
-        raise InputError(f"The chat template cannot render these messages: {complaint}.") from error
-
-
-@functools.lru_cache(maxsize=8)
-def _compile(source: str) -> jinja2.Template:
-    """The sandbox and the settings with which chat templates are written to run."""
-    import json
-
-    from jinja2.exceptions import TemplateError
-    from jinja2.ext import loopcontrols
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    def raise_exception(message: str) -> None:
-        raise TemplateError(message)
-
-    def now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    dump: Callable[..., str] = functools.partial(json.dumps, ensure_ascii=False)
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = dump
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = now
-    return environment.from_string(source)

@@ -135,7 +135,12 @@ class ImageProcessor:
                 f"the model has places for {self.places}; crop it or give it fewer image tokens."
             )
         if image.size != (width, height):
-            image = image.resize((width, height), Image.Resampling.BICUBIC)
+            try:
+                image = image.resize((width, height), Image.Resampling.BICUBIC)
+            except (MemoryError, ValueError, OSError) as error:
+                raise InputError(
+                    f"{picture.name} is too long and narrow to be scaled: crop it."
+                ) from error
         pixels = np.asarray(image).reshape(rows, patch, columns, patch, 3)
         return PreparedImage(
             name=picture.name,

@@ -260,6 +260,7 @@ class _Reader:
         if not isinstance(source, PreparedImage):
             picture = open_picture(source, self._access)
             source = processor.prepare(picture, self._image_tokens)
+            self._access.hold(source.values.nbytes)
         elif source.values.shape[1] != 3 * processor.patch_size**2:
             raise InputError(f"{source.name} was prepared for another model: give the picture.")
         self.media.append(Medium.of(source))

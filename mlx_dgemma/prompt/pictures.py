@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import math
+import struct
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +27,14 @@ from PIL import Image, UnidentifiedImageError
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.download import MAX_BYTES, MAX_SECONDS, Resolver, any_address, fetch
 
-MAX_PIXELS = 89_478_485  # a quarter of a gigabyte of RGB, where Pillow begins to warn
+MAX_PIXELS = 50_000_000  # of any picture
+_MEMORY = 200 << 20  # bytes that reading one picture may take
+# Bytes of a pixel: as Pillow keeps it, and in the decoder beside that, as measured.
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "LA": 4, "PA": 4}
+_DECODER_BYTES = {"WEBP": 12, "AVIF": 8, "JPEG2000": 20}
+_PROGRESSIVE_BYTES = 6  # the coefficients of a whole JPEG
+_ICON_SIDE = 1024
+_STRIP = 1 << 20  # pixels that are laid over white at a time
 # Formats that are pictures and nothing else: no documents, no programs that draw.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO",
            "HEIF")  # fmt: skip
@@ -49,12 +58,17 @@ _decoding = threading.Lock()
 
 @dataclass(frozen=True)
 class Access:
-    """Where pictures may come from. files: paths of this machine. resolve: hosts of URLs."""
+    """Where pictures may come from.
+
+    files: paths of this machine. resolve: hosts of URLs. hold: called with the bytes that every
+    prepared picture keeps until its request is over; what it raises ends the request.
+    """
 
     files: bool = True
     resolve: Resolver = any_address
     max_bytes: int = MAX_BYTES
     seconds: float = MAX_SECONDS
+    hold: Callable[[int], None] = lambda _: None
 
 
 LOCAL = Access()
@@ -140,6 +154,7 @@ def decoding(name: str) -> Iterator[None]:
     """Turns whatever a decoder says of damaged data into one sentence."""
     with _decoding, warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        warnings.simplefilter("error", Image.DecompressionBombWarning)
         try:
             yield
         except InputError:
@@ -149,7 +164,7 @@ def decoding(name: str) -> Iterator[None]:
                 f"{name} is not an image that can be read: give PNG, JPEG, WebP, GIF, BMP, TIFF "
                 "or AVIF."
             ) from None
-        except Image.DecompressionBombError:
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
             raise too_large(name) from None
         except Exception as error:  # decoders of strangers' bytes raise whatever comes
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
@@ -159,8 +174,8 @@ def decoding(name: str) -> Iterator[None]:
 def too_large(name: str, size: tuple[int, int] | None = None) -> InputError:
     found = "" if size is None else f" {size[0]}x{size[1]} pixels,"
     return InputError(
-        f"{name} has{found} more than the {MAX_PIXELS / 1e6:.0f} million pixels that are read: "
-        "scale it down."
+        f"{name} has{found} more than the {MAX_PIXELS // 10**6} million pixels or the "
+        f"{_MEMORY >> 20} MB of memory that a picture may take: scale it down."
     )
 
 
@@ -174,6 +189,14 @@ def open_image(content: bytes | Path, name: str) -> Image.Image:
         image = Image.open(file, formats=readable)
     except PermissionError:
         raise InputError(f"{name} cannot be read: permission denied.") from None
+    if image.format == "ICO":
+        _check_icon(image, name)
+    if image.info.get("progressive") and image.width * image.height > MAX_PIXELS // 2:
+        raise too_large(name, image.size)
+    if image.format in ("JPEG", "MPO") and _cost(image) > _MEMORY:
+        # Half, a quarter or an eighth of the size, which the decoder gives for less memory.
+        shrink = math.sqrt(_cost(image) / _MEMORY)
+        image.draft("RGB", (int(image.width / shrink / 2), int(image.height / shrink / 2)))
     _check_size(image, name)
     return image
 
@@ -202,8 +225,30 @@ def _check_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width < 1 or height < 1:
         raise InputError(f"{name} has no pixels: it is {width}x{height}.")
-    if width * height > MAX_PIXELS:
+    if width * height > MAX_PIXELS or _cost(image) > _MEMORY:
         raise too_large(name, image.size)
+
+
+def _cost(image: Image.Image) -> int:
+    """Bytes that reading an image and bringing it to upright RGB takes."""
+    each = _MODE_BYTES.get(image.mode, 4) + _DECODER_BYTES.get(image.format or "", 0)
+    if image.info.get("progressive"):
+        each += _PROGRESSIVE_BYTES  # whatever size is asked of the decoder
+    if image.mode != "RGB":
+        each += 4
+    if image.format in ("JPEG", "MPO") and _turn(image) is not None:
+        each += 4
+    return image.width * image.height * each
+
+
+def _check_icon(image: Any, name: str) -> None:
+    """An icon's pictures have sizes of their own, beside those in its list."""
+    for entry in image.ico.entry:
+        image.ico.buf.seek(entry.offset)
+        head = image.ico.buf.read(24)
+        size = struct.unpack(">II", head[16:24]) if head[:4] == b"\x89PNG" else (0, 0)
+        if max(size) > _ICON_SIDE:
+            raise too_large(name, size)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:
@@ -215,24 +260,40 @@ def to_rgb(image: Image.Image, name: str) -> Image.Image:
     image = _upright(image)
     if image.mode.startswith("I;16") or deep_png:
         # The high byte, as Pillow itself reads 16-bit RGB.
-        image = Image.fromarray((np.array(image).astype(np.uint32) >> 8).astype(np.uint8))
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     if image.mode not in _COLOURS:
         raise InputError(
             f"{name} has the colour space {image.mode}, which is not supported: save it as RGB "
             "with 8 bits per channel."
         )
     if "A" in image.getbands() or image.info.get("transparency") is not None:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, image)
-    return image.convert("RGB")
+        return _over_white(image)
+    if image.mode == "RGB" and not getattr(image, "is_animated", False):
+        return image
+    return image.convert("RGB")  # a copy of this frame
+
+
+def _over_white(image: Image.Image) -> Image.Image:
+    """A transparent image over white, some rows at a time: it takes no second copy."""
+    whole = Image.new("RGB", image.size)
+    rows = max(1, _STRIP // image.width)
+    for top in range(0, image.height, rows):
+        part = image.crop((0, top, image.width, min(top + rows, image.height))).convert("RGBA")
+        white = Image.new("RGBA", part.size, (255, 255, 255, 255))
+        whole.paste(Image.alpha_composite(white, part).convert("RGB"), (0, top))
+    return whole
+
+
+def _turn(image: Image.Image) -> Image.Transpose | None:
+    """How the image is made upright, where its EXIF says so."""
+    try:
+        return _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:  # damaged EXIF says nothing about the pixels
+        return None
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    try:
-        turn = _UPRIGHT.get(image.getexif().get(_ORIENTATION, 1))
-    except Exception:  # damaged EXIF says nothing about the pixels
-        return image
+    turn = _turn(image)
     return image if turn is None else image.transpose(turn)
 
 

@@ -6,13 +6,15 @@ characters unless the caller asks for `special=True`, which only trusted text ma
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_dgemma.errors import CheckpointError, DGemmaError
+from mlx_dgemma.errors import CheckpointError, DGemmaError, InputError
 from mlx_dgemma.files import read_json, read_text
 from mlx_dgemma.model.section import Section
 from mlx_dgemma.untrusted_json import printable
@@ -44,6 +46,8 @@ SPELLINGS = {
     "video": "<|video|>",
 }
 _BYTE_TOKEN = re.compile(r"<0x[0-9A-F]{2}>")
+_PIECE = 1 << 16  # characters that are encoded at a time
+_LONGEST_PIECE = 1 << 19  # where no place to cut is found sooner
 _REPLACEMENT = "\ufffd"
 # The real file has 32 MB.
 _MOST_BYTES = 128 << 20
@@ -57,6 +61,7 @@ class Tokenizer:
     stop_ids: ids that end a reply.
     ids: control token name ("sot", "eot", ...) -> id, for those this tokenizer has.
     control_ids: every id that no ordinary text can encode to.
+    longest: characters of the longest token that a text can encode to.
     chat_template: Jinja source, or None when the checkpoint brings none.
     template_tokens: the token strings a chat template may name, such as `bos_token`.
     """
@@ -98,9 +103,10 @@ class Tokenizer:
         longest_first = sorted(self._by_spelling, key=len, reverse=True)
         # A pattern that never matches stands in for a tokenizer without control tokens.
         self._spelling = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
-        self._byte_ids = frozenset(
-            id_ for token, id_ in backend.get_vocab().items() if _BYTE_TOKEN.fullmatch(token)
-        )
+        vocabulary = backend.get_vocab().items()
+        self._byte_ids = frozenset(id_ for token, id_ in vocabulary if _BYTE_TOKEN.fullmatch(token))
+        ordinary_lengths = (len(token) for token, id_ in vocabulary if id_ not in added)
+        self.longest = max(ordinary_lengths, default=1)
 
     def __len__(self) -> int:
         return self._backend.get_vocab_size()
@@ -120,12 +126,53 @@ class Tokenizer:
         special: read spelled control tokens as such. Only for text that no user wrote.
         """
         text = _well_formed(text)
-        if not special:
-            return self._backend.encode(text, add_special_tokens=False).ids
         ids: list[int] = []
+        if not special:
+            for piece in self._pieces(text):
+                # Of the library's ways to encode, the one for batches leaves other threads running.
+                (encoding,) = self._backend.encode_batch_fast([piece], add_special_tokens=False)
+                ids += encoding.ids
+            return ids
         for trusted, piece in self.split_control(text):
             ids += [self._by_spelling[piece]] if trusted else self.encode(piece)
         return ids
+
+    @cached_property
+    def _neighbours(self) -> frozenset[str]:
+        """Every two characters that stand side by side in some token."""
+        tokens = self._backend.get_vocab().items()
+        return frozenset(
+            token[i : i + 2]
+            for token, id_ in tokens
+            if id_ not in self.control_ids
+            for i in range(len(token) - 1)
+        )
+
+    def _pieces(self, text: str) -> Iterator[str]:
+        """A long text in pieces that encode, one after the other, as the whole does.
+
+        Byte-pair merges join neighbours: between two characters that are neighbours in no token
+        nothing can ever be joined. Encoding takes a hundred times a text's size, so that pieces
+        bound the memory. InputError for a text that cannot be cut.
+        """
+        start = 0
+        while len(text) - start > _PIECE:
+            near = start + _PIECE
+            places = itertools.chain(
+                range(near, start, -1), range(near + 1, min(start + _LONGEST_PIECE, len(text)))
+            )
+            end = next((place for place in places if self._may_cut(text, place)), len(text))
+            if end - start > _LONGEST_PIECE:
+                raise InputError(
+                    f"The text has {_LONGEST_PIECE} characters that can only be read as one word: "
+                    "put other text between them."
+                )
+            yield text[start:end]
+            start = end
+        yield text[start:]
+
+    def _may_cut(self, text: str, place: int) -> bool:
+        return text[place - 1 : place + 1].replace(" ", "\u2581") not in self._neighbours
 
     def split_control(self, text: str) -> list[tuple[bool, str]]:
         """`text` cut into (is a control token's spelling, piece), empty pieces left out."""

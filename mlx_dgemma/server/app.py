@@ -18,11 +18,12 @@ from starlette.applications import Starlette
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.server.addresses import KnownHosts, SingleSlashes
+from mlx_dgemma.server.bodies import Bodies
 from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, messages
 from mlx_dgemma.server.endpoints.openai_chat import chat_completions
 from mlx_dgemma.server.endpoints.openai_completions import completions
@@ -36,6 +37,7 @@ from mlx_dgemma.server.replies import new_id
 from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
 from mlx_dgemma.server.sse import EventStream
 from mlx_dgemma.server.stored import StoredResponses
+from mlx_dgemma.server.wire import JsonResponse
 
 _PAGE = Path(__file__).parent / "page"
 PAGE = {"/": "index.html"} | {
@@ -44,26 +46,28 @@ PAGE = {"/": "index.html"} | {
     if path.suffix in (".js", ".css")
 }
 log = logging.getLogger("mlx_dgemma.server")
-_PATIENCE = 4  # how many times the limit a client may send before it is cut off
 Handler = Callable[[Engine, Fields, Request], Awaitable[Any]]
 
 
 def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starlette:
-    """An application that owns `runtime` and closes it when it shuts down."""
+    """An application that owns `runtime` and closes it when it shuts down.
+
+    `app.state.stop()`, called on its event loop, ends every request within a denoising step.
+    """
     settings = settings or ServerSettings()
     metrics = Metrics()
     engine = Engine(runtime, settings, metrics)
     created = int(time.time())
 
     async def health(_: Request) -> Response:
-        return JSONResponse({"status": "ok", "model": settings.model_name, "version": __version__})
+        return JsonResponse({"status": "ok", "model": settings.model_name, "version": __version__})
 
     async def no_icon(_: Request) -> Response:
         return Response(status_code=204)
 
     async def models(_: Request) -> Response:
         names = (settings.model_name, *settings.aliases)
-        return JSONResponse(
+        return JsonResponse(
             {
                 "object": "list",
                 "data": [_model_card(engine, name, created) for name in names],
@@ -78,12 +82,13 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         name = request.path_params["name"]
         if not settings.serves(name):
             raise ApiError(404, f"This server has no model {name!r}.", code="model_not_found")
-        return JSONResponse(_model_card(engine, name, created))
+        return JsonResponse(_model_card(engine, name, created))
 
     async def render_metrics(_: Request) -> Response:
-        return PlainTextResponse(metrics.render(engine.admitted), media_type="text/plain")
+        return PlainTextResponse(metrics.render(engine.door.admitted), media_type="text/plain")
 
-    guard = _Guard(engine)
+    bodies = Bodies(settings.max_body_bytes)
+    guard = _Guard(engine, bodies)
     routes = [
         *(Route(path, guard(_page(name), open_to_all=True)) for path, name in PAGE.items()),
         Route("/favicon.ico", guard(no_icon, open_to_all=True)),
@@ -102,14 +107,21 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
     @contextlib.asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
+        stop()
         await asyncio.to_thread(engine.close)
 
-    return Starlette(
+    def stop() -> None:
+        engine.stop()
+        bodies.close()
+
+    app = Starlette(
         routes=routes,
         middleware=_middleware(settings),
         exception_handlers={404: _no_such_route, 405: _no_such_route},
         lifespan=lifespan,
     )
+    app.state.stop = stop
+    return app
 
 
 def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
@@ -179,8 +191,9 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 class _Guard:
     """Wraps endpoints: key, content type, body size, errors, metrics and the log."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, bodies: Bodies) -> None:
         self._engine = engine
+        self._bodies = bodies
 
     def __call__(
         self, endpoint: Callable[[Request], Awaitable[Any]], *, open_to_all: bool = False
@@ -211,13 +224,24 @@ class _Guard:
         return guarded
 
     def json(self, handler: Handler) -> Callable[[Request], Awaitable[Any]]:
-        """An endpoint that takes a JSON object."""
+        """An endpoint that takes a JSON object; it has a place from before its body is read."""
 
         async def endpoint(request: Request) -> Any:
-            body = await self._read_json(request)
-            if self._engine.settings.log_prompts:
-                log.info(json.dumps({"event": "body", "path": request.url.path, "body": body}))
-            return await handler(self._engine, Fields(body), request)
+            place = self._engine.door.admit()
+            request.state.place = place
+            try:
+                body = await self._bodies.read(request, place)
+                if self._engine.settings.log_prompts:
+                    log.info(json.dumps({"event": "body", "path": request.url.path, "body": body}))
+                response = await handler(self._engine, Fields(body, hold=place.hold), request)
+            except BaseException:
+                place.release()
+                raise
+            if isinstance(response, EventStream):
+                response.when_over(place.release)
+            else:
+                place.release()
+            return response
 
         return self(endpoint)
 
@@ -229,27 +253,6 @@ class _Guard:
         given = token if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
         if not hmac.compare_digest(given.encode(), key.encode()):
             raise ApiError(401, "The API key is missing or wrong.", code="invalid_api_key")
-
-    async def _read_json(self, request: Request) -> Any:
-        # A browser sends this type to another origin only after asking, and CORS says no.
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
-            raise ApiError(415, "The content type must be application/json.")
-        limit = self._engine.settings.max_body_bytes
-        received, size = bytearray(), 0
-        async for piece in request.stream():
-            size += len(piece)
-            if size <= limit:
-                received += piece
-            elif size > _PATIENCE * limit:
-                break
-        if size > limit:
-            # Read, though not kept: a client still sending would see a reset and no answer.
-            raise ApiError(413, f"The body is larger than {limit} bytes.")
-        try:
-            return json.loads(received, parse_constant=_no_constant)
-        except (ValueError, RecursionError) as error:
-            raise ApiError(400, f"The body is not valid JSON: {error}.") from error
 
     def _note(self, request: Request, identity: str, status: int, started: float) -> None:
         seconds = time.perf_counter() - started
@@ -267,7 +270,7 @@ class _Guard:
         log.info(json.dumps(entry))
 
 
-def _error(request: Request, error: ApiError) -> JSONResponse:
+def _error(request: Request, error: ApiError) -> JsonResponse:
     status = error.status
     if request.url.path.startswith("/v1/messages"):
         body = error.anthropic()
@@ -277,8 +280,4 @@ def _error(request: Request, error: ApiError) -> JSONResponse:
         body = error.system_one()
     else:
         body = error.openai()
-    return JSONResponse(body, status_code=status, headers=error.headers)
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a JSON value")
+    return JsonResponse(body, status_code=status, headers=error.headers)

@@ -35,6 +35,7 @@ from mlx_dgemma.infilling import Infill, infill_turns
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.admission import Door, shutting_down
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
 from mlx_dgemma.server.settings import ServerSettings
@@ -101,8 +102,12 @@ class Engine:
         self.settings = settings
         self.metrics = metrics
         self.tokenizer = runtime.tokenizer
+        self.door = Door(
+            settings.max_concurrent + settings.max_waiting,
+            settings.max_concurrent,
+            max(settings.max_request_memory, 6 * settings.max_body_bytes),
+        )
         self._places = asyncio.Semaphore(settings.max_concurrent)
-        self._admitted = 0
         self._cancels: set[threading.Event] = set()
         disk = None
         if settings.prompt_cache_dir is not None:
@@ -118,28 +123,6 @@ class Engine:
         config = self.runtime.model.config
         room: int = config.text.max_position_embeddings - config.canvas_length
         return min(room, self.settings.max_prompt_tokens or room)
-
-    @property
-    def admitted(self) -> int:
-        """Requests in a place or waiting for one."""
-        return self._admitted
-
-    def admit(self, count: int) -> Callable[[], None]:
-        """Reserves room for `count` replies; 429 when there is none. Returns what frees it."""
-        limit = self.settings.max_concurrent + self.settings.max_waiting
-        if self._admitted + count > limit:
-            raise ApiError(
-                429,
-                f"{self._admitted} requests are waiting already; try again in a moment.",
-                code="queue_full",
-                retry_after=min(60, 1 + self._admitted // self.settings.max_concurrent),
-            )
-        self._admitted += count
-
-        def release() -> None:
-            self._admitted -= count
-
-        return release
 
     async def run(self, call: Call) -> AsyncGenerator[Draft | Commit | Ended, None]:
         """The events of one call. Leaving the generator cancels it within a denoising step."""
@@ -166,6 +149,8 @@ class Engine:
                     cached = 0 if context is None else context.cached_tokens
                     self.metrics.finished(event, cached)
                     timed_out = event.reason == "cancelled" and time.monotonic() >= deadline
+                    if event.reason == "cancelled" and self.door.closing:
+                        raise shutting_down()
                     yield Ended(event, cached, timed_out)
                 else:
                     yield event
@@ -190,14 +175,23 @@ class Engine:
                 async for turn in turns:
                     result = turn
         except CancelledError:
+            self.door.check_open()
             raise ApiError(503, "The request ran out of time; try again later.") from None
         assert isinstance(result, Infill)
         return result
 
-    async def decide(self, state: Any, questions: Mapping[str, Question], orders: int) -> Decision:
-        """Answers to questions about a state, from single decoder passes."""
+    async def decide(
+        self,
+        state: Any,
+        questions: Mapping[str, Question],
+        orders: int,
+        hold: Callable[[int], None],
+    ) -> Decision:
+        """Answers to questions about a state, from single decoder passes. hold: counts the memory
+        of its images."""
         deadline = time.monotonic() + self.settings.max_seconds
-        access, context = self.settings.image_access, self._prefixes.lease(whole=True)
+        access = replace(self.settings.image_access, hold=hold)
+        context = self._prefixes.lease(whole=True)
         # Texts are encoded and images fetched on a thread that holds up no reply.
         turns = await asyncio.to_thread(
             lambda: decide_turns(
@@ -220,6 +214,7 @@ class Engine:
             async for step in arrived:
                 result = step
         if not isinstance(result, Decision):
+            self.door.check_open()
             raise ApiError(503, "The request ran out of time; try again later.")
         return result
 
@@ -234,20 +229,27 @@ class Engine:
                 503, "The request waited too long for its turn; try again later.", retry_after=30
             ) from None
         try:
+            self.door.check_open()
             yield
         finally:
             self._places.release()
 
     def report(self, error: BaseException) -> None:
         """Logs a bug with its traceback; a client's own mistakes stay out of the log."""
-        if as_api_error(error).status >= 500:
+        if not isinstance(error, ApiError) and as_api_error(error).status >= 500:
             log.error("a request failed", exc_info=error)
 
-    def close(self) -> None:
-        """Ends every request after its current denoising step, keeps the contexts that are to be
-        kept, and closes the runtime. Blocks."""
-        for cancel in list(self._cancels):
+    def stop(self) -> None:
+        """Takes no more requests and ends every one there is, after its current denoising step,
+        with 503. On the event loop."""
+        self.door.closing = True
+        for cancel in self._cancels:
             cancel.set()
+        for _ in range(self.settings.max_concurrent + self.settings.max_waiting):
+            self._places.release()  # those who wait for a turn wait no longer
+
+    def close(self) -> None:
+        """After `stop`: keeps the contexts that are to be kept, and closes the runtime. Blocks."""
         if self._prefixes.disk is not None:
             written = threading.Event()
 

@@ -22,6 +22,7 @@ _TYPES = {
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
+    408: "timeout_error",
     413: "request_too_large",
     429: "rate_limit_error",
     503: "overloaded_error",
@@ -29,7 +30,10 @@ _TYPES = {
 
 
 class ApiError(Exception):
-    """A request that gets an error object. param: the offending field; code: a stable word."""
+    """A request that gets an error object.
+
+    param: the offending field. code: a stable word. close: the connection cannot be used again.
+    """
 
     def __init__(
         self,
@@ -39,6 +43,7 @@ class ApiError(Exception):
         param: str | None = None,
         code: str | None = None,
         retry_after: int | None = None,
+        close: bool = False,
         location: tuple[str | int, ...] = (),
         anthropic_message: str | None = None,
     ) -> None:
@@ -48,12 +53,14 @@ class ApiError(Exception):
         self.param = param
         self.code = code
         self.retry_after = retry_after
+        self.close = close
         self.location = location
         self._anthropic_message = anthropic_message or message
 
     @property
     def headers(self) -> dict[str, str]:
-        return {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        headers = {} if self.retry_after is None else {"Retry-After": str(self.retry_after)}
+        return {**headers, "Connection": "close"} if self.close else headers
 
     def openai(self) -> dict[str, Any]:
         kind = _TYPES.get(self.status, "server_error" if self.status >= 500 else _TYPES[400])
@@ -89,6 +96,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return ApiError(503, str(error), code="gpu_failed", retry_after=5)
     if isinstance(error, ResourceError):
         return ApiError(503, str(error), retry_after=30)
+    if isinstance(error, MemoryError):
+        return ApiError(503, "The server has too little memory for this request.", retry_after=30)
     if isinstance(error, CheckpointError):
         return ApiError(500, str(error))
     if isinstance(error, DGemmaError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mlx_dgemma.decoding.settings import Setting
@@ -10,13 +10,19 @@ from mlx_dgemma.server.errors import ApiError
 
 
 class Fields:
-    """One object of a request. Fields absent or null give None; `unread` lists the rest."""
+    """One object of a request. Fields absent or null give None; `unread` lists the rest.
 
-    def __init__(self, body: Any, where: str = "") -> None:
+    hold: counts bytes that are kept until the request is over.
+    """
+
+    def __init__(
+        self, body: Any, where: str = "", hold: Callable[[int], None] = lambda _: None
+    ) -> None:
         if not isinstance(body, Mapping):
             name = where or "the body"
             raise ApiError(400, f"{name} must be a JSON object.", param=where or None)
         self.body = body
+        self.hold = hold
         self._where = where
         self._read: set[str] = set()
 

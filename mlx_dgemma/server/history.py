@@ -78,7 +78,7 @@ def _parts(parts: list[Any], message: Message, where: str, warnings: list[str]) 
         elif kind in _THOUGHT_PARTS:
             continue
         elif kind in IMAGE_PARTS and message.get("role") not in ("user", "tool"):
-            warnings.append(f"{where}.content[{j}] is an image of a {message['role']} message")
+            warnings.append(f"{where}.content[{j}] is an image of a {message.get('role')} message")
             read.append({"type": "text", "text": "[an image was left out]"})
         elif kind in _READ_PARTS or not isinstance(kind, str) or "audio" in kind:
             read.append(part)

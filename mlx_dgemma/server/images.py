@@ -7,8 +7,9 @@ behind its router.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +22,7 @@ from mlx_dgemma.server.errors import ApiError
 
 MAX_IMAGES = 64
 # A slow host holds up other images at most, never the text of other requests.
-_readers = ThreadPoolExecutor(4, thread_name_prefix="mlx_dgemma images")
+_readers = ThreadPoolExecutor(2, thread_name_prefix="mlx_dgemma images")
 
 
 def count_images(messages: list[Any]) -> int:
@@ -49,15 +50,19 @@ async def prepare_images(
     messages: list[Any],
     image_tokens: int | None,
     keywords: Mapping[str, Any],
+    hold: Callable[[int], None],
 ) -> PreparedPrompt:
-    """The messages encoded, their images read; keywords: tools and thinking."""
+    """The messages encoded, their images read.
+
+    keywords: tools and thinking. hold: counts the memory of the images.
+    """
     read = partial(
         prepare_prompt,
         engine.runtime.model,
         engine.tokenizer,
         messages,
         image_tokens=image_tokens,
-        access=engine.settings.image_access,
+        access=replace(engine.settings.image_access, hold=hold),
         **keywords,
     )
     try:

@@ -47,7 +47,7 @@ async def answer(
     def events() -> AsyncGenerator[bytes, None]:
         return chunks(engine, asked, head(asked, prefix, chunk_kind), first, write, last)
 
-    return await respond(engine, request, asked, whole=whole, events=events)
+    return await respond(request, asked, whole=whole, events=events)
 
 
 def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:

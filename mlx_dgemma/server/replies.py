@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mlx_dgemma.decoding.events import Commit, Draft
+from mlx_dgemma.server.admission import shutting_down
 from mlx_dgemma.server.engine import Call, Ended, Engine
-from mlx_dgemma.server.errors import ApiError
 
 
 @dataclass
@@ -52,7 +52,7 @@ class Reply:
     @property
     def end(self) -> Ended:
         if self.ended is None:
-            raise ApiError(503, "The server is shutting down; try again in a moment.")
+            raise shutting_down()
         return self.ended
 
     @property
@@ -84,8 +84,6 @@ class Reply:
             found.append("a malformed tool call was returned as content")
         if self.end.timed_out:
             found.append("the server's time limit ended this reply")
-        elif finish.reason == "cancelled":
-            found.append("the server is shutting down; the reply is not complete")
         return found
 
     def facts(self) -> dict[str, Any]:

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
@@ -27,6 +26,7 @@ from mlx_dgemma.server.sse import EventStream, unless_gone
 from mlx_dgemma.server.structured import Wanted, held, read_outputs
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
+from mlx_dgemma.server.wire import JsonResponse
 
 MAX_STOP_STRINGS = 16
 
@@ -115,6 +115,7 @@ async def read_request(
         warnings=warnings,
         source=source,
         image_tokens=image_tokens,
+        hold=fields.hold,
     )
     return Asked(
         model=model,
@@ -128,7 +129,6 @@ async def read_request(
 
 
 async def respond(
-    engine: Engine,
     request: Request,
     asked: Asked,
     *,
@@ -136,10 +136,7 @@ async def respond(
     events: Callable[[], AsyncGenerator[bytes, None]],
 ) -> Any:
     """The answer in one piece or as a stream; 429 when there is no room for it."""
-    release = engine.admit(len(asked.calls))
+    request.state.place.widen(len(asked.calls))
     if asked.stream:
-        return EventStream(events(), release)
-    try:
-        return JSONResponse(await unless_gone(request, whole()))
-    finally:
-        release()
+        return EventStream(events())
+    return JsonResponse(await unless_gone(request, whole()))

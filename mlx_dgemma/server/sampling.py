@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
 from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings, settings_by_name
 from mlx_dgemma.prompt import encode_messages
+from mlx_dgemma.prompt.media import PreparedPrompt
+from mlx_dgemma.prompt.messages import IMAGE_PARTS
 from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
@@ -112,17 +114,47 @@ async def make_call(
     warnings: tuple[str, ...],
     source: Source | None = None,
     image_tokens: int | None = None,
+    hold: Callable[[int], None],
 ) -> Call:
     """A chat call, encoded once here so that a bad request fails before it waits."""
     keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
-    prompt: Any = messages
+    check_length(engine, [messages, tools], "messages")
     if count_images(messages):
-        prompt = await prepare_images(engine, messages, image_tokens, keywords)
+        prompt = await prepare_images(engine, messages, image_tokens, keywords, hold)
         ids = prompt.ids
     else:
         ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
+        prompt = PreparedPrompt(ids)
     check_room(engine, ids, "messages")
     return Call(prompt, ids, {**options, **keywords, "seed": seed}, drafts, warnings, source)
+
+
+def check_length(engine: Engine, value: Any, param: str) -> None:
+    """Refuses text that cannot fit, however well it encodes, before it is encoded."""
+    most = engine.room * engine.tokenizer.longest
+    if _characters(value, most) > most:
+        raise ApiError(
+            400,
+            f"The prompt has more than {most} characters; this server takes at most "
+            f"{engine.room} tokens.",
+            param=param,
+            code="context_length_exceeded",
+        )
+
+
+def _characters(value: Any, most: int) -> int:
+    """Characters of all texts of a prompt, images apart; counted until there are too many."""
+    count, waiting = 0, [value]
+    while waiting and count <= most:
+        one = waiting.pop()
+        if isinstance(one, str):
+            count += len(one)
+        elif isinstance(one, Mapping):
+            seen = one.get("type") in IMAGE_PARTS
+            waiting += () if seen else one.values()
+        elif isinstance(one, list):
+            waiting += one
+    return count
 
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:

@@ -25,7 +25,8 @@ class ServerSettings:
         host.docker.internal.
     model_name: what /v1/models calls the model. aliases: other names it is served by. any_model:
         whether it answers to every name. cors_origins: pages of other origins that may
-        use the server; none by default. max_body_bytes: of a request.
+        use the server; none by default. max_body_bytes: of a request. max_request_memory:
+        bytes of the bodies and images of all requests together.
     max_prompt_tokens: None is the context less one canvas. max_output_tokens: larger requests
         are cut to it, with a warning. max_choices: the largest `n`.
     max_concurrent: requests that take turns on the model. max_waiting: requests that may wait
@@ -47,7 +48,8 @@ class ServerSettings:
     aliases: tuple[str, ...] = ()
     any_model: bool = False
     cors_origins: tuple[str, ...] = ()
-    max_body_bytes: int = 32 << 20
+    max_body_bytes: int = 16 << 20
+    max_request_memory: int = 128 << 20
     max_prompt_tokens: int | None = None
     max_output_tokens: int = 8192
     max_choices: int = 8
@@ -74,7 +76,8 @@ class ServerSettings:
                 f"max_prompt_tokens={self.max_prompt_tokens} is not possible: use at least 1, or "
                 "leave it out."
             )
-        for name in ("max_body_bytes", "max_output_tokens", "max_choices", "max_concurrent"):
+        counts = ("max_output_tokens", "max_choices", "max_concurrent")
+        for name in ("max_body_bytes", "max_request_memory", *counts):
             if getattr(self, name) < 1:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use at least 1.")
         for name in ("max_waiting", "prefix_cache_bytes", "prompt_cache_dir_bytes"):

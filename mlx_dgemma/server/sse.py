@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from typing import Any, TypeVar
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Message, Receive, Scope, Send
+
+from mlx_dgemma.server.wire import encode
 
 T = TypeVar("T")
 # Proxies and clients give up on silent connections; a comment line is no event.
@@ -20,23 +21,17 @@ HEARTBEAT = b": still here\n\n"
 def data(value: Any, event: str | None = None) -> bytes:
     """One event in wire form."""
     head = f"event: {event}\n" if event else ""
-    return f"{head}data: {json.dumps(value, ensure_ascii=False)}\n\n".encode()
+    return b"%sdata: %s\n\n" % (head.encode(), encode(value))
 
 
 class EventStream:
-    """An ASGI response that sends `events`.
-
-    release: called once when the stream is over, however it ended.
-    """
+    """An ASGI response that sends `events`."""
 
     def __init__(
-        self,
-        events: AsyncGenerator[bytes, None],
-        release: Callable[[], None],
-        headers: dict[str, str] | None = None,
+        self, events: AsyncGenerator[bytes, None], headers: dict[str, str] | None = None
     ) -> None:
         self._events = events
-        self._endings = [release]
+        self._endings: list[Callable[[], None]] = []
         self.headers = {
             "content-type": "text/event-stream; charset=utf-8",
             "cache-control": "no-cache",
@@ -45,7 +40,7 @@ class EventStream:
         }
 
     def when_over(self, ending: Callable[[], None]) -> None:
-        """Adds something to call when the stream is over."""
+        """Adds something to call once when the stream is over, however it ended."""
         self._endings.append(ending)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

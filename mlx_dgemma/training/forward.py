@@ -101,7 +101,7 @@ def _encode_layer(
 ) -> tuple[mx.array, mx.array, mx.array]:
     queries, keys, values = _heads(layer, x, (cosine, sine))
     mixed = _attend(layer, queries, keys, values, mask)
-    return layer.feed_forward(layer.after_attention(x, mixed)) * scalar, keys, values
+    return layer.feed_forward(x, mixed, scalar), keys, values
 
 
 def _decode_layer(
@@ -117,7 +117,7 @@ def _decode_layer(
     keys = mx.concatenate([context_keys, keys], axis=2)
     values = mx.concatenate([context_values, values], axis=2)
     mixed = _attend(layer, queries, keys, values, mask)
-    return layer.feed_forward(layer.after_attention(x, mixed)) * layer.layer_scalar
+    return layer.feed_forward(x, mixed, layer.layer_scalar)
 
 
 def _heads(layer: Layer, x: mx.array, rope: Table) -> tuple[mx.array, mx.array, mx.array]:

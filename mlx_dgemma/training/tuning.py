@@ -20,7 +20,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.kernels.moe import twin as obvious_moe
+from mlx_dgemma.kernels.moe import combine_twin
+from mlx_dgemma.kernels.moe import twin as expert_rows
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.experts import Experts
 from mlx_dgemma.model.layers import Weights
@@ -131,7 +132,8 @@ class LoRAExperts(nn.Module):
 
     def __call__(self, x: mx.array, routing: kernels.Routing) -> mx.array:
         """x [T, H] -> [T, H] in the same dtype."""
-        return obvious_moe(x, routing, self.gate_up_proj, self.down_proj)
+        rows = expert_rows(x, routing, self.gate_up_proj, self.down_proj).astype(x.dtype)
+        return combine_twin(rows, routing.places, routing.weights)
 
 
 class ExpertDelta(nn.Module):

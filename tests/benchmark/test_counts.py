@@ -8,13 +8,18 @@ from pathlib import Path
 
 import pytest
 
+from mlx_dgemma.benchmark import graph
 from mlx_dgemma.benchmark.chips import CHIPS, known
 from mlx_dgemma.benchmark.costs import floor_seconds, prefill_costs, step_costs, total
 from mlx_dgemma.benchmark.graph import count_step
 from mlx_dgemma.benchmark.synthetic import synthetic_config
 from mlx_dgemma.cli.benchmark import main
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels import dispatch, verdicts
+from mlx_dgemma.kernels.table import operations
+from mlx_dgemma.kernels.verdicts import Verdict
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.kernel_shapes import kernel_shapes
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +75,35 @@ def test_fused_operations_need_fewer_launches() -> None:
     # nothing as long as the vocabulary but the raw logits: no softmax over it, no random numbers
     assert "logsumexp" in written["by_primitive"]
     assert "logsumexp" not in fused["by_primitive"]
+    assert counted["here"]["launches"] == counted["twins"]["launches"]  # no Metal device
     json.dumps(counted)
+
+
+def test_a_step_of_the_published_shapes_has_under_800_launches() -> None:
+    assert (
+        count_step(ModelConfig.from_dict(synthetic_config("26b-4bit")))["kernels"]["launches"] < 800
+    )
+
+
+def test_what_runs_here_follows_the_verdicts(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig.from_dict(synthetic_config("26b-4bit"))
+    assert graph.enabled_here(config) == set()  # no Metal device
+    monkeypatch.setattr(dispatch, "available", lambda: True)
+    assert graph.enabled_here(config) == set(), "nothing is checked yet"
+    every = {
+        verdicts.verdict_key(one.operation, dispatch.shape_class(one.shape)): Verdict(True, "wins")
+        for one in kernel_shapes(config)
+    }
+    monkeypatch.setattr(verdicts, "remembered", lambda: every)
+    assert graph.enabled_here(config) == set(operations())
+    lost = {
+        key: Verdict(False, "no gain") if "| moe " in key and "tokens=256" in key else verdict
+        for key, verdict in every.items()
+    }
+    monkeypatch.setattr(verdicts, "remembered", lambda: lost)
+    assert graph.enabled_here(config) == set(operations()) - {"moe"}
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "off")
+    assert graph.enabled_here(config) == set()
 
 
 def test_the_notes_say_what_the_command_counts(capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ import jsonschema
 import numpy as np
 import pytest
 
-from mlx_dgemma import Constraint, DGemmaError, Runtime, load, stream_generate
+from mlx_dgemma import Constraint, DGemmaError, Runtime, load, replay, stream_generate
 from mlx_dgemma.cli.generate import main
 from mlx_dgemma.decoding.events import Draft, Finish
 from mlx_dgemma.prompt import Tokenizer
@@ -96,6 +96,14 @@ def test_max_tokens_is_kept_where_a_text_fits_and_reported_where_none_does(
     )
     assert finish.reason == "length"
     assert re.fullmatch(r"\d{1,39}", text)
+
+
+def test_a_trace_holds_its_constraint(demo: tuple[Any, Tokenizer], tmp_path: Path) -> None:
+    path = tmp_path / "trace.json"
+    constraint = Constraint.regex("[0-9]{4}")
+    text, _ = reply(demo, "Count.", seed=3, constraint=constraint, trace=path)
+    again = replay(*demo, path)
+    assert (again.text, again.divergence) == (text, None)
 
 
 def test_a_runtime_takes_a_constraint_and_a_bad_one_is_one_sentence() -> None:

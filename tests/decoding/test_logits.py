@@ -39,7 +39,7 @@ def table() -> mx.array:
 @pytest.mark.parametrize("length", [5, ROW_BLOCK // 2 + 3])
 def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, length):
     network = model(table, bits)
-    hidden = mx.random.normal((2, length, HIDDEN), key=mx.random.key(length)) * 2
+    hidden = mx.random.normal((2 * length, HIDDEN), key=mx.random.key(length)) * 2
     uniforms = mx.random.uniform(shape=(2 * length, 2), key=mx.random.key(9))
     kinds = (WholeLogits, SlicedLogits, ExponentialLogits)
     ways = [kind(network, hidden, BANNED) for kind in kinds]
@@ -52,7 +52,7 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
     tempered = SOFTCAP * np.tanh(raw / SOFTCAP) / NOW
     p = np.exp(tempered - tempered.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
-    expected = (p @ rows * HIDDEN**0.5).reshape(2, length, HIDDEN)
+    expected = p @ rows * HIDDEN**0.5
     entropy = -(p * np.log(np.maximum(p, 1e-300))).sum(axis=1)
 
     for found, signal in zip(stats, signals, strict=True):
@@ -60,6 +60,17 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
         np.testing.assert_array_equal(np.array(found.argmax), raw.argmax(axis=1))
         np.testing.assert_array_equal(np.array(found.sample), np.array(stats[0].sample))
         np.testing.assert_allclose(signal, expected, atol=2e-5 * np.abs(expected).max())
+    some = np.array([0, 3, 2 * length - 1])
+    for way, found, signal in zip(ways, stats, signals, strict=True):
+        part = np.array(way.signal(found, mx.full((2 * length,), NOW), some))
+        np.testing.assert_allclose(part, signal[some], atol=2e-6 * np.abs(expected).max())
+        ids = np.arange(2 * length) + 10  # none of them banned
+        expected_at = raw[np.arange(2 * length), ids]
+        np.testing.assert_allclose(np.array(way.at(mx.array(ids))), expected_at, atol=1e-2)
+        capped = SOFTCAP * np.tanh(raw / SOFTCAP)
+        np.testing.assert_allclose(
+            np.array(way.log_z()), np.log(np.exp(capped - 30).sum(axis=1)) + 30, atol=1e-4
+        )
 
 
 @pytest.mark.parametrize(
@@ -75,6 +86,6 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
 )
 def test_the_way_that_suits(monkeypatch, table, dtype, metal, options, kind):
     monkeypatch.setattr(dispatch, "available", lambda: metal)
-    hidden = mx.zeros((1, 2, HIDDEN), dtype)
+    hidden = mx.zeros((2, HIDDEN), dtype)
     made = make_logits(model(table.astype(dtype)), hidden, BANNED, DecodingSettings(**options))
     assert type(made) is kind

@@ -6,18 +6,20 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
+import numpy as np
 from msl.emulator import Launched
 from msl.wrapper import Body
 
 from mlx_dgemma.kernels import Matrix, choose_experts
 from mlx_dgemma.kernels.accept import metal as accept
 from mlx_dgemma.kernels.attention import metal as attention
-from mlx_dgemma.kernels.moe import ROW_TILES
+from mlx_dgemma.kernels.moe import ROW_TILES, combine_metal
 from mlx_dgemma.kernels.moe import metal as moe
 from mlx_dgemma.kernels.qkv import metal as normed_heads
+from mlx_dgemma.kernels.residual import BranchNorms, Norms, attended_metal, branches_metal
 from mlx_dgemma.kernels.router import metal as router
 from mlx_dgemma.kernels.row_statistics import metal as row_statistics
-from mlx_dgemma.kernels.soft_embeddings import Survivors, gather_metal, survivors_metal
+from mlx_dgemma.kernels.sparse_embeddings import Survivors, gather_metal, survivors_metal
 
 DTYPES = [mx.float32, mx.float16, mx.bfloat16]
 
@@ -76,7 +78,7 @@ def _vocabulary_operations(dtype: mx.Dtype) -> None:
                 mx.zeros((rows,), mx.int32),
                 None,
             )
-            gather_metal(survivors, _matrix((40, 64), bits, dtype))
+            gather_metal(survivors, _matrix((40, 64), bits, dtype), np.ones(rows, int))
 
 
 def _network_operations(dtype: mx.Dtype) -> None:
@@ -92,11 +94,24 @@ def _network_operations(dtype: mx.Dtype) -> None:
     for tokens in (1, 20):
         router(mx.zeros((tokens, 5), dtype), mx.zeros((5,)), 2)
         routing = choose_experts(mx.zeros((tokens, 5)), mx.ones((5,)), 2)
+        _residual_operations(tokens, dtype)
+        combine_metal(mx.zeros((tokens * 2, 64), dtype), routing.places, routing.weights)
         for bits in (0, 4, 8, "mxfp4"):
             for tile in ROW_TILES:
                 x = mx.zeros((tokens, 64), dtype)
                 up, down = (_matrix((5, 128, 64), bits, dtype), _matrix((5, 64, 64), bits, dtype))
                 moe(x, routing, up, down, tile=tile)
+
+
+def _residual_operations(tokens: int, dtype: mx.Dtype) -> None:
+    for stream in {dtype, mx.float32}:
+        x, other, weight = (
+            mx.zeros((tokens, 64), stream),
+            mx.zeros((tokens, 64), dtype),
+            mx.ones(64),
+        )
+        attended_metal(x, other, Norms(*[weight] * 4), 1e-6)
+        branches_metal(x, other, other, BranchNorms(*[weight] * 3), mx.ones(1), 1e-6)
 
 
 def _accept(length: int) -> None:

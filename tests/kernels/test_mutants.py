@@ -171,7 +171,8 @@ MUTANTS = [
     (experts, "experts", "(rows + TM - 1) / TM", "rows / TM", {"unwritten-output"}),
     (experts, "experts", "m * 8, LD, ulong2", "m * 8, LD - 1, ulong2",
      {"uninit-threadgroup", "value"}),
-    (experts, "experts", "GLU ? row0 + r : order[row0 + r]", "row0 + r", VALUE),
+    (experts, "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O",
+     {"race-device", "unwritten-output", "value"}),
     (experts, "experts", "expert) * matrix_rows", "expert) * O", VALUE),
     (experts, "experts", "first / GROUP;", "(first - k0) / GROUP;", VALUE),
     (experts, "experts", "(packed >> (j % PER_WORD * (32 / PER_WORD)))", "(packed >> j)", VALUE),
@@ -200,6 +201,7 @@ MUTANTS = [
     (attention, "merge_attention", "output[at] * keep", "output[at]", VALUE),
     (shared_attention, "merge_attention", "SHARED ? ", "false ? ", VALUE),
     (experts, "combine", "weights[pair]", "weights[token]", VALUE),
+    (experts, "combine", "places[pair]", "pair", VALUE),
 ]  # fmt: skip
 
 

@@ -141,11 +141,19 @@ MUTANTS = [
     ("router", "top_experts", "value[j] > best)", "value[j] >= best)"),
     ("router", "top_experts", "* static_cast<float>(per_expert[index[k]])", ""),
     ("router", "sort_by_expert", "mine += choice[i] == lid", "mine += choice[i] <= lid"),
+    ("after_attention", "after_attention", "parts[sg] = together", "parts[sg] = value"),
+    ("after_attention", "after_attention", "static_cast<float>(x[from + i]) + normed", "normed"),
+    ("after_attention", "after_attention", "own + settings[0]", "mean + settings[0]"),
+    ("after_attention", "after_attention", "scaled * root", "scaled"),
+    ("after_branches", "after_branches", "two[j] * factor_two", "two[j] * factor_one"),
+    ("after_branches", "after_branches", "sum * multiplier", "sum"),
+    ("moe", "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O"),
     ("moe", "experts", "first / GROUP;", "(first - k0) / GROUP;"),
     ("moe", "experts", "(GLU ? c * O : 0)", "(GLU ? c * 8 : 0)"),
-    ("moe", "experts", "GLU ? row0 + r : order[row0 + r]", "row0 + r"),
     ("moe", "experts", "gelu_tanh(gate) * up", "gate * up"),
-    ("moe", "combine", "weights[pair]", "weights[token]"),
+    ("combine", "combine", "weights[pair]", "weights[token]"),
+    ("combine", "combine", "places[pair]", "pair"),
+    ("router", "sort_by_expert", "places[i] = static_cast<int>(place)", "places[i] = i"),
 ]  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import references as ref
 
+from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.kernels import (
     DROPPED_MASS,
     Matrix,
@@ -17,6 +18,8 @@ from mlx_dgemma.kernels import (
     soft_embeddings,
 )
 from mlx_dgemma.kernels.row_statistics import SLICE
+from mlx_dgemma.kernels.soft_embeddings import probabilities
+from mlx_dgemma.kernels.sparse_embeddings import most_entropy
 
 WIDTH = 128
 
@@ -98,14 +101,31 @@ def test_sparse_stays_within_its_bound(mode):
         assert not np.array(survivors.weights[row])[ids.size :].any()
     dropped = np.where(survives, 0, p).sum(1)
     np.testing.assert_allclose(np.array(survivors.dropped), dropped, atol=1e-5)
-    found = np.array(gather_soft_embeddings(survivors, matrix))
-    bounded = np.array(gather_soft_embeddings(survivors, matrix, width=48))
-    np.testing.assert_allclose(found, bounded, atol=1e-6)
+    counts = np.array(survivors.counts)
+    found = np.array(gather_soft_embeddings(survivors, matrix, counts))
+    part = np.array(gather_soft_embeddings(survivors, matrix, counts * [1, 0, 1, 0, 1]))
+    np.testing.assert_array_equal(part[::2], found[::2])
+    assert not part[1::2].any()
     dense = np.array(soft_embeddings(raw, stats.log_z, 0.8, matrix))
     largest = np.linalg.norm(values, axis=1).max() * math.sqrt(WIDTH)
     error = np.linalg.norm(found - dense, axis=1)
     assert (error <= 2 * np.array(survivors.dropped) * largest + 1e-5).all()
     assert np.array(survivors.dropped)[0] < DROPPED_MASS < 1
+
+
+def test_the_highest_entropy_of_a_row_that_qualifies():
+    capacity, vocabulary = 64, 4000
+    highest = most_entropy(vocabulary, capacity)
+    rest = DROPPED_MASS * 0.999
+    p = np.full(vocabulary, rest / (vocabulary - capacity))
+    p[:capacity] = (1 - rest) / capacity
+    assert 0 <= highest - -(p * np.log(p)).sum() < 0.01
+    rng = np.random.default_rng(0)
+    for spread in np.linspace(0.1, 8.0, 200):
+        p = np.exp(rng.normal(size=vocabulary) * spread)
+        p /= p.sum()
+        if p[p < 1 / capacity].sum() < DROPPED_MASS:
+            assert -(p * np.log(np.maximum(p, 1e-300))).sum() <= highest
 
 
 def test_no_row_survives_more_often_than_the_capacity():
@@ -116,3 +136,21 @@ def test_no_row_survives_more_often_than_the_capacity():
     np.testing.assert_allclose(np.array(survivors.dropped), 1.0)
     full = select_survivors(raw, stats.log_z, 0.8, mx.float32, capacity=64)
     assert full.counts.tolist() == [40, 40]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+def test_a_probability_is_one_launch_of_the_same_bits(dtype, monkeypatch):
+    raw = (mx.random.normal((3, 50), key=mx.random.key(1)) * 9).astype(dtype)
+    divisor, log_z = mx.full((1, 1), 0.7), mx.array([20.0, 25.0, 30.0])
+    one = probabilities(raw, divisor, log_z, 30.0, dtype, dtype)
+    counted = launches([one])
+    x = raw.astype(mx.float32)
+    values = (30.0 * mx.tanh(x / 30.0) / divisor).astype(dtype).astype(mx.float32)
+    steps = mx.exp(values - log_z[:, None]).astype(dtype)
+    assert launches([steps]).total() > 4
+    assert counted.total() == counted["Compiled"] == 1
+    if dtype == mx.float32:  # the CPU's compiled exponential may differ in its last digit
+        np.testing.assert_allclose(np.array(one), np.array(steps), rtol=1e-6)
+    else:
+        apart = np.array((one.astype(mx.float32) - steps.astype(mx.float32)).abs())
+        assert (apart > 0).mean() < 0.02

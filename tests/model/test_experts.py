@@ -86,5 +86,6 @@ def test_combine_undoes_the_sort():
     rows = mx.arange(6, dtype=mx.float32)[:, None]  # choice n gives n
     weights = mx.array([[1.0, 0.5], [2.0, 1.0], [0.0, 10.0]])
     outputs = down_twin(rows[routing.order], routing, Matrix(mx.ones((4, 1, 1))))
-    total = combine_twin(outputs, weights, mx.float32)
+    assert routing.places[routing.order].tolist() == list(range(6))
+    total = combine_twin(outputs, routing.places, weights)
     assert total[:, 0].tolist() == [0.5, 7.0, 50.0]

@@ -73,9 +73,10 @@ def test_the_published_layouts_ask_for_what_is_planned(layout, monkeypatch):
         for tokens in (2048, 2048, 700, 50, 20):
             model.prefill(np.zeros(tokens, np.int32), cache)
         canvas = mx.zeros((1, length), mx.int32)
-        logits = WholeLogits(model, model.hidden(canvas, cache), np.zeros(0, np.int32))
+        logits = WholeLogits(model, model.hidden(canvas, cache)[0], np.zeros(0, np.int32))
         stats = logits.statistics(0.8, mx.zeros((length, 2)), 1.0)
-        gather_soft_embeddings(logits.survivors(stats, 0.8), model.embedding_matrix)
+        counts = np.ones(length, int)
+        gather_soft_embeddings(logits.survivors(stats, 0.8), model.embedding_matrix, counts)
         drafts = (stats.argmax[None], stats.sample[None])
         accept_renoise(canvas, stats.entropy[None], *drafts, canvas, None, 0.1)
     found = classes(asked)

@@ -21,6 +21,7 @@ from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import ReplyReader, Tokenizer, load_tokenizer
+from mlx_dgemma.server import sampling
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import ServerSettings
 
@@ -149,6 +150,20 @@ class Script:
 
 
 Open = Callable[..., TestClient]
+
+
+@pytest.fixture
+def conversations(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The messages of every chat that the server encodes, in the chat template's form."""
+    seen: list[Any] = []
+    encode = sampling.encode_messages
+
+    def noting(tokenizer: Tokenizer, messages: Any, **keywords: Any) -> list[int]:
+        seen.append(messages)
+        return encode(tokenizer, messages, **keywords)
+
+    monkeypatch.setattr(sampling, "encode_messages", noting)
+    return seen
 
 
 @pytest.fixture

@@ -13,11 +13,11 @@ import anthropic
 import httpx2
 import openai
 import pytest
-import uvicorn
 
 from mlx_dgemma.demo.tasks.tools import DECLARATIONS
 from mlx_dgemma.runtime import Runtime
 from mlx_dgemma.server.app import create_app
+from mlx_dgemma.server.connections import Server, configure
 from mlx_dgemma.server.settings import ServerSettings
 
 from .conftest import Script, user
@@ -35,7 +35,7 @@ def running(runtime: Any, **settings: Any) -> Iterator[str]:
     listening = socket.create_server(("127.0.0.1", 0))
     port = listening.getsockname()[1]
     app = create_app(runtime, ServerSettings(**settings))
-    server = uvicorn.Server(uvicorn.Config(app, log_level="error"))
+    server = Server(configure(app), app.state.stop)
     thread = threading.Thread(target=server.run, args=([listening],), daemon=True)
     thread.start()
     while not server.started:

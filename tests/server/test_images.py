@@ -151,13 +151,20 @@ def test_one_private_address_is_enough(serve: Open) -> None:
         ({"messages": user([{"type": "image_url"}])}, "has no image"),
         ({"messages": user([part()]), "image_tokens": 71}, "71 image tokens"),
         ({"messages": user([part()]), "image_tokens": 7}, "image_tokens must be"),
-        ({"messages": [{"role": "system", "content": [part()]}, *user()]}, "cannot hold"),
     ],
 )
 def test_requests_that_cannot_be_served(serve: Open, fields: Any, words: str) -> None:
     answer = serve(Script("x")).post(CHAT, json=fields)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
+
+
+def test_an_image_of_the_system_is_left_out_with_a_warning(serve: Open) -> None:
+    script = Script("x")
+    asked = {"messages": [{"role": "system", "content": [part()]}, *user()]}
+    answer = serve(script).post(CHAT, json=asked)
+    assert answer.json()["x_warnings"] == ["messages[0].content[0] is an image of a system message"]
+    assert script.seen[0]["prompt"][0]["content"][0]["text"] == "[an image was left out]"
 
 
 def test_a_model_without_a_tower(serve: Open, monkeypatch: pytest.MonkeyPatch) -> None:

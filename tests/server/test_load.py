@@ -56,11 +56,11 @@ def test_fifty_clients_some_of_whom_misbehave() -> None:
                     broken = rng.choice([b"{", b"[]", b'{"messages": 3}', b"\xff\xfe"])
                     json_type = {"content-type": "application/json"}
                     answer = client.post(chat, content=broken, headers=json_type)
-                    assert answer.status_code == 400
+                    assert answer.status_code in (400, 429)  # before the body is read
                     note("refused")
                 else:
                     big = {"messages": user("x" * 20_000)}
-                    assert client.post(chat, json=big).status_code == 413
+                    assert client.post(chat, json=big).status_code in (413, 429)
                     note("refused")
 
     failures: list[BaseException] = []

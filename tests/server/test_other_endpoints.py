@@ -32,7 +32,7 @@ def test_completion_of_raw_text(serve: Open) -> None:
     assert body["object"] == "text_completion"
     client.post("/v1/completions", json={"prompt": ids})
     client.post("/v1/completions", json={"prompt": [ids]})
-    assert [call["prompt"] for call in script.seen] == [ids] * 3
+    assert [call["prompt"].ids for call in script.seen] == [ids] * 3
     assert not tokenizer().control_ids & set(ids[1:])
 
 
@@ -94,7 +94,9 @@ def test_response_stream_rebuilds_the_response(serve: Open, block: int) -> None:
     assert opened == [item["id"] for item in output]
 
 
-def test_response_input_items_become_the_conversation(serve: Open) -> None:
+def test_response_input_items_become_the_conversation(
+    serve: Open, conversations: list[Any]
+) -> None:
     script = Script("ok")
     items = [
         {"role": "user", "content": [{"type": "input_text", "text": "a"}]},
@@ -106,7 +108,7 @@ def test_response_input_items_become_the_conversation(serve: Open) -> None:
     ]
     asked = {"input": items, "instructions": "Be brief."}
     assert serve(script).post("/v1/responses", json=asked).status_code == 200
-    system, question, calls, first, second = script.seen[0]["prompt"]
+    system, question, calls, first, second = conversations[0]
     assert (system["role"], system["content"]) == ("system", "Be brief.")
     assert question["role"] == "user"
     assert calls["reasoning"] == "t"
@@ -135,7 +137,7 @@ def test_response_cut_short_is_incomplete(serve: Open) -> None:
     assert body["incomplete_details"] == {"reason": "max_output_tokens"}
 
 
-def test_message(serve: Open) -> None:
+def test_message(serve: Open, conversations: list[Any]) -> None:
     script = Script(REPLY)
     asked = {"messages": user(), "max_tokens": 100, "tools": [ANTHROPIC], "system": "Be.",
              "thinking": {"type": "enabled", "budget_tokens": 50}}  # fmt: skip
@@ -145,7 +147,7 @@ def test_message(serve: Open) -> None:
     assert (body["stop_reason"], body["stop_sequence"]) == ("tool_use", None)
     assert script.seen[0]["enable_thinking"] is True
     assert script.seen[0]["tools"][0]["function"]["name"] == "look"
-    assert script.seen[0]["prompt"][0] == {"role": "system", "content": "Be."}
+    assert conversations[0][0] == {"role": "system", "content": "Be."}
 
 
 @pytest.mark.parametrize("block", [1, 3, 100])
@@ -173,7 +175,7 @@ def test_message_stop_sequence_is_named(serve: Open) -> None:
     assert body["content"][0]["text"] == "one "
 
 
-def test_message_tool_results_become_tool_messages(serve: Open) -> None:
+def test_message_tool_results_become_tool_messages(serve: Open, conversations: list[Any]) -> None:
     script = Script("ok")
     conversation = [
         *user("a"),
@@ -189,7 +191,7 @@ def test_message_tool_results_become_tool_messages(serve: Open) -> None:
     asked = {"messages": conversation, "max_tokens": 10}
     client = serve(script)
     assert client.post("/v1/messages", json=asked).status_code == 200
-    _, calls, result, question = script.seen[0]["prompt"]
+    _, calls, result, question = conversations[0]
     assert (calls["reasoning"], calls["tool_calls"][0]["id"]) == ("t", "u1")
     assert result == {"role": "tool", "tool_call_id": "u1", "content": "r"}
     assert question["content"][0]["text"] == "and?"

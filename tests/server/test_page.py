@@ -66,7 +66,9 @@ def browser() -> Iterator[Any]:
         launched.close()
 
 
-def test_a_conversation_in_the_browser(browser: Any, tmp_path: Path) -> None:
+def test_a_conversation_in_the_browser(
+    browser: Any, tmp_path: Path, conversations: list[Any]
+) -> None:
     script = Script(REPLY, pause=0.01)
     with running(script, prefix_cache_bytes=0) as url:
         page = browser.new_page()
@@ -106,7 +108,7 @@ def test_a_conversation_in_the_browser(browser: Any, tmp_path: Path) -> None:
         page.get_by_label("Message").fill("More")
         page.get_by_role("button", name="Send").click()
         page.locator("article.assistant").nth(1).locator(".facts", has_text="seed").wait_for()
-        assert [message["role"] for message in script.seen[1]["prompt"]] == [
+        assert [message["role"] for message in conversations[1]] == [
             "user",
             "assistant",
             "user",

@@ -11,6 +11,12 @@ from rich.text import Text
 from mlx_dgemma.cli.benchmark.models import config_of
 from mlx_dgemma.cli.benchmark.tables import figures
 
+WAYS = {
+    "written out": "written out",
+    "twins": "fused operations in plain MLX",
+    "kernels": "every kernel on",
+    "here": "the kernels that run on this machine",
+}
 PREDICTED = "predicted by the roofline model, not measured"
 
 
@@ -33,17 +39,24 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "host_reads_per_step": 1,
         "evidence": PREDICTED,
         "floor_ms": {chip.name: floor_seconds(costs, chip) * 1e3 for chip in CHIPS.values()},
+        "floor_ms_with_dense_self_conditioning": {
+            chip.name: floor_seconds(written, chip) * 1e3 for chip in CHIPS.values()
+        },
     }
 
 
 def show(found: dict[str, Any], console: Console) -> None:
     console.print(Text("One denoising step, counted", "bold"))
     for way, values in found["launches"].items():
-        console.print(f"  {way:<12} {values['launches']:>6} launches")
+        console.print(f"  {WAYS[way]:<36} {values['launches']:>6} launches")
     table = figures("", "TFLOP", "GB")
-    for name, cost in {**found["components"], "step": found["step"]}.items():
+    steps = {"sparse step": found["step"], "dense step": found["step_with_dense_self_conditioning"]}
+    for name, cost in {**found["components"], **steps}.items():
         table.add_row(name, f"{cost['flops'] / 1e12:.4g}", f"{cost['bytes'] / 1e9:.4g}")
     console.print(table)
     console.print(Text(f"Floors of a step in ms, {found['evidence']}:", "bold"))
+    floors = figures("", "sparse steps", "dense steps")
+    dense = found["floor_ms_with_dense_self_conditioning"]
     for name, floor in found["floor_ms"].items():
-        console.print(f"  {name:<15} {floor:>8.3g}")
+        floors.add_row(name, f"{floor:.3g}", f"{dense[name]:.3g}")
+    console.print(floors)

@@ -1,6 +1,6 @@
 // One expert matrix times the rows routed to it: a tile of TM rows by 32 (GLU) or 64 output columns.
 // GLU: rows are gathered from tokens, gate and up are multiplied side by side, gelu(gate) * up is
-// written in sorted order. Otherwise rows are read in sorted order and written at their pair's place.
+// written in sorted order. Otherwise rows are read and written in sorted order.
 // Template: T activations, TM rows, BITS 0 (dense), 4 or 8, FP4 (mxfp4 codes in 4 bits), GROUP, GLU,
 // EXPERTS, TOP_K.
 //
@@ -176,7 +176,6 @@ METAL_FUNC float gelu_tanh(float x) {
       const int r = q / COLUMNS;
       const int c = column0 + q % COLUMNS;
       if (c < O) {
-        const int place = GLU ? row0 + r : order[row0 + r];
-        y[static_cast<ulong>(place) * O + c] = static_cast<T>(Ys[q]);
+        y[static_cast<ulong>(row0 + r) * O + c] = static_cast<T>(Ys[q]);
       }
     }

@@ -37,6 +37,7 @@
     for (uint i = 0; i < n; i++) {
       if (choice[i] == lid) {
         order[place] = static_cast<int>(i);
+        places[i] = static_cast<int>(place);
         place++;
       }
     }

@@ -9,7 +9,6 @@ from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mlx_dgemma.prompt.messages import check_tools
 from mlx_dgemma.server.anthropic_blocks import openai_messages
@@ -24,6 +23,7 @@ from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
 from mlx_dgemma.server.tool_kinds import anthropic_tools
+from mlx_dgemma.server.wire import JsonResponse
 
 # Fields about versions and storage, which change no reply.
 SILENT = (
@@ -57,13 +57,12 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
     asked = await read_messages(engine, fields, counting=True)
-    return JSONResponse({"input_tokens": len(asked.call.prompt_ids)})
+    return JsonResponse({"input_tokens": len(asked.call.prompt_ids)})
 
 
 async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
     asked = await read_messages(engine, fields)
     return await respond(
-        engine,
         request,
         asked,
         whole=lambda: _message(engine, asked),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.infilling.fill import DEFAULT_PROMPT
+from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
@@ -19,6 +21,7 @@ from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply
 from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming
 from mlx_dgemma.server.sampling import (
+    check_length,
     check_model,
     check_room,
     decoding_options,
@@ -30,10 +33,11 @@ from mlx_dgemma.server.structured import between
 DEFAULT_MAX_TOKENS = 256
 
 
-def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
+async def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
     """The request, and the text that every choice begins with (`echo`)."""
     model = check_model(engine, fields)
-    text, ids = _prompt(engine.tokenizer, fields)
+    check_length(engine, fields.raw("prompt"), "prompt")
+    text, ids = await asyncio.to_thread(_prompt, engine.tokenizer, fields)
     check_room(engine, ids, "prompt")
     suffix = fields.text("suffix")
     choices = fields.integer("n", 1, engine.settings.max_choices) or 1
@@ -49,13 +53,13 @@ def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
     seed = read_seed(fields, choices)
     echo = text if fields.flag("echo") else ""
     warnings = read_warnings(engine, fields, limit)
-    call = Call(ids, ids, options, streaming.drafts, warnings)
+    call = Call(PreparedPrompt(ids), ids, options, streaming.drafts, warnings)
     if suffix:
         # Both sides stand in the reply; the question is the one the model knows for it.
         if options["stop"] or logprobs:
             raise fields.fail("suffix", "given without stop and logprobs")
         ids = encode_prompt(engine.tokenizer, DEFAULT_PROMPT)
-        call = Call(ids, ids, options, False, warnings, between(text, suffix))
+        call = Call(PreparedPrompt(ids), ids, options, False, warnings, between(text, suffix))
     asked = Asked(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
@@ -67,7 +71,7 @@ def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
 
 
 async def completions(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked, echo = read_completion(engine, fields)
+    asked, echo = await read_completion(engine, fields)
 
     def scores() -> _Scores:
         return _Scores(engine.tokenizer, len(echo))

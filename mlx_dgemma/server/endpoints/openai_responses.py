@@ -93,7 +93,6 @@ async def responses(
             stored.put(head["id"], conversation.before, added)
 
     return await respond(
-        engine,
         request,
         asked,
         whole=lambda: _response(engine, asked, head, keep),

@@ -6,20 +6,20 @@ import re
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse
 
 from mlx_dgemma.decisions.questions import as_text, read_questions
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.images import count_images
-from mlx_dgemma.server.sampling import check_model
+from mlx_dgemma.server.sampling import check_length, check_model
 from mlx_dgemma.server.sse import unless_gone
+from mlx_dgemma.server.wire import JsonResponse
 
 ALIASES = ("jev-latest",)  # what clients of this interface call the model by default
 
 
-async def system_one(engine: Engine, fields: Fields, request: Request) -> JSONResponse:
+async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonResponse:
     """Answers every question; unknown fields are ignored, as the interface demands."""
     asked = fields.body.get("model")
     model = engine.settings.model_name if asked in ALIASES else check_model(engine, fields)
@@ -33,21 +33,20 @@ async def system_one(engine: Engine, fields: Fields, request: Request) -> JSONRe
     questions = read_questions(fields.raw("questions"))
     state = with_assets(state, fields.object("assets"))
     count_images([{"content": state}])
-    release = engine.admit(1)
-    try:
-        decision = await unless_gone(
-            request,
-            engine.decide(state, questions, orders=fields.integer("x_orders", 1, 20) or 2),
-        )
-    finally:
-        release()
+    check_length(engine, state, "state")
+    decision = await unless_gone(
+        request,
+        engine.decide(
+            state, questions, orders=fields.integer("x_orders", 1, 20) or 2, hold=fields.hold
+        ),
+    )
     usage: dict[str, Any] = {
         "input_tokens": decision.prompt_tokens,
         "output_tokens": 0,
         "x_cached_tokens": decision.cached_tokens,
         "x_forwards": decision.forwards,
     }
-    return JSONResponse({"model": model, "answers": decision.to_json(), "usage": usage})
+    return JsonResponse({"model": model, "answers": decision.to_json(), "usage": usage})
 
 
 def with_assets(state: Any, assets: Fields | None) -> Any:

@@ -1,0 +1,141 @@
+"""Texts of random walks through languages, judged by the jsonschema library and Python's re."""
+
+from __future__ import annotations
+
+import functools
+import json
+import random
+import re
+from typing import Any
+
+import jsonschema
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from mlx_dgemma.constraints import Constraint, Language, LanguageError
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.prompt import Tokenizer, load_tokenizer
+
+TREE: Any = {
+    "$defs": {
+        "node": {
+            "type": "object",
+            "properties": {
+                "v": {"type": "integer"},
+                "kids": {"type": "array", "items": {"$ref": "#/$defs/node"}},
+            },
+            "required": ["v", "kids"],
+            "additionalProperties": False,
+        }
+    },
+    "$ref": "#/$defs/node",
+}
+SCHEMAS: list[Any] = [
+    {"type": "integer", "minimum": -12, "exclusiveMaximum": 105},
+    {"type": "integer", "multipleOf": 7, "minimum": 10, "maximum": 999},
+    {"type": "number", "minimum": -1.5, "maximum": 2.25},
+    {"type": "number", "exclusiveMinimum": 0, "maximum": 1, "multipleOf": 0.01},
+    {"type": "string", "minLength": 2, "maxLength": 4},
+    {"type": "string", "pattern": "b+c"},
+    {"type": "string", "pattern": "^(?!ab)[a-c]{2,5}$", "maxLength": 4},
+    {"type": "string", "pattern": '^["\\\\]x\\s$'},
+    *({"type": "string", "format": name}
+      for name in ("date", "date-time", "email", "uuid", "ipv4", "uri", "time")),
+    {"enum": ["a", 1, None, {"x": [1]}], "title": "T", "x-note": 1, "examples": ["a"]},
+    {"const": 'q"\\'},
+    {"type": ["string", "null"], "maxLength": 3},
+    {"type": "string", "nullable": True, "enum": ["x"]},
+    {"type": "array", "items": {"type": "boolean"}, "minItems": 1, "maxItems": 3},
+    {"type": "array", "prefixItems": [{"const": 1}, {"type": "string"}], "items": False,
+     "minItems": 2},
+    {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 1},
+    {"type": "object", "patternProperties": {"^x": {"type": "null"}},
+     "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"const": 1}, "b": {"const": 2}, "c": {"const": 3}},
+     "required": ["b"], "additionalProperties": False},
+    {"anyOf": [{"type": "integer"}, {"type": "object", "properties": {"k": {"const": "s"}},
+                                     "required": ["k"]}]},
+    {"oneOf": [{"type": "object", "properties": {"t": {"const": t}, "n": {"type": "integer"}},
+                "required": ["t", "n"]} for t in ("p", "q")]},
+    {"allOf": [{"type": "object", "properties": {"a": {"minimum": 3}}},
+               {"properties": {"a": {"type": "integer", "maximum": 5}}, "required": ["a"]}]},
+    TREE,
+    True,
+]  # fmt: skip
+
+
+@functools.cache
+def tokenizer() -> Tokenizer:
+    return load_tokenizer(CHECKPOINT, ModelConfig.from_folder(CHECKPOINT).stop_ids)
+
+
+def walk(language: Language, rng: random.Random, wander: int = 12) -> str:
+    """A random text: any legal tokens first, then those that lead to an end."""
+    automaton = language.automaton
+    ids: list[int] = []
+    state = automaton.start
+    everything = np.arange(automaton.vocabulary.size)
+    ordinary = ~automaton.vocabulary.is_stop
+    while True:
+        reached = automaton.table(np.array([state]), everything)[0]
+        legal = np.flatnonzero((reached > 0) & ordinary)
+        if automaton.accepting[state] and (
+            not legal.size or len(ids) >= wander or not rng.randrange(4)
+        ):
+            return tokenizer().decode(ids)
+        if len(ids) >= wander:
+            nearest = automaton.least[reached[legal]].min()
+            legal = legal[automaton.least[reached[legal]] == nearest]
+        ids.append(int(rng.choice(legal.tolist())))
+        state = int(reached[ids[-1]])
+
+
+@pytest.mark.parametrize("schema", SCHEMAS, ids=lambda value: str(value)[:40])
+def test_every_text_satisfies_its_schema(schema: Any) -> None:
+    language = Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+    assert not language.unchecked
+    checker = jsonschema.Draft202012Validator.FORMAT_CHECKER
+    plain = {k: v for k, v in schema.items() if k != "nullable"} if schema is not True else True
+    for seed in range(25):
+        text = walk(language, random.Random(seed))
+        value = json.loads(text)
+        if value is None and schema is not True and schema.get("nullable"):
+            continue
+        jsonschema.validate(value, plain, format_checker=checker)
+
+
+def test_a_json_object_is_one() -> None:
+    language = Constraint.json_object().language(tokenizer(), len(tokenizer()))
+    texts = [walk(language, random.Random(seed)) for seed in range(25)]
+    assert all(isinstance(json.loads(text), dict) for text in texts)
+
+
+atoms = st.sampled_from(
+    ["a", "b", "[ab]", "[^a]", ".", r"\d", r"\w", r"\s", "é", "(?:ab|c)", r"\."]
+)
+patterns = st.recursive(
+    atoms,
+    lambda inner: st.one_of(
+        st.tuples(inner, inner).map("".join),
+        st.tuples(inner, inner).map(lambda p: f"(?:{p[0]}|{p[1]})"),
+        st.tuples(inner, st.sampled_from(["*", "+", "?", "{1,3}", "{2}"])).map(
+            lambda p: f"(?:{p[0]}){p[1]}"
+        ),
+        st.tuples(inner, inner).map(lambda p: f"(?!{p[0]}x){p[1]}"),
+    ),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(patterns, st.integers(0, 2**16))
+def test_every_text_matches_its_pattern(pattern: str, seed: int) -> None:
+    try:
+        language = Constraint.regex(pattern).language(tokenizer(), len(tokenizer()))
+    except LanguageError:
+        return
+    text = walk(language, random.Random(seed))
+    assert re.fullmatch(pattern, text), (pattern, text)
