@@ -1,33 +1,59 @@
-.PHONY: install format lint types test test-fast check build clean
+# make demo and make test need Python 3.11 to 3.13 and nothing else: each fills .venv first, and says
+# what it does. A second call finds it filled and starts at once.
+.PHONY: demo test test-fast install format lint types check build clean
 
-# PyTorch is only an oracle of the tests. On Linux PyPI's build brings gigabytes of CUDA libraries;
-# PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu offers the CPU build of this version.
-install:
-	python -m pip install torch==2.13.0
-	python -m pip install -e '.[dev,server,clients]'
-	if command -v npm >/dev/null; then npm install --silent --prefix tests/server/node; fi
+VENV ?= .venv
+# The first of these that this package runs on.
+PYTHON ?= $(shell for python in python3 python3.13 python3.12 python3.11; do \
+	"$$python" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null \
+	&& echo "$$python" && break; done)
+BIN := $(VENV)/bin
+# Processes that pytest runs in: one per core, or make test JOBS=2. What one file builds once stays
+# with one of them.
+JOBS ?= auto
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
-format:
-	ruff format .
-	ruff check --fix .
+demo: $(VENV)/for-demo
+	@$(BIN)/python -m mlx_dgemma generate
 
-lint:
-	ruff format --check .
-	ruff check .
+test: $(VENV)/for-tests
+	@$(PYTEST)
 
-types:
-	mypy
+test-fast: $(VENV)/for-tests
+	@$(PYTEST) -m 'not slow'
 
-test:
-	python -m pytest
+install: $(VENV)/for-tests
 
-test-fast:
-	python -m pytest -m 'not slow'
+$(BIN)/python:
+	@if [ -z "$(PYTHON)" ]; then echo "Python 3.11, 3.12 or 3.13 is needed: none is on the path."; exit 1; fi
+	@echo "-- making $(VENV) with $(PYTHON)"
+	@"$(PYTHON)" -m venv "$(VENV)" || { rm -rf "$(VENV)"; \
+	echo "-- this Python cannot make a virtual environment; on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
+
+# Filled again when what it holds is changed.
+$(VENV)/for-demo: pyproject.toml tools/prepare.py | $(BIN)/python
+	@$(BIN)/python tools/prepare.py demo
+	@touch $@
+
+$(VENV)/for-tests: pyproject.toml tools/prepare.py | $(BIN)/python
+	@$(BIN)/python tools/prepare.py test
+	@touch $@ $(VENV)/for-demo
+
+format: $(VENV)/for-tests
+	$(BIN)/python -m ruff format .
+	$(BIN)/python -m ruff check --fix .
+
+lint: $(VENV)/for-tests
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m ruff check .
+
+types: $(VENV)/for-tests
+	$(BIN)/python -m mypy
 
 check: lint types test
 
-build:
-	python -m build
+build: $(VENV)/for-tests
+	$(BIN)/python -m build
 
 clean:
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

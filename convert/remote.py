@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_dgemma.checkpoint.hub import check_repository_name, explained, resolve_model
+from mlx_dgemma.checkpoint.hub import explained, repository_id, resolve_model
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.checkpoint.weights import read_headers as read_local_headers
 from mlx_dgemma.errors import CheckpointError, DGemmaError
@@ -24,7 +24,7 @@ def read_headers(
     from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import NotASafetensorsRepoError
 
-    check_repository_name(repository)
+    repository = repository_id(repository)
     if constants.HF_HUB_OFFLINE:
         folder = resolve_model(repository, revision=revision, to_load=False)
         return folder, ModelConfig.from_folder(folder), local_files(folder)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
+from threading import Event
+from types import FrameType
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
@@ -24,11 +26,13 @@ VERBS = {
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
     "benchmark": "time, memory and quality of a model on this machine",
     "doctor": "this machine: memory, what fits, kernels",
+    "models": "the models on this disk and on the Hub: list, download, remove",
+    "completion": "the shell's completion of these commands",
 }
 
 
 def usage() -> str:
-    lines = "\n".join(f"  {verb:<11}{about}" for verb, about in VERBS.items())
+    lines = "\n".join(f"  {verb:<12}{about}" for verb, about in VERBS.items())
     return f"usage: mlx_dgemma VERB [options]\n\n{lines}\n\nmlx_dgemma VERB --help tells more.\n"
 
 
@@ -47,33 +51,60 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def launch(verb: str, argv: Sequence[str] | None = None) -> int:
-    """Imports and runs one command; Ctrl-C while it imports, half a second, ends it too."""
+    """Imports and runs one command.
+
+    Ctrl-C ends it with 130, whatever it is at: while it imports at once, and later also where an
+    import that is under way makes another error of it, as MLX's does.
+    """
+    interrupted = Event()
+
+    def interrupt(_number: int, _frame: FrameType | None) -> None:
+        interrupted.set()
+        raise KeyboardInterrupt
+
     try:
-        with _left_on_interrupt():
+        with _on_interrupt(lambda *_: os._exit(INTERRUPTED), afterwards_too=argv is None):
             command = import_module(f"mlx_dgemma.cli.{verb}").main
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    return int(command(argv))
+            with _on_interrupt(interrupt):
+                return int(command(argv))
+    except BaseException as error:
+        if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
+            return INTERRUPTED
+        raise
 
 
 @contextmanager
-def _left_on_interrupt() -> Iterator[None]:
-    """Ctrl-C ends the process at once: raised inside MLX's import, it would come out as an
-    ImportError."""
+def _on_interrupt(
+    handler: Callable[[int, FrameType | None], object], *, afterwards_too: bool = False
+) -> Iterator[None]:
+    """Ctrl-C calls `handler`; afterwards too, while the interpreter ends, where this is all that
+    the process does."""
     try:
-        before = signal.signal(signal.SIGINT, lambda *_: os._exit(INTERRUPTED))
+        before = signal.signal(signal.SIGINT, handler)
     except ValueError:  # not the main thread, which alone is interrupted
         yield
         return
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, before)
+        if not afterwards_too:
+            signal.signal(signal.SIGINT, before)
 
 
-generate, chat, infill, decide, lora, fuse, convert, server, benchmark, doctor = (
-    partial(launch, verb) for verb in VERBS
-)
+(
+    generate,
+    chat,
+    infill,
+    decide,
+    lora,
+    fuse,
+    convert,
+    server,
+    benchmark,
+    doctor,
+    models,
+    completion,
+) = (partial(launch, verb) for verb in VERBS)
 
 
 if __name__ == "__main__":

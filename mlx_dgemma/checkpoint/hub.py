@@ -14,7 +14,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mlx_dgemma.checkpoint.known_repositories import BESIDE_WEIGHTS, COMMUNITY, KNOWN_REPOSITORIES
+from mlx_dgemma.checkpoint.known_repositories import (
+    BESIDE_WEIGHTS,
+    COMMUNITY,
+    DEMO_NAME,
+    KNOWN_REPOSITORIES,
+)
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError, ModelNotFoundError, ResourceError
 from mlx_dgemma.headers import INDEX, read_weight_map
@@ -61,14 +66,24 @@ def local_folder(path_or_repo: str | Path) -> Path | None:
         raise ModelNotFoundError(f"{path_or_repo} cannot be opened: {reason}.") from error
 
 
-def check_repository_name(name: str) -> None:
-    """Refuses, with ModelNotFoundError, what is no folder and cannot be a Hub id either."""
+def repository_id(name: str) -> str:
+    """The Hub id of a name that is no folder here: `4bit` is short for the known repository whose
+    name ends so. Raises ModelNotFoundError for what cannot be an id either."""
+    for known in KNOWN_REPOSITORIES:
+        if known.short == name:
+            return known.id
+    _check_repository_name(name)
+    return name
+
+
+def _check_repository_name(name: str) -> None:
     if Path(name).expanduser().exists():
         raise ModelNotFoundError(f"{name} is a file; give the folder that holds the checkpoint.")
     if not _REPOSITORY.fullmatch(name):
         raise ModelNotFoundError(
-            f"There is no folder {name}; give a checkpoint's folder or a Hub id such as "
-            f"{COMMUNITY}-4bit."
+            f"There is no folder {name}; give a checkpoint's folder, a Hub id such as "
+            f"{COMMUNITY}-4bit, or one of the short names "
+            f"{', '.join(known.short for known in KNOWN_REPOSITORIES)} and {DEMO_NAME}."
         )
 
 
@@ -84,8 +99,8 @@ def resolve_model(
 ) -> Path:
     """The folder that holds a model's files; downloads them when they are on the Hub alone.
 
-    path_or_repo: a folder, a Hub id such as "mlx-community/diffusiongemma-26B-A4B-it-4bit", or
-        None for the bundled demo checkpoint.
+    path_or_repo: a folder, a Hub id such as "mlx-community/diffusiongemma-26B-A4B-it-4bit", a
+        short name such as "4bit", or None or "demo" for the bundled demo checkpoint.
     revision: branch, tag or commit of a repository.
     to_load: also refuse what this machine's memory cannot hold; False to convert, say.
     weights: False fetches the small files alone, which is enough to plan with.
@@ -96,7 +111,7 @@ def resolve_model(
     unreachable Hub, ResourceError when disk or memory does not suffice, InputError for a revision
     of the demo checkpoint or of a folder.
     """
-    if path_or_repo is None:
+    if path_or_repo is None or (path_or_repo == DEMO_NAME and not local_folder(DEMO_NAME)):
         if revision is not None:
             raise InputError(
                 f"The demo checkpoint has no revision {revision}: name the repository as well "
@@ -111,8 +126,7 @@ def resolve_model(
                 "--revision out, or name the Hub repository."
             )
         return folder
-    name = str(path_or_repo)
-    check_repository_name(name)
+    name = repository_id(str(path_or_repo))
     return _Repository(name, revision, cache_dir, endpoint).fetch(
         to_load and weights, weights, progress
     )

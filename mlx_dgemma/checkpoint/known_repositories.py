@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 COMMUNITY = "mlx-community/diffusiongemma-26B-A4B-it"
+DEMO_NAME = "demo"  # what `--model` calls the bundled checkpoint
 GOOGLE = "google/diffusiongemma-26B-A4B-it"
 
 # Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.5 GB).
@@ -22,6 +23,11 @@ class KnownRepository:
     weight_bytes: int
     exact: bool
     about: str
+
+    @property
+    def short(self) -> str:
+        """What stands for its id in `--model`."""
+        return self.id.removeprefix(f"{COMMUNITY}-") if self.id != GOOGLE else "google"
 
     @property
     def memory_bytes(self) -> int:

@@ -23,9 +23,9 @@ def add_source(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
     group = parser.add_argument_group("model")
     group.add_argument(
         "--model",
-        metavar="PATH_OR_REPO",
-        help="a checkpoint's folder or Hugging Face repository, such as "
-        f"{COMMUNITY}-4bit (default: the bundled demo checkpoint)",
+        metavar="MODEL",
+        help="a checkpoint's folder, a Hugging Face repository, or a short name such as 4bit for "
+        f"{COMMUNITY}-4bit (default: MLX_DGEMMA_MODEL, else the bundled demo checkpoint)",
     )
     group.add_argument("--revision", help="branch, tag or commit of the repository")
     return group

@@ -10,6 +10,7 @@ import argparse
 import errno
 import functools
 import io
+import json
 import os
 import signal
 import sys
@@ -18,8 +19,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
-from typing import NoReturn, Protocol
+from typing import Any, NoReturn, Protocol
 
+from mlx_dgemma.cli.defaults import apply_defaults
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, PIPE_CLOSED, USER_ERROR
 from mlx_dgemma.errors import DGemmaError, UnconvergedWarning
 
@@ -41,10 +43,23 @@ class Main(Protocol):
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaint is one sentence, without the usage text above it."""
+    """argparse whose complaint is one sentence, without the usage text above it, and whose
+    defaults are the user's own (cli/defaults.py)."""
+
+    _json = False  # whether the complaint is wanted as JSON
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        given = list(sys.argv[1:] if args is None else args)
+        self._json = "--json" in given
+        apply_defaults(self, self.prog.split()[0].rpartition(".")[2], given)
+        return super().parse_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
-        self.exit(USER_ERROR, f"{self.prog}: {message} (see {self.prog} --help)\n")
+        message = f"{self.prog}: {message} (see {self.prog} --help)"
+        if self._json:
+            _print_json("UsageError", message)
+            self.exit(USER_ERROR)
+        self.exit(USER_ERROR, message + "\n")
 
 
 def command(body: Body) -> Main:
@@ -68,7 +83,10 @@ def command(body: Body) -> Main:
             sys.stdout.flush()  # now, while what goes wrong can still be said
             return code
         except DGemmaError as error:
-            print(f"error: {error}", file=sys.stderr)
+            if "--json" in (sys.argv[1:] if argv is None else argv):
+                _print_json(type(error).__name__, str(error))
+            else:
+                print(f"error: {error}", file=sys.stderr)
             return USER_ERROR
         except (RuntimeError, MemoryError) as error:
             from mlx_dgemma.machine.gpu_failures import explanation  # imports MLX
@@ -94,6 +112,11 @@ def command(body: Body) -> Main:
             return USER_ERROR
 
     return main
+
+
+def _print_json(kind: str, message: str) -> None:
+    """The error where the reader of `--json` looks: alone on standard output."""
+    print(json.dumps({"error": {"type": kind, "message": message}}, ensure_ascii=False))
 
 
 def _open_streams() -> None:

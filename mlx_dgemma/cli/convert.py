@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _convert(arguments: list[str]) -> int:
-    args = convert_parser().parse_args(arguments)
+    args = build_parser().parse_args(arguments)
     from mlx_dgemma.convert import convert
     from mlx_dgemma.convert.plan import grouped
     from mlx_dgemma.convert.recipes import Rule, describe, parse_rule, read_rules
@@ -102,7 +102,7 @@ def _convert(arguments: list[str]) -> int:
     return 0
 
 
-def convert_parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx_dgemma.convert",
         description="Convert a DiffusionGemma checkpoint. An interrupted conversion goes on "

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from mlx_dgemma.checkpoint.hub import demo_path
-from mlx_dgemma.checkpoint.known_repositories import COMMUNITY
+from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.checkpoint.plan import PLANNED_CONTEXT, Plan, prepare
 from mlx_dgemma.cli.arguments import settings
 from mlx_dgemma.cli.canvas import Pieces
@@ -26,9 +26,8 @@ from mlx_dgemma.prompt import Tokenizer
 
 DEMO_NOTICE = (
     "Using the bundled demo checkpoint, a miniature that knows its own puzzles and nothing else. "
-    f"The real model: --model {COMMUNITY}-4bit"
+    "The real model: --model 4bit"
 )
-DEMO_NAME = "demo"
 DEMO_PACE = 0.25
 
 
@@ -104,8 +103,8 @@ def open_session(arguments: argparse.Namespace, messages: Console, context: int 
 
     context: tokens that prompt and reply may take, for the memory plan.
     """
-    demo = arguments.model is None
     folder, plan = prepared(arguments, context, progress=messages.is_terminal)
+    demo = folder == demo_path()
     config = ModelConfig.from_folder(folder)
     options = settings(arguments)
     # Before the weights are read: a flag out of range should not take a minute.

@@ -122,6 +122,41 @@ def test_ctrl_c_that_an_import_swallows_ends_it_too() -> None:
     assert (done.returncode, done.stderr) == (130, b"")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "module",
+    ["argparse", "rich.console", "numpy", "mlx.core", "mlx_dgemma.model", "tokenizers", "jinja2"],
+)
+def test_ctrl_c_during_an_import_ends_a_command_without_a_traceback(
+    module: str, tmp_path: Path
+) -> None:
+    """Whatever is imported when: the signal comes as the module is looked for."""
+    (tmp_path / "sitecustomize.py").write_text(
+        f"""if True:
+        import os, signal, sys
+
+        class Interrupting:
+            def find_spec(self, name, path=None, target=None):
+                if name == {module!r} and "mlx_dgemma.__main__" in sys.modules:
+                    print("interrupted", flush=True)
+                    signal.raise_signal(signal.SIGINT)
+
+        sys.meta_path.insert(0, Interrupting())
+    """
+    )
+    start = "import sys, mlx_dgemma.__main__ as m; sys.exit(m.generate())"
+    done = subprocess.run(
+        [sys.executable, "-c", start, "-p", "abc", "--max-denoising-steps", "2"],
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 130, done.stderr
+    assert [line for line in done.stderr.splitlines() if "bundled demo" not in line] == []
+    assert done.stdout == "interrupted\n"
+
+
 def test_errors_are_there_before_anything_is_used() -> None:
     seen = "import mlx_dgemma; print(mlx_dgemma.errors.InputError.__name__)"
     done = subprocess.run([sys.executable, "-c", seen], capture_output=True, text=True, check=False)

@@ -10,7 +10,7 @@ import pytest
 import recipes
 from rich.console import Console
 
-from mlx_dgemma.cli.convert import convert_parser, main, print_modules
+from mlx_dgemma.cli.convert import build_parser, main, print_modules
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.inspection import inspect
 from mlx_dgemma.convert.verify import verify
@@ -23,7 +23,7 @@ def test_mlx_lms_flags_are_ours():
     from mlx_lm.convert import configure_parser
 
     theirs = {flag for action in configure_parser()._actions for flag in action.option_strings}
-    ours = {flag for action in convert_parser()._actions for flag in action.option_strings}
+    ours = {flag for action in build_parser()._actions for flag in action.option_strings}
     assert theirs - ours == {"--trust-remote-code"}
 
 

@@ -81,8 +81,8 @@ def _compile(path: Path, text: str, entry: str, mode: str, prelude: str) -> None
         cpp.write_text(source)
         header = ["-include-pch", str(_precompiled(prelude, mode))]
         flags = [*_language("c++"), *_FLAGS, *_MODES[mode], *_includes(), *header]
-        _run([toolchain.CXX, *flags, "-c", str(cpp), "-o", str(obj)])
-        link = [toolchain.CXX, "-shared", "-o", str(lib), str(obj), str(_runtime()), "-lm"]
+        _run([*toolchain.cxx(), *flags, "-c", str(cpp), "-o", str(obj)])
+        link = [*toolchain.cxx(), "-shared", "-o", str(lib), str(obj), str(_runtime()), "-lm"]
         _run([*link, "-Wl,--build-id=none"])
         os.replace(lib, path)
 
@@ -101,7 +101,7 @@ def _precompiled(prelude: str, mode: str) -> Path:
                 with suppress(FileExistsError):
                     os.link(new, header)
             flags = [*_language("c++-header"), *_FLAGS, *_MODES[mode], *_includes()]
-            _run([toolchain.CXX, *flags, str(header), "-o", str(pch)])
+            _run([*toolchain.cxx(), *flags, str(header), "-o", str(pch)])
             os.replace(pch, path)
     return path
 
@@ -127,7 +127,6 @@ def _load(path: Path) -> Library:
 @functools.cache
 def _runtime() -> Path:
     """The emulator's runtime as an object file."""
-    toolchain.require()
     toolchain.BUILD.mkdir(parents=True, exist_ok=True)
     sources = sorted((toolchain.HERE / "runtime").iterdir())
     path = toolchain.BUILD / f"runtime_{_hash(*(s.read_text() for s in sources))}.o"
@@ -137,7 +136,7 @@ def _runtime() -> Path:
             main = toolchain.HERE / "runtime" / "runtime.cpp"
             _run(
                 [
-                    toolchain.CXX,
+                    *toolchain.cxx(),
                     "-std=c++17",
                     "-O2",
                     "-fPIC",
@@ -158,7 +157,9 @@ def _headers_hash() -> str:
 
 
 def _hash(*parts: object) -> str:
-    return hashlib.sha256("\0".join(map(str, parts)).encode()).hexdigest()[:20]
+    return hashlib.sha256("\0".join(map(str, (toolchain.version(), *parts))).encode()).hexdigest()[
+        :20
+    ]
 
 
 def _run(command: list[str]) -> None:

@@ -4,14 +4,13 @@ reported.
 
 import ctypes as C
 import re
-import subprocess
 import time
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from msl import toolchain
 from msl.build import Library
+from msl.source_lines import source_line
 
 KINDS = {
     1: "out-of-bounds",
@@ -198,7 +197,12 @@ def launch(
 
 def _issues(library: Library, reports: list[_Report], buffers: list[Buffer]) -> list[Issue]:
     base, issues = library.base, []
-    lines = {pc: _line(library, pc - base) for r in reports for pc in (r.pc1, r.pc2) if pc > base}
+    lines = {
+        pc: source_line(library.path, pc - base - 1)
+        for r in reports
+        for pc in (r.pc1, r.pc2)
+        if pc > base
+    }
     for report in reports:
         message = re.sub(
             r"'#(\d+)'",
@@ -214,15 +218,3 @@ def _issues(library: Library, reports: list[_Report], buffers: list[Buffer]) -> 
                 where.append(f"{lines[pc]} (thread {thread}, threadgroup {group - 1})")
         issues.append(Issue(KINDS[report.kind], message, where, report.line))
     return issues
-
-
-def _line(library: Library, offset: int) -> str:
-    """The kernel's source line of a return address."""
-    done = subprocess.run(
-        [toolchain.ADDR2LINE, "-i", "-e", str(library.path), hex(offset - 1)],
-        capture_output=True,
-        text=True,
-    )
-    frames = [line for line in done.stdout.split("\n") if line]
-    inside = [line for line in frames if "kernel.metal" in line] or frames
-    return re.sub(r"^.*/", "", inside[0].split(" ")[0]) if inside else "?"

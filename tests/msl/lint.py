@@ -36,7 +36,7 @@ _EXTENSIONS = (
 _FLAGS = [
     "--target=x86_64-linux-gnu",
     *("-x", "cl", "-cl-std=clc++2021", f"-cl-ext={_EXTENSIONS}"),
-    "-cl-single-precision-constant",
+    *("-cl-single-precision-constant", "-cl-no-stdinc"),
     "-Wpre-c++17-compat",
     *(f"-Werror={name}" for name in _WARNINGS_AS_ERRORS),
     *(f"-Wno-{name}" for name in _SILENCED),
@@ -86,7 +86,6 @@ def lint(
     template: Template | None = None,
 ) -> list[Finding]:
     """Everything wrong with a kernel for inputs of these (shape, dtype name)."""
-    toolchain.require()
     found = set(_text_findings(body, inputs))
     found |= set(_clang_findings(body, inputs, output_dtypes, template, bool(found)))
     return sorted(found)
@@ -149,7 +148,7 @@ def _clang_findings(
         path = Path(folder) / "kernel.metal"
         path.write_text(full)
         declarations = str(toolchain.HERE / "include_lint")
-        command = [toolchain.CLANG, *_FLAGS, "-I", declarations, "-include", "msllint.h"]
+        command = [*toolchain.clang(), *_FLAGS, "-I", declarations, "-include", "msllint.h"]
         done = subprocess.run([*command, str(path)], capture_output=True, text=True)
         found = [at(line, message) for line, message in _diagnostics(done.stderr)]
         yield from found

@@ -1,18 +1,17 @@
-"""The compiler the emulator and the lint need, and whether its absence is a failure or a reason to
-skip.
-"""
+"""The compiler the emulator and the lint need: clang 19, or the clang inside the ziglang wheel."""
 
+import functools
+import importlib.util
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
 INCLUDE = HERE / "include"
-CXX = os.environ.get("MSL_CXX", "clang++-19")
-CLANG = os.environ.get("MSL_CLANG", "clang-19")
-ADDR2LINE = next((t for t in ("addr2line", "llvm-addr2line-19") if shutil.which(t)), "addr2line")
 BUILD = Path(
     os.environ.get("MSL_BUILD")
     or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mlx_dgemma" / "msl"
@@ -36,11 +35,32 @@ def reason_to_skip() -> str | None:
     return f"the emulator's runtime is for x86-64 Linux, this is {here}"
 
 
-def require() -> None:
-    """Raise where the emulator must run but its compiler is missing."""
-    missing = [tool for tool in (CXX, CLANG, ADDR2LINE) if shutil.which(tool) is None]
-    if missing:
-        raise RuntimeError(
-            f"{', '.join(missing)} not found; run "
-            "`apt-get install -y --no-install-recommends clang-19 binutils`"
-        )
+@functools.cache
+def cxx() -> list[str]:
+    """The C++ compiler's command: MSL_CXX, else clang++-19, else `zig c++`, which is clang."""
+    return _command("MSL_CXX", "clang++-19", "c++")
+
+
+@functools.cache
+def clang() -> list[str]:
+    """The same for the front end alone, which needs no system headers: MSL_CLANG, clang-19, zig."""
+    return _command("MSL_CLANG", "clang-19", "clang")
+
+
+@functools.cache
+def version() -> str:
+    """The C++ compiler's own words: what one compiled, another does not load."""
+    return subprocess.run([*cxx(), "--version"], capture_output=True, text=True, check=True).stdout
+
+
+def _command(variable: str, name: str, verb: str) -> list[str]:
+    if variable in os.environ:
+        return shlex.split(os.environ[variable])
+    if found := shutil.which(name):
+        return [found]
+    if (ziglang := importlib.util.find_spec("ziglang")) and ziglang.origin:
+        return [str(Path(ziglang.origin).with_name("zig")), verb]
+    raise RuntimeError(
+        f"neither {name} nor the ziglang wheel is there; run `pip install ziglang` "
+        "or `apt-get install -y --no-install-recommends clang-19`"
+    )

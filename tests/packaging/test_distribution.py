@@ -36,11 +36,8 @@ def run(*command: object, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An sdist of what git would commit, and the wheel built from that sdist."""
-    folder = tmp_path_factory.mktemp("distributions")
-    source = folder / "source"
+def committed(target: Path) -> None:
+    """Copies to the new folder `target` what git would commit of this checkout."""
     listed = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
         cwd=ROOT,
@@ -53,12 +50,20 @@ def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in listed.stdout.splitlines():
         if not (ROOT / name).exists():
             continue
-        target = source / name
-        target.parent.mkdir(parents=True, exist_ok=True)
+        copy = target / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
         if (ROOT / name).is_symlink():
-            target.symlink_to(os.readlink(ROOT / name))
+            copy.symlink_to(os.readlink(ROOT / name))
         else:
-            shutil.copyfile(ROOT / name, target)
+            shutil.copy(ROOT / name, copy)
+
+
+@pytest.fixture(scope="module")
+def distributions(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An sdist of what git would commit, and the wheel built from that sdist."""
+    folder = tmp_path_factory.mktemp("distributions")
+    source = folder / "source"
+    committed(source)
     run(sys.executable, "-m", "build", "--no-isolation", "--outdir", folder, source, cwd=folder)
     return folder
 

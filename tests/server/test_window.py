@@ -33,7 +33,7 @@ def display(monkeypatch: pytest.MonkeyPatch) -> None:
     server = shutil.which("Xvfb")
     if server is None:
         if os.name == "posix" and sys.platform != "darwin" and not os.environ.get("DISPLAY"):
-            pytest.skip("there is no display and no Xvfb to make one")
+            pytest.skip("there is no display and no Xvfb to make one: sudo apt-get install xvfb")
         return
     reading, writing = os.pipe()
     command = [server, "-displayfd", str(writing), "-screen", "0", "800x600x24"]
