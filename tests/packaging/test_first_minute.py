@@ -48,9 +48,9 @@ def test_make_demo_shows_the_model_at_work_and_then_at_once(clone: Path) -> None
     said = make(clone, "demo")
     assert "-- making .venv" in said
     assert "-- installing this package" in said
-    assert "tok" in said.splitlines()[-1], said
+    assert "checked: " in said.splitlines()[-1], said
     before = time.monotonic()
-    assert "--" not in make(clone, "demo", PATH="/usr/bin:/bin")
+    assert "-- " not in make(clone, "demo")
     assert time.monotonic() - before < 60  # on a busy machine; nothing is installed
 
 
