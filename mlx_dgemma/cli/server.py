@@ -15,10 +15,11 @@ from typing import Any
 
 from rich.console import Console
 
+from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
-from mlx_dgemma.cli.session import DEMO_NAME, DEMO_NOTICE
+from mlx_dgemma.cli.session import DEMO_NOTICE
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.server.quiet import OncePerMinute
 from mlx_dgemma.server.settings import ServerSettings

@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
-from mlx_dgemma.cli.session import DEMO_NAME, check_writable
+from mlx_dgemma.cli.session import check_writable
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
 
