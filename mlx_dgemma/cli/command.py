@@ -15,7 +15,7 @@ import os
 import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from threading import Event, current_thread, main_thread
 from types import FrameType
@@ -48,12 +48,11 @@ class Parser(argparse.ArgumentParser):
 
     _json = False  # whether the complaint is wanted as JSON
 
-    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """What `parse_args` begins with: the user's own defaults are laid in before it."""
+    def parse_args(self, args: Iterable[str] | None = None, namespace: Any = None) -> Any:
         given = list(sys.argv[1:] if args is None else args)
         self._json = "--json" in given
         apply_defaults(self, self.prog.split()[0].rpartition(".")[2], given)
-        return super().parse_known_args(given, namespace)
+        return super().parse_args(given, namespace)
 
     def error(self, message: str) -> NoReturn:
         message = f"{self.prog}: {message} (see {self.prog} --help)"
