@@ -31,12 +31,12 @@ $(BIN)/python:
 	echo "-- this Python cannot make a virtual environment; on Debian and Ubuntu: sudo apt-get install python3-venv"; exit 1; }
 
 # Filled again when what it holds is changed.
-$(VENV)/for-demo: pyproject.toml tools/prepare.py | $(BIN)/python
-	@$(BIN)/python tools/prepare.py demo
+$(VENV)/for-demo: pyproject.toml .ci/prepare.py | $(BIN)/python
+	@$(BIN)/python .ci/prepare.py demo
 	@touch $@
 
-$(VENV)/for-tests: pyproject.toml tools/prepare.py | $(BIN)/python
-	@$(BIN)/python tools/prepare.py test
+$(VENV)/for-tests: pyproject.toml .ci/prepare.py | $(BIN)/python
+	@$(BIN)/python .ci/prepare.py test
 	@touch $@ $(VENV)/for-demo
 
 format: $(VENV)/for-tests

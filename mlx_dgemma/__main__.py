@@ -14,21 +14,7 @@ from types import FrameType
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
-
-VERBS = {
-    "generate": "one prompt, one reply, and the canvas while it resolves",
-    "chat": "a conversation in the terminal",
-    "infill": "fill the holes of a text, or rewrite parts of it",
-    "decide": "answers to yes-or-no, choice and score questions, from one pass",
-    "lora": "fine-tune a checkpoint on conversations of your own",
-    "fuse": "an adapter merged into its model",
-    "convert": "a checkpoint to another layout or precision",
-    "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
-    "benchmark": "time, memory and quality of a model on this machine",
-    "doctor": "this machine: memory, what fits, kernels",
-    "models": "the models on this disk and on the Hub: list, download, remove",
-    "completion": "the shell's completion of these commands",
-}
+from mlx_dgemma.cli.verbs import VERBS
 
 
 def usage() -> str:

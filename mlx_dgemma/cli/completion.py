@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def whole_parser() -> argparse.ArgumentParser:
     """`mlx_dgemma VERB`, every verb with its flags."""
-    from mlx_dgemma.__main__ import VERBS
+    from mlx_dgemma.cli.verbs import VERBS
 
     parser = argparse.ArgumentParser(prog="mlx_dgemma")
     parser.add_argument("--version", action="store_true", help="print the version")

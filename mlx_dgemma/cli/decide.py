@@ -19,6 +19,7 @@ from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
+from mlx_dgemma.untrusted_json import parse
 
 if TYPE_CHECKING:
     from mlx_dgemma.decisions import Answer, Decision
@@ -171,8 +172,8 @@ def _read_file(path: str) -> str:
 
 def _object(text: str, where: str) -> dict[str, Any]:
     try:
-        value = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        value = parse(text)
+    except ValueError as error:
         raise InputError(f"{where} is not valid JSON: {error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{where} must hold a JSON object.")

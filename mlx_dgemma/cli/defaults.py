@@ -76,8 +76,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _check_names(path: Path, tables: dict[str, Any], shared: dict[str, Any]) -> None:
-    from mlx_dgemma.__main__ import VERBS
     from mlx_dgemma.cli import arguments as flags
+    from mlx_dgemma.cli.verbs import VERBS
 
     for name in tables:
         if name not in VERBS:

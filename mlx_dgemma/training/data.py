@@ -9,7 +9,6 @@ A line that cannot be used is named by its file and number.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +22,7 @@ from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.encode import prepare_prompt
 from mlx_dgemma.prompt.images import PreparedImage
 from mlx_dgemma.prompt.reply import ReplyReader
+from mlx_dgemma.untrusted_json import parse
 
 SPLITS = ("train", "valid", "test")
 
@@ -111,8 +111,8 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
             continue
         found = True
         try:
-            yield number, json.loads(line)
-        except (ValueError, RecursionError) as error:
+            yield number, parse(line)
+        except ValueError as error:
             raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
     if not found:
         raise InputError(f"{path} is empty: write one JSON object a line.")

@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.files import read_json
+from mlx_dgemma.headers import read_header
 from mlx_dgemma.kernels.moe import combine_twin
 from mlx_dgemma.kernels.moe import twin as expert_rows
 from mlx_dgemma.model import Model
@@ -186,7 +188,7 @@ def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
 def read_tuning(folder: Path) -> Tuning:
     """The tuning that an adapter folder of ours or mlx-lm's was trained with."""
     try:
-        values = json.loads((folder / CONFIG).read_text())
+        values = read_json(folder / CONFIG)
         kind = values.get("fine_tune_type", "lora")
         chosen = values.get("lora_parameters") or {}
         return Tuning(
@@ -197,14 +199,14 @@ def read_tuning(folder: Path) -> Tuning:
             dropout=float(chosen.get("dropout", 0.0)),
             keys=tuple(chosen.get("keys") or ATTENTION + DENSE),
         )
-    except OSError as error:
-        raise CheckpointError(f"{folder} has no {CONFIG}: give an adapter's folder.") from error
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise CheckpointError(f"{folder / CONFIG} is no adapter configuration: {error}.") from error
 
 
 def load_trained(model: Model, file: Path) -> None:
     """Puts an adapter file's tensors into an attached model; every name and shape must fit."""
+    if file.exists():
+        read_header(file)
     try:
         tensors = mx.load(str(file))
         assert isinstance(tensors, dict)

@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dgemma.__main__ import VERBS, main
+from mlx_dgemma.__main__ import main
 from mlx_dgemma.checkpoint.hub import demo_path, repository_id
 from mlx_dgemma.checkpoint.known_repositories import COMMUNITY, KNOWN_REPOSITORIES
+from mlx_dgemma.cli.verbs import VERBS
 from mlx_dgemma.errors import ModelNotFoundError
 from tests.checkpoint.conftest import hub
 from tests.checkpoint.stub import HubStub

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 
 from mlx_dgemma import __main__ as launcher
-from mlx_dgemma.__main__ import VERBS, main
+from mlx_dgemma.__main__ import main
 from mlx_dgemma._version import __version__
 from mlx_dgemma.cli.command import command
+from mlx_dgemma.cli.verbs import VERBS
 from mlx_dgemma.errors import InputError
 
 ROOT = Path(__file__).parents[2]

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dgemma.__main__ import VERBS
+from mlx_dgemma.cli.verbs import VERBS
 
 ROOT = Path(__file__).parents[2]
 

@@ -34,7 +34,8 @@ LINES = (
 )
 RANK = {room: rank for rank, rooms in enumerate(LINES) for room in rooms}
 # The modules that `python -m` runs, and the package, whose public names come from everywhere.
-COMMANDS = {"__main__", "chat", "decide", "doctor", "fuse", "infill", "lora"}
+COMMANDS = {"__main__", "chat", "decide", "doctor", "infill", "lora", "fuse"}
+COMMANDS |= {"completion", "models"}
 
 
 def modules() -> dict[str, Path]:

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from mlx_dgemma.__main__ import VERBS
 from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
+from mlx_dgemma.cli.verbs import VERBS
 from mlx_dgemma.convert.inspection import fit
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import gigabytes, usable

@@ -10,7 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mlx_dgemma.cli.benchmark.models import check_prompt
+from mlx_dgemma.cli.benchmark.subjects import check_prompt
 from mlx_dgemma.cli.benchmark.tables import figures
 from mlx_dgemma.machine.memory import gigabytes
 

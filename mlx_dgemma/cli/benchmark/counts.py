@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from mlx_dgemma.cli.benchmark.models import config_of
+from mlx_dgemma.cli.benchmark.subjects import config_of
 from mlx_dgemma.cli.benchmark.tables import figures
 
 WAYS = {

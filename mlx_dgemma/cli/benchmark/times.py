@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console
 from rich.text import Text
 
-from mlx_dgemma.cli.benchmark.models import model_of
+from mlx_dgemma.cli.benchmark.subjects import model_of
 from mlx_dgemma.cli.benchmark.tables import figures
 from mlx_dgemma.machine.memory import gigabytes
 

@@ -1,6 +1,6 @@
 """Installs what `make demo` and `make test` need into this Python's environment, and says what.
 
-    python tools/prepare.py demo|test
+    python .ci/prepare.py demo|test
 
 Only the standard library, so that it runs in an environment that is still empty. What the system
 lacks is installed with apt-get by root on Linux; elsewhere its tests are skipped, and the command
