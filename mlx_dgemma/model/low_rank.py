@@ -15,7 +15,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma.kernels.matrix import Matrix
-from mlx_dgemma.kernels.moe import twin as moe
+from mlx_dgemma.kernels.moe import combine
+from mlx_dgemma.kernels.moe import twin as expert_rows
 from mlx_dgemma.kernels.router import Routing
 from mlx_dgemma.model.backbone import Layer
 from mlx_dgemma.model.experts import Experts
@@ -97,7 +98,8 @@ class LowRankExperts(nn.Module):
 
     def __call__(self, x: mx.array, routing: Routing) -> mx.array:
         """x [T, H] -> [T, H] in the same dtype, in plain MLX operations."""
-        return moe(x, routing, self._adapted("gate_up_proj", x), self._adapted("down_proj", x))
+        gate_up, down = self._adapted("gate_up_proj", x), self._adapted("down_proj", x)
+        return combine(expert_rows(x, routing, gate_up, down), routing)
 
     def _adapted(self, name: str, x: mx.array) -> Matrix:
         matrix: Matrix = self.experts[name].matrix(x.dtype)

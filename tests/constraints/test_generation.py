@@ -126,4 +126,4 @@ def test_the_terminal_takes_all_three(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["text"] in ("yes", "no")
     schema.write_text("{")
     assert main([*asked, "--json-schema", str(schema)]) == 2
-    assert "not JSON" in capsys.readouterr().err
+    assert "not JSON" in json.loads(capsys.readouterr().out)["error"]["message"]
