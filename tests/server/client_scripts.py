@@ -2,18 +2,16 @@
 
 The demo model answers its own puzzles alone. Where a client needs particular words, the ids that
 the network would commit are scripted; the server, the socket, the prompt and the client are real.
+Where a client needs a reply that fits its schema, the demo model gives it.
 """
 
 import base64
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import pytest
-
-from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.prompt.encode import encode_prompt
-from mlx_dgemma.server import engine as engine_module
+from mlx_dgemma.runtime import Runtime
 from tests.prompt.drawings import photograph, saved
 
 from .conftest import Script, tokenizer
@@ -60,20 +58,17 @@ def check_three_rounds(script: Script, answers: list[str]) -> None:
 
 
 @contextmanager
-def serving(script: Script, **settings: Any) -> Iterator[str]:
+def serving(script: Script | Runtime, **settings: Any) -> Iterator[str]:
     """The address of a server that takes prompts of 400 tokens and knows Claude's names."""
     defaults = {"prefix_cache_bytes": 0, "max_prompt_tokens": 400, "any_model": True}
     with ExitStack() as opened:
         yield opened.enter_context(running(script, **{**defaults, **settings}))
 
 
-def fill_with(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    """Scripts what the network puts into a schema's holes."""
-
-    def script(text: str) -> None:
-        def infill_turns(*_: Any, **__: Any) -> Iterator[Any]:
-            yield Infill(text, (Filling(text, (0, len(text)), 1, ()),), 0.0, 0, 3, True, 5)
-
-        monkeypatch.setattr(engine_module, "infill_turns", infill_turns)
-
-    return script
+def check_held(script: Script, *replies: str) -> None:
+    """Each request came with a language, and its scripted reply is one the model may give."""
+    assert len(script.seen) == len(replies)
+    for seen, reply in zip(script.seen, replies, strict=True):
+        automaton = seen["constraint"].automaton
+        state = automaton.after(automaton.start, tokenizer().encode(reply, special=True))
+        assert automaton.accepting[state]

@@ -6,13 +6,15 @@ The network's replies are scripted (see client_scripts); everything else is real
 import asyncio
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Iterator
 from typing import Any
 
 import anthropic
 import openai
 import pytest
 from pydantic import BaseModel
+
+from mlx_dgemma import Runtime
 
 from .client_scripts import (
     CUT,
@@ -22,8 +24,8 @@ from .client_scripts import (
     PICTURE_URL,
     PLACE,
     call,
+    check_held,
     check_three_rounds,
-    fill_with,
     rendered,
     serving,
     three_rounds,
@@ -47,9 +49,11 @@ FLAT_TOOL: Any = {"type": "function", "name": "look", "parameters": PARAMETERS, 
 CLAUDE_TOOL: Any = {"name": "look", "description": "Looks.", "input_schema": PARAMETERS}
 
 
-@pytest.fixture
-def fill(monkeypatch: pytest.MonkeyPatch) -> Callable[[str], None]:
-    return fill_with(monkeypatch)
+@pytest.fixture(scope="module")
+def demo() -> Iterator[str]:
+    """The address of a server of the demo model, whose structured replies nobody scripts."""
+    with serving(Runtime()) as url:
+        yield url
 
 
 def cancelled(script: Script) -> None:
@@ -96,15 +100,22 @@ def test_openai_chat_loop_streamed() -> None:
     check_three_rounds(script, asked)
 
 
-@pytest.mark.parametrize("tools", [[], [CHAT_TOOL]])
-def test_openai_chat_parses_a_model(tools: list[Any], fill: Any) -> None:
-    fill(PLACE)
-    strict = [{**t, "function": {**t["function"], "strict": True}} for t in tools]
-    with serving(Script("No JSON.")) as url:
+def test_openai_chat_parses_a_model(demo: str) -> None:
+    done = openai_client(demo).chat.completions.parse(
+        model="default", messages=user("Where?"), response_format=Place, max_tokens=200
+    )
+    assert isinstance(done.choices[0].message.parsed, Place)
+
+
+def test_openai_chat_parses_a_model_beside_tools() -> None:
+    tool = {**CHAT_TOOL, "function": {**CHAT_TOOL["function"], "strict": True}}
+    script = Script(PLACE)
+    with serving(script) as url:
         done = openai_client(url).chat.completions.parse(
-            model="default", messages=user("Where?"), response_format=Place, tools=strict
+            model="default", messages=user("Where?"), response_format=Place, tools=[tool]
         )
     assert done.choices[0].message.parsed == OSLO
+    check_held(script, PLACE)
 
 
 def test_openai_chat_sends_a_picture() -> None:
@@ -172,15 +183,24 @@ def test_openai_responses_loop(way: str) -> None:
     check_three_rounds(script, asked)
 
 
-@pytest.mark.parametrize("tools", [[], [FLAT_TOOL]])
-def test_openai_responses_parse_a_model(tools: list[Any], fill: Any) -> None:
-    fill(PLACE)
-    strict = [{**tool, "strict": True} for tool in tools]
-    with serving(Script("No JSON.")) as url:
+def test_openai_responses_parse_a_model(demo: str) -> None:
+    done = openai_client(demo).responses.parse(
+        model="default", input="Where?", text_format=Place, max_output_tokens=200
+    )
+    assert isinstance(done.output_parsed, Place)
+
+
+def test_openai_responses_parse_a_model_beside_tools() -> None:
+    script = Script(PLACE)
+    with serving(script) as url:
         done = openai_client(url).responses.parse(
-            model="default", input="Where?", text_format=Place, tools=strict
+            model="default",
+            input="Where?",
+            text_format=Place,
+            tools=[{**FLAT_TOOL, "strict": True}],
         )
     assert done.output_parsed == OSLO
+    check_held(script, PLACE)
 
 
 def test_openai_responses_picture_long_cut_and_cancelled() -> None:
@@ -242,18 +262,25 @@ def test_anthropic_loop(streamed: bool) -> None:
     check_three_rounds(script, asked)
 
 
-@pytest.mark.parametrize("tools", [[], [CLAUDE_TOOL]])
-def test_anthropic_parses_a_model(tools: list[Any], fill: Any) -> None:
-    fill(PLACE)
-    with serving(Script("No JSON.")) as url:
+def test_anthropic_parses_a_model(demo: str) -> None:
+    done = claude(demo).messages.parse(
+        model="default", max_tokens=200, messages=user("Where?"), output_format=Place
+    )
+    assert isinstance(done.parsed_output, Place)
+
+
+def test_anthropic_parses_a_model_beside_tools() -> None:
+    script = Script(PLACE)
+    with serving(script) as url:
         done = claude(url).messages.parse(
             model="default",
             max_tokens=99,
             messages=user("Where?"),
             output_format=Place,
-            tools=tools,
+            tools=[CLAUDE_TOOL],
         )
     assert done.parsed_output == OSLO
+    check_held(script, PLACE)
 
 
 def test_anthropic_picture_long_cut_and_cancelled() -> None:
@@ -330,42 +357,51 @@ def test_langchain_loop(kind: str, streamed: bool) -> None:
     check_three_rounds(script, asked)
 
 
+@pytest.mark.parametrize("kind", LANGCHAIN)
+def test_langchain_structured_output(kind: str, demo: str) -> None:
+    pytest.importorskip("langchain_anthropic", reason="langchain-anthropic is not installed")
+    model = chains(demo)[kind].with_structured_output(Place, method="json_schema")
+    assert isinstance(model.invoke("Where? Answer in JSON."), Place)
+
+
 @pytest.mark.parametrize("method", ["json_schema", "function_calling", "json_mode"])
 @pytest.mark.parametrize("kind", LANGCHAIN)
-def test_langchain_structured_output(kind: str, method: str, fill: Any) -> None:
+def test_langchain_structured_output_by_each_method(kind: str, method: str) -> None:
     pytest.importorskip("langchain_anthropic", reason="langchain-anthropic is not installed")
     if kind == "anthropic" and method == "json_mode":
         pytest.skip("ChatAnthropic has no json_mode")
-    fill(PLACE)
     reply = (
         '<|tool_call>call:Place{city:<|"|>Oslo<|"|>,country:<|"|>Norway<|"|>}<tool_call|>'
         if method == "function_calling"
-        else "No JSON."
+        else PLACE
     )
-    with serving(Script(reply)) as url:
+    script = Script(reply)
+    with serving(script) as url:
         model = chains(url)[kind].with_structured_output(Place, method=method)
         assert model.invoke("Where? Answer in JSON.") == OSLO
+    check_held(script, reply)
 
 
 @pytest.mark.parametrize("kind", LANGCHAIN)
-def test_langchain_structured_output_with_tools(kind: str, fill: Any) -> None:
+def test_langchain_structured_output_with_tools(kind: str) -> None:
     pytest.importorskip("langchain_anthropic", reason="langchain-anthropic is not installed")
 
     def look(q: str) -> str:
         """Looks."""
         return found(q)
 
-    fill(PLACE)
     schema = Place.model_json_schema()
     given: dict[str, Any] = {
         "chat": {"response_format": Place, "strict": True},
         "responses": {"response_format": Place, "strict": True},
         "anthropic": {"output_config": {"format": {"type": "json_schema", "schema": schema}}},
     }[kind]
-    with serving(Script(call("one"), "No JSON.")) as url:
+    script = Script(call("one"), PLACE)
+    with serving(script) as url:
         model = chains(url)[kind].bind_tools([look], **given)
         assert model.invoke("Where?").tool_calls[0]["args"] == {"q": "one"}
         assert json.loads(model.invoke("Where?").text) == OSLO.model_dump()
+    check_held(script, call("one"), PLACE)
 
 
 @pytest.mark.parametrize("kind", LANGCHAIN)
@@ -441,16 +477,16 @@ def test_pydantic_ai_loop(kind: str, streamed: bool) -> None:
 
 @pytest.mark.parametrize("output", ["native", "tool", "prompted"])
 @pytest.mark.parametrize("kind", LANGCHAIN)
-def test_pydantic_ai_output(kind: str, output: str, fill: Any) -> None:
+def test_pydantic_ai_output(kind: str, output: str) -> None:
     pydantic_ai = pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed")
-    fill(PLACE)
     final = (
         '<|tool_call>call:final_result{city:<|"|>Oslo<|"|>,country:<|"|>Norway<|"|>}<tool_call|>'
     )
-    last = final if output == "tool" else "No JSON." if output == "native" else PLACE
+    last = final if output == "tool" else PLACE
     wrap = {"native": pydantic_ai.NativeOutput, "tool": pydantic_ai.ToolOutput,
             "prompted": pydantic_ai.PromptedOutput}[output]  # fmt: skip
-    with serving(Script(call("one"), last), max_prompt_tokens=2000) as url:
+    script = Script(call("one"), last)
+    with serving(script, max_prompt_tokens=2000) as url:
         agent = pydantic_ai.Agent(pydantic_models(url)[kind], output_type=wrap(Place))
         asked = []
 
@@ -461,6 +497,16 @@ def test_pydantic_ai_output(kind: str, output: str, fill: Any) -> None:
 
         assert agent.run_sync("Where?").output == OSLO
     assert asked == ["one"]
+    if output != "prompted":  # asks for json_object beside the tools, which admits no call
+        check_held(script, call("one"), last)
+
+
+@pytest.mark.parametrize("kind", LANGCHAIN)
+def test_pydantic_ai_native_output_of_the_model(kind: str, demo: str) -> None:
+    pydantic_ai = pytest.importorskip("pydantic_ai", reason="pydantic-ai is not installed")
+    output = pydantic_ai.NativeOutput(Place)
+    agent = pydantic_ai.Agent(pydantic_models(demo)[kind], output_type=output, retries=0)
+    assert isinstance(agent.run_sync("Where?").output, Place)
 
 
 @pytest.mark.parametrize("kind", LANGCHAIN)
@@ -534,7 +580,7 @@ def test_agents_sdk_loop(kind: str, streamed: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["chat", "responses"])
-def test_agents_sdk_output_type_with_tools(kind: str, fill: Any) -> None:
+def test_agents_sdk_output_type_with_tools(kind: str, demo: str) -> None:
     agents = pytest.importorskip("agents", reason="openai-agents is not installed")
     asked = []
 
@@ -544,14 +590,17 @@ def test_agents_sdk_output_type_with_tools(kind: str, fill: Any) -> None:
         asked.append(q)
         return found(q)
 
-    fill(PLACE)
-    with serving(Script(call("one"), "No JSON.", "No JSON.")) as url:
-        for tools in ([look], []):
-            agent = agents.Agent(
-                name="a", model=agents_model(url, kind), tools=tools, output_type=Place
-            )
-            done = asyncio.run(agents.Runner.run(agent, "Where?"))
-            assert done.final_output == OSLO
+    def answer(url: str, tools: list[Any]) -> Any:
+        agent = agents.Agent(
+            name="a", model=agents_model(url, kind), tools=tools, output_type=Place
+        )
+        return asyncio.run(agents.Runner.run(agent, "Where?")).final_output
+
+    script = Script(call("one"), PLACE)
+    with serving(script) as url:
+        assert answer(url, [look]) == OSLO
+    check_held(script, call("one"), PLACE)
+    assert isinstance(answer(demo, []), Place)
     assert asked == ["one"]
 
 
@@ -632,14 +681,21 @@ def test_litellm_loop(model: str, streamed: bool) -> None:
     check_three_rounds(script, asked)
 
 
-@pytest.mark.parametrize("tools", [[], [CHAT_TOOL]])
 @pytest.mark.parametrize("model", LITELLM[:1] + LITELLM[2:])
-def test_litellm_structured_output(model: str, tools: list[Any], fill: Any) -> None:
-    fill(PLACE)
-    more = {"tools": tools} if tools else {}
-    with serving(Script("No JSON.")) as url:
-        reply = lite(url, model, messages=user("Where?"), response_format=Place, **more)
+def test_litellm_structured_output(model: str, demo: str) -> None:
+    asked = {"messages": user("Where?"), "response_format": Place, "max_tokens": 200}
+    reply = lite(demo, model, **asked)
+    Place.model_validate_json(reply.choices[0].message.content)
+
+
+@pytest.mark.parametrize("model", LITELLM[:1] + LITELLM[2:])
+def test_litellm_structured_output_beside_tools(model: str) -> None:
+    script = Script(PLACE)
+    with serving(script) as url:
+        asked = {"messages": user("Where?"), "response_format": Place, "tools": [CHAT_TOOL]}
+        reply = lite(url, model, **asked)
     assert Place.model_validate_json(reply.choices[0].message.content) == OSLO
+    check_held(script, PLACE)
 
 
 @pytest.mark.parametrize("model", LITELLM)
@@ -676,7 +732,7 @@ def test_litellm_picture_long_cut_and_cancelled(model: str) -> None:
         cancelled(script)
 
 
-def test_the_prompt_of_an_alias_is_the_models(fill: Any) -> None:
+def test_the_prompt_of_an_alias_is_the_models() -> None:
     """Names of other models change nothing of what is read."""
     one, two = Script("ok"), Script("ok")
     for script, model in ((one, "default"), (two, "claude-opus-4-1")):
