@@ -25,7 +25,7 @@ from mlx_dgemma import kernels, stream_generate
 from mlx_dgemma.checkpoint.weights import cast, expand, load_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import TASKS, held_out
-from mlx_dgemma.model import Model, attention, backbone, layers
+from mlx_dgemma.model import Model, attention, layers
 from mlx_dgemma.prompt import load_tokenizer
 
 LIMIT = 65504.0
@@ -58,10 +58,18 @@ class Audit:
 
         return call
 
-    def residual(self, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
-        def call(layer: Any, x: mx.array) -> mx.array:
+    def attended(self, real: Callable[..., Any]) -> Callable[..., Any]:
+        def call(x: mx.array, *others: Any) -> Any:
             self.see("residual", x)
-            y = real(layer, x)
+            read = real(x, *others)
+            self.see("residual", read.residual)
+            return read
+
+        return call
+
+    def left(self, real: Callable[..., mx.array]) -> Callable[..., mx.array]:
+        def call(*given: Any) -> mx.array:
+            y = real(*given)
             self.see("residual", y)
             return y
 
@@ -89,7 +97,8 @@ def watched(model: Model) -> Iterator[Audit]:
         (layers.Linear, "__call__", audit.product),
         (layers.PackedLinear, "__call__", audit.product),
         (kernels.Matrix, "apply_gathered", audit.product),
-        (backbone.Layer, "feed_forward", audit.residual),
+        (kernels, "after_attention", audit.attended),
+        (kernels, "after_branches", audit.left),
         (attention, "attend", audit.scores),
     )
     real = [getattr(owner, name) for owner, name, _ in places]

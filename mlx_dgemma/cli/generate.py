@@ -17,7 +17,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.constraint import add_constraint, read_constraint
-from mlx_dgemma.cli.exit_codes import INTERRUPTED
+from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
 from mlx_dgemma.cli.session import (
     Session,
@@ -153,6 +153,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if on_terminal if arguments.verbose is None else arguments.verbose:
             print_summary(reply, console if on_terminal else messages, prepared.media)
     if reply.finish is not None and reply.finish.reason == "unconverged":
+        if arguments.json:
+            return USER_ERROR  # the record says it
         raise InputError(
             f"Block {reply.finish.blocks - 1} did not converge, and --on-unconverged is refuse: "
             "allow more --max-denoising-steps, or take the block with --on-unconverged warn."

@@ -103,7 +103,8 @@ def probabilities(
     dtype: mx.Dtype,
     result: mx.Dtype = mx.float32,
 ) -> mx.array:
-    """Probabilities of raw logits [R, n], from tempered logits cast to `dtype`; in one launch."""
+    """Probabilities of raw logits [R, n], from tempered logits cast to `dtype`; in one launch,
+    or where MLX's CPU backend rounds to 16 bits in three."""
     cap = mx.array(softcap, dtype=mx.float32)
     return _probability(dtype, result)(raw, cap, divisor, log_z[:, None])
 

@@ -133,13 +133,7 @@ def check_length(engine: Engine, value: Any, param: str) -> None:
     """Refuses text that cannot fit, however well it encodes, before it is encoded."""
     most = engine.room * engine.tokenizer.longest
     if _characters(value, most) > most:
-        raise ApiError(
-            400,
-            f"The prompt has more than {most} characters; this server takes at most "
-            f"{engine.room} tokens.",
-            param=param,
-            code="context_length_exceeded",
-        )
+        raise _too_long(engine, f"at least {engine.room + 1}", param)
 
 
 def _characters(value: Any, most: int) -> int:
@@ -159,14 +153,18 @@ def _characters(value: Any, most: int) -> int:
 
 def check_room(engine: Engine, ids: list[int], param: str) -> None:
     if len(ids) > engine.room:
-        too_long = f"prompt is too long: {len(ids)} tokens > {engine.room} maximum"
-        # Clients look for these words and make their conversation shorter.
-        raise ApiError(
-            400,
-            f"This model's maximum context length is {engine.room} tokens. However, your messages "
-            f"resulted in {len(ids)} tokens. Please reduce the length of the {param} (the "
-            f"{too_long}).",
-            param=param,
-            code="context_length_exceeded",
-            anthropic_message=too_long,
-        )
+        raise _too_long(engine, f"{len(ids)}", param)
+
+
+def _too_long(engine: Engine, tokens: str, param: str) -> ApiError:
+    """In the words that clients look for, to make their conversation shorter."""
+    too_long = f"prompt is too long: {tokens} tokens > {engine.room} maximum"
+    return ApiError(
+        400,
+        f"This model's maximum context length is {engine.room} tokens. However, your messages "
+        f"resulted in {tokens} tokens. Please reduce the length of the {param} (the "
+        f"{too_long}).",
+        param=param,
+        code="context_length_exceeded",
+        anthropic_message=too_long,
+    )

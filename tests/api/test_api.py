@@ -240,8 +240,9 @@ def test_the_peak_is_that_of_one_reply(demo):
     large = mx.zeros((200_000_000,), dtype=mx.uint8)
     mx.eval(large)
     del large
+    held = mx.get_active_memory()  # by other tests of this process as well
     *_, finish = stream_generate(*demo, PROMPT, **QUICK)
-    assert 0 < finish.peak_memory_bytes < 200_000_000
+    assert 0 < finish.peak_memory_bytes < held + 200_000_000
 
 
 def test_the_option_types_follow_the_signature():

@@ -50,6 +50,7 @@ KERNELS = {
     *("row_statistics", "accept", "survivors", "gather_embeddings"),
     *("top_experts", "sort_by_expert", "experts", "combine"),
     *("normed_heads", "chunk_softmax", "merge_attention"),
+    *("after_attention", "after_branches"),
 }
 
 

@@ -139,16 +139,19 @@ def test_no_row_survives_more_often_than_the_capacity():
 
 
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
-def test_a_probability_is_one_launch_of_the_same_bits(dtype, monkeypatch):
+def test_a_probability_is_one_launch_of_nearly_the_same_bits(dtype, monkeypatch):
     raw = (mx.random.normal((3, 50), key=mx.random.key(1)) * 9).astype(dtype)
     divisor, log_z = mx.full((1, 1), 0.7), mx.array([20.0, 25.0, 30.0])
+    mx.eval(raw, divisor)  # what is given is not counted
     one = probabilities(raw, divisor, log_z, 30.0, dtype, dtype)
     counted = launches([one])
     x = raw.astype(mx.float32)
     values = (30.0 * mx.tanh(x / 30.0) / divisor).astype(dtype).astype(mx.float32)
     steps = mx.exp(values - log_z[:, None]).astype(dtype)
-    assert launches([steps]).total() > 4
-    assert counted.total() == counted["Compiled"] == 1
+    # On the CPU MLX compiles what rounds to 16 bits in two parts with a cast between them.
+    parts = 1 if dtype == mx.float32 else 2
+    assert counted["Compiled"] == parts
+    assert counted.total() == 2 * parts - 1 < launches([steps]).total()
     if dtype == mx.float32:  # the CPU's compiled exponential may differ in its last digit
         np.testing.assert_allclose(np.array(one), np.array(steps), rtol=1e-6)
     else:

@@ -222,10 +222,10 @@ def test_files_that_are_no_context_of_this_model(model, tmp_path):
     path.write_bytes(b"nothing like it")
     with pytest.raises(CheckpointError, match="no safetensors file; delete it and prefill again"):
         ContextCache.load(path, model)
-    with pytest.raises(CheckpointError, match="missing"):
+    with pytest.raises(CheckpointError, match="No such file or directory"):
         ContextCache.load(tmp_path / "absent", model)
     mx.save_safetensors(str(path), {"x": mx.zeros(3)})
-    with pytest.raises(CheckpointError, match="not a context saved by this program"):
+    with pytest.raises(CheckpointError, match="not a context saved by this version of the program"):
         ContextCache.load(path, model)
     prefilled(model, ids(9)).save(path)
     whole = path.read_bytes()
@@ -257,7 +257,7 @@ def test_tensors_of_another_shape_are_named(model, tmp_path):
     tensors, header = mx.load(str(path), return_metadata=True)
     tensors = {name: tensor.T for name, tensor in tensors.items()}
     mx.save_safetensors(str(path), tensors, header)
-    with pytest.raises(CheckpointError, match="incomplete"):
+    with pytest.raises(CheckpointError, match="does not hold what was saved"):
         ContextCache.load(path, model)
 
 

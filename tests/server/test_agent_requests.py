@@ -89,7 +89,7 @@ def test_code_in_an_answer_is_no_call(serve: Open) -> None:
 # Responses
 
 
-def test_codex_can_connect(serve: Open) -> None:
+def test_codex_can_connect(serve: Open, conversations: list[Any]) -> None:
     """The tools and items of Codex' requests."""
     tools = [
         LOOK,
@@ -137,7 +137,7 @@ def test_codex_can_connect(serve: Open) -> None:
     said = " ".join(body["x_warnings"])
     for word in ("web_search", "image_generation", "tool_search", "mcp", "compaction", "grammar"):
         assert word in said
-    calls = [m["tool_calls"][0] for m in script.seen[0]["prompt"] if m.get("tool_calls")]
+    calls = [m["tool_calls"][0] for m in conversations[0] if m.get("tool_calls")]
     assert [c["function"]["name"] for c in calls] == [
         "local_shell",
         "apply_patch",
@@ -186,14 +186,14 @@ def test_a_custom_tool_in_chat_completions(serve: Open) -> None:
     assert "web_search" in body["x_warnings"][0]
 
 
-def test_responses_are_continued_and_quoted(serve: Open) -> None:
+def test_responses_are_continued_and_quoted(serve: Open, conversations: list[Any]) -> None:
     script = Script("one", "two", CALL, "four")
     client = serve(script)
     first = client.post(RESPONSES, json={"input": "a", "instructions": "Only now."}).json()
     assert first["store"] is True
     asked = {"input": "b", "previous_response_id": first["id"], "tools": [LOOK]}
     second = client.post(RESPONSES, json=asked).json()
-    assert [m["role"] for m in script.seen[1]["prompt"]] == ["user", "assistant", "user"]
+    assert [m["role"] for m in conversations[1]] == ["user", "assistant", "user"]
     third = client.post(RESPONSES, json={**asked, "previous_response_id": second["id"]}).json()
     output = {
         "type": "function_call_output",
@@ -204,7 +204,7 @@ def test_responses_are_continued_and_quoted(serve: Open) -> None:
     items = [{"type": "item_reference", "id": third["output"][0]["id"]}, output]
     fourth = client.post(RESPONSES, json={"input": [*user("b"), *items]}).json()
     assert fourth["output"][0]["content"][0]["text"] == "four"
-    assert [m["role"] for m in script.seen[3]["prompt"]] == ["user", "assistant", "tool"]
+    assert [m["role"] for m in conversations[3]] == ["user", "assistant", "tool"]
     assert fourth["x_warnings"] == []
 
 
@@ -261,7 +261,9 @@ SERVER_BLOCKS = [
 ]
 
 
-def test_server_tools_and_blocks_leave_a_conversation_usable(serve: Open) -> None:
+def test_server_tools_and_blocks_leave_a_conversation_usable(
+    serve: Open, conversations: list[Any]
+) -> None:
     script = Script("ok")
     conversation = [
         {"role": "user", "content": [*BLOCKS, {"type": "text", "text": "a"}]},
@@ -277,10 +279,10 @@ def test_server_tools_and_blocks_leave_a_conversation_usable(serve: Open) -> Non
     said = "\n".join(body["x_warnings"])
     for kind in (*SERVER_TOOLS, *(block["type"] for block in SERVER_BLOCKS)):
         assert kind in said
-    texts = [part["text"] for part in script.seen[0]["prompt"][0]["content"]]
+    texts = [part["text"] for part in conversations[0][0]["content"]]
     assert texts[1] == "T\ninside"
     assert texts[2].endswith("S: this model cannot read it]\nfound")
-    result = script.seen[0]["prompt"][2]["content"]
+    result = conversations[0][2]["content"]
     assert result.startswith("Error: ")
     assert "inside" in result
 
@@ -335,9 +337,10 @@ def test_a_model_card_says_what_clients_look_for(serve: Open) -> None:
     assert card["display_name"]
 
 
-def test_a_prompt_that_is_too_long_is_said_in_the_clients_words(serve: Open) -> None:
+@pytest.mark.parametrize("words", [30, 100], ids=["encoded", "before it is encoded"])
+def test_a_prompt_that_is_too_long_is_said_in_the_clients_words(serve: Open, words: int) -> None:
     client = serve(Script("ok"), max_prompt_tokens=20)
-    long = user("word " * 100)
+    long = user("word " * words)
     error = client.post(CHAT, json={"messages": long}).json()["error"]
     assert error["code"] == "context_length_exceeded"
     assert "maximum context length is 20 tokens" in error["message"]
@@ -345,7 +348,7 @@ def test_a_prompt_that_is_too_long_is_said_in_the_clients_words(serve: Open) -> 
     assert answer.status_code == 400
     assert answer.json()["error"]["type"] == "invalid_request_error"
     assert answer.json()["error"]["message"].startswith("prompt is too long: ")
-    error = client.post(RESPONSES, json={"input": "word " * 100}).json()["error"]
+    error = client.post(RESPONSES, json={"input": "word " * words}).json()["error"]
     assert error["code"] == "context_length_exceeded"
 
 

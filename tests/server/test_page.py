@@ -233,7 +233,9 @@ def test_a_reply_is_markdown_and_cannot_do_harm(browser: Any) -> None:
         assert all(address.startswith(url) for address in asked)
 
 
-def test_conversations_are_kept_edited_and_answered_again(browser: Any) -> None:
+def test_conversations_are_kept_edited_and_answered_again(
+    browser: Any, conversations: list[Any]
+) -> None:
     script = Script("First.", "Second.", "Third.", "Fourth.")
     with running(script, prefix_cache_bytes=0) as url:
         page, problems = open_page(browser, url)
@@ -245,7 +247,7 @@ def test_conversations_are_kept_edited_and_answered_again(browser: Any) -> None:
         page.get_by_role("button", name="Edit").click()
         assert page.get_by_label("Message", exact=True).input_value() == "One"
         say(page, "Two")
-        assert [m["content"] for m in script.seen[2]["prompt"]] == ["Two"]
+        assert [m["content"] for m in conversations[2]] == ["Two"]
         page.reload()
         page.get_by_text("Conversations").click()
         page.get_by_role("button", name="One", exact=True).click()
