@@ -93,6 +93,8 @@ async def held(
     """
     if not tools.declared and wanted is None:
         return None, None, ()
+    if tools.declared and wanted is not None and wanted.constraint.kind == "json_object":
+        wanted = Wanted.schema({"type": "object"}, wanted.where)  # a call is possible beside it
     if not tools.declared or (wanted is not None and wanted.rules is None and not tools.forced):
         assert wanted is not None
         language = await compiled(engine, wanted.constraint, wanted.where)
