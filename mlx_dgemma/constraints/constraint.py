@@ -81,6 +81,14 @@ class Constraint:
 
     def language(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
         """Compiles it; LanguageError for one that is malformed, empty or too large."""
+        try:
+            return self._compiled(tokenizer, vocab_size)
+        except RecursionError:
+            raise LanguageError(
+                "The constraint is nested too deeply: take some of its levels out."
+            ) from None
+
+    def _compiled(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
         space = Space()
         node, unchecked = self._node(space)
         least = space.least(node)

@@ -91,14 +91,23 @@ class Space:
         return result
 
     def then(self, first: Node, second: Node) -> Node:
+        """One after the other. Of a sequence the first part stands alone, the rest in the second
+        place; the parts of a long text are not a matter of recursion."""
+        parts = []
+        while first.kind == "then":
+            parts.append(first.children[0])
+            first = first.children[1]
+        for part in (first, *reversed(parts)):
+            second = self._pair(part, second)
+        return second
+
+    def _pair(self, first: Node, second: Node) -> Node:
         if first is self.none or second is self.none:
             return self.none
         if first is self.empty:
             return second
         if second is self.empty:
             return first
-        if first.kind == "then":
-            return self.then(first.children[0], self.then(first.children[1], second))
         mask = first.mask | (second.mask if first.nullable else 0)
         return self._make("then", (first, second), first.nullable and second.nullable, mask)
 

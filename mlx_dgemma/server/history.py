@@ -140,7 +140,8 @@ def _unanswered(group: list[Any]) -> list[Message]:
     ids = [identity for identity, _ in given]
     missing = []
     for call in calls:
-        name = (call.get("function") or {}).get("name")
+        function = call.get("function")
+        name = function.get("name") if isinstance(function, Mapping) else None
         identity = call.get("id")
         if identity in ids if identity else any(name == n for _, n in given):
             continue

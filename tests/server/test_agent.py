@@ -7,6 +7,7 @@ from pydantic import BaseModel
 
 from mlx_dgemma.runtime import Runtime
 
+from .client_scripts import check_held
 from .conftest import Script
 from .test_clients import running
 
@@ -50,9 +51,9 @@ def test_a_structured_answer_is_a_forced_call() -> None:
     right = (
         '<|tool_call>call:final_result{city:<|"|>Oslo<|"|>,country:<|"|>Norway<|"|>}<tool_call|>'
     )
-    script = Script("No.", right)
+    script = Script(right)
     with running(script, prefix_cache_bytes=0) as url:
         agent = pydantic_ai.Agent(model(url), output_type=Place)
         assert agent.run_sync("Where is Oslo?").output == Place(city="Oslo", country="Norway")
-    assert len(script.seen) == 2  # the first was no call, and was tried again here, not there
-    assert all(seen["opening"].ids for seen in script.seen)
+    assert len(script.seen) == 1
+    check_held(script, right)
