@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from mlx_dgemma.constraints.expressions import NEVER, SYMBOLS, Node, Space
+from mlx_dgemma.constraints.expressions import SYMBOLS, Node, Space
+from mlx_dgemma.constraints.shortest import NEVER, shortest_length
 from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
 from mlx_dgemma.errors import LanguageError
 
@@ -124,7 +125,7 @@ class Automaton:
         """Beginnings of the words that follow, the shortest's first."""
         words = [self._follow(node, shortest=True)] if node.least else []
         for mask, target in self._space.moves(node):
-            if mask.bit_count() <= _FEW and self._space.least(target) < NEVER:
+            if mask.bit_count() <= _FEW and shortest_length(self._space, target) < NEVER:
                 tail = self._follow(target, shortest=False)
                 words += [[symbol, *tail] for symbol in _bits(mask)]
             if len(words) > _MOST_ALIVE:
@@ -135,12 +136,14 @@ class Automaton:
         """Symbols along the only way, or along a shortest."""
         word: list[int] = []
         while len(word) < _WORD:
-            moves = [m for m in self._space.moves(node) if self._space.least(m.target) < NEVER]
+            moves = [
+                m for m in self._space.moves(node) if shortest_length(self._space, m.target) < NEVER
+            ]
             if not shortest and (len(moves) != 1 or moves[0].mask.bit_count() != 1):
                 break
-            if not moves or (shortest and not self._space.least(node)):
+            if not moves or (shortest and not shortest_length(self._space, node)):
                 break
-            mask, node = min(moves, key=lambda m: self._space.least(m.target))
+            mask, node = min(moves, key=lambda m: shortest_length(self._space, m.target))
             printable = mask & _PRINTABLE or mask
             word.append(_bits(printable & -printable)[0])
         return word
@@ -149,7 +152,7 @@ class Automaton:
         known = self._numbers.get(node.number)
         if known is not None:
             return known
-        least = self._space.least(node)
+        least = shortest_length(self._space, node)
         if least >= NEVER:
             self._numbers[node.number] = DEAD
             return DEAD

@@ -14,10 +14,11 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mlx_dgemma.constraints.automaton import Automaton
-from mlx_dgemma.constraints.expressions import NEVER, Node, Space
+from mlx_dgemma.constraints.expressions import Node, Space
 from mlx_dgemma.constraints.json_schema import SchemaLanguage
 from mlx_dgemma.constraints.json_text import JsonText
 from mlx_dgemma.constraints.regex import full_match
+from mlx_dgemma.constraints.shortest import NEVER, shortest_length
 from mlx_dgemma.constraints.tool_calls import ToolCalls, tool_language
 from mlx_dgemma.constraints.vocabulary import Vocabulary
 from mlx_dgemma.errors import LanguageError
@@ -91,7 +92,7 @@ class Constraint:
     def _compiled(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
         space = Space()
         node, unchecked = self._node(space)
-        least = space.least(node)
+        least = shortest_length(space, node)
         if least >= NEVER:
             raise LanguageError("No text satisfies the constraint: take one of its rules out.")
         if least > _MOST_NEEDED:
@@ -132,7 +133,7 @@ def _look_ahead(space: Space, node: Node) -> None:
     seen, queue, started = {node.number}, [node], time.monotonic()
     while queue and len(seen) < _LOOKED_AT:
         for _, target in space.moves(queue.pop(0)):
-            if target.number not in seen and space.least(target) < NEVER:
+            if target.number not in seen and shortest_length(space, target) < NEVER:
                 seen.add(target.number)
                 queue.append(target)
         if time.monotonic() - started > 0.5:

@@ -11,7 +11,6 @@ Source: Brzozowski, "Derivatives of Regular Expressions", JACM 1964; Owens, Repp
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Iterable, Sequence
 from typing import ClassVar, NamedTuple, cast
 
@@ -20,12 +19,10 @@ from mlx_dgemma.errors import LanguageError
 BYTES = (1 << 256) - 1  # the mask of every byte
 SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
-NEVER = 1 << 40  # the least number of symbols of an empty language
 # Expressions that one language may need, the states met while it is walked included.
 MOST_EXPRESSIONS = 60_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
-_MOST_SEARCHED = 4_000  # states visited to find one word of an intersection
 
 
 class Node:
@@ -234,72 +231,6 @@ class Space:
                     targets[target.number] = target
             node.moves = [Move(mask, targets[number]) for number, mask in joined.items()]
         return node.moves
-
-    def least(self, node: Node) -> int:
-        """The symbols of a shortest word, or NEVER for an empty language."""
-        stack = [node]
-        while stack:
-            at = stack[-1]
-            waiting = [child for child in at.children if child.least is None]
-            if at.least is None and waiting:
-                stack += waiting
-                continue
-            stack.pop()
-            if at.least is None:
-                at.least = min(self._least(at), NEVER)
-        return cast("int", node.least)
-
-    def _least(self, node: Node) -> int:
-        each = [cast("int", child.least) for child in node.children]
-        if node.kind == "set":
-            return 1
-        if node.kind == "none":
-            return NEVER
-        if node.kind == "then":
-            return sum(each)
-        if node.kind == "either":
-            return min(each)
-        if node.kind == "repeat":
-            return each[0] * node.low
-        return self._search(node)
-
-    def _search(self, node: Node) -> int:
-        """A shortest word of an intersection or complement, which its parts do not tell."""
-        if node.kind == "both" and max(cast("int", c.least) for c in node.children) >= NEVER:
-            return NEVER
-        best = {node.number: 0}
-        queue = [(self._bound(node), 0, node.number, node)]
-        done: set[int] = set()
-        while queue:
-            _, far, number, at = heapq.heappop(queue)
-            if number in done:
-                continue
-            if at.least is not None and (at.nullable or at.least < NEVER):
-                return far + at.least
-            done.add(number)
-            if len(done) > _MOST_SEARCHED:
-                raise LanguageError(
-                    "The constraint joins conditions for which no text was found in "
-                    f"{_MOST_SEARCHED} states: make it simpler."
-                )
-            for _, target in self.moves(at):
-                if far + 1 < best.get(target.number, NEVER) and self._bound(target) < NEVER:
-                    best[target.number] = far + 1
-                    bound = far + 1 + self._bound(target)
-                    heapq.heappush(queue, (bound, far + 1, target.number, target))
-        return NEVER
-
-    def _bound(self, node: Node) -> int:
-        """No more than the least symbols of a word."""
-        if node.least is not None:
-            return node.least
-        if node.kind == "both":
-            return max(self._bound(child) for child in node.children)
-        if node.kind in ("without", "multiple"):
-            return 1
-        if node.kind in ("then", "either") and any(c.kind != "set" for c in node.children):
-            return 0 if node.nullable else 1
-        return self.least(node)
 
     # Moves, kind by kind
 
