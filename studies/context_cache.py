@@ -3,7 +3,7 @@
     python studies/context_cache.py                       # everything; minutes on a CPU
     python studies/context_cache.py --part answers --n 50
 
-bytes       of the context, reckoned for the published shapes and counted in the demo's buffers
+bytes       of the context, computed for the published shapes and counted in the demo's buffers
 divergence  of the demo's tempered distributions from the exact context's, with keys, values or
             both in 8 bits, over the denoising states of a reply behind earlier turns
 layer       error of one random layer's attention at the published widths, by how peaked it is
@@ -55,8 +55,8 @@ BFLOAT = "both in bfloat16"
 class Rounded(LayerContext):
     """A full layer that keeps what 8 bits keep of its committed keys or values, or of both."""
 
-    def __init__(self, slack: int, *, keys: bool, values: bool):
-        super().__init__(None, slack)
+    def __init__(self, room: int, *, keys: bool, values: bool):
+        super().__init__(None, room)
         self.rounds = keys, values
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
@@ -75,7 +75,7 @@ def make_cache(model: Model, kind: str) -> ContextCache:
     cache = model.make_cache(8 if kind == PACKED else None)
     if kind in (KEYS, VALUES):
         cache.layers = [
-            Rounded(cache.slack, keys=kind == KEYS, values=kind == VALUES)
+            Rounded(cache.layers[0].room, keys=kind == KEYS, values=kind == VALUES)
             if layer.window is None
             else layer
             for layer in cache.layers
