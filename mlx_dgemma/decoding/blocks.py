@@ -90,7 +90,7 @@ class _Tally:
 
     prompt_tokens: int
     generated: int = 0
-    state: int = 0  # of the language, behind what was committed
+    state: int = 0  # of the language, after what was committed
     forwards: int = 0
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
