@@ -24,6 +24,7 @@ from starlette.routing import Route
 from mlx_dgemma._version import __version__
 from mlx_dgemma.server.addresses import KnownHosts, SingleSlashes
 from mlx_dgemma.server.bodies import Bodies
+from mlx_dgemma.server.endpoints import stored_responses
 from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, messages
 from mlx_dgemma.server.endpoints.openai_chat import chat_completions
 from mlx_dgemma.server.endpoints.openai_completions import completions
@@ -98,7 +99,7 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         Route("/v1/models/{name:path}", guard(model)),
         Route("/v1/chat/completions", guard.json(chat_completions), methods=["POST"]),
         Route("/v1/completions", guard.json(completions), methods=["POST"]),
-        Route("/v1/responses", guard.json(partial(responses, StoredResponses())), methods=["POST"]),
+        *_responses(guard),
         Route("/v1/messages", guard.json(messages), methods=["POST"]),
         Route("/v1/systemone", guard.json(system_one), methods=["POST"]),
         Route("/v1/messages/count_tokens", guard.json(count_tokens), methods=["POST"]),
@@ -122,6 +123,18 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
     )
     app.state.stop = stop
     return app
+
+
+def _responses(guard: _Guard) -> list[Route]:
+    """The routes of the Responses dialect, which share what is stored."""
+    stored, one = StoredResponses(), "/v1/responses/{id}"
+    return [
+        Route("/v1/responses", guard.json(partial(responses, stored)), methods=["POST"]),
+        Route(one, guard(partial(stored_responses.retrieve, stored))),
+        Route(one, guard(partial(stored_responses.delete, stored)), methods=["DELETE"]),
+        Route(f"{one}/input_items", guard(partial(stored_responses.input_items, stored))),
+        Route(f"{one}/cancel", guard(partial(stored_responses.cancel, stored)), methods=["POST"]),
+    ]
 
 
 def _page(name: str) -> Callable[[Request], Awaitable[Response]]:
@@ -148,7 +161,7 @@ def _middleware(settings: ServerSettings) -> list[Middleware]:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
         middleware.append(cors)
