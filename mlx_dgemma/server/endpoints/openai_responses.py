@@ -9,6 +9,7 @@ from typing import Any
 
 from starlette.requests import Request
 
+from mlx_dgemma.server.accepted import Accepts, Bounds, format_of, openai_chatting, shared
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Engine
@@ -24,11 +25,30 @@ from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
 from mlx_dgemma.server.tool_kinds import Origin, call_item, responses_tools
 
+_UNSUPPORTED = ("conversation", "prompt", "background")
+
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/responses` accepts."""
+    item = {"type": "object", "properties": {"type": {"type": "string"}, "role": {}, "content": {}}}
+    items = {"type": "array", "items": item}
+    return {
+        **shared(bounds, stop=None),
+        **openai_chatting(),
+        "input": Accepts(schema={"anyOf": [{"type": "string"}, items]}),
+        "instructions": Accepts("text"),
+        "previous_response_id": Accepts("text"),
+        "tools": Accepts("list", schema={"type": "object"}),
+        "max_output_tokens": Accepts("limit", 1),
+        "text": Accepts("object", inside={"format": format_of("The reply")}),
+        **dict.fromkeys(_UNSUPPORTED, Accepts(schema={"enum": [None, False]})),
+    }
+
 
 async def read_response(
     engine: Engine, fields: Fields, stored: StoredResponses
 ) -> tuple[Asked, Conversation]:
-    for name in ("conversation", "prompt", "background"):
+    for name in _UNSUPPORTED:
         if fields.raw(name):
             raise ApiError(
                 400,
