@@ -129,7 +129,6 @@ def _read_score(instructions: str | None, criteria: Any, where: tuple[str | int,
 
 _Reader = Callable[[str | None, Any, tuple[str | int, ...]], Question]
 _READERS: dict[Any, _Reader] = {"noul": _read_noul, "choice": _read_choice, "score": _read_score}
-KINDS = tuple(_READERS)
 
 
 def _check(question: Question, where: tuple[str | int, ...]) -> None:

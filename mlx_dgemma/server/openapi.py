@@ -59,9 +59,9 @@ def _get(summary: str, media: str, schema: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _post(path: str, fields: Known) -> dict[str, Any]:
-    content = {"application/json": {"schema": _OBJECT}}
+    content: dict[str, Any] = {"application/json": {"schema": _OBJECT}}
     if "stream" in fields:
-        content["text/event-stream"] = {"schema": _STRING}
+        content["text/event-stream"] = {}
     return {
         "summary": _SUMMARIES[path],
         "requestBody": {

@@ -124,8 +124,8 @@ class Seen:
 
 
 @contextmanager
-def scripted_app(**settings: Any) -> Iterator[App]:
-    """The server's application; replies are always `REPLY`, decisions those of a random model."""
+def scripted_model() -> Iterator[Script]:
+    """A model whose replies are always `REPLY`, and whose decisions are those of random weights."""
 
     def filled(_m: Any, _t: Any, parts: Any, **_: Any) -> Iterator[Any]:
         text = "".join(part if isinstance(part, str) else "1" for part in parts)
@@ -136,6 +136,13 @@ def scripted_app(**settings: Any) -> Iterator[App]:
     # What the script remembers of its requests is not the server's memory.
     script.seen = deque(maxlen=4)  # type: ignore[assignment]
     with mock.patch.object(engine_module, "infill_turns", filled):
+        yield script
+
+
+@contextmanager
+def scripted_app(**settings: Any) -> Iterator[App]:
+    """The server's application over `scripted_model`."""
+    with scripted_model() as script:
         yield create_app(script, ServerSettings(**{"prefix_cache_bytes": 0, **settings}))
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.decisions.questions import KINDS, as_text, read_questions
+from mlx_dgemma.decisions.questions import MAX_LEVELS, MAX_OPTIONS, as_text, read_questions
 from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
@@ -23,15 +23,17 @@ ALIASES = ("jev-latest",)  # what clients of this interface call the model by de
 
 def accepted(_: Bounds) -> dict[str, Accepts]:
     """What `/v1/systemone` accepts."""
+    text = {"type": ["string", "null"]}
     question = {
-        "type": "object",
-        "properties": {
-            "type": {"enum": list(KINDS)},
-            "instructions": {"type": ["string", "null"]},
-            "criteria": {"type": ["object", "array", "null"]},
-        },
-        "required": ["type"],
-    }
+        "anyOf": [
+            _question("noul", {"type": "object", "properties": {"true": text, "false": text},
+                               "additionalProperties": False}),
+            _question("choice", {"type": "object", "additionalProperties": text,
+                                 "minProperties": 2, "maxProperties": MAX_OPTIONS}),
+            _question("score", {"type": "array", "items": {"type": "string", "minLength": 1},
+                                "minItems": 2, "maxItems": MAX_LEVELS}),
+        ]
+    }  # fmt: skip
     image = {"data_base64": {"type": "string"}, "format": {"enum": list(_FORMATS)}}
     return {
         "model": Accepts("text"),
@@ -47,6 +49,16 @@ def accepted(_: Bounds) -> dict[str, Accepts]:
         ),
         "x_orders": Accepts("integer", 1, 20, about="In how many orders options are shown."),
     }
+
+
+def _question(kind: str, criteria: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of one kind of question."""
+    properties = {
+        "type": {"const": kind},
+        "instructions": {"type": "string", "minLength": 1},
+        "criteria": criteria,
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonResponse:
