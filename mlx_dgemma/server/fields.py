@@ -111,7 +111,7 @@ class Fields:
         return None if value is None else Fields(value, self.path(name), accepts.inside)
 
     def unread(self) -> list[str]:
-        """Fields nobody asked for, in the request's order."""
+        """Fields that were not read, in the request's order."""
         return [str(name) for name, value in self.body.items() if name not in self._read
                 and value is not None]  # fmt: skip
 

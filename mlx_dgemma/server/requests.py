@@ -29,7 +29,7 @@ from mlx_dgemma.server.wire import JsonResponse
 
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request, read. calls: one per choice. one_call: replies keep their first tool call.
     origins: see `ToolUse`."""
 
@@ -76,11 +76,11 @@ async def read_request(
     choices: int = 1,
     logprobs: bool = False,
     notes: Sequence[str] = (),
-) -> Asked:
+) -> ParsedRequest:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
     stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
-    of every field that nobody has read.
+    of every field that was not read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
@@ -114,7 +114,7 @@ async def read_request(
         image_tokens=image_tokens,
         hold=fields.hold,
     )
-    return Asked(
+    return ParsedRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
@@ -127,7 +127,7 @@ async def read_request(
 
 async def respond(
     request: Request,
-    asked: Asked,
+    asked: ParsedRequest,
     *,
     whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
     events: Callable[[], AsyncGenerator[bytes, None]],

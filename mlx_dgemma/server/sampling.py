@@ -56,7 +56,7 @@ def read_seed(fields: Fields) -> int:
 
 
 def read_warnings(engine: Engine, fields: Fields, max_tokens: int | None) -> tuple[str, ...]:
-    """What was asked and is not done. Call it last: it lists every field nobody has read."""
+    """What was asked and is not done. Call it last: it lists every field that was not read."""
     limit = engine.settings.max_output_tokens
     found = [] if (max_tokens or 0) <= limit else [f"max_tokens was cut to this server's {limit}"]
     for name, neutral in WITHOUT_EFFECT.items():

@@ -27,7 +27,7 @@ from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
@@ -81,7 +81,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     return {**counted(bounds), "max_tokens": Accepts("limit", 1, required=True)}
 
 
-async def read_messages(engine: Engine, fields: Fields) -> Asked:
+async def read_messages(engine: Engine, fields: Fields) -> ParsedRequest:
     messages, warnings = openai_messages(fields)
     max_tokens = fields.limit("max_tokens")
     thinking = fields.object("thinking")
@@ -117,7 +117,7 @@ async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
     )
 
 
-async def _message(engine: Engine, asked: Asked) -> dict[str, Any]:
+async def _message(engine: Engine, asked: ParsedRequest) -> dict[str, Any]:
     reply, segments = Reply(one_call=asked.one_call), Segments()
     async for _ in follow(engine, asked.call, reply, segments):
         pass
@@ -132,7 +132,7 @@ async def _message(engine: Engine, asked: Asked) -> dict[str, Any]:
     }
 
 
-async def _events(engine: Engine, asked: Asked) -> AsyncGenerator[bytes, None]:
+async def _events(engine: Engine, asked: ParsedRequest) -> AsyncGenerator[bytes, None]:
     def event(kind: str, **body: Any) -> bytes:
         return data({"type": kind, **body}, kind)
 
@@ -186,7 +186,7 @@ def _block(segment: Segment) -> dict[str, Any]:
     return {"type": "tool_use", "id": segment.id, "name": segment.name, "input": arguments}
 
 
-def _head(asked: Asked) -> dict[str, Any]:
+def _head(asked: ParsedRequest) -> dict[str, Any]:
     return {"id": new_id("msg"), "type": "message", "role": "assistant", "model": asked.model}
 
 

@@ -24,7 +24,7 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply
-from mlx_dgemma.server.requests import Asked, read_request
+from mlx_dgemma.server.requests import ParsedRequest, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
@@ -50,7 +50,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     }
 
 
-async def read_chat(engine: Engine, fields: Fields) -> Asked:
+async def read_chat(engine: Engine, fields: Fields) -> ParsedRequest:
     messages = fields.items("messages") or []
     for legacy in _LEGACY:
         if fields.raw(legacy) is not None:

@@ -20,7 +20,7 @@ from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply
-from mlx_dgemma.server.requests import Asked, read_streaming
+from mlx_dgemma.server.requests import ParsedRequest, read_streaming
 from mlx_dgemma.server.sampling import (
     check_length,
     check_model,
@@ -50,7 +50,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     }
 
 
-async def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
+async def read_completion(engine: Engine, fields: Fields) -> tuple[ParsedRequest, str]:
     """The request, and the text that every choice begins with (`echo`)."""
     model = check_model(engine, fields)
     check_length(engine, fields.raw("prompt"), "prompt")
@@ -77,7 +77,7 @@ async def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
             raise fields.fail("suffix", "given without stop and logprobs")
         ids = encode_prompt(engine.tokenizer, DEFAULT_PROMPT)
         call = Call(PreparedPrompt(ids), ids, options, False, warnings, between(text, suffix))
-    asked = Asked(
+    asked = ParsedRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,

@@ -16,7 +16,7 @@ from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
 from mlx_dgemma.server.response_items import MESSAGE_ROLES, Conversation, read_conversation
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.sse import data
@@ -61,7 +61,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
 
 async def read_response(
     engine: Engine, fields: Fields, stored: StoredResponses
-) -> tuple[Asked, Conversation]:
+) -> tuple[ParsedRequest, Conversation]:
     for name in _UNSUPPORTED:
         if fields.raw(name):
             raise ApiError(
@@ -89,7 +89,7 @@ async def read_response(
     return asked, conversation
 
 
-def _echoed(asked: Asked, fields: Fields) -> dict[str, Any]:
+def _echoed(asked: ParsedRequest, fields: Fields) -> dict[str, Any]:
     """What the response object repeats of the request."""
     temperature = fields.raw("temperature")
     return {
@@ -138,7 +138,7 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 async def _response(
-    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
+    engine: Engine, asked: ParsedRequest, head: dict[str, Any], keep: Keep
 ) -> dict[str, Any]:
     reply, segments, items = Reply(one_call=asked.one_call), Segments(), _Items(asked.origins)
     async for _ in follow(engine, asked.call, reply, segments):
@@ -178,7 +178,7 @@ class _Items:
 
 
 async def _events(
-    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
+    engine: Engine, asked: ParsedRequest, head: dict[str, Any], keep: Keep
 ) -> AsyncGenerator[bytes, None]:
     number = -1
 
@@ -255,7 +255,7 @@ def _part(segment: Segment) -> dict[str, Any]:
 
 
 def _finished(
-    engine: Engine, asked: Asked, reply: Reply, segments: Segments, items: _Items
+    engine: Engine, asked: ParsedRequest, reply: Reply, segments: Segments, items: _Items
 ) -> dict[str, Any]:
     finish = reply.end.finish
     whole = reply.whole
