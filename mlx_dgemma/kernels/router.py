@@ -29,7 +29,7 @@ class Routing(NamedTuple):
 
 
 def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """RMSNorm without weight, times scale, times hidden^-0.5."""
+    """RMSNorm of x [n, hidden] without weight, times scale [hidden], times hidden^-0.5."""
     root: float = x.shape[-1] ** -0.5
     return mx.fast.rms_norm(x, None, eps) * scale * root
 

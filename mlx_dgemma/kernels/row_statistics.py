@@ -149,7 +149,7 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
 
 
 def temper(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
-    """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
+    """softcap * tanh(raw / softcap) / T, elementwise in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
     return softcapped(x, softcap) / divisor + (x - x)
 
@@ -158,7 +158,7 @@ tempered = fused(temper)
 
 
 def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
-    """softcap * tanh(x / softcap) of float32 logits, so that none passes the softcap."""
+    """softcap * tanh(x / softcap), elementwise in float32, so that none passes the softcap."""
     return softcap * mx.tanh(x / softcap)
 
 
@@ -227,6 +227,8 @@ def _inverse_cdf(values: mx.array, leaves: mx.array, uniform: mx.array) -> mx.ar
 
 def pick(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     """The first position whose running sum passes `target`, and what of the target is left there.
+
+    weights: float32 [R, n]; target: float32 [R]. Returns int32 [R] and float32 [R].
 
     Rounding can put the target at or past the total; then the last position of weight above zero
     is taken, never one that was impossible.

@@ -145,7 +145,7 @@ def gather_twin(
 
 
 def rounded_up(counts: np.ndarray) -> np.ndarray:
-    """The next power of two of each count; 0 stays 0."""
+    """The next power of two of each count, int64 [n]; 0 stays 0."""
     counts = np.asarray(counts)
     powers = 1 << np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64)
     return np.where(counts > 0, powers, 0)

@@ -26,8 +26,8 @@ from mlx_dgemma.model.rope import RopeTables
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
-# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, more
-# than these fill; the rest of a pass would keep the caller until the device is nearly done.
+# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, which
+# these do not fill; with a whole pass the caller would wait until the device is nearly done.
 AHEAD = 3
 
 
