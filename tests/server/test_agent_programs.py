@@ -62,9 +62,7 @@ def test_a_recorded_request_is_answered(serve: Open, one: dict[str, Any]) -> Non
 
 
 @pytest.mark.parametrize("one", ANSWERED, ids=name)
-def test_a_recorded_conversation_is_whole_for_the_model(
-    serve: Open, one: dict[str, Any]
-) -> None:
+def test_a_recorded_conversation_is_whole_for_the_model(serve: Open, one: dict[str, Any]) -> None:
     """Each turn ends before the next begins, and results follow their calls in order."""
     script = Script("It is done.")
     assert serve(script, any_model=True).post(one["path"], json=one["body"]).status_code == 200

@@ -69,6 +69,16 @@ async def cancel(stored: StoredResponses, request: Request) -> Response:
     )
 
 
+_ONE = "/v1/responses/{id}"
+# Each with its method and what answers it.
+ROUTES = (
+    (_ONE, ("GET", retrieve)),
+    (_ONE, ("DELETE", delete)),
+    (f"{_ONE}/input_items", ("GET", input_items)),
+    (f"{_ONE}/cancel", ("POST", cancel)),
+)
+
+
 def _limit(request: Request) -> int:
     given = request.query_params.get("limit", "20")
     if not given.isdecimal() or not 1 <= int(given) <= _MOST_LISTED:
