@@ -43,7 +43,7 @@ def denoise_block(
     block: int = 0,
     attempt: int = 0,
     length: int | None = None,
-    logprobs: bool = False,
+    alternatives: int | None = None,
     banned: Sequence[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
@@ -52,6 +52,7 @@ def denoise_block(
     has stopped is no longer computed. The context is read, never written.
 
     length: canvas positions; None is the settings' or the checkpoint's.
+    alternatives: score each row's ids, and list so many likely ids beside them; None scores none.
     banned: ids that no free position can take; the network's logits for them are discarded.
 
     Raises NumericsError at the first step whose logits are not finite.
@@ -61,7 +62,7 @@ def denoise_block(
     fresh = Place(block, attempt, 0)
     state = CanvasState.initial(requests, fresh, length, vocab_size, steps)
     stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
-    results = untouched(state, logprobs=logprobs)
+    results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
     while state.rows:
         outcome = step(model, cache, settings, state, banned)
@@ -73,7 +74,7 @@ def denoise_block(
         converged = stop(state.repeats, numbers.mean_entropy) | numbers.complete
         ended = converged | state.last
         results |= finished(
-            state, ended, converged, outcome.seen, outcome.settled, logprobs=logprobs
+            state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
         )
         if not ended.all():
             advance(model, state, outcome, numbers)

@@ -33,8 +33,8 @@ MAX_STOP_STRINGS = 16
 
 @dataclass(frozen=True)
 class Asked:
-    """A request, read. calls: one per choice. one_call: replies keep their first tool call.
-    origins: see `ToolUse`."""
+    """A request, read. calls: one per choice, `choices` of each prompt. one_call: replies keep
+    their first tool call. origins: see `ToolUse`."""
 
     model: str
     calls: list[Call]
@@ -42,6 +42,7 @@ class Asked:
     include_usage: bool = False
     logprobs: bool = False
     one_call: bool = False
+    choices: int = 1
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @property
@@ -77,20 +78,21 @@ async def read_request(
     thinking: bool,
     wanted: Wanted | None = None,
     choices: int = 1,
-    logprobs: bool = False,
+    logprobs: int | None = None,
     notes: Sequence[str] = (),
 ) -> Asked:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
-    stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
+    stop: the name of the field with stop strings. logprobs: score the reply's tokens, and list so
+    many likely ones beside each; None scores none. notes: warnings so far. Call it last: it warns
     of every field that nobody has read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
     if stop is not None:
         options["stop"] = fields.strings(stop, MAX_STOP_STRINGS)
-    if logprobs:
-        options["logprobs"] = True
+    if logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": logprobs}
     streaming = read_streaming(fields)
     seed = read_seed(fields, choices)
     image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
@@ -122,7 +124,8 @@ async def read_request(
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
         include_usage=streaming.include_usage,
-        logprobs=logprobs,
+        logprobs=logprobs is not None,
+        choices=choices,
         one_call=tools.one_call,
         origins=tools.origins,
     )

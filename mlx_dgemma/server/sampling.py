@@ -25,7 +25,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
-    "top_logprobs": 0,
     "best_of": 1,
 }
 # Fields about accounts, storage and billing, which change no reply.

@@ -18,7 +18,7 @@ LINES = (
     ("benchmark",),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions", "training"),
+    ("infilling", "decisions", "training", "scoring"),
     ("generate",),
     ("checkpoint", "context"),
     ("decoding", "demo"),
