@@ -1,9 +1,9 @@
 """How likely a given text is: log-probabilities of a prompt's tokens, each given those before it.
 
-They come from the encoder pass, which reads a prompt causally and is trained with a next-token loss
-beside the canvas' own (training/loss.py). It is not the pass that writes replies: a canvas is
-denoised with both sides in view, and gives no probability of a whole text. So these numbers rank
-texts, as multiple-choice tasks need; they are not the odds that a reply would be this text.
+They come from the encoder pass, which reads a prompt causally and which Google's recipe trains with
+a next-token loss beside the canvas' own (training/loss.py). It is not the pass that writes replies:
+a canvas is denoised with both sides in view, and gives no probability of a whole text. So these
+numbers rank texts, as multiple-choice tasks need; they are not the odds that a reply would be this.
 """
 
 from __future__ import annotations

@@ -54,6 +54,7 @@ class Request:
     cancel: checked between steps. prefilled: called once the prompt is in the cache. stops:
         offsets of the cache at which an encoder pass must end; `reached` is called there.
     observe: called with every step while it is on the device.
+    first: the first canvas, already denoised with these draws, as a row of a batch.
     """
 
     prompt: Sequence[int]
@@ -71,6 +72,7 @@ class Request:
     stops: Sequence[int] = ()
     reached: Callable[[int], None] | None = None
     observe: Callable[[Step], None] | None = None
+    first: BlockResult | None = None
 
     def __post_init__(self) -> None:
         check_cancel(self.cancel)
@@ -264,8 +266,7 @@ def _reply_block(
         )
         guard = guard if request.language.automaton.start == END else "allow"
     if first and guard == "suppress":
-        vocabulary = np.arange(model.config.text.vocab_size, dtype=np.int32)
-        canvas = replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(request.stop_ids))})
+        canvas = never_empty(model.config, canvas, request.stop_ids)
     divisors = REROLL_DIVISORS if first and guard == "reroll" else (1,)
     result = None
     for attempt, divisor in enumerate(divisors):
@@ -273,10 +274,22 @@ def _reply_block(
         begun = canvas
         if request.opening is not None:
             begun = request.opening.on(canvas, tally.generated, part)
-        result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
+        if first and attempt == 0 and request.first is not None:
+            result = request.first
+            tally.forwards += result.steps
+        else:
+            result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
         if result is None or int(result.ids[0]) not in request.stop_ids:
             break
     return result
+
+
+def never_empty(
+    config: ModelConfig, canvas: CanvasRequest, stop_ids: frozenset[int]
+) -> CanvasRequest:
+    """The canvas of a reply that cannot begin with its end."""
+    vocabulary = np.arange(config.text.vocab_size, dtype=np.int32)
+    return replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(stop_ids))})
 
 
 def _denoise(
