@@ -57,11 +57,14 @@ def finished(
     converged: bool [b]. seen, settled: the step's prediction, and `settled_after` it.
     alternatives: as in `denoise_block`.
     """
+    if not ended.any():
+        return {}
+    ids, entropy, steps = np.array(seen.draft), np.array(seen.entropy), np.array(settled)
     return {
         state.rows[line]: BlockResult(
-            ids=np.array(seen.draft[line]),
-            entropy=np.array(seen.entropy[line]),
-            settled=np.array(settled[line]),
+            ids=ids[line],
+            entropy=entropy[line],
+            settled=steps[line],
             scores=None if alternatives is None else seen.scores(line, alternatives),
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),

@@ -17,12 +17,13 @@ from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.infilling.fill import DEFAULT_PROMPT
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.accepted import Accepts, Bounds, shared
 from mlx_dgemma.server.echo import Echo, beginning_with
 from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply, Scored, scored
-from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming
+from mlx_dgemma.server.requests import ParsedRequest, read_streaming
 from mlx_dgemma.server.sampling import (
     check_length,
     check_model,
@@ -34,7 +35,24 @@ from mlx_dgemma.server.sampling import (
 from mlx_dgemma.server.structured import between
 
 DEFAULT_MAX_TOKENS = 256
-MOST_ALTERNATIVES = 5  # OpenAI's bound
+MOST_ALTERNATIVES = 5  # OpenAI's bound; they are listed for every token of a prompt, too
+
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/completions` accepts."""
+    id_ = {"type": "integer", "minimum": 0, "maximum": bounds.vocabulary - 1}
+    alone = {"anyOf": [{"type": "string"}, {"type": "array", "items": id_, "minItems": 1}]}
+    many = {"type": "array", "items": alone, "minItems": 1}
+    limit = f"{DEFAULT_MAX_TOKENS} where it is left out; 0 generates nothing."
+    return {
+        **shared(bounds),
+        "prompt": Accepts(schema={"anyOf": [*alone["anyOf"], many]}, required=True),
+        "suffix": Accepts("text"),
+        "max_tokens": Accepts("limit", 0, about=limit),
+        "n": Accepts("integer", 1, bounds.choices, about="Of each prompt."),
+        "logprobs": Accepts("integer", 0, MOST_ALTERNATIVES, about="How many alternatives."),
+        "echo": Accepts("flag", about="With logprobs the prompt is scored as well."),
+    }
 
 
 class _Prompt(NamedTuple):
@@ -45,22 +63,22 @@ class _Prompt(NamedTuple):
     hidden: int
 
 
-async def read_completion(engine: Engine, fields: Fields) -> Asked:
+async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
     model = check_model(engine, fields)
-    choices = fields.integer("n", 1, engine.settings.max_choices) or 1
+    choices = fields.integer("n") or 1
     prompts = await _read_prompts(engine, fields, choices)
     suffix = fields.text("suffix")
-    nothing = type(fields.raw("max_tokens")) is int and fields.raw("max_tokens") == 0
-    limit = 0 if nothing else fields.limit("max_tokens")
-    alternatives = fields.integer("logprobs", 0, MOST_ALTERNATIVES)  # of every prompt token too
+    limit = fields.limit("max_tokens")
+    nothing = limit == 0
+    alternatives = fields.integer("logprobs")
     options = {
         **decoding_options(engine, fields, limit or DEFAULT_MAX_TOKENS),
-        "stop": fields.strings("stop", MAX_STOP_STRINGS),
+        "stop": fields.strings("stop"),
         "logprobs": alternatives is not None,
         "top_logprobs": alternatives or 0,
     }
     streaming = read_streaming(fields)
-    seed = read_seed(fields, choices)
+    seed = read_seed(fields)
     echo = fields.flag("echo") or False
     if echo and alternatives is not None and limit == 1:
         options = _single_token(engine, options)
@@ -80,7 +98,7 @@ async def read_completion(engine: Engine, fields: Fields) -> Asked:
             source = beginning_with(shown, None if nothing else source or Engine.stream)
         return Call(PreparedPrompt(ids), ids, options, drafts, warnings, source)
 
-    return Asked(
+    return ParsedRequest(
         model=model,
         calls=[call(prompt).with_seed(seed + i) for prompt in prompts for i in range(choices)],
         stream=streaming.stream,
@@ -140,7 +158,7 @@ async def _read_prompts(engine: Engine, fields: Fields, choices: int) -> list[_P
     for prompt in given if many else [given]:
         check_length(engine, prompt, "prompt")
         whole = isinstance(prompt, list) and all(type(id_) is int for id_ in prompt)
-        if not prompt or not (isinstance(prompt, str) or whole):
+        if not isinstance(prompt, str) and not (whole and prompt):
             found = []
             break
         found.append(await asyncio.to_thread(_encoded, engine.tokenizer, prompt))
