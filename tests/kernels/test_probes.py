@@ -147,6 +147,7 @@ MUTANTS = [
     ("after_attention", "after_attention", "scaled * root", "scaled"),
     ("after_branches", "after_branches", "two[j] * factor_two", "two[j] * factor_one"),
     ("after_branches", "after_branches", "sum * multiplier", "sum"),
+    ("after_branches", "after_branches", "mean_two + branch_eps", "mean_two + eps"),
     ("moe", "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O"),
     ("moe", "experts", "first / GROUP;", "(first - k0) / GROUP;"),
     ("moe", "experts", "(GLU ? c * O : 0)", "(GLU ? c * 8 : 0)"),
