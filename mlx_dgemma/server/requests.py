@@ -11,7 +11,6 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import mend
@@ -27,8 +26,6 @@ from mlx_dgemma.server.structured import Wanted, held, read_outputs
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
-
-MAX_STOP_STRINGS = 16
 
 
 @dataclass(frozen=True)
@@ -88,12 +85,12 @@ async def read_request(
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
     if stop is not None:
-        options["stop"] = fields.strings(stop, MAX_STOP_STRINGS)
+        options["stop"] = fields.strings(stop)
     if logprobs:
         options["logprobs"] = True
     streaming = read_streaming(fields)
-    seed = read_seed(fields, choices)
-    image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
+    seed = read_seed(fields)
+    image_tokens = fields.integer("image_tokens")
     messages, mended = mend(messages)
     wanted = wanted or read_outputs(fields)
     warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))

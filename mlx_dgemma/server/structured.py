@@ -45,7 +45,7 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Wanted 
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
         return None
-    kind = wanted.text("type", ("text", "json_object", "json_schema"))
+    kind = wanted.text("type")
     if kind in (None, "text"):
         return None
     if kind == "json_object":
