@@ -14,7 +14,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.known_repositories import (
     KNOWN_REPOSITORIES,
     LONGEST_CONTEXT,
@@ -22,9 +21,9 @@ from mlx_dgemma.checkpoint.known_repositories import (
 )
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
-from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
+from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
+from mlx_dgemma.machine.reports import report, write_report
 
 GIB = 1 << 30
 
@@ -63,12 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = examine(machine(), check=arguments.check, audited=arguments.audit)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
-        try:
-            Path(arguments.report).write_text(text + "\n")
-        except OSError as error:
-            raise ResourceError(
-                f"The report cannot be written to {arguments.report}: {error.strerror}."
-            ) from error
+        write_report(arguments.report, found)
     if arguments.json:
         print(text)
     else:
@@ -85,20 +79,20 @@ def examine(
     audited: audit this model's magnitudes first.
     """
     from mlx_dgemma.checkpoint import audits
-    from mlx_dgemma.kernels.report import age, report
+    from mlx_dgemma.kernels.report import age
+    from mlx_dgemma.kernels.report import report as kernels
 
     if check is not None:
         check_kernels(check)
     if audited is not None:
         audit_magnitudes(audited)
-    return {
-        "mlx_dgemma": __version__,
-        "machine": this.record(),
-        "conditions": conditions().record(),
-        "usable_memory": usable(this),
-        "disk_free": shutil.disk_usage(_cache()).free,
-        "concerns": concerns(this),
-        "models": [
+    return report(
+        "doctor",
+        this,
+        usable_memory=usable(this),
+        disk_free=shutil.disk_usage(_cache()).free,
+        concerns=concerns(this),
+        models=[
             {
                 "repository": known.id,
                 "about": known.about,
@@ -109,13 +103,13 @@ def examine(
             }
             for known in KNOWN_REPOSITORIES
         ],
-        "longest_context": {
+        longest_context={
             "tokens": LONGEST_CONTEXT,
             "exact_bytes": LONGEST_CONTEXT_BYTES[None],
             "kv_bits_8_bytes": LONGEST_CONTEXT_BYTES[8],
         },
-        "kernels": report(),
-        "float16": [
+        kernels=kernels(),
+        float16=[
             {
                 "checkpoint": key[:12],
                 **asdict(known),
@@ -126,7 +120,7 @@ def examine(
             }
             for key, known in audits.everything().items()
         ],
-    }
+    )
 
 
 def audit_magnitudes(model: str) -> None:
