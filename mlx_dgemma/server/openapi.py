@@ -28,7 +28,6 @@ _READ = {
 _KEPT = {
     "/v1/responses/{id}": {"get": "A response that is still kept", "delete": "Forgets a response"},
     "/v1/responses/{id}/input_items": {"get": "The conversation that a response answers"},
-    "/v1/responses/{id}/cancel": {"post": "Refused: no response is made in the background"},
 }
 
 

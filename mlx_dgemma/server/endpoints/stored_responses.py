@@ -62,20 +62,12 @@ async def input_items(stored: StoredResponses, request: Request) -> Response:
     )
 
 
-async def cancel(stored: StoredResponses, request: Request) -> Response:
-    _found(stored, request)
-    raise ApiError(
-        400, "Only background responses can be cancelled; to end another one, close its stream."
-    )
-
-
 _ONE = "/v1/responses/{id}"
 # Each with its method and what answers it.
 ROUTES = (
     (_ONE, ("GET", retrieve)),
     (_ONE, ("DELETE", delete)),
     (f"{_ONE}/input_items", ("GET", input_items)),
-    (f"{_ONE}/cancel", ("POST", cancel)),
 )
 
 
