@@ -20,6 +20,9 @@ class BlockResult:
     settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
     logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
     steps: denoising steps taken. converged: whether the stop test fired.
+    computed: canvas positions that those steps computed, C in each where all were.
+    fell_back: whether a block of which not all was computed ended as the reference ends it, because
+        its check did not agree or half of the steps were taken.
     """
 
     ids: np.ndarray
@@ -28,12 +31,16 @@ class BlockResult:
     logprobs: np.ndarray | None
     steps: int
     converged: bool
+    computed: int = 0
+    fell_back: bool = False
 
     @classmethod
     def untouched(cls, ids: np.ndarray, logprobs: bool) -> BlockResult:
         """A draft int32 [C] kept at strength 0: nothing was predicted, so nothing is known."""
         unknown = np.full(ids.shape, np.nan, dtype=np.float32)
-        return cls(ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True)
+        return cls(
+            ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True, 0, False
+        )
 
 
 def finished(
@@ -57,6 +64,8 @@ def finished(
             logprobs=seen.logprobs(line) if logprobs else None,
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),
+            computed=int(state.computed[line] + seen.computed[line].sum()),
+            fell_back=state.active is not None and bool(state.active.fallen[line]),
         )
         for line in np.flatnonzero(ended).tolist()
     }

@@ -92,8 +92,10 @@ class _Tally:
     generated: int = 0
     state: int = 0  # of the language, behind what was committed
     forwards: int = 0
+    computed: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
+    fell_back: list[bool] = field(default_factory=list)
     prefill_seconds: float = 0.0
     denoise_seconds: float = 0.0
 
@@ -104,6 +106,8 @@ class _Tally:
             blocks=len(self.steps),
             steps_per_block=tuple(self.steps),
             converged=tuple(self.converged),
+            fell_back=tuple(self.fell_back),
+            computed=tuple(self.computed),
             tokens_per_forward=self.generated / self.forwards if self.forwards else 0.0,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated,
@@ -154,6 +158,7 @@ def generate_blocks(
             break
         tally.steps.append(result.steps)
         tally.converged.append(result.converged)
+        tally.fell_back.append(result.fell_back)
         if not result.converged and settings.on_unconverged == "refuse":
             reason = "unconverged"
             break
@@ -294,6 +299,7 @@ def _denoise(
         attempt=attempt,
         length=length,
         logprobs=request.logprobs,
+        stop_ids=request.stop_ids,
     )
     while True:
         if request.cancelled:
@@ -305,6 +311,7 @@ def _denoise(
             results: list[BlockResult] = finished.value
             return results[0]
         tally.forwards += 1
+        tally.computed.append(int(step.computed.sum()))
         if request.observe is not None:
             request.observe(step)
         if request.drafts:

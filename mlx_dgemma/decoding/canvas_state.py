@@ -13,9 +13,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding import schedule
+from mlx_dgemma.decoding.active_positions import ActivePositions
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.settings import DecodingSettings, PositionsRule
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
 
@@ -34,6 +35,8 @@ class CanvasState:
     pins: ids int32 [b, C] and mask bool [b, C], or None. pinned: the mask on the host. signal:
         [b, C, H], the self-conditioning of the next step; None before any row's first.
     least_entropy: nats, of the surest free position of the step before; 0 before the first.
+    active: what is computed of each canvas, and kept of the rest; None where all is. computed:
+        int64 [b], positions computed so far, all steps together.
     """
 
     rows: list[int]
@@ -48,6 +51,8 @@ class CanvasState:
     revealed: mx.array
     pins: PinArrays | None
     pinned: np.ndarray
+    computed: np.ndarray
+    active: ActivePositions | None = None
     signal: mx.array | None = None
     least_entropy: float = 0.0
 
@@ -61,8 +66,12 @@ class CanvasState:
         steps: int,
         *,
         first_row: int = 0,
+        positions: PositionsRule = "all",
     ) -> CanvasState:
-        """Rows that begin together, numbered from `first_row`; `steps` is the schedule's N."""
+        """Rows that begin together, numbered from `first_row`; `steps` is the schedule's N.
+
+        positions: see DecodingSettings.
+        """
         count = len(requests)
         pins = stack_pins(requests, length)
         first = [steps if one.start is None else one.start.first_step(steps) for one in requests]
@@ -78,7 +87,9 @@ class CanvasState:
             settled=mx.zeros((count, length), dtype=mx.int32),
             revealed=mx.zeros((count, length), dtype=mx.bool_) if pins is None else pins[1],
             pins=pins,
-            pinned=pinned_positions(requests, length),
+            pinned=(pinned := pinned_positions(requests, length)),
+            computed=np.zeros(count, dtype=np.int64),
+            active=None if positions == "all" else _active(requests, pinned, positions),
         )
 
     @property
@@ -121,7 +132,9 @@ class CanvasState:
         self.requests = [self.requests[line] for line in lines]
         self.starts = [self.starts[line] for line in lines]
         self.remaining, self.taken = self.remaining[lines], self.taken[lines]
-        self.repeats = self.repeats[lines]
+        self.repeats, self.computed = self.repeats[lines], self.computed[lines]
+        if self.active is not None:
+            self.active.keep(going)
         index = mx.array(lines)
         self.canvas, self.draft = self.canvas[index], self.draft[index]
         self.settled, self.revealed = self.settled[index], self.revealed[index]
@@ -141,10 +154,21 @@ class CanvasState:
         self.remaining = np.concatenate([self.remaining, others.remaining])
         self.taken = np.concatenate([self.taken, others.taken])
         self.repeats = np.concatenate([self.repeats, others.repeats])
+        self.computed = np.concatenate([self.computed, others.computed])
+        if self.active is not None and others.active is not None:
+            self.active.join(others.active)
         self.canvas = mx.concatenate([self.canvas, others.canvas])
         self.draft = mx.concatenate([self.draft, others.draft])
         self.settled = mx.concatenate([self.settled, others.settled])
         self.revealed = mx.concatenate([self.revealed, others.revealed])
+
+
+def _active(
+    requests: Sequence[CanvasRequest], pinned: np.ndarray, positions: PositionsRule
+) -> ActivePositions:
+    """A constraint reads the distributions of whole canvases, so beside one nothing rests."""
+    whole = any(request.constraint is not None for request in requests)
+    return ActivePositions.initial(pinned, rest=positions == "active", whole=whole)
 
 
 def _join_pins(some: CanvasState, others: CanvasState) -> PinArrays | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
@@ -18,6 +19,7 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
+from mlx_dgemma.model.canvas_subset import CanvasKeys, Subset
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
@@ -156,18 +158,30 @@ class Model(nn.Module):
         cache: ContextCache,
         soft_embeddings: mx.array | None = None,
         *,
+        keys: CanvasKeys | None = None,
+        subset: Subset | None = None,
         dispatch_every: int | None = None,
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
+        keys: keeps the canvases' keys and values. subset: the positions to compute, [B, S, H];
+            the others are seen by those that `keys` kept of them, and are looked at in nothing
+            else. None computes all.
         dispatch_every: layers after which the graph built so far is sent to the device, which
             begins while Python builds the rest; None leaves all evaluation to the caller.
         """
         decoder = self.model.decoder
-        x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
         rope = self.rope.span(cache.offset, canvas.shape[1])
+        if subset is not None:
+            canvas = subset.take(canvas)
+            soft_embeddings = None if soft_embeddings is None else subset.take(soft_embeddings)
+            rope = {kind: subset.tables(table) for kind, table in rope.items()}
+        x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
+        hold = None
         for index, (layer, context) in enumerate(zip(decoder.layers, cache.layers, strict=True), 1):
-            x = layer.decode(x, rope[layer.kind], context)
+            if keys is not None:
+                hold = partial(keys.hold, index - 1, subset=subset)
+            x = layer.decode(x, rope[layer.kind], context, hold)
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
         return self._final(x)

@@ -18,7 +18,7 @@ LINES = (
     ("benchmark",),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions", "training"),
+    ("infilling", "decisions", "training", "replaying"),
     ("generate",),
     ("checkpoint", "context"),
     ("decoding", "demo"),
