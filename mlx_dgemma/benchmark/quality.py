@@ -33,9 +33,9 @@ class Answer(NamedTuple):
     steps: tuple[int, ...]
     tokens: int
     seconds: float
-    computed: tuple[int, ...]
-    fell_back: int
-    text: str
+    computed: tuple[int, ...] = ()
+    fell_back: int = 0
+    text: str = ""
 
 
 def ask(model: Model, tokenizer: Tokenizer, example: Example, **options: Any) -> Answer:

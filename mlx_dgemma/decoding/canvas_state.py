@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +18,10 @@ from mlx_dgemma.decoding.active_positions import ActivePositions
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.settings import DecodingSettings, PositionsRule
+from mlx_dgemma.model.canvas_subset import Held, Subset
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model.network import Begun
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
 
@@ -33,7 +38,8 @@ class CanvasState:
         before the first. settled: int32 [b, C], the step that last changed the draft.
         revealed: bool [b, C], positions that stay as they are (confidence-threshold).
     pins: ids int32 [b, C] and mask bool [b, C], or None. pinned: the mask on the host. signal:
-        [b, C, H], the self-conditioning of the next step; None before any row's first.
+        [b, C, H], the self-conditioning of the next step; None before any row's first. begun: that
+        step's first layers, if the device has them already.
     least_entropy: nats, of the surest free position of the step before; 0 before the first.
     active: what is computed of each canvas, and kept of the rest; None where all is. computed:
         int64 [b], positions computed so far, all steps together.
@@ -54,6 +60,7 @@ class CanvasState:
     computed: np.ndarray
     active: ActivePositions | None = None
     signal: mx.array | None = None
+    begun: Begun | None = None
     least_entropy: float = 0.0
 
     @classmethod
@@ -101,6 +108,14 @@ class CanvasState:
         ]
 
     @property
+    def held(self) -> Held | None:
+        """What the next step computes of the canvases, and where it keeps that; None where it is
+        everything, and nothing is kept."""
+        if self.active is None:
+            return None
+        return Held(self.active.keys, Subset.of(self.active.chosen()))
+
+    @property
     def last(self) -> np.ndarray:
         """bool [b]: the step that comes next is the schedule's last."""
         last: np.ndarray = self.remaining == 1
@@ -128,6 +143,7 @@ class CanvasState:
         if going.all():
             return
         lines = np.flatnonzero(going)
+        self.begun = None
         self.rows = [self.rows[line] for line in lines]
         self.requests = [self.requests[line] for line in lines]
         self.starts = [self.starts[line] for line in lines]
@@ -147,7 +163,7 @@ class CanvasState:
         self.pins = _join_pins(self, others)
         self.pinned = np.concatenate([self.pinned, others.pinned])
         self.least_entropy = min(self.least_entropy, others.least_entropy)
-        self.signal = _join_signals(self, others)
+        self.signal, self.begun = _join_signals(self, others), None
         self.rows = self.rows + others.rows
         self.requests = self.requests + others.requests
         self.starts = self.starts + others.starts

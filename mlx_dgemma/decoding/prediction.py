@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -15,7 +15,6 @@ from mlx_dgemma.decoding.predicted import Prediction, placed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import row_statistics
 from mlx_dgemma.model.canvas_subset import Subset
-from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -28,18 +27,19 @@ def predict(
     state: CanvasState,
     banned: Sequence[int] = (),
     *,
-    dispatch_every: int | None = DISPATCH_EVERY,
+    dispatch: bool = True,
 ) -> Prediction:
     """Runs the decoder over the canvases of `state`; reads the context, never writes it.
 
-    banned: ids that no position can take; their logits are discarded. dispatch_every: see
-        Model.hidden.
+    banned: ids that no position can take; their logits are discarded. dispatch: see Model.hidden.
     """
     batch, length = state.canvas.shape
-    active = state.active
-    subset = None if active is None else Subset.of(active.chosen())
-    kept: dict[str, Any] = {} if active is None else {"keys": active.keys, "subset": subset}
-    hidden = model.hidden(state.canvas, cache, state.signal, dispatch_every=dispatch_every, **kept)
+    active, begun = state.active, state.begun
+    held = state.held if begun is None else begun.held
+    hidden = model.hidden(
+        state.canvas, cache, state.signal, held=held, begun=begun, dispatch=dispatch
+    )
+    subset = None if held is None else held.subset
     free, source = free_positions(state), None
     if subset is not None:
         free, source = _free_of(subset, free)

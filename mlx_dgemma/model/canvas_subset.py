@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -122,6 +123,13 @@ class CanvasKeys:
             (mx.concatenate([one[0], two[0]]), mx.concatenate([one[1], two[1]]))
             for one, two in zip(firsts, seconds, strict=True)
         ]
+
+
+class Held(NamedTuple):
+    """Where a pass keeps its canvases' keys, and the positions that it computes; None is all."""
+
+    keys: CanvasKeys
+    subset: Subset | None
 
 
 def _zeros(like: list[Pair], canvases: int) -> list[Pair]:

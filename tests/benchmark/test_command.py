@@ -53,7 +53,7 @@ def test_one_answer_has_no_error(
     prompts: int, shown: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = [Answer(True, (3,), 8, 0.1)] * prompts
-    tasks = {"sort": quality._figures(answers)}
+    tasks = {"sort": quality.figures(answers)}
     show({"tasks": tasks, "overall": quality.overall(tasks)}, Console(width=100))
     printed = capsys.readouterr().out
     assert "1.00" in printed

@@ -24,7 +24,7 @@ from mlx_dgemma.decoding.events import Commit, Finish
 from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
 from mlx_dgemma.demo.tasks import held_out
 from mlx_dgemma.generate import encode_prompt
-from mlx_dgemma.model.canvas_subset import CanvasKeys, Subset
+from mlx_dgemma.model.canvas_subset import CanvasKeys, Held, Subset
 
 from .driving import drive
 
@@ -221,9 +221,9 @@ def test_a_pass_over_some_positions_is_the_pass_over_all_there(networks, dtype, 
     part, subset = canvases[:batch], Subset.of(some[:batch])
     assert subset is not None
     keys = CanvasKeys()
-    whole = model.hidden(part, cache, signal[:batch], keys=keys)
+    whole = model.hidden(part, cache, signal[:batch], held=Held(keys, None))
     assert mx.array_equal(whole, model.hidden(part, cache, signal[:batch]))
-    rows = model.hidden(part, cache, signal[:batch], keys=keys, subset=subset)
+    rows = model.hidden(part, cache, signal[:batch], held=Held(keys, subset))
     assert rows.shape == (batch, some[:batch].sum(axis=1).max(), whole.shape[-1])
     found = np.array(subset.lay_over(mx.zeros_like(whole), rows).astype(mx.float32))
     wide = np.array(whole.astype(mx.float32))
@@ -241,10 +241,10 @@ def test_positions_left_out_are_seen_as_they_were_last_computed(demo, context):
     )
     keys, some = CanvasKeys(), np.zeros((1, LENGTH), dtype=bool)
     some[0, :8] = True
-    model.hidden(first, context, keys=keys)
+    model.hidden(first, context, held=Held(keys, None))
     old = [np.array(pair[0]) for pair in keys.layers]
     mixed = mx.concatenate([second[:, :8], first[:, 8:]], axis=1)
-    rows = model.hidden(second, context, keys=keys, subset=Subset.of(some))
+    rows = model.hidden(second, context, held=Held(keys, Subset.of(some)))
     again = model.hidden(mixed, context)
     assert np.abs(np.array(rows[0]) - np.array(again[0, :8])).max() > 1e-3  # others did not follow
     for before, (now, _) in zip(old, keys.layers, strict=True):
