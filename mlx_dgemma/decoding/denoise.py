@@ -42,7 +42,7 @@ def denoise_block(
     block: int = 0,
     attempt: int = 0,
     length: int | None = None,
-    logprobs: bool = False,
+    alternatives: int | None = None,
     banned: Sequence[int] = (),
     stop_ids: Collection[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
@@ -54,6 +54,7 @@ def denoise_block(
     works on them while the caller has the step.
 
     length: canvas positions; None is the settings' or the checkpoint's.
+    alternatives: score each row's ids, and list so many likely ids beside them; None scores none.
     banned: ids that no free position can take; the network's logits for them are discarded.
     stop_ids: what ends the text, for settings that leave out what follows it.
 
@@ -66,7 +67,7 @@ def denoise_block(
         requests, fresh, length, vocab_size, steps, positions=settings.positions
     )
     stable, accepted = stop_rules(settings)
-    results = untouched(state, logprobs=logprobs)
+    results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
     model.await_context(cache, length)
     while state.rows:
@@ -83,7 +84,7 @@ def denoise_block(
             converged &= ~active_steps.hold_back(state, outcome.seen, numbers, converged, settings)
         ended = converged | state.last
         results |= finished(
-            state, ended, converged, outcome.seen, outcome.settled, logprobs=logprobs
+            state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
         )
         if not ended.all():
             advance(model, state, outcome, numbers)

@@ -293,7 +293,7 @@ def test_with_every_position_active_it_is_the_reference(
     model.prefill(np.arange(10, 50), cache)
     settings = DecodingSettings(max_denoising_steps=4, conditioning=conditioning, sampler=sampler)
     rows = ROWS if dtype == "float32" else ROWS[:1]
-    run = {"length": LENGTH, "logprobs": True}
+    run = {"length": LENGTH, "alternatives": 0}
     expected = drive(denoise_block(model, cache, settings, rows, **run))[1]
     everything_active(monkeypatch)
     active = replace(settings, positions="active", check_share=1.0)
@@ -306,7 +306,7 @@ def test_with_every_position_active_it_is_the_reference(
             other.computed,
         )
         np.testing.assert_array_equal(one.entropy, other.entropy)
-        np.testing.assert_array_equal(one.logprobs, other.logprobs)
+        np.testing.assert_array_equal(one.scores.logprobs, other.scores.logprobs)
 
 
 @pytest.mark.parametrize("preset", ["balanced", "turbo"])
@@ -315,7 +315,7 @@ def test_rows_of_a_batch_are_active_each_for_itself(demo, context, preset):
     model, tokenizer = demo
     settings = DecodingSettings(**PRESETS[preset], max_denoising_steps=16)
     requests = [request for request in ROWS if request.start is None]
-    run = {"stop_ids": tokenizer.stop_ids, "logprobs": True}
+    run = {"stop_ids": tokenizer.stop_ids, "alternatives": 0}
     steps, together = drive(denoise_block(model, context, settings, requests, **run))
     assert any(len({tuple(line) for line in step.computed.tolist()}) > 1 for step in steps)
     for row, (request, both) in enumerate(zip(requests, together, strict=True)):
@@ -323,7 +323,7 @@ def test_rows_of_a_batch_are_active_each_for_itself(demo, context, preset):
         assert alone.ids.tolist() == both.ids.tolist()
         assert (alone.steps, alone.computed) == (both.steps, both.computed)
         assert np.abs(alone.entropy - both.entropy).max() < 2e-3
-        assert np.abs(alone.logprobs - both.logprobs).max() < 2e-3
+        assert np.abs(alone.scores.logprobs - both.scores.logprobs).max() < 2e-3
         of_batch = [step.computed[step.rows.index(row)] for step in steps if row in step.rows]
         assert all((a.computed[0] == b).all() for a, b in zip(own, of_batch, strict=True))
         assert alone.computed < alone.steps * LENGTH or preset == "balanced"
@@ -360,7 +360,7 @@ def test_a_row_that_joins_later_is_active_as_alone(demo, context):
         outcome = step(model, context, settings, state, (), tokenizer.stop_ids)
         numbers = outcome.report.read()
         ended = state.last
-        results |= finished(state, ended, ended, outcome.seen, outcome.settled, logprobs=False)
+        results |= finished(state, ended, ended, outcome.seen, outcome.settled, alternatives=None)
         advance(model, state, outcome, numbers)
         state.keep(~ended)
         if not state.rows:
