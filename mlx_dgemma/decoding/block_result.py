@@ -21,7 +21,7 @@ class BlockResult:
     settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
     scores: of `ids` and of their alternatives, when asked for.
     steps: denoising steps taken. converged: whether the stop test fired.
-    computed: canvas positions that those steps computed, C in each where all were.
+    computed: canvas positions that each of those steps computed, C where all were.
     fell_back: whether a block of which not all was computed ended as the reference ends it, because
         its check did not agree or half of the steps were taken.
     """
@@ -32,7 +32,7 @@ class BlockResult:
     scores: Scores | None
     steps: int
     converged: bool
-    computed: int = 0
+    computed: tuple[int, ...] = ()
     fell_back: bool = False
 
     @classmethod
@@ -73,7 +73,7 @@ def finished(
             scores=None if alternatives is None else seen.scores(line, alternatives),
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),
-            computed=int(state.computed[line] + seen.computed[line].sum()),
+            computed=(*state.computed[line], int(seen.computed[line].sum())),
             fell_back=state.active is not None and bool(state.active.fallen[line]),
         )
         for line in np.flatnonzero(ended).tolist()

@@ -282,6 +282,7 @@ def _reply_block(
         if first and attempt == 0 and request.first is not None:
             result = request.first
             tally.forwards += result.steps
+            tally.computed += result.computed
         else:
             result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
         if result is None or int(result.ids[0]) not in request.stop_ids:

@@ -42,7 +42,7 @@ class CanvasState:
         step's first layers, if the device has them already.
     least_entropy: nats, of the surest free position of the step before; 0 before the first.
     active: what is computed of each canvas, and kept of the rest; None where all is. computed:
-        int64 [b], positions computed so far, all steps together.
+        for each row, the positions computed in each step so far.
     """
 
     rows: list[int]
@@ -57,7 +57,7 @@ class CanvasState:
     revealed: mx.array
     pins: PinArrays | None
     pinned: np.ndarray
-    computed: np.ndarray
+    computed: list[tuple[int, ...]]
     active: ActivePositions | None = None
     signal: mx.array | None = None
     begun: Begun | None = None
@@ -95,7 +95,7 @@ class CanvasState:
             revealed=mx.zeros((count, length), dtype=mx.bool_) if pins is None else pins[1],
             pins=pins,
             pinned=(pinned := pinned_positions(requests, length)),
-            computed=np.zeros(count, dtype=np.int64),
+            computed=[()] * count,
             active=None if positions == "all" else _active(requests, pinned, positions),
         )
 
@@ -148,7 +148,8 @@ class CanvasState:
         self.requests = [self.requests[line] for line in lines]
         self.starts = [self.starts[line] for line in lines]
         self.remaining, self.taken = self.remaining[lines], self.taken[lines]
-        self.repeats, self.computed = self.repeats[lines], self.computed[lines]
+        self.repeats = self.repeats[lines]
+        self.computed = [self.computed[line] for line in lines]
         if self.active is not None:
             self.active.keep(going)
         index = mx.array(lines)
@@ -170,7 +171,7 @@ class CanvasState:
         self.remaining = np.concatenate([self.remaining, others.remaining])
         self.taken = np.concatenate([self.taken, others.taken])
         self.repeats = np.concatenate([self.repeats, others.repeats])
-        self.computed = np.concatenate([self.computed, others.computed])
+        self.computed = self.computed + others.computed
         if self.active is not None and others.active is not None:
             self.active.join(others.active)
         self.canvas = mx.concatenate([self.canvas, others.canvas])

@@ -169,7 +169,8 @@ def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers
     state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed
     state.draft, state.settled = outcome.seen.draft, outcome.settled
-    state.computed = state.computed + outcome.seen.computed.sum(axis=1)
+    counts = outcome.seen.computed.sum(axis=1).tolist()
+    state.computed = [(*some, n) for some, n in zip(state.computed, counts, strict=True)]
     state.begun = None
     state.taken, state.remaining = state.taken + 1, state.remaining - 1
 
