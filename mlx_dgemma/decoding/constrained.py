@@ -69,7 +69,7 @@ def _condition(
         Distributions(
             ids,
             probabilities,
-            view.gather,
+            view.probabilities,
             entropy,
             np.array(seen.draft[line]),
             np.array(seen.sample[line]),
@@ -91,14 +91,13 @@ class _View:
         self._seen = seen
         self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
-        self._known: dict[int, np.ndarray] = {}
 
     def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [C, K] ids and float64 [C, K] probabilities."""
         length = self._seen.draft.shape[1]
         if size <= WHOLE:
             ids = np.arange(size)
-            return np.tile(ids, (length, 1)), self._probabilities(ids)
+            return np.tile(ids, (length, 1)), self.probabilities(ids)
         found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
@@ -109,15 +108,6 @@ class _View:
         p[:, :_ALWAYS] = np.maximum(p[:, :_ALWAYS], 1e-300)
         return self._with_pins(ids[:, :count], p[:, :count])
 
-    def gather(self, at: int, ids: np.ndarray) -> np.ndarray:
-        """float64 [n]: the probabilities of ids at one position."""
-        unknown = [id_ for id_ in ids.tolist() if id_ not in self._known]
-        if unknown:
-            some = np.array(unknown)
-            for id_, column in zip(unknown, self._probabilities(some).T, strict=True):
-                self._known[id_] = column
-        return np.array([self._known[id_][at] for id_ in ids.tolist()])
-
     def _with_pins(self, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._pinned is not None:
             known, mask = self._pinned
@@ -125,7 +115,7 @@ class _View:
             ids[mask, 0], p[mask, 0] = known[mask], 1
         return ids, p
 
-    def _probabilities(self, ids: np.ndarray) -> np.ndarray:
+    def probabilities(self, ids: np.ndarray) -> np.ndarray:
         """float64 [C, n] of the same ids everywhere."""
         p = self._tempered(self._seen.logits.columns(self._rows, mx.array(ids)))
         if self._pinned is not None:
