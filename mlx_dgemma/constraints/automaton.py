@@ -65,7 +65,8 @@ class Automaton:
         return sum(array.nbytes for array in (*arrays, *more))
 
     def after(self, state: int, ids: list[int]) -> int:
-        """The state behind some ids."""
+        """The state after some ids."""
+        self.prepare(np.array(ids, dtype=np.int64))
         for id_ in ids:
             state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
         return state
@@ -252,11 +253,10 @@ class Automaton:
             here = self._rows.ravel().take(here * SYMBOLS + symbols.take(at))
             left = np.flatnonzero(here)
             going, here, at, end = going[left], here[left], at[left] + 1, end[left]
-        if self.accepting[state]:
-            stops = np.flatnonzero(self.vocabulary.is_stop[ids])
-            places.append(stops)
-            found.append(np.full(stops.size, END))
-        return np.concatenate(places or [going]), np.concatenate(found or [going])
+        stops = np.flatnonzero(self.vocabulary.is_stop[ids])
+        places.append(stops)
+        found.append(np.full(stops.size, END if self.accepting[state] else DEAD))
+        return np.concatenate(places), np.concatenate(found)
 
 
 def _bits(mask: int) -> list[int]:

@@ -49,19 +49,40 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     )
 
 
+def _begun(seen: Prediction, state: CanvasState, line: int) -> int | None:
+    """The position where the draft opens what is held to a language, a call of a tool in free
+    text; None where it opens nothing, and the text needs no conditioning yet."""
+    constraint = state.requests[line].constraint
+    assert constraint is not None
+    vocabulary = constraint.language.automaton.vocabulary
+    draft = np.array(seen.draft)[line]
+    stops = np.flatnonzero(vocabulary.is_stop[draft])
+    end = stops[0] if stops.size else draft.size
+    opened = np.flatnonzero(draft[:end] == constraint.opener)
+    return int(opened[0]) if opened.size else None
+
+
 def _condition(
     seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
 ) -> Conditioned | None:
+    """None where the row stays as it is."""
     request = state.requests[line]
     constraint = request.constraint
     assert constraint is not None
+    begun = None
+    if constraint.opener is not None and (begun := _begun(seen, state, line)) is None:
+        return None
     entropy = np.array(seen.entropy[line], dtype=np.float64)
     if not np.isfinite(entropy).all():
         return None
     automaton = constraint.language.automaton
     length = entropy.size
-    pinned = None if state.pins is None else (state.pins[0][line], state.pins[1][line])
-    view = _View(seen, line, None if pinned is None else tuple(map(np.array, pinned)))
+    known, certain = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
+    if state.pins is not None:
+        known, certain = (np.array(part)[line] for part in state.pins)
+    if begun is not None:  # what the model has begun, it goes through with
+        known[begun], certain[begun] = constraint.opener, True
+    view = _View(seen, line, (known, certain) if certain.any() else None)
     ids, probabilities = view.candidates(automaton.vocabulary.size)
     draws = uniforms[line, :, 0]
     return condition(

@@ -1,7 +1,7 @@
 """Replies held to a language: `response_format`, `structured_outputs`, calls of tools; `suffix`.
 
 The canvas is conditioned on the language, so a reply that ends by itself is in it. What a schema
-asks for that no automaton can hold is checked behind, and a breach is reported as a warning.
+asks for that no automaton can hold is checked afterwards, and a breach is reported as a warning.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_dgemma import untrusted_json
 from mlx_dgemma.constraints import Constraint, Language, LanguageError, ToolCalls
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.infilling import Infill
@@ -45,7 +46,7 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Wanted 
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
         return None
-    kind = wanted.text("type", ("text", "json_object", "json_schema"))
+    kind = wanted.text("type")
     if kind in (None, "text"):
         return None
     if kind == "json_object":
@@ -70,7 +71,12 @@ def read_outputs(fields: Fields) -> Wanted | None:
     ((name, value),) = given.items()
     where = wanted.path(name)
     if name == "json":
-        return Wanted.schema(json.loads(value) if isinstance(value, str) else value, where)
+        if isinstance(value, str):
+            try:
+                value = untrusted_json.parse(value)
+            except untrusted_json.UntrustedJSONError:
+                raise wanted.fail("json", "a JSON schema, or one written as a string") from None
+        return Wanted.schema(value, where)
     return Wanted(Constraint.regex(value) if name == "regex" else Constraint.choice(value), where)
 
 
@@ -86,7 +92,7 @@ async def compiled(engine: Engine, constraint: Constraint, where: str) -> Langua
 async def held(
     engine: Engine, wanted: Wanted | None, tools: ToolUse
 ) -> tuple[Language | None, Source | None, tuple[str, ...]]:
-    """The language of a reply, what checks it behind, and warnings.
+    """The language of a reply, what checks it afterwards, and warnings.
 
     With tools beside a format the reply is calls or in the format; with tools alone, calls come
     inside free text, and their arguments fit the tools.
