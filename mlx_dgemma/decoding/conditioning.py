@@ -331,15 +331,15 @@ def _marginals(
     )
     column = np.concatenate([layer.column for layer in layers])
     from_end = np.concatenate([(layer.states == END)[layer.source] for layer in layers])
-    ended = np.bincount(place, flow * from_end, len(layers))
-    own = np.bincount(column + begin[place], flow * ~from_end, int(slots.sum()))
-    total = np.add.reduceat(own, begin) + ended
-    other = own[begin + slots - 1] / total
-    ended = ended / total
+    at_end = np.bincount(place, flow * from_end, len(layers))
+    each = np.bincount(column + begin[place], flow * ~from_end, int(slots.sum()))
+    total = np.add.reduceat(each, begin) + at_end
+    other = each[begin + slots - 1] / total
+    ended = at_end / total
     row = np.repeat(np.arange(len(layers)), sizes)
-    listed = np.ones(own.size, dtype=bool)
+    listed = np.ones(each.size, dtype=bool)
     listed[begin + slots - 1] = False
-    own = own[listed] / total[row]
+    own = each[listed] / total[row]
     p = np.concatenate([layer.p for layer in layers])
     which = np.concatenate([layer.ids for layer in layers])
     rest = np.array([layer.rest for layer in layers])

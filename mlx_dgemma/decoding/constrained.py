@@ -49,7 +49,7 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     )
 
 
-def _begun(seen: Prediction, state: CanvasState, line: int) -> int | None:
+def _begun(seen: Prediction, state: CanvasState, line: int, opener: int) -> int | None:
     """The position where the draft opens what is held to a language, a call of a tool in free
     text; None where it opens nothing, and the text needs no conditioning yet."""
     constraint = state.requests[line].constraint
@@ -58,7 +58,7 @@ def _begun(seen: Prediction, state: CanvasState, line: int) -> int | None:
     draft = np.array(seen.draft)[line]
     stops = np.flatnonzero(vocabulary.is_stop[draft])
     end = stops[0] if stops.size else draft.size
-    opened = np.flatnonzero(draft[:end] == constraint.opener)
+    opened = np.flatnonzero(draft[:end] == opener)
     return int(opened[0]) if opened.size else None
 
 
@@ -69,8 +69,8 @@ def _condition(
     request = state.requests[line]
     constraint = request.constraint
     assert constraint is not None
-    begun = None
-    if constraint.opener is not None and (begun := _begun(seen, state, line)) is None:
+    opener, begun = constraint.opener, None
+    if opener is not None and (begun := _begun(seen, state, line, opener)) is None:
         return None
     entropy = np.array(seen.entropy[line], dtype=np.float64)
     if not np.isfinite(entropy).all():
@@ -80,8 +80,8 @@ def _condition(
     known, certain = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
     if state.pins is not None:
         known, certain = (np.array(part)[line] for part in state.pins)
-    if begun is not None:  # what the model has begun, it goes through with
-        known[begun], certain[begun] = constraint.opener, True
+    if begun is not None and opener is not None:  # what the model has begun, it goes through with
+        known[begun], certain[begun] = opener, True
     view = _View(seen, line, (known, certain) if certain.any() else None)
     ids, probabilities = view.candidates(automaton.vocabulary.size)
     draws = uniforms[line, :, 0]
