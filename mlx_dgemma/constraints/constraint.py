@@ -37,10 +37,12 @@ class Language:
     """A constraint compiled for a vocabulary; for one reply, for its automaton grows.
 
     unchecked: keywords of a schema that the language does not hold the reply to.
+    opener: an id without which every text from the start state on is in the language.
     """
 
     automaton: Automaton
     unchecked: tuple[str, ...] = ()
+    opener: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class Constraint:
                 f"{_MOST_NEEDED} are the most."
             )
         _look_ahead(space, node)
-        return Language(Automaton(space, node, vocabulary(tokenizer, vocab_size)), unchecked)
+        automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
+        free = self.kind == "tool_calls" and not self.value.forced
+        return Language(automaton, unchecked, tokenizer.ids.get("stc") if free else None)
 
     def _node(self, space: Space) -> tuple[Node, tuple[str, ...]]:
         if self.kind == "regex":

@@ -199,15 +199,22 @@ def shared(bounds: Bounds, stop: str | None = "stop") -> dict[str, Accepts]:
     }
 
 
-def chatting() -> dict[str, Accepts]:
-    """Of every endpoint that takes a conversation."""
+def structured_outputs() -> dict[str, Accepts]:
+    """Of every endpoint whose replies can be held to a language."""
     return {
-        "image_tokens": Accepts("integer", BUDGETS[0], BUDGETS[-1]),
         "structured_outputs": Accepts(
             "object",
             inside={name: Accepts() for name in ("regex", "choice", "json")},
             about="One of the three.",
         ),
+    }
+
+
+def chatting() -> dict[str, Accepts]:
+    """Of every endpoint that takes a conversation."""
+    return {
+        "image_tokens": Accepts("integer", BUDGETS[0], BUDGETS[-1]),
+        **structured_outputs(),
     }
 
 
