@@ -1,6 +1,6 @@
 """What steps over some positions of a canvas cost: measured on this CPU, predicted for Macs.
 
-    python studies/presets.py --answers answers.jsonl          # first: which steps computed how many
+    python studies/presets.py --answers answers.jsonl          # first: what steps computed
     python studies/active_positions.py --answers answers.jsonl --time
     python studies/active_positions.py --answers answers.jsonl --predict
 
@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from presets import OPEN, Line, read
@@ -51,11 +52,12 @@ def demo_canvas() -> int:
 
 
 def counts(lines: Sequence[Line]) -> tuple[Counter[int], int, int]:
-    """Positions of 256 -> how many steps computed so many; tokens; blocks."""
+    """Positions of 256 -> how many steps computed so many; tokens, scaled too; blocks."""
     scale, found = CANVAS // demo_canvas(), Counter[int]()
     for line in lines:
         found.update(scale * computed for computed in line.computed)
-    return found, sum(line.tokens for line in lines), sum(len(line.steps) for line in lines)
+    tokens = scale * sum(line.tokens for line in lines)
+    return found, tokens, sum(len(line.steps) for line in lines)
 
 
 def step_seconds(name: str, repeats: int) -> dict[int, float]:
@@ -65,7 +67,6 @@ def step_seconds(name: str, repeats: int) -> dict[int, float]:
     model.prefill(np.arange(256), cache)
     every = DecodingSettings(max_denoising_steps=48, confidence_threshold=0.0, check_share=0.0)
     found: dict[int, float] = {}
-    whole = ActivePositions.chosen
     for size in sizes(CANVAS):
         spread = np.linspace(0, CANVAS - 1, size).astype(int)
 
@@ -75,8 +76,7 @@ def step_seconds(name: str, repeats: int) -> dict[int, float]:
             return chosen if self.accepted.any() else np.ones_like(chosen)
 
         settings = every if size == CANVAS else replace(every, positions="active")
-        ActivePositions.chosen = some  # type: ignore[method-assign]
-        try:
+        with mock.patch.object(ActivePositions, "chosen", some):
             block = denoise_block(model, cache, settings, [CanvasRequest(SeededDraws(0))])
             next(block), next(block)  # whole, and the first of its size
             for _ in range(repeats):
@@ -86,8 +86,6 @@ def step_seconds(name: str, repeats: int) -> dict[int, float]:
                 assert int(step.computed.sum()) == size
                 found[size] = min(spent, found.get(size, spent))
             block.close()
-        finally:
-            ActivePositions.chosen = whole  # type: ignore[method-assign]
     return found
 
 

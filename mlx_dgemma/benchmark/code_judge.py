@@ -35,7 +35,8 @@ code, inputs = json.load(sys.stdin)
 space = {{"__name__": "answer"}}
 exec(compile(code, "answer", "exec"), space)
 results = [space["f"](given) for given in inputs]
-json.dump(results, sys.stdout)
+print()
+print(json.dumps(results))  # on the last line, after whatever the code prints
 """
 
 
@@ -61,15 +62,17 @@ def passes(code: str, cases: Sequence[tuple[Any, Any]]) -> bool:
         except subprocess.TimeoutExpired:
             return False
     try:
-        found = json.loads(done.stdout[:_MOST]) if done.returncode == 0 else None
-    except ValueError:
+        found = json.loads(done.stdout[-_MOST:].strip().splitlines()[-1])
+    except (ValueError, IndexError, RecursionError):
+        return False
+    if done.returncode != 0:
         return False
     expected = json.loads(json.dumps([result for _, result in cases]))
     return bool(found == expected)
 
 
 def is_harmless(code: str) -> bool:
-    """Whether the code can be run: it parses, imports nothing else, and reaches for no internals."""
+    """Whether the code may run: it parses, imports nothing else, and reaches for no internals."""
     try:
         tree = ast.parse(code)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
@@ -83,10 +86,14 @@ def is_harmless(code: str) -> bool:
             modules = []
         if any(module.split(".")[0] not in _MODULES for module in modules):
             return False
-        if isinstance(node, ast.Name) and (node.id in _NAMES or node.id.startswith("__")):
+        if isinstance(node, ast.Name) and _reaches_out(node.id):
             return False
         if isinstance(node, ast.Attribute) and node.attr.startswith("_"):
             return False
         if isinstance(node, ast.alias) and node.name.startswith("_"):
             return False
     return True
+
+
+def _reaches_out(name: str) -> bool:
+    return name in _NAMES or (name.startswith("__") and name != "__name__")

@@ -1,7 +1,7 @@
 """Questions for a large model that a program can judge: arithmetic, JSON, code that runs, lists.
 
 Each is drawn from a seed, so that two machines ask the same. The judges are strict about what was
-asked and forgiving about what surrounds it: a fence around code or JSON, a sentence before a number.
+asked and forgiving about what surrounds it: a fence around code, a sentence before a number.
 """
 
 from __future__ import annotations
@@ -10,10 +10,10 @@ import json
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 from mlx_dgemma.benchmark.code_judge import passes
+from mlx_dgemma.demo.tasks import Example
 
 _FENCE = re.compile(r"```[a-zA-Z]*\n(.*?)```", re.DOTALL)
 _NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -21,26 +21,16 @@ _NAMES = ("Ada", "Bruno", "Chen", "Dalia", "Emil", "Farah", "Goran", "Hana", "Ig
 _TOWNS = ("Graz", "Lyon", "Oslo", "Porto", "Riga", "Turin", "Utrecht", "Zadar")
 
 
-@dataclass(frozen=True)
-class Question:
-    """A prompt and the judge of its answer. open_ended: many answers are right."""
-
-    task: str
-    prompt: str
-    judge: Callable[[str], bool]
-    open_ended: bool
-
-
-def questions(task: str, count: int, seed: int) -> list[Question]:
+def questions(task: str, count: int, seed: int) -> list[Example]:
     """The first `count` questions of a task; KeyError for a task that is none."""
-    make, found = TASKS[task], []
+    make, found = QUESTIONS[task], []
     for number in range(count):
-        prompt, judge, open_ended = make(random.Random(f"{task} {seed} {number}"), number)
-        found.append(Question(task, prompt, judge, open_ended))
+        prompt, judge = make(random.Random(f"{task} {seed} {number}"), number)
+        found.append(Example(task, [{"role": "user", "content": prompt}], "", judge))
     return found
 
 
-_Made = tuple[str, Callable[[str], bool], bool]
+_Made = tuple[str, Callable[[str], bool]]  # a prompt, and the judge of its answer
 
 
 def _arithmetic(draw: random.Random, number: int) -> _Made:
@@ -62,9 +52,9 @@ def _arithmetic(draw: random.Random, number: int) -> _Made:
     prompt, expected = forms[number % len(forms)]
     return (
         prompt + " Answer with the number alone.",
-        lambda text: bool(found := _NUMBER.findall(text))
-        and float(found[-1].replace(",", "")) == expected,
-        False,
+        lambda text: (
+            bool(found := _NUMBER.findall(text)) and float(found[-1].replace(",", "")) == expected
+        ),
     )
 
 
@@ -75,7 +65,7 @@ def _json(draw: random.Random, number: int) -> _Made:
     def judge(text: str) -> bool:
         try:
             found: Any = json.loads(_inside(text))
-        except ValueError:
+        except (ValueError, RecursionError):
             return False
         if not isinstance(found, dict) or set(found) != {"name", "age", "town", "hobbies"}:
             return False
@@ -92,13 +82,13 @@ def _json(draw: random.Random, number: int) -> _Made:
         f"age (a number), town and hobbies (a list of {count} different strings that you make up). "
         "Answer with the JSON alone."
     )
-    return prompt, judge, True
+    return prompt, judge
 
 
 # What a function must do, and a reference of it; `k` is drawn.
 _FUNCTIONS: tuple[tuple[str, Callable[[Any, int], Any], tuple[Any, ...]], ...] = (
     ("returns the sum of the multiples of {k} from 1 to n",
-     lambda n, k: sum(range(k, n + 1, k)), (1, 10, 100)),
+     lambda n, k: sum(range(k, n + 1, k)), (1, 60, 100)),
     ("takes a text and returns how many of its words have at least {k} letters",
      lambda s, k: sum(len(word) >= k for word in s.split()),
      ("", "a bc def ghij", "three small elephants")),
@@ -113,7 +103,8 @@ _FUNCTIONS: tuple[tuple[str, Callable[[Any, int], Any], tuple[Any, ...]], ...] =
      lambda x, k: max(x) - min(x) if len(x) > 1 else 0, ([], [5], [4, -3, 9])),
     ("takes a text and returns a dictionary from each letter in it to how often it occurs, "
      "ignoring everything else and upper case",
-     lambda s, k: {c: s.lower().count(c) for c in s.lower() if c.isalpha()}, ("", "Abba!", "x y X")),
+     lambda s, k: {c: s.lower().count(c) for c in s.lower() if c.isalpha()},
+     ("", "Abba!", "x y X")),
     ("returns the list of the first n Fibonacci numbers, beginning with 0 and 1",
      lambda n, k: _fibonacci(n), (0, 1, 2, 9)),
 )  # fmt: skip
@@ -131,7 +122,7 @@ def _code(draw: random.Random, number: int) -> _Made:
     k = draw.randint(2, 6)
     cases = [(given, reference(given, k)) for given in inputs]
     prompt = f"Write a Python function f that {task.format(k=k)}. Answer with the code alone."
-    return prompt, lambda text: passes(_inside(text), cases), True
+    return prompt, lambda text: passes(_inside(text), cases)
 
 
 def _list(draw: random.Random, number: int) -> _Made:
@@ -147,10 +138,10 @@ def _list(draw: random.Random, number: int) -> _Made:
         f"List {count} {kind} in alphabetical order, one a line, without numbers or bullets, and "
         "nothing else."
     )
-    return prompt, judge, True
+    return prompt, judge
 
 
-TASKS: dict[str, Callable[[random.Random, int], _Made]] = {
+QUESTIONS: dict[str, Callable[[random.Random, int], _Made]] = {
     "arithmetic": _arithmetic,
     "json object": _json,
     "code": _code,
