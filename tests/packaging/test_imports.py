@@ -26,6 +26,7 @@ LINES = (
     ("prompt",),
     ("model",),
     ("kernels",),
+    ("model_thread",),
     ("machine",),
     ("headers",),
     ("files",),
