@@ -14,6 +14,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.distributed.team import Leader, Team
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
@@ -23,6 +24,8 @@ from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.masks import image_blocks
 from mlx_dgemma.model.rope import RopeTables
+from mlx_dgemma.model.share import Share
+from mlx_dgemma.model.shared_context import SharedContext
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
@@ -49,12 +52,20 @@ class Model(nn.Module):
     operands of matrix products alone, which come from norms.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, team: Team | None = None):
+        """team: the processes that hold this model together; here rank 0's is the whole model to
+        its users, and the others' take part in what rank 0 asks (model/following.py)."""
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
-        self.model = Backbone(config.text, config.vision, dtype)
+        self.team = team
+        self.share = None if team is None else Share(team.rank, team.size)
+        # The config of what this process holds.
+        self.local = config if self.share is None else self.share.config(config)
+        self.model = Backbone(self.local.text, self.local.vision, dtype)
+        for layer in self.model.decoder.layers:
+            layer.team = team
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
@@ -75,7 +86,10 @@ class Model(nn.Module):
         """An empty context of this model; kv_bits=8 keeps what grows of it in 8 bits."""
         text = self.config.text
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
-        return ContextCache(windows, self.config.canvas_length, self.fingerprint, kv_bits)
+        slack = self.config.canvas_length
+        if isinstance(self.team, Leader):
+            return SharedContext(windows, slack, self.fingerprint, kv_bits, self.team)
+        return ContextCache(windows, slack, self.fingerprint, kv_bits)
 
     def prefill(
         self,
@@ -107,7 +121,7 @@ class Model(nn.Module):
                 return
             part = None if blocks is None else blocks[start:stop]
             x = self._embed(tokens[start:stop], part, soft)
-            self._encode(x, cache, part, whole=False, dispatch_every=dispatch_every)
+            self.through_encoder(x, cache, part, whole=False, dispatch_every=dispatch_every)
             evaluate = mx.eval if stop < tokens.size else mx.async_eval
             evaluate(cache.arrays)
             mx.clear_cache()
@@ -130,7 +144,8 @@ class Model(nn.Module):
         blocks = self._image_blocks(tokens, images)
         x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
         cache.expect(tokens.size)
-        return self._encode(x, cache, blocks, whole=True, dispatch_every=dispatch_every)
+        x = self.through_encoder(x, cache, blocks, whole=True, dispatch_every=dispatch_every)
+        return self._final(x)
 
     def denoise(
         self,
@@ -163,14 +178,29 @@ class Model(nn.Module):
         dispatch_every: layers after which the graph built so far is sent to the device, which
             begins while Python builds the rest; None leaves all evaluation to the caller.
         """
-        decoder = self.model.decoder
-        x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
-        rope = self.rope.span(cache.offset, canvas.shape[1])
-        for index, (layer, context) in enumerate(zip(decoder.layers, cache.layers, strict=True), 1):
+        conditioning = self.model.decoder.self_conditioning
+        x = conditioning.condition(self.embedded(canvas), soft_embeddings)
+        return self._final(self.through_decoder(x, cache, dispatch_every=dispatch_every))
+
+    def through_decoder(
+        self, x: mx.array, cache: ContextCache, *, dispatch_every: int | None
+    ) -> mx.array:
+        """The residual stream [B, C, H] of canvases after all layers; see `hidden`.
+
+        Of a model that several processes hold, all are asked to do the same with rank 0's x, and
+        the work is begun: whether or not its result is read, the others do theirs.
+        """
+        if isinstance(cache, SharedContext):
+            x = cache.shared(x, "decode")
+        rope = self.rope.span(cache.offset, x.shape[1])
+        layers = self.model.decoder.layers
+        for index, (layer, context) in enumerate(zip(layers, cache.layers, strict=True), 1):
             x = layer.decode(x, rope[layer.kind], context)
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
-        return self._final(x)
+        if self.team is not None:
+            mx.async_eval(x)
+        return x
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         """[B, C, V] of the tied head, in the activation dtype, before float32 and softcap."""
@@ -225,7 +255,8 @@ class Model(nn.Module):
             layer.mlp.prepare()
             if layer is not decoder.layers[-1]:
                 layer.self_attn.prepare()
-        decoder.self_conditioning.prepare()
+        if "self_conditioning" in decoder:  # which rank 0 alone has
+            decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
         """Identifies config, text weights and dtype; computed once."""
@@ -234,12 +265,12 @@ class Model(nn.Module):
             text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
             for index, layer in enumerate(self.encoder_pass.layers or ()):
                 text[f"encoder pass {index}"] = layer
-            known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
+            known = self._fingerprint = fingerprint(self.local.text, self.dtype, text)
         return known
 
     # The encoder pass
 
-    def _encode(
+    def through_encoder(
         self,
         x: mx.array,
         cache: ContextCache,
@@ -248,10 +279,14 @@ class Model(nn.Module):
         whole: bool,
         dispatch_every: int | None,
     ) -> mx.array:
-        """The pass over x [1, L, H]. Without `whole` the last layer gives its keys and values
-        alone, which is all that the context keeps, and the result is what enters it."""
+        """The pass over the residual stream x [1, L, H]. Without `whole` the last layer gives its
+        keys and values alone, which is all that the context keeps, and the result is what enters
+        it. As `through_decoder` where several processes hold the model."""
         if not self.config.text.bidirectional_images:
             blocks = None
+        if isinstance(cache, SharedContext):
+            ranges = None if blocks is None else blocks.tolist()
+            x = cache.shared(x, "encode", blocks=ranges, whole=whole)
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
         through = None if whole else -1
@@ -261,10 +296,11 @@ class Model(nn.Module):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
             if dispatch_every and index % dispatch_every == 0:
                 mx.async_eval(x)
-        if whole:
-            return self._final(x)
-        last = layers[-1]
-        last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if not whole:
+            last = layers[-1]
+            last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if self.team is not None:
+            mx.async_eval(x, cache.arrays)
         return x
 
     def _final(self, x: mx.array) -> mx.array:
