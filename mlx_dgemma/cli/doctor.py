@@ -20,6 +20,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
     LONGEST_CONTEXT_BYTES,
 )
 from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli import link
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
@@ -45,6 +46,14 @@ def build_parser() -> argparse.ArgumentParser:
         "folder or Hub id, by default the published 4-bit checkpoint; also what was checked "
         "before (Metal only)",
     )
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="under mlx.launch: measure the connection between the machines, and predict whether "
+        "they are faster together, for a model as with --check",
+    )
     flags.add_version(parser)
     return parser
 
@@ -53,6 +62,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     found = examine(machine(), check=arguments.check)
+    if arguments.distributed is not None:
+        found["distributed"] = link.examine(arguments.distributed)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
         try:
@@ -65,6 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
     else:
         show(found, Console(highlight=False))
+        if "distributed" in found:
+            link.show(found["distributed"], Console(highlight=False))
     return 0
 
 

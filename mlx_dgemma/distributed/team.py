@@ -34,8 +34,9 @@ FAILED = 2  # exit code
 
 
 class Team:
-    """One process' view. group: MLX's. sums, sum_bytes: how many arrays of activations were summed
-    over all ranks and how long they were, since the start.
+    """One process' view. group: MLX's. sums: how many times a layer's activations were summed over
+    all ranks; collectives, nbytes: how many there were of every kind, and the bytes of their
+    arrays, since the start.
 
     unequal: the processes run on different chips, whose roundings may differ.
     """
@@ -46,14 +47,14 @@ class Team:
         self.size: int = group.size()
         self.unequal = False
         self.sums = 0
-        self.sum_bytes = 0
+        self.collectives = 0
+        self.nbytes = 0
         self._last: mx.array | None = None
 
     def sum(self, *arrays: mx.array) -> tuple[mx.array, ...]:
         """Each array [T, H] summed over all ranks, in one collective."""
         joined = arrays[0] if len(arrays) == 1 else mx.stack(list(arrays))
         self.sums += 1
-        self.sum_bytes += joined.nbytes
         total = self._in_turn(mx.distributed.all_sum, joined)
         return (total,) if len(arrays) == 1 else tuple(total[i] for i in range(len(arrays)))
 
@@ -70,6 +71,8 @@ class Team:
     def _in_turn(self, collective: Callable[..., mx.array], x: mx.array) -> mx.array:
         """The collective of x, after the one before it: all ranks must run them in one order, and
         MLX keeps to none where neither needs the other's result."""
+        self.collectives += 1
+        self.nbytes += x.nbytes
         if self._last is not None:
             x = mx.depends([x], [self._last])[0]
         self._last = collective(x, group=self.group)
