@@ -40,7 +40,7 @@ class Outcome:
 
 
 def kill_once(generator: random.Random, folder: Path) -> Outcome:
-    from tests.distributed.processes import finish, start
+    from tests.distributed.processes import finish, said, start
 
     size = generator.choice((2, 2, 2, 4))
     phase, rank = generator.choice(PHASES), generator.randrange(size)
@@ -55,11 +55,11 @@ def kill_once(generator: random.Random, folder: Path) -> Outcome:
     started = time.monotonic()
     problem = None
     try:
-        said = finish(processes, timeout=40)
+        spoken = finish(processes, timeout=40)
     except subprocess.TimeoutExpired:
         return Outcome(size, phase, rank, stop, time.monotonic() - started, "it hangs")
     took = time.monotonic() - started
-    lines = [one for one in said[0][1].splitlines() if one and not one.startswith("[ring]")]
+    lines = said(spoken[0][1])
     if took > LIMIT:
         problem = "too late"
     elif rank > 0 and (len(lines) != 1 or f"Rank {rank} (" not in lines[0]):

@@ -152,6 +152,10 @@ class Leader(Team):
         """Says why in one sentence and ends all processes, this one included."""
         with self._failing:  # the first to come here ends the process; others wait for that
             self._ended.set()
+            with suppress(OSError):  # what MLX's threads still say of their sockets
+                errors = os.dup(2)
+                sys.stderr = os.fdopen(errors, "w")
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self.announce(why)
             for rank, channel in self._channels.items():
                 with suppress(LostError):

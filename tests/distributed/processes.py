@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+
+_OF_THE_RING = re.compile(r"(Receiving from|Sending to|Socket \d|Too many send)")
 
 
 def free_ports(count: int) -> list[int]:
@@ -64,8 +66,7 @@ def finish(processes: list[subprocess.Popen[str]], timeout: float = 120) -> list
                 one.wait()
 
 
-def run_python(source: str, size: int, folder: Path, timeout: float = 120) -> list[tuple[str, str]]:
-    """Runs a program on every rank."""
-    program = folder / "program.py"
-    program.write_text(source)
-    return finish(start([sys.executable, str(program)], size, folder), timeout)
+def said(errors: str) -> list[str]:
+    """Lines of standard error, without what the threads of MLX's ring write among them."""
+    lines = [line.replace("[ring]", "").strip() for line in errors.splitlines()]
+    return [line for line in lines if line and not _OF_THE_RING.match(line)]
