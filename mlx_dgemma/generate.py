@@ -366,7 +366,8 @@ def _then_release(
 
 
 def draft_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """A draft as a reader would see it if it were committed now: markers and tail removed."""
+    """A draft, int ids [C], as a reader would see it if it were committed now: markers and tail
+    removed."""
     kept, _ = cut_at_stop(ids, tokenizer.stop_ids)
     reader = ReplyReader(tokenizer)
     parts = (reader.feed(kept), reader.finish())

@@ -144,7 +144,7 @@ class Adapter:
                 )
 
     def merged(self, name: str, rows: mx.array, start: int) -> mx.array:
-        """Rows of weight `name` beginning at `start`, with the delta added in float32."""
+        """Rows [n, ...] of weight `name` from `start` on, with its delta added in float32."""
         delta = self.deltas.get(name)
         if delta is None:
             return rows

@@ -49,11 +49,14 @@ def finished(
 
     converged: bool [b]. seen, settled: the step's prediction, and `settled_after` it.
     """
+    if not ended.any():
+        return {}
+    ids, entropy, steps = np.array(seen.draft), np.array(seen.entropy), np.array(settled)
     return {
         state.rows[line]: BlockResult(
-            ids=np.array(seen.draft[line]),
-            entropy=np.array(seen.entropy[line]),
-            settled=np.array(settled[line]),
+            ids=ids[line],
+            entropy=entropy[line],
+            settled=steps[line],
             logprobs=seen.logprobs(line) if logprobs else None,
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),

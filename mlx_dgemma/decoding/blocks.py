@@ -90,7 +90,7 @@ class _Tally:
 
     prompt_tokens: int
     generated: int = 0
-    state: int = 0  # of the language, behind what was committed
+    state: int = 0  # of the language, after what was committed
     forwards: int = 0
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
@@ -135,7 +135,7 @@ def generate_blocks(
         tally.state = request.language.automaton.start
 
     started = time.perf_counter()
-    _read_prompt(model, cache, request)
+    _read_prompt(model, cache, request, length)
     if request.prefilled is not None and not request.cancelled:
         request.prefilled()
     tally.prefill_seconds = time.perf_counter() - started
@@ -183,7 +183,7 @@ def generate_blocks(
     yield tally.finish(reason, request.seed)
 
 
-def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
+def _read_prompt(model: Model, cache: ContextCache, request: Request, length: int) -> None:
     """Prefills the prompt with pauses at `request.stops`; ends early when it is cancelled."""
     prompt = np.array(list(request.prompt), dtype=np.int32)
     images = list(request.images)
@@ -199,7 +199,7 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
             break
         if request.reached is not None and stop in request.stops:
             request.reached(stop)
-    mx.eval(cache.arrays)  # so that the time of the prompt is not counted as denoising
+    model.await_context(cache, length)  # so that its time is not counted as denoising
 
 
 def _image_runs(ids: np.ndarray, model: Model) -> int:

@@ -28,7 +28,6 @@ from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.sparse_embeddings import Survivors
-from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -49,7 +48,9 @@ def denoise_block(
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
 
     Every row has its own draws, pins and stop: it draws what it draws alone, and a row that
-    has stopped is no longer computed. The context is read, never written.
+    has stopped is no longer computed. The context is read, never written. Whether another step
+    follows is decided before a step is yielded, and its first layers are sent to the device, which
+    works on them while the caller has the step.
 
     length: canvas positions; None is the settings' or the checkpoint's.
     banned: ids that no free position can take; the network's logits for them are discarded.
@@ -63,10 +64,11 @@ def denoise_block(
     stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
     results = untouched(state, logprobs=logprobs)
     state.keep(state.remaining > 0)
+    model.await_context(cache, length)
     while state.rows:
         outcome = step(model, cache, settings, state, banned)
         mx.eval(outcome.report.packed, outcome.shown, outcome.settled)
-        yield outcome.as_step(state)
+        done = outcome.as_step(state)
         numbers = outcome.report.read()
         _check_finite(numbers, state)
         state.repeats = stop.count(state.repeats, numbers.repeated)
@@ -78,8 +80,9 @@ def denoise_block(
         if not ended.all():
             advance(model, state, outcome, numbers)
         state.keep(~ended)
-        if state.rows:  # the device begins while Python builds the first layers
-            mx.async_eval(state.signal)
+        if state.rows:
+            state.begun = model.begin(state.canvas, cache, state.signal)
+        yield done
     return [results[row] for row in range(len(requests))]
 
 
@@ -122,14 +125,14 @@ def step(
     state: CanvasState,
     banned: Sequence[int] = (),
     *,
-    dispatch_every: int | None = DISPATCH_EVERY,
+    dispatch: bool = True,
 ) -> Outcome:
     """Builds one denoising step of `state`, from canvas and signal to the report.
 
-    `state` does not change: `advance` moves it on. Layers are sent to the device as they are built,
-    `dispatch_every` at a time; with None nothing is evaluated.
+    `state` does not change: `advance` moves it on. Layers are sent to the device as they are built;
+    without `dispatch` nothing is evaluated.
     """
-    seen = predict(model, cache, settings, state, banned, dispatch_every=dispatch_every)
+    seen = predict(model, cache, settings, state, banned, dispatch=dispatch)
     decision = make_sampler(settings).decide(_step_input(model, state, seen), last=state.last)
     survivors = None
     # Several processes sum the signal over the vocabulary together: each over its own part.
@@ -149,6 +152,7 @@ def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers
     state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed
     state.draft, state.settled = outcome.seen.draft, outcome.settled
+    state.begun = None
     state.taken, state.remaining = state.taken + 1, state.remaining - 1
 
 

@@ -1,7 +1,7 @@
 """What decoding asks of one decoder pass's logits, held whole or never held at all.
 
-Positions are rows: those of all canvases, flattened, without the pinned ones, of which nobody asks
-anything. `WholeLogits` keeps the raw logits [R, V] until the next step has its self-conditioning.
+Positions are rows: those of all canvases, flattened, without the pinned ones.
+`WholeLogits` keeps the raw logits [R, V] until the next step has its self-conditioning.
 `SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
 `ExponentialLogits` makes them slice by slice too, but keeps the exponentials that the statistics

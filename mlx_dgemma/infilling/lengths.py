@@ -45,7 +45,7 @@ def roomy(lengths: Sequence[int]) -> list[int]:
     return [*range(low + SPARE, high, SPARE), high]
 
 
-def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+def equal_lengths(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Indices of equal canvas lengths together, at most `most` at a time."""
     for length in sorted(set(lengths)):
         rows = [row for row, found in enumerate(lengths) if found == length]
@@ -71,7 +71,7 @@ def mean_logprob(
     """Mean log-probability (nats) of the tokens expected on a canvas; one decoder pass for each.
 
     canvases: int32 [C] each, of one length, as they are shown to the network. expected: int32 [C].
-    counted: bool [C], the positions that count; where none does, all lengths are alike: 0.
+    counted: bool [C], the positions that count; where none does, all lengths score the same: 0.
     """
     ids = mx.array(np.stack(canvases).astype(np.int32))
     tokens = mx.array(np.stack(expected).astype(np.int32))

@@ -20,7 +20,7 @@ from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.infilling.lengths import (
     FEW,
     FINALISTS,
-    alike,
+    equal_lengths,
     following,
     mean_logprob,
     roomy,
@@ -178,7 +178,7 @@ class Filler:
     ) -> Turns[list[float]]:
         """`mean_logprob` of (canvas, expected ids, counted positions), in batches."""
         found: dict[int, float] = {}
-        for batch in alike([len(look[0]) for look in looks], self.job.together):
+        for batch in equal_lengths([len(look[0]) for look in looks], self.job.together):
             columns = zip(*(looks[row] for row in batch), strict=True)
             values = mean_logprob(self.model, cache, self.job.settings, *columns)
             found.update(zip(batch, values, strict=True))
@@ -200,7 +200,7 @@ class Filler:
         """
         templates = [self.plan.template(window, lengths) for lengths, _ in rows]
         filled: dict[int, _Filled] = {}
-        for batch in alike(
+        for batch in equal_lengths(
             [template.length(self.plan.limit) for template in templates], self.job.together
         ):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]

@@ -109,7 +109,8 @@ def _sorted_experts(routing: Routing) -> mx.array:
 
 @fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up with the tanh approximation, in float32, rounded once."""
+    """gelu(gate) * up, [n, width], with the tanh approximation: in float32, rounded once to the
+    dtype of gate."""
     g = gate.astype(mx.float32)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     return (0.5 * g * (1.0 + mx.tanh(inner)) * up.astype(mx.float32)).astype(gate.dtype)

@@ -12,7 +12,7 @@ from mlx_dgemma.distributed.channel import Message
 from mlx_dgemma.distributed.team import Follower
 from mlx_dgemma.model.arrays import packed_arrays, unpacked_arrays
 from mlx_dgemma.model.context import ContextCache, Frozen, Snapshot
-from mlx_dgemma.model.network import DISPATCH_EVERY, Model
+from mlx_dgemma.model.network import Begun, Model
 from mlx_dgemma.model.shared_head import SharedHead
 
 
@@ -22,13 +22,15 @@ class Following:
     def __init__(self, model: Model, team: Follower) -> None:
         self._model, self._team = model, team
         self._held: dict[int, ContextCache | Snapshot | Frozen] = {}
+        self._begun: dict[int, mx.array] = {}  # passes that go on, by context
         self._heads: dict[int, SharedHead] = {}
         self._seen: dict[int, tuple[mx.array, mx.array]] = {}  # temperature and log_z
         self._work: dict[str, Callable[..., object]] = {
             "context": self._make,
-            "forget": lambda number: self._held.pop(number, None),
+            "forget": self._forget,
             "encode": self._encode,
             "decode": self._decode,
+            "decode_on": self._decode_on,
             "expect": lambda context, count: self._context(context).expect(count),
             "trim": lambda context, count: self._context(context).trim(count),
             "snapshot": self._snapshot,
@@ -61,18 +63,28 @@ class Following:
     def _make(self, number: int, kv_bits: int | None) -> None:
         self._held[number] = self._model.make_cache(kv_bits)
 
+    def _forget(self, number: int) -> None:
+        self._held.pop(number, None)
+        self._begun.pop(number, None)
+
     def _encode(
         self, context: int, shape: list[int], dtype: str, blocks: list[int] | None, whole: bool
     ) -> None:
         cache, x = self._context(context), self._shared(shape, dtype)
         images = None if blocks is None else np.array(blocks)
-        self._model.through_encoder(x, cache, images, whole=whole, dispatch_every=DISPATCH_EVERY)
+        self._model.through_encoder(x, cache, images, whole=whole, dispatch=True)
         mx.eval(cache.arrays)
         mx.clear_cache()
 
-    def _decode(self, context: int, shape: list[int], dtype: str) -> None:
-        x = self._shared(shape, dtype)
-        self._model.through_decoder(x, self._context(context), dispatch_every=DISPATCH_EVERY)
+    def _decode(self, context: int, shape: list[int], dtype: str, last: int) -> None:
+        self._begun[context] = self._shared(shape, dtype)
+        self._decode_on(context, 0, last)
+
+    def _decode_on(self, context: int, first: int, last: int) -> None:
+        begun, cache = Begun(self._begun.pop(context), first), self._context(context)
+        through = self._model.through_decoder(begun, last, cache, dispatch=True)
+        if last < len(self._model.layers):
+            self._begun[context] = through.x
 
     def _shared(self, shape: list[int], dtype: str) -> mx.array:
         return self._team.share(mx.zeros(shape, getattr(mx, dtype)))

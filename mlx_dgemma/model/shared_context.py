@@ -47,6 +47,14 @@ class SharedContext(ContextCache):
         self._team.tell(op, context=self.number, shape=list(x.shape), dtype=dtype, **fields)
         return self._team.share(x)
 
+    def shared_decode(self, x: mx.array, first: int, last: int) -> mx.array:
+        """The same through the decoder's layers from `first` up to `last`; where it goes on, the
+        others go on with what they have."""
+        if first == 0:
+            return self.shared(x, "decode", last=last)
+        self._team.tell("decode_on", context=self.number, first=first, last=last)
+        return x
+
     def expect(self, count: int) -> None:
         super().expect(count)
         self._team.tell("expect", context=self.number, count=count)

@@ -14,7 +14,7 @@ from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Call, Ended, Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.replies import Reply, collect, interleave, new_id
-from mlx_dgemma.server.requests import Asked, respond
+from mlx_dgemma.server.requests import ParsedRequest, respond
 from mlx_dgemma.server.sse import data
 
 # (reply so far, what was committed, the calls it completed) -> choices without their index
@@ -24,7 +24,7 @@ Write = Callable[[Reply, Commit, list[dict[str, Any]]], Iterable[dict[str, Any]]
 async def answer(
     engine: Engine,
     request: Request,
-    asked: Asked,
+    asked: ParsedRequest,
     *,
     prefix: str,
     kinds: tuple[str, str],
@@ -50,7 +50,7 @@ async def answer(
     return await respond(request, asked, whole=whole, events=events)
 
 
-def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
+def head(asked: ParsedRequest, prefix: str, kind: str) -> dict[str, Any]:
     return {
         "id": new_id(prefix, "-"),
         "object": kind,
@@ -60,7 +60,7 @@ def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
 
 
 def body(
-    asked: Asked,
+    asked: ParsedRequest,
     top: dict[str, Any],
     replies: list[Reply],
     choices: Iterable[dict[str, Any]],
@@ -75,7 +75,7 @@ def body(
 
 async def chunks(
     engine: Engine,
-    asked: Asked,
+    asked: ParsedRequest,
     top: dict[str, Any],
     first: dict[str, Any] | None,
     write: Write,

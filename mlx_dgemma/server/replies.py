@@ -77,7 +77,7 @@ class Reply:
                 "converging; raise max_denoising_steps if the text is poor"
             )
         if self.dropped_calls:
-            found.append(f"tool calls left out behind the first: {self.dropped_calls}")
+            found.append(f"tool calls left out after the first: {self.dropped_calls}")
         if self.cut_call:
             found.append("the reply ended inside a tool call, which was left out")
         if self.malformed_calls:

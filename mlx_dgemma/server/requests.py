@@ -11,7 +11,6 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import mend
@@ -28,11 +27,9 @@ from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
 
-MAX_STOP_STRINGS = 16
-
 
 @dataclass(frozen=True)
-class Asked:
+class ParsedRequest:
     """A request, read. calls: one per choice. one_call: replies keep their first tool call.
     origins: see `ToolUse`."""
 
@@ -79,21 +76,21 @@ async def read_request(
     choices: int = 1,
     logprobs: bool = False,
     notes: Sequence[str] = (),
-) -> Asked:
+) -> ParsedRequest:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
     stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
-    of every field that nobody has read.
+    of every field that was not read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
     if stop is not None:
-        options["stop"] = fields.strings(stop, MAX_STOP_STRINGS)
+        options["stop"] = fields.strings(stop)
     if logprobs:
         options["logprobs"] = True
     streaming = read_streaming(fields)
-    seed = read_seed(fields, choices)
-    image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
+    seed = read_seed(fields)
+    image_tokens = fields.integer("image_tokens")
     messages, mended = mend(messages)
     wanted = wanted or read_outputs(fields)
     warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))
@@ -117,7 +114,7 @@ async def read_request(
         image_tokens=image_tokens,
         hold=fields.hold,
     )
-    return Asked(
+    return ParsedRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
@@ -130,7 +127,7 @@ async def read_request(
 
 async def respond(
     request: Request,
-    asked: Asked,
+    asked: ParsedRequest,
     *,
     whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
     events: Callable[[], AsyncGenerator[bytes, None]],

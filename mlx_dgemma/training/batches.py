@@ -1,7 +1,7 @@
 """Batches: which examples, which canvas of each, and what noise, all decided by seed and step.
 
 A batch holds examples of like length, so that little is padding. Batches come in an order that a
-seed shuffles anew in every epoch; any step's batch can be made without those before it.
+seed shuffles every epoch differently; any step's batch can be made without those before it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _PAD_TO = 32  # positions; so that few shapes of batches occur
 class Batch:
     """B examples, each with one canvas to denoise.
 
-    tokens: int32 [B, L], prompt and clean canvases, zeros behind. lengths, starts: int32 [B], the
+    tokens: int32 [B, L], prompt and clean canvases, then zeros. lengths, starts: int32 [B], the
     tokens of each, and where its canvas begins. learned: bool [B, L], the positions whose next
     token the encoder's loss counts. clean, noisy, noisier: int32 [B, C]. conditioned: bool [B].
     images: by example. canvas_weight, encoder_weight: what one position counts in the loss: one

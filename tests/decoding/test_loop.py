@@ -87,7 +87,7 @@ def test_prompts_that_cannot_be_answered(prompt, limit, words):
         run(ScriptedModel(blocks_of((4, 5, 6, 7)), limit=limit), prompt=prompt)
 
 
-def test_a_conversation_that_fills_the_context_can_be_begun_anew():
+def test_a_conversation_that_fills_the_context_can_be_begun_again():
     model = ScriptedModel(blocks_of((4, 5, 6, 7)), limit=20)
     asked = generate_blocks(model, ScriptedCache(offset=15), request(prompt=(2, 3, 4)))
     with pytest.raises(InputError, match=r"but only 1 fit .* or begin a new conversation"):

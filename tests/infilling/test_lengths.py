@@ -10,7 +10,7 @@ from mlx_dgemma.infilling import infill, windows
 from mlx_dgemma.infilling.lengths import (
     LENGTHS,
     SPARE,
-    alike,
+    equal_lengths,
     following,
     mean_logprob,
     roomy,
@@ -45,7 +45,7 @@ def test_roomy_holes_cover_every_length_with_little_to_spare(low, high):
 
 
 def test_canvases_of_one_length_share_a_batch():
-    assert list(alike([5, 7, 5, 5, 7], most=2)) == [[0, 2], [3], [1, 4]]
+    assert list(equal_lengths([5, 7, 5, 5, 7], most=2)) == [[0, 2], [3], [1, 4]]
 
 
 def test_what_follows_a_hole_is_what_counts():
@@ -83,7 +83,7 @@ def test_pads_leave_the_holes_and_what_follows_moves_up():
     assert without_pads(cut, result_of(ids), pad)[1].ids.tolist() == [7, 20, 8, 21, 9]
 
 
-def test_belief_is_the_mean_log_probability_of_the_obvious_path(demo):
+def test_mean_logprob_is_that_of_the_obvious_path(demo):
     import mlx.core as mx
 
     model, tokenizer = demo

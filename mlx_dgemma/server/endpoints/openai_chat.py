@@ -10,23 +10,49 @@ from starlette.requests import Request
 
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.accepted import (
+    MESSAGE,
+    TOOL,
+    Accepts,
+    Bounds,
+    format_of,
+    openai_chatting,
+    shared,
+)
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply
-from mlx_dgemma.server.requests import Asked, read_request
+from mlx_dgemma.server.requests import ParsedRequest, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
 from mlx_dgemma.server.tool_kinds import Origin, chat_tools, custom_input
 
+_LEGACY = ("functions", "function_call")
 
-async def read_chat(engine: Engine, fields: Fields) -> Asked:
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.fail("messages", "given as a list")
-    for legacy in ("functions", "function_call"):
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/chat/completions` accepts."""
+    return {
+        **shared(bounds),
+        **openai_chatting(),
+        "messages": Accepts("list", schema=MESSAGE, required=True),
+        "tools": Accepts("list", schema=TOOL),
+        "max_completion_tokens": Accepts("limit", 1),
+        "max_tokens": Accepts("limit", 1, about="The older name of max_completion_tokens."),
+        "n": Accepts("integer", 1, bounds.choices),
+        "logprobs": Accepts("flag"),
+        "response_format": format_of("The reply"),
+        "modalities": Accepts("list", schema={"const": "text"}),
+        **dict.fromkeys(_LEGACY, Accepts(schema={"type": "null"}, about="Use tools.")),
+    }
+
+
+async def read_chat(engine: Engine, fields: Fields) -> ParsedRequest:
+    messages = fields.items("messages") or []
+    for legacy in _LEGACY:
         if fields.raw(legacy) is not None:
             raise ApiError(400, f"{legacy} is not supported; use tools.", param=legacy)
     if (fields.items("modalities") or ["text"]) != ["text"]:
@@ -42,7 +68,7 @@ async def read_chat(engine: Engine, fields: Fields) -> Asked:
         stop="stop",
         thinking=read_thinking(fields),
         wanted=read_format(fields),
-        choices=fields.integer("n", 1, engine.settings.max_choices) or 1,
+        choices=fields.integer("n") or 1,
         logprobs=fields.flag("logprobs") or False,
     )
 

@@ -15,11 +15,12 @@ from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.infilling.fill import DEFAULT_PROMPT
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.accepted import Accepts, Bounds, shared
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply
-from mlx_dgemma.server.requests import MAX_STOP_STRINGS, Asked, read_streaming
+from mlx_dgemma.server.requests import ParsedRequest, read_streaming
 from mlx_dgemma.server.sampling import (
     check_length,
     check_model,
@@ -31,26 +32,42 @@ from mlx_dgemma.server.sampling import (
 from mlx_dgemma.server.structured import between
 
 DEFAULT_MAX_TOKENS = 256
+_IDS = {"type": "array", "items": {"type": "integer"}}
 
 
-async def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/completions` accepts."""
+    alone = {"anyOf": [{"type": "string"}, _IDS]}
+    one = {"type": "array", "items": alone, "minItems": 1, "maxItems": 1}
+    return {
+        **shared(bounds),
+        "prompt": Accepts(schema={"anyOf": [*alone["anyOf"], one]}, required=True),
+        "suffix": Accepts("text"),
+        "max_tokens": Accepts("limit", 1, about=f"{DEFAULT_MAX_TOKENS} where it is left out."),
+        "n": Accepts("integer", 1, bounds.choices),
+        "logprobs": Accepts("integer", 0, 5),
+        "echo": Accepts("flag"),
+    }
+
+
+async def read_completion(engine: Engine, fields: Fields) -> tuple[ParsedRequest, str]:
     """The request, and the text that every choice begins with (`echo`)."""
     model = check_model(engine, fields)
     check_length(engine, fields.raw("prompt"), "prompt")
     text, ids = await asyncio.to_thread(_prompt, engine.tokenizer, fields)
     check_room(engine, ids, "prompt")
     suffix = fields.text("suffix")
-    choices = fields.integer("n", 1, engine.settings.max_choices) or 1
+    choices = fields.integer("n") or 1
     limit = fields.limit("max_tokens")
     # OpenAI's number is how many alternatives to list; there are none here beside the chosen.
-    logprobs = fields.integer("logprobs", 0, 5) is not None
+    logprobs = fields.integer("logprobs") is not None
     options = {
         **decoding_options(engine, fields, limit or DEFAULT_MAX_TOKENS),
-        "stop": fields.strings("stop", MAX_STOP_STRINGS),
+        "stop": fields.strings("stop"),
         "logprobs": logprobs,
     }
     streaming = read_streaming(fields)
-    seed = read_seed(fields, choices)
+    seed = read_seed(fields)
     echo = text if fields.flag("echo") else ""
     warnings = read_warnings(engine, fields, limit)
     call = Call(PreparedPrompt(ids), ids, options, streaming.drafts, warnings)
@@ -60,7 +77,7 @@ async def read_completion(engine: Engine, fields: Fields) -> tuple[Asked, str]:
             raise fields.fail("suffix", "given without stop and logprobs")
         ids = encode_prompt(engine.tokenizer, DEFAULT_PROMPT)
         call = Call(PreparedPrompt(ids), ids, options, False, warnings, between(text, suffix))
-    asked = Asked(
+    asked = ParsedRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
