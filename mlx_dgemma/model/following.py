@@ -32,7 +32,6 @@ class Following:
             "decode": self._decode,
             "decode_on": self._decode_on,
             "expect": lambda context, count: self._context(context).expect(count),
-            "trim": lambda context, count: self._context(context).trim(count),
             "snapshot": self._snapshot,
             "restore": self._restore,
             "freeze": self._freeze,

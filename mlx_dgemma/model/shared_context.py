@@ -59,10 +59,6 @@ class SharedContext(ContextCache):
         super().expect(count)
         self._team.tell("expect", context=self.number, count=count)
 
-    def trim(self, count: int) -> None:
-        super().trim(count)
-        self._team.tell("trim", context=self.number, count=count)
-
     def snapshot(self) -> Snapshot:
         snapshot = super().snapshot()
         number = self._numbers[snapshot] = next(_numbers)
