@@ -103,6 +103,7 @@ def _on_interrupt(
     convert,
     server,
     benchmark,
+    evaluate,
     doctor,
     models,
     completion,

@@ -54,17 +54,20 @@ def agree(
     team: Leader,
     folder: Path,
     shapes: Sequence[Request],
-    source: str | Path | None,
-    revision: str | None,
+    *,
+    named: bool,
     adapter_path: str | Path | None,
     dtype: str | None,
+    unit: int,
 ) -> None:
     """Makes the other ranks find the same model, and compares what they say with rank 0.
+
+    named: False where it is the demo's. dtype, unit: what rank 0 computes in, so all do.
 
     Raises ResourceError with what a rank cannot do, InputError or CheckpointError where it has
     another program or checkpoint; each names the rank.
     """
-    path = None if source is None and revision is None else os.path.abspath(folder)
+    path = os.path.abspath(folder) if named else None
     cached = _CACHED.match(path or "")
     name = f"{cached['owner']}/{cached['name']}" if cached else path
     answers = team.ask(
@@ -95,4 +98,4 @@ def agree(
         chosen = {key: on and theirs["kernels"].get(key, False) for key, on in chosen.items()}
     team.unequal = any(answer.fields["chip"] != own["chip"] for answer in answers.values())
     dispatch.settle(chosen)
-    team.tell("load", kernels=chosen, unequal=team.unequal)
+    team.tell("load", kernels=chosen, unequal=team.unequal, unit=unit)

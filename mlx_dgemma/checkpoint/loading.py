@@ -7,6 +7,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_dgemma.checkpoint.agreement import agree, own_shapes
+from mlx_dgemma.checkpoint.audits import choose
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
 from mlx_dgemma.checkpoint.serving import serve
 from mlx_dgemma.checkpoint.weights import load_model
@@ -39,12 +40,13 @@ def load(
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter of PEFT's or
     mlx-lm's form, kept beside the weights, each delta in the pass it was trained in. dtype:
-    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, and
-    float32 on MLX's CPU backend. In float16 the residual stream stays in float32. chat_template: a
-    file with a Jinja template, or its text, in the place of the checkpoint's. group: the processes
-    that hold the model together, as `mx.distributed.init()` gives it. On rank 0 the model is then
-    used as any other. On the other ranks this call serves rank 0 and ends the process, quietly,
-    once rank 0 has ended: the same script runs on all of them.
+    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, float32 on
+    MLX's CPU backend, and float16 on M1 and M2 for a checkpoint that has passed its audit (see
+    checkpoint.audits). In float16 the residual stream stays in float32. chat_template: a file with
+    a Jinja template, or its text, in the place of the checkpoint's. group: the processes that hold
+    the model together, as `mx.distributed.init()` gives it. On rank 0 the model is then used as any
+    other. On the other ranks this call serves rank 0 and ends the process, quietly, once rank 0 has
+    ended: the same script runs on all of them.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
     InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
@@ -93,15 +95,26 @@ def load_network(
             context_tokens=LEAST_CONTEXT,
             dtype=dtype,
         )
+    dtype, unit = choose(folder, dtype, adapted=adapter_path is not None)
     set_limits(machine())
     shapes = own_shapes(folder, dtype)
     if not lazy:  # the checks need memory of their own, which the weights will take
         dispatch.prepare(shapes)
     computed = None if dtype is None else getattr(mx, dtype)
     if isinstance(team, Leader):
-        agree(team, folder, shapes, path_or_hf_repo, revision, adapter_path, dtype)
+        agree(
+            team,
+            folder,
+            shapes,
+            named=path_or_hf_repo is not None or revision is not None,
+            adapter_path=adapter_path,
+            dtype=dtype,
+            unit=unit,
+        )
     with explained():
-        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path, team=team)
+        model = load_model(
+            folder, lazy=lazy, dtype=computed, adapter_path=adapter_path, unit=unit, team=team
+        )
     if isinstance(team, Leader):
         team.ask("loaded")
     return model, folder

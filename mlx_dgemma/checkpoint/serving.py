@@ -49,6 +49,7 @@ def _serve(team: Follower) -> None:
                     found[0],
                     dtype=None if dtype is None else getattr(mx, dtype),
                     adapter_path=found[1]["adapter_path"],
+                    unit=message.fields["unit"],
                     team=team,
                 )
             following = Following(model, team)

@@ -42,7 +42,7 @@ def denoise_block(
     block: int = 0,
     attempt: int = 0,
     length: int | None = None,
-    logprobs: bool = False,
+    alternatives: int | None = None,
     banned: Sequence[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
@@ -53,6 +53,7 @@ def denoise_block(
     works on them while the caller has the step.
 
     length: canvas positions; None is the settings' or the checkpoint's.
+    alternatives: score each row's ids, and list so many likely ids beside them; None scores none.
     banned: ids that no free position can take; the network's logits for them are discarded.
 
     Raises NumericsError at the first step whose logits are not finite.
@@ -62,7 +63,7 @@ def denoise_block(
     fresh = Place(block, attempt, 0)
     state = CanvasState.initial(requests, fresh, length, vocab_size, steps)
     stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
-    results = untouched(state, logprobs=logprobs)
+    results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
     model.await_context(cache, length)
     while state.rows:
@@ -75,7 +76,7 @@ def denoise_block(
         converged = stop(state.repeats, numbers.mean_entropy) | numbers.complete
         ended = converged | state.last
         results |= finished(
-            state, ended, converged, outcome.seen, outcome.settled, logprobs=logprobs
+            state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
         )
         if not ended.all():
             advance(model, state, outcome, numbers)
@@ -178,5 +179,6 @@ def _check_finite(numbers: Numbers, state: CanvasState) -> None:
     place = state.places[int(numbers.finite.argmin())]
     raise NumericsError(
         f"The network's logits are not finite at block {place.block}, denoising step {place.step}: "
-        "the weights are damaged or the precision is too low; verify the checkpoint."
+        "the weights are damaged or the precision is too low; verify the checkpoint, or compute in "
+        "another dtype."
     )

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.distributed.team import Team
-from mlx_dgemma.kernels import BranchNorms, Norms
+from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
 from mlx_dgemma.model.attention import Attention
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
@@ -49,6 +49,7 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.layer_scalar = mx.zeros((1,))
+        self.unit = 1.0  # of the branches' outputs (see model.float16)
 
     def encode(
         self,
@@ -96,7 +97,8 @@ class Layer(nn.Module):
         routed = self.experts(read.experts, self.router(read.router, self.team))
         if self.team is not None:
             dense, routed = self.team.sum(dense, routed)
-        out = kernels.after_branches(read.residual, dense, routed, after, scalar, self.eps)
+        eps = Epsilons(self.eps, self.eps / self.unit**2)
+        out = kernels.after_branches(read.residual, dense, routed, after, scalar, eps)
         return out.reshape(x.shape)
 
 

@@ -104,10 +104,12 @@ def object_schema(known: Known) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Bounds:
-    """What the operator and the model bound. choices: the largest `n`. canvas: its length."""
+    """What the operator and the model bound. choices: the largest `n`. canvas: its length.
+    vocabulary: how many token ids there are."""
 
     choices: int
     canvas: int
+    vocabulary: int
 
 
 # Fields that steer autoregressive sampling, and the value that asks for nothing.
@@ -119,7 +121,6 @@ WITHOUT_EFFECT: dict[str, Any] = {
     "frequency_penalty": 0,
     "repetition_penalty": 1,
     "logit_bias": {},
-    "top_logprobs": 0,
     "best_of": 1,
 }
 # Fields about accounts, storage and billing, which change no reply.

@@ -105,7 +105,9 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         "/v1/messages/count_tokens": (anthropic_messages.count_tokens, anthropic_messages.counted),
         "/v1/systemone": (systemone.system_one, systemone.accepted),
     }
-    bounds = Bounds(settings.max_choices, runtime.model.config.canvas_length)
+    bounds = Bounds(
+        settings.max_choices, runtime.model.config.canvas_length, len(runtime.tokenizer)
+    )
     known = {path: accepted(bounds) for path, (_, accepted) in endpoints.items()}
     bodies = Bodies(settings.max_body_bytes)
     guard = _Guard(engine, bodies)

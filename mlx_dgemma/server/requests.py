@@ -30,8 +30,8 @@ from mlx_dgemma.server.wire import JsonResponse
 
 @dataclass(frozen=True)
 class ParsedRequest:
-    """A request, read. calls: one per choice. one_call: replies keep their first tool call.
-    origins: see `ToolUse`."""
+    """A request, read. calls: one per choice, `choices` of each prompt. one_call: replies keep
+    their first tool call. origins: see `ToolUse`."""
 
     model: str
     calls: list[Call]
@@ -39,6 +39,7 @@ class ParsedRequest:
     include_usage: bool = False
     logprobs: bool = False
     one_call: bool = False
+    choices: int = 1
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @property
@@ -74,20 +75,21 @@ async def read_request(
     thinking: bool,
     wanted: Wanted | None = None,
     choices: int = 1,
-    logprobs: bool = False,
+    logprobs: int | None = None,
     notes: Sequence[str] = (),
 ) -> ParsedRequest:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
-    stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
+    stop: the name of the field with stop strings. logprobs: score the reply's tokens, and list so
+    many likely ones beside each; None scores none. notes: warnings so far. Call it last: it warns
     of every field that was not read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
     if stop is not None:
         options["stop"] = fields.strings(stop)
-    if logprobs:
-        options["logprobs"] = True
+    if logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": logprobs}
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     image_tokens = fields.integer("image_tokens")
@@ -119,7 +121,8 @@ async def read_request(
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
         include_usage=streaming.include_usage,
-        logprobs=logprobs,
+        logprobs=logprobs is not None,
+        choices=choices,
         one_call=tools.one_call,
         origins=tools.origins,
     )
