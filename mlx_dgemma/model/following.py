@@ -11,8 +11,10 @@ import numpy as np
 from mlx_dgemma.distributed.channel import Message
 from mlx_dgemma.distributed.team import Follower
 from mlx_dgemma.model.arrays import packed_arrays, unpacked_arrays
+from mlx_dgemma.model.canvas_subset import CanvasKeys, Held, Subset
 from mlx_dgemma.model.context import ContextCache, Frozen, Snapshot
-from mlx_dgemma.model.network import Begun, Model
+from mlx_dgemma.model.network import Model
+from mlx_dgemma.model.passes import Begun
 from mlx_dgemma.model.shared_head import SharedHead
 
 
@@ -21,8 +23,8 @@ class Following:
 
     def __init__(self, model: Model, team: Follower) -> None:
         self._model, self._team = model, team
-        self._held: dict[int, ContextCache | Snapshot | Frozen] = {}
-        self._begun: dict[int, mx.array] = {}  # passes that go on, by context
+        self._held: dict[int, ContextCache | Snapshot | Frozen | CanvasKeys] = {}
+        self._begun: dict[int, Begun] = {}  # passes that go on, by context
         self._heads: dict[int, SharedHead] = {}
         self._seen: dict[int, tuple[mx.array, mx.array]] = {}  # temperature and log_z
         self._work: dict[str, Callable[..., object]] = {
@@ -31,6 +33,9 @@ class Following:
             "encode": self._encode,
             "decode": self._decode,
             "decode_on": self._decode_on,
+            "canvas_keys": self._make_keys,
+            "keep": self._keep,
+            "join": self._join,
             "expect": lambda context, count: self._context(context).expect(count),
             "snapshot": self._snapshot,
             "restore": self._restore,
@@ -75,15 +80,45 @@ class Following:
         mx.eval(cache.arrays)
         mx.clear_cache()
 
-    def _decode(self, context: int, shape: list[int], dtype: str, last: int) -> None:
-        self._begun[context] = self._shared(shape, dtype)
+    def _decode(
+        self, context: int, shape: list[int], dtype: str, last: int, held: dict[str, Any] | None
+    ) -> None:
+        self._begun[context] = Begun(self._shared(shape, dtype), 0, self._held_of(held))
         self._decode_on(context, 0, last)
 
     def _decode_on(self, context: int, first: int, last: int) -> None:
-        begun, cache = Begun(self._begun.pop(context), first), self._context(context)
+        begun, cache = self._begun.pop(context), self._context(context)
+        assert begun.layers == first
         through = self._model.through_decoder(begun, last, cache, dispatch=True)
         if last < len(self._model.layers):
-            self._begun[context] = through.x
+            self._begun[context] = through
+
+    def _held_of(self, told: dict[str, Any] | None) -> Held | None:
+        if told is None:
+            return None
+        subset = None
+        if "positions" in told:
+            positions, counts = np.array(told["positions"]), np.array(told["counts"])
+            subset = Subset(positions, counts, told["length"])
+        return Held(self._keys(told["keys"]), subset)
+
+    def _keys(self, number: int) -> CanvasKeys:
+        found = self._held[number]
+        assert isinstance(found, CanvasKeys)
+        return found
+
+    def _make_keys(self, number: int) -> None:
+        self._held[number] = CanvasKeys()
+
+    def _keep(self, number: int, lines: list[int]) -> None:
+        keys = self._keys(number)
+        keys.keep(mx.array(lines))
+        keys.changes.clear()
+
+    def _join(self, number: int, others: int, own: int, more: int) -> None:
+        keys = self._keys(number)
+        keys.join(self._keys(others), own, more)
+        keys.changes.clear()
 
     def _shared(self, shape: list[int], dtype: str) -> mx.array:
         return self._team.share(mx.zeros(shape, getattr(mx, dtype)))

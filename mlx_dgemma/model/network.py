@@ -6,8 +6,7 @@ Nothing here knows about sampling, schedules or text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -19,45 +18,19 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
-from mlx_dgemma.model.chunks import chunks, token_ids
+from mlx_dgemma.model.canvas_subset import Held
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.passes import AHEAD, Begun, EncoderPass, is_sent
+from mlx_dgemma.model.prompt_ids import chunks, token_ids
 from mlx_dgemma.model.rope import RopeTables
 from mlx_dgemma.model.share import Share
 from mlx_dgemma.model.shared_context import SharedContext
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
-# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, which
-# these do not fill; with a whole pass the caller would wait until the device is nearly done.
-AHEAD = 3
-
-
-def is_sent(layers: int) -> bool:
-    """Whether a pass is sent to the device once so many of its layers are described: 1, then 2, 4
-    and 8 more at a time. Describing all thirty takes Python several milliseconds, in which a GPU
-    would have nothing to do; many small pieces cost more than they gain."""
-    return layers in (1, 3) or layers % 8 == 7
-
-
-class Begun(NamedTuple):
-    """A decoder pass that the device has begun.
-
-    x: [B, C, H], what leaves its first `layers` layers.
-    """
-
-    x: mx.array
-    layers: int
-
-
-@dataclass
-class EncoderPass:
-    """layers: views that the encoder pass runs instead of the decoder's, where an adapter changes
-    the passes differently; None where both run the same."""
-
-    layers: list[Layer] | None = None
 
 
 class Model(nn.Module):
@@ -189,26 +162,35 @@ class Model(nn.Module):
         cache: ContextCache,
         soft_embeddings: mx.array | None = None,
         *,
+        held: Held | None = None,
         begun: Begun | None = None,
         dispatch: bool = False,
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
+        held: where the canvases' keys and values are kept, and the positions to compute, for
+            [B, S, H]: the others are seen as they were last computed, and nothing else is done
+            with them. None keeps nothing and computes all.
         begun: what `begin` returned for the same arguments. dispatch: the graph is sent to the
             device piece by piece, which begins while Python builds the rest; otherwise all
             evaluation is left to the caller.
         """
         if begun is None:
-            begun = self._entered(canvas, soft_embeddings)
+            begun = self._entered(canvas, soft_embeddings, held)
         through = self.through_decoder(begun, len(self.layers), cache, dispatch=dispatch)
         return self._final(through.x)
 
     def begin(
-        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: ContextCache,
+        soft_embeddings: mx.array | None = None,
+        *,
+        held: Held | None = None,
     ) -> Begun:
         """Sends the first layers of the pass that `hidden` completes to the device, and returns
         while it works on them."""
-        entered = self._entered(canvas, soft_embeddings)
+        entered = self._entered(canvas, soft_embeddings, held)
         last = min(AHEAD, len(self.layers))
         return self.through_decoder(entered, last, cache, dispatch=True)
 
@@ -288,9 +270,14 @@ class Model(nn.Module):
             known = self._fingerprint = fingerprint(self.local.text, self.dtype, text)
         return known
 
-    def _entered(self, canvas: mx.array, soft_embeddings: mx.array | None) -> Begun:
+    def _entered(
+        self, canvas: mx.array, soft_embeddings: mx.array | None, held: Held | None
+    ) -> Begun:
+        if held is not None and held.subset is not None:
+            canvas = held.subset.take(canvas)
+            soft_embeddings = None if soft_embeddings is None else held.subset.take(soft_embeddings)
         conditioning = self.model.decoder.self_conditioning
-        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0)
+        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0, held)
 
     def through_decoder(
         self, begun: Begun, last: int, cache: ContextCache, *, dispatch: bool
@@ -300,18 +287,23 @@ class Model(nn.Module):
         Of a model that several processes hold, all are asked to do the same, and the work is begun:
         whether or not its result is read, the others do theirs.
         """
-        x, first = begun
+        x, first, held = begun
         if isinstance(cache, SharedContext):
-            x = cache.shared_decode(x, first, last)
-        rope = self.rope.span(cache.offset, x.shape[1])
+            x = cache.shared_decode(x, first, last, held)
+        subset = None if held is None else held.subset
+        rope = self.rope.span(cache.offset, x.shape[1] if subset is None else subset.length)
+        if subset is not None:
+            rope = {kind: subset.tables(table) for kind, table in rope.items()}
         for index in range(first, last):
-            layer = self.layers[index]
-            x = layer.decode(x, rope[layer.kind], cache.layers[index])
+            layer, hold = self.layers[index], None
+            if held is not None:
+                hold = partial(held.keys.hold, index, subset=held.subset)
+            x = layer.decode(x, rope[layer.kind], cache.layers[index], hold)
             if dispatch and is_sent(index + 1):
                 mx.async_eval(x)
         if self.team is not None:
             mx.async_eval(x)
-        return Begun(x, last)
+        return Begun(x, last, held)
 
     # The encoder pass
 

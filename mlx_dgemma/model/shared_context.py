@@ -16,10 +16,12 @@ import mlx.core as mx
 from mlx_dgemma.distributed.team import Leader
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.model.arrays import packed_arrays, unpacked_arrays
+from mlx_dgemma.model.canvas_subset import CanvasKeys, Held, Kept
 from mlx_dgemma.model.context import ContextCache, Frozen, Snapshot
 
 _RANK = "rank {}/"  # what another rank's tensors in a file are called before their names
 _numbers = itertools.count()
+_canvas_keys: weakref.WeakKeyDictionary[CanvasKeys, int] = weakref.WeakKeyDictionary()
 _frozen: weakref.WeakKeyDictionary[Frozen, int] = weakref.WeakKeyDictionary()
 
 
@@ -47,13 +49,38 @@ class SharedContext(ContextCache):
         self._team.tell(op, context=self.number, shape=list(x.shape), dtype=dtype, **fields)
         return self._team.share(x)
 
-    def shared_decode(self, x: mx.array, first: int, last: int) -> mx.array:
+    def shared_decode(self, x: mx.array, first: int, last: int, held: Held | None) -> mx.array:
         """The same through the decoder's layers from `first` up to `last`; where it goes on, the
         others go on with what they have."""
-        if first == 0:
-            return self.shared(x, "decode", last=last)
-        self._team.tell("decode_on", context=self.number, first=first, last=last)
-        return x
+        if first > 0:
+            self._team.tell("decode_on", context=self.number, first=first, last=last)
+            return x
+        told: dict[str, Any] = {}
+        if held is not None:
+            told["keys"] = self._tell_changes(held.keys)
+            if held.subset is not None:
+                told["positions"] = held.subset.positions.tolist()
+                told["counts"] = held.subset.counts.tolist()
+                told["length"] = held.subset.length
+        return self.shared(x, "decode", last=last, held=told or None)
+
+    def _tell_changes(self, keys: CanvasKeys) -> int:
+        """Asks the others to do to theirs what was done to these keys; their number."""
+        if keys not in _canvas_keys:
+            number = _canvas_keys[keys] = next(_numbers)
+            self._team.tell("canvas_keys", number=number)
+            weakref.finalize(keys, self._team.later, "forget", number=number)
+        number = _canvas_keys[keys]
+        for change in keys.changes:
+            if isinstance(change, Kept):
+                self._team.tell("keep", number=number, lines=change.lines.tolist())
+            else:
+                others = self._tell_changes(change.others)
+                self._team.tell(
+                    "join", number=number, others=others, own=change.own, more=change.more
+                )
+        keys.changes.clear()
+        return number
 
     def expect(self, count: int) -> None:
         super().expect(count)

@@ -18,7 +18,11 @@ import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary 
 from mlx_dgemma import Constraint, infill, load, stream_generate
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import decide
+from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.denoise import denoise_block
+from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
+from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo.tasks import held_out
 from mlx_dgemma.generate import replay
 
@@ -87,8 +91,22 @@ def sampler(model, tokenizer, folder):
     return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sampler="confidence-threshold")
 
 
-def fast(model, tokenizer, folder):
-    return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, preset="fast")
+def presets(model, tokenizer, folder):
+    """Some of a canvas' positions a step; alone, and in a batch whose rows end apart."""
+    found = [
+        reply(model, tokenizer, "Count from 1 to 40.", seed=4, preset=preset)
+        for preset in ("balanced", "turbo")
+    ]
+    cache = model.make_cache()
+    model.prefill(np.arange(5, 25), cache)
+    settings = DecodingSettings.from_defaults(model.config.generation, {"preset": "turbo"})
+    requests = [CanvasRequest(SeededDraws(seed)) for seed in (1, 2, 3)]
+    steps = denoise_block(model, cache, settings, requests)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return [found, [[row.ids.tolist(), row.steps] for row in ended.value]]
 
 
 def sliced(model, tokenizer, folder):
@@ -184,7 +202,7 @@ def adapted(model, tokenizer, folder):
 TASKS = {
     task.__name__: task
     for task in (
-        *(logits, text, long, sampler, fast, sliced, packed, picture, fillings, constrained),
+        *(logits, text, long, sampler, presets, sliced, packed, picture, fillings, constrained),
         *(turns, traced, decided, cancelled, adapted),
     )
 }

@@ -65,7 +65,7 @@ def test_mlx_launch_starts_a_command(tmp_path):
 def test_rank_0s_flags_count_and_its_errors_end_all(tmp_path):
     """Whatever the other ranks were started with."""
     ours = ["--prompt", "Count from 3 to 9.", "--seed", "1", "--json"]
-    theirs = ["--prompt", "Sort 2 1.", "--preset", "fast", "--seed", "9"]
+    theirs = ["--prompt", "Sort 2 1.", "--preset", "turbo", "--seed", "9"]
     (out, errors), silent = finish(start(module("generate"), 2, tmp_path, arguments=[ours, theirs]))
     assert json.loads(out)["text"] == "3 4 5 6 7 8 9", errors
     assert silent == ("", "")

@@ -1,4 +1,4 @@
-"""A prompt's ids, checked, and cut into what one encoder pass reads."""
+"""The ids that an encoder pass reads: their form, and the spans that are read at a time."""
 
 from __future__ import annotations
 
