@@ -24,7 +24,7 @@ from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo.tasks import held_out
-from mlx_dgemma.generate import replay
+from mlx_dgemma.replaying import replay
 
 SLICE = 256  # of the demo's 896 ids, so that each rank has some of the vocabulary
 
