@@ -66,7 +66,7 @@ def main() -> None:
         print(size)
 """
 MISTAKES = (
-    ('runtime.generate("Hi")', "runtime.generate(3.5)", 'Argument 1 to "generate" of "Runtime"'),
+    ("kv_bits=None)", 'kv_bits="8")', 'Argument "kv_bits" to "Runtime"'),
     ("size: int =", "size: str =", 'expression has type "int"'),
     ("temp=0.5", "temperature=0.5", 'Unexpected keyword argument "temperature"'),
     ("event.draft_text", "event.drafted", '"Draft" has no attribute "drafted"'),
