@@ -7,7 +7,6 @@ Constraint.choice(["yes", "no"])          Constraint.json_object()
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ MOST_CHOICES = 5_000
 _MOST_CHARACTERS = 200_000  # of choices, or of a schema as JSON
 _MOST_NEEDED = 50_000  # bytes of the shortest text
 _LOOKED_AT = 64  # states near the start that are built before anything is generated
+_MOST_ALTERNATIVES = 20_000  # of those states together: a count, for a clock would refuse by chance
 
 _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
@@ -139,13 +139,14 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 def _look_ahead(space: Space, node: Node) -> None:
     """Builds the first states, so that what explodes does so before anything is generated."""
-    seen, queue, started = {node.number}, [node], time.thread_time()
+    seen, queue, alternatives = {node.number}, [node], 0
     while queue and len(seen) < _LOOKED_AT:
         for _, target in space.moves(queue.pop(0)):
             if target.number not in seen and shortest_length(space, target) < NEVER:
                 seen.add(target.number)
                 queue.append(target)
-        if time.thread_time() - started > 0.5:  # of its own: others may keep the machine busy
+                alternatives += len(target.children)
+        if alternatives > _MOST_ALTERNATIVES:
             raise LanguageError("The constraint's automaton grows too fast: make it simpler.")
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from mlx_dgemma import kernels
 from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
-from mlx_dgemma.model.attention import Attention
+from mlx_dgemma.model.attention import Attention, Hold
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
 from mlx_dgemma.model.layer_context import LayerContext
@@ -58,9 +58,12 @@ class Layer(nn.Module):
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
         return self.feed_forward(x, mixed, scalar)
 
-    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
-        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
+    def decode(
+        self, x: mx.array, rope: Table, context: LayerContext, hold: Hold | None = None
+    ) -> mx.array:
+        """Decoder pass of canvases x [B, C, H], which see the context and themselves; hold: see
+        Attention.decode."""
+        mixed = self.self_attn.decode(self.attention_input(x), rope, context, hold)
         return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:

@@ -126,7 +126,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
 # Fields about accounts, storage and billing, which change no reply.
 SILENT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "include", "truncation",
+    "prompt_cache_retention", "verbosity", "include", "truncation", "client_metadata",
 )  # fmt: skip
 
 _TEXT = {"type": "string"}

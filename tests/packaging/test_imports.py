@@ -18,7 +18,7 @@ LINES = (
     ("benchmark", "evaluation"),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions", "training", "scoring"),
+    ("infilling", "decisions", "training", "replaying", "scoring"),
     ("generate",),
     ("checkpoint", "context"),
     ("decoding", "demo"),
