@@ -25,6 +25,7 @@ LINES = (
     ("constraints",),
     ("prompt",),
     ("model",),
+    ("distributed",),
     ("kernels",),
     ("machine",),
     ("headers",),
