@@ -19,7 +19,6 @@ import numpy as np
 
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
-    ROW_BLOCK,
     SLICE,
     Exponentials,
     RowStatistics,
@@ -42,6 +41,7 @@ if TYPE_CHECKING:
 # The raw logit of a banned id: the softcap makes it -softcap, which leaves next to no probability
 # and, unlike -Inf, no NaN from 0 * log 0.
 _OUT_OF_REACH = -1e4
+_ROWS = 64  # that `ExponentialLogits` takes at a time, beside all that it keeps
 GROUPS = 256  # of ids, by remainder, when the likely ones are looked for
 
 
@@ -267,7 +267,7 @@ class ExponentialLogits(SlicedLogits):
 
     def _row_blocks(self) -> list[slice]:
         rows = self._hidden.shape[0]
-        return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]
+        return [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
 
 
 def _rows_of(values: T, some: np.ndarray | None) -> T:
