@@ -29,7 +29,7 @@ import mlx.core as mx
 from mlx_dgemma.distributed.channel import BEAT, Channel, LostError, Message
 from mlx_dgemma.errors import ResourceError
 
-SILENCE = 10.0  # seconds after which a silent process counts as lost
+SILENCE = 8.0  # seconds after which a silent process counts as lost
 _BETWEEN_BEATS = 1.0
 _LEAVING = 3.0  # seconds that a process has to end by itself once it was asked to
 FAILED = 2  # exit code
@@ -151,7 +151,7 @@ class Leader(Team):
         self._ended.set()
         for channel in self._channels.values():
             with suppress(LostError):
-                channel.send("end")
+                channel.send("end", at_once=False)
 
     def fail(self, why: str) -> NoReturn:
         """Says why in one sentence and ends all processes, this one included."""
@@ -163,9 +163,8 @@ class Leader(Team):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self.announce(why)
             for rank, channel in self._channels.items():
-                with suppress(LostError):
-                    channel.send("end")
                 self._end_here(rank)
+                channel.last_word("end", at_once=True)
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
@@ -261,8 +260,9 @@ class Follower(Team):
             except LostError:
                 os._exit(FAILED)  # rank 0 says why, where it still can
             if message.op == "end":
-                self._messages.put(None)
-                time.sleep(_LEAVING)  # the main thread may be in a collective for ever
+                if not message.fields["at_once"]:
+                    self._messages.put(None)
+                    time.sleep(_LEAVING)  # the main thread may be in a collective for ever
                 os._exit(0)
             self._messages.put(message)
 
