@@ -13,7 +13,6 @@ from mlx_dgemma.decoding.events import Alternatives, Commit, Draft
 from mlx_dgemma.server.admission import shutting_down
 from mlx_dgemma.server.engine import Call, Ended, Engine
 
-
 FIRST_BLOCK = 0  # an echoed prompt stands before it
 
 
