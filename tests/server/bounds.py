@@ -45,8 +45,8 @@ Request = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
 class Stopwatch:
     """Seconds since it was made, less those in which the machine had no processor for us.
 
-    That is, what a thread waited for one while no thread of this process ran. Where the system
-    does not say how long threads waited, all seconds count.
+    That is, what threads waited for one, as far as no thread of this process ran meanwhile. Where
+    the system does not say how long threads waited, all seconds count.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,8 @@ class Stopwatch:
         wall = time.monotonic() - self._wall
         idle = max(wall - (time.process_time() - self._processor), 0)
         after = _waited()
-        waited = (after[thread] - self._waited.get(thread, 0) for thread in after)
-        return wall - min(idle, max(waited, default=0))
+        waited = sum(after[thread] - self._waited.get(thread, 0) for thread in after)
+        return wall - min(idle, waited)
 
 
 def _waited() -> dict[str, float]:
