@@ -22,7 +22,7 @@ from mlx_dgemma.server.sampling import (
     read_warnings,
 )
 from mlx_dgemma.server.sse import EventStream, unless_gone
-from mlx_dgemma.server.structured import Wanted, held, read_outputs
+from mlx_dgemma.server.structured import Form, held, read_outputs
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
@@ -72,7 +72,7 @@ async def read_request(
     max_tokens: int | None,
     stop: str | None,
     thinking: bool,
-    wanted: Wanted | None = None,
+    wanted: Form | None = None,
     choices: int = 1,
     logprobs: bool = False,
     notes: Sequence[str] = (),

@@ -191,6 +191,7 @@ async def run(
 ) -> Seen:
     """Sends the requests and holds every answer to the bounds."""
     seen = Seen()
+    requests = list(requests)  # made before the loop's pauses and its memory are measured
     before = _begin_peak()
     async with Pauses() as pauses:
         for number, (method, path, headers, body) in enumerate(requests):
