@@ -6,6 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.audits import choose
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, computed_config, prepare
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import InputError
@@ -35,9 +36,10 @@ def load(
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter of PEFT's or
     mlx-lm's form, kept beside the weights, each delta in the pass it was trained in. dtype:
-    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, and
-    float32 on MLX's CPU backend. In float16 the residual stream stays in float32. chat_template: a
-    file with a Jinja template, or its text, in the place of the checkpoint's.
+    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, float32 on
+    MLX's CPU backend, and float16 on M1 and M2 for a checkpoint that has passed its audit (see
+    checkpoint.audits). In float16 the residual stream stays in float32. chat_template: a file with
+    a Jinja template, or its text, in the place of the checkpoint's.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
     InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
@@ -77,12 +79,13 @@ def load_network(
             context_tokens=LEAST_CONTEXT,
             dtype=dtype,
         )
+    dtype, unit = choose(folder, dtype, adapted=adapter_path is not None)
     set_limits(machine())
     if not lazy:  # the checks need memory of their own, which the weights will take
         dispatch.prepare(kernel_shapes(computed_config(folder, dtype)[0], dtype))
     computed = None if dtype is None else getattr(mx, dtype)
     with explained():
-        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
+        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path, unit=unit)
     return model, folder
 
 

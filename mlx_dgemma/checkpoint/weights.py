@@ -23,6 +23,7 @@ from mlx_dgemma.files import reading_weights
 from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.float16 import use_unit
 from mlx_dgemma.model.layers import Weights
 from mlx_dgemma.model.low_rank import LowRank
 from mlx_dgemma.model.names import MOST_NAMES, VISION_TOWER, is_tied_duplicate, tied_to, together
@@ -79,6 +80,7 @@ def load_model(
     lazy: bool = False,
     dtype: mx.Dtype | None = None,
     adapter_path: str | Path | None = None,
+    unit: int = 1,
 ) -> Model:
     """Read a DiffusionGemma checkpoint folder, in either layout.
 
@@ -87,6 +89,7 @@ def load_model(
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
     adapter_path: a LoRA adapter of PEFT's or mlx-lm's form, which stays beside the weights.
+    unit: in which both branches of a layer compute, see `model.float16`.
     Raises ModelNotFoundError or CheckpointError.
     """
     folder = Path(folder)
@@ -106,6 +109,9 @@ def load_model(
             tensors.update(_load_shard(path))
         parameters = {name: source.read(tensors) for name, source in sources.items()}
     fill(model, parameters)
+    if unit > 1:
+        with mx.stream(unbound):
+            use_unit(model, unit)
     if not lazy:
         with reading_weights(folder):
             settle(model, unbound)

@@ -10,8 +10,8 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
-from mlx_dgemma.kernels import BranchNorms, Norms
-from mlx_dgemma.model.attention import Attention
+from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
+from mlx_dgemma.model.attention import Attention, Hold
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
 from mlx_dgemma.model.layer_context import LayerContext
@@ -44,6 +44,7 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.layer_scalar = mx.zeros((1,))
+        self.unit = 1.0  # of the branches' outputs (see model.float16)
 
     def encode(
         self,
@@ -57,9 +58,12 @@ class Layer(nn.Module):
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
         return self.feed_forward(x, mixed, scalar)
 
-    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
-        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
+    def decode(
+        self, x: mx.array, rope: Table, context: LayerContext, hold: Hold | None = None
+    ) -> mx.array:
+        """Decoder pass of canvases x [B, C, H], which see the context and themselves; hold: see
+        Attention.decode."""
+        mixed = self.self_attn.decode(self.attention_input(x), rope, context, hold)
         return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
@@ -86,7 +90,8 @@ class Layer(nn.Module):
         )
         dense = self.mlp(read.dense)
         routed = self.experts(read.experts, self.router(read.router))
-        out = kernels.after_branches(read.residual, dense, routed, after, scalar, self.eps)
+        eps = Epsilons(self.eps, self.eps / self.unit**2)
+        out = kernels.after_branches(read.residual, dense, routed, after, scalar, eps)
         return out.reshape(x.shape)
 
 

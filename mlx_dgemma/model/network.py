@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,10 +19,12 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
+from mlx_dgemma.model.canvas_subset import Held
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.prompt_ids import chunks, token_ids
 from mlx_dgemma.model.rope import RopeTables
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
@@ -41,11 +44,13 @@ def is_sent(layers: int) -> bool:
 class Begun(NamedTuple):
     """A decoder pass that the device has begun.
 
-    x: [B, C, H], what leaves its first `layers` layers.
+    x: [B, C, H], or [B, S, H] of some positions, what leaves its first `layers` layers. held: what
+    the pass keeps of the canvases, and computes of them.
     """
 
     x: mx.array
     layers: int
+    held: Held | None = None
 
 
 @dataclass
@@ -113,13 +118,13 @@ class Model(nn.Module):
         Raises InputError for ids of another shape, outside the vocabulary, or whose image tokens
         do not fit the images; CheckpointError for images without a vision tower.
         """
-        tokens = _token_ids(ids, self.config.text.vocab_size)
+        tokens = token_ids(ids, self.config.text.vocab_size)
         blocks = self._image_blocks(tokens, images)
         if cancelled is not None and cancelled():
             return
         soft = self._soft_tokens(blocks, images)
         cache.expect(tokens.size)
-        for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
+        for start, stop in chunks(cache.offset, tokens.size, chunk_size, blocks):
             if cancelled is not None and cancelled():
                 return
             part = None if blocks is None else blocks[start:stop]
@@ -143,7 +148,7 @@ class Model(nn.Module):
         without evaluating anything, so that gradients flow through it. `raw_logits` and `softcap`
         give its logits. Raises what `prefill` raises.
         """
-        tokens = _token_ids(ids, self.config.text.vocab_size)
+        tokens = token_ids(ids, self.config.text.vocab_size)
         blocks = self._image_blocks(tokens, images)
         x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
         cache.expect(tokens.size)
@@ -173,26 +178,35 @@ class Model(nn.Module):
         cache: ContextCache,
         soft_embeddings: mx.array | None = None,
         *,
+        held: Held | None = None,
         begun: Begun | None = None,
         dispatch: bool = False,
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
+        held: where the canvases' keys and values are kept, and the positions to compute, for
+            [B, S, H]: the others are seen as they were last computed, and nothing else is done
+            with them. None keeps nothing and computes all.
         begun: what `begin` returned for the same arguments. dispatch: the graph is sent to the
             device piece by piece, which begins while Python builds the rest; otherwise all
             evaluation is left to the caller.
         """
         if begun is None:
-            begun = self._entered(canvas, soft_embeddings)
+            begun = self._entered(canvas, soft_embeddings, held)
         through = self._decode(begun, len(self.layers), canvas.shape[1], cache, dispatch=dispatch)
         return self._final(through.x)
 
     def begin(
-        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: ContextCache,
+        soft_embeddings: mx.array | None = None,
+        *,
+        held: Held | None = None,
     ) -> Begun:
         """Sends the first layers of the pass that `hidden` completes to the device, and returns
         while it works on them."""
-        entered = self._entered(canvas, soft_embeddings)
+        entered = self._entered(canvas, soft_embeddings, held)
         last = min(AHEAD, len(self.layers))
         return self._decode(entered, last, canvas.shape[1], cache, dispatch=True)
 
@@ -271,22 +285,31 @@ class Model(nn.Module):
             known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
         return known
 
-    def _entered(self, canvas: mx.array, soft_embeddings: mx.array | None) -> Begun:
+    def _entered(
+        self, canvas: mx.array, soft_embeddings: mx.array | None, held: Held | None
+    ) -> Begun:
+        if held is not None and held.subset is not None:
+            canvas = held.subset.take(canvas)
+            soft_embeddings = None if soft_embeddings is None else held.subset.take(soft_embeddings)
         conditioning = self.model.decoder.self_conditioning
-        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0)
+        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0, held)
 
     def _decode(
         self, begun: Begun, last: int, length: int, cache: ContextCache, *, dispatch: bool
     ) -> Begun:
         """The decoder pass up to and with its layer number `last`, which counts from 1."""
-        x, first = begun
+        x, first, held = begun
         rope = self.rope.span(cache.offset, length)
+        if held is not None and held.subset is not None:
+            rope = {kind: held.subset.tables(table) for kind, table in rope.items()}
         for index in range(first, last):
-            layer = self.layers[index]
-            x = layer.decode(x, rope[layer.kind], cache.layers[index])
+            layer, hold = self.layers[index], None
+            if held is not None:
+                hold = partial(held.keys.hold, index, subset=held.subset)
+            x = layer.decode(x, rope[layer.kind], cache.layers[index], hold)
             if dispatch and is_sent(index + 1):
                 mx.async_eval(x)
-        return Begun(x, last)
+        return Begun(x, last, held)
 
     # The encoder pass
 
@@ -362,30 +385,3 @@ class Model(nn.Module):
                     f"{expected} placeholders for it."
                 )
         return soft
-
-
-def _token_ids(ids: Any, vocabulary: int) -> np.ndarray:
-    """int32 [S], of one prompt given as [S] or [1, S]."""
-    tokens = np.array(ids)
-    one = tokens.ndim == 1 or (tokens.ndim == 2 and len(tokens) == 1)
-    if not one or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        raise InputError(
-            "The encoder pass reads whole numbers of one prompt, [S] or [1, S], not "
-            f"{tokens.dtype} {list(tokens.shape)}."
-        )
-    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
-    return tokens.astype(np.int32).reshape(-1)
-
-
-def _chunks(offset: int, count: int, size: int, blocks: np.ndarray | None) -> list[tuple[int, int]]:
-    """Spans of at most `size` new tokens that end on absolute multiples of `size`; a span that
-    would cut an image block is stretched to the block's end."""
-    spans, start = [], 0
-    while start < count:
-        stop = min(count, start + size - (offset + start) % size)
-        while blocks is not None and stop < count and 0 <= blocks[stop] == blocks[stop - 1]:
-            stop += 1
-        spans.append((start, stop))
-        start = stop
-    return spans

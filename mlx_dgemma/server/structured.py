@@ -87,7 +87,8 @@ def _written(schema: Any, where: str) -> Wanted:
         try:
             schema = parse(schema)
         except UntrustedJSONError as error:
-            raise ApiError(400, f"{where} {error}.", param=where) from error
+            why = f"{where} must be a JSON schema, or one written as a string: it {error}."
+            raise ApiError(400, why, param=where) from error
     return Wanted.schema(schema, where)
 
 

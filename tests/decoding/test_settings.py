@@ -76,7 +76,7 @@ def test_every_described_setting_is_a_flag() -> None:
 
 
 def test_a_request_field_is_read_within_its_bounds() -> None:
-    known = shared(Bounds(choices=1, canvas=64))
+    known = shared(Bounds(choices=1, canvas=64, vocabulary=9))
     assert Fields({"t_min": 0.5}, known=known).value("t_min") == 0.5
     assert Fields({}, known=known).value("t_min") is None
     for name, value, words in (

@@ -107,6 +107,37 @@ def schema_requests(seed: int) -> Iterator[Request]:
         yield "POST", path, JSON, json.dumps({**base, **more}).encode()
 
 
+# Much of everything
+
+
+def large_requests(_: int) -> Iterator[Request]:
+    """Tens of thousands of messages, items, tools, assets and fields in one request each."""
+    turn = {"role": "user", "content": "a"}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    asked = {"role": "assistant", "content": "", "tool_calls": [call]}
+    answered = {"role": "tool", "tool_call_id": "c", "content": "1"}
+    function = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    question = {"q": {"type": "noul", "instructions": "a"}}
+    many = {f"k{i}": 1 for i in range(200_000)}
+    bodies: list[tuple[str, dict[str, Any]]] = [
+        (CHAT, {"messages": [turn] * 80_000}),
+        (CHAT, {"messages": [*[asked, answered] * 15_000, turn]}),
+        (CHAT, {"messages": [turn], "tools": [function] * 40_000}),
+        (CHAT, {"messages": [turn], "tools": [function] * 1000, "tool_choice": "required"}),
+        ("/v1/messages", {"messages": [turn], "max_tokens": 5, "tools": [
+            {"name": f"f{i}", "input_schema": {"type": "object"}} for i in range(50_000)]}),
+        ("/v1/responses", {"input": [turn] * 70_000}),
+        ("/v1/responses", {"input": [{"type": "item_reference", "id": "x"}] * 70_000}),
+        ("/v1/responses", {"input": "a", "tools": [{"type": "custom", "name": "f"}] * 70_000}),
+        ("/v1/responses", {"input": "a", "metadata": many}),
+        ("/v1/systemone", {"state": "a", "questions": question, "assets": {
+            f"q{i}": {"data_base64": "A"} for i in range(70_000)}}),
+        ("/v1/completions", {"prompt": "a", **many}),
+    ]  # fmt: skip
+    for path, body in bodies:
+        yield "POST", path, JSON, json.dumps(body).encode()
+
+
 # Pictures
 
 

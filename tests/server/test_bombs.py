@@ -10,7 +10,7 @@ import pytest
 
 from . import bombs, bounds
 
-COUNT = int(os.environ.get("MLX_DGEMMA_BOMBS", "150"))
+COUNT = int(os.environ.get("MLX_DGEMMA_BOMBS", "100"))
 SEED = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "1"))
 
 
@@ -25,3 +25,14 @@ def test_bombs_stay_within_the_bounds(requests: Any, caplog: pytest.LogCaptureFi
     assert "Traceback" not in caplog.text
     assert seen.statuses[400] > 20
     assert seen.statuses[200] > 20
+
+
+@pytest.mark.slow
+def test_much_of_everything_stays_within_the_bounds(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.WARNING)
+    with bounds.scripted_app() as app:
+        seen = asyncio.run(bounds.run(app, bombs.large_requests(SEED)))
+    print(seen)
+    assert not seen.broken(), "\n".join(problem[:300] for problem in seen.broken())
+    assert "Traceback" not in caplog.text
+    assert seen.statuses[400] >= 8

@@ -201,7 +201,7 @@ def test_generated_requests_are_answered_as_described(
     statuses = Counter[int]()
 
     @settings(
-        max_examples=30 if method == "POST" else 10,
+        max_examples=20 if method == "POST" else 10,
         derandomize=True,
         database=None,
         deadline=None,
