@@ -20,6 +20,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
     LONGEST_CONTEXT_BYTES,
 )
 from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli import link
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
@@ -46,6 +47,14 @@ def build_parser() -> argparse.ArgumentParser:
         "before (Metal only)",
     )
     parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="under mlx.launch: measure the connection between the machines, and predict whether "
+        "they are faster together, for a model as with --check",
+    )
+    parser.add_argument(
         "--audit",
         metavar="MODEL",
         help="run a model, a folder or Hub id, and measure whether float16 would hold its numbers; "
@@ -60,6 +69,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     found = examine(machine(), check=arguments.check, audited=arguments.audit)
+    if arguments.distributed is not None:
+        found["distributed"] = link.examine(arguments.distributed)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
         write_report(arguments.report, found)
@@ -67,6 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
     else:
         show(found, Console(highlight=False))
+        if "distributed" in found:
+            link.show(found["distributed"], Console(highlight=False))
     return 0
 
 

@@ -21,7 +21,7 @@ from mlx_dgemma.decoding.settings import DecodingSettings, PositionsRule
 from mlx_dgemma.model.canvas_subset import Held, Subset
 
 if TYPE_CHECKING:
-    from mlx_dgemma.model.network import Begun
+    from mlx_dgemma.model.passes import Begun
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
 

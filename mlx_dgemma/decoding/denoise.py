@@ -148,7 +148,9 @@ def step(
     seen = predict(model, cache, settings, state, banned, dispatch=dispatch)
     decision = make_sampler(settings).decide(_step_input(model, state, seen), last=state.last)
     survivors = None
-    wanted = settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
+    # Several processes sum the signal over the vocabulary together: each over its own part.
+    alone = model.team is None
+    wanted = alone and settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
     vocabulary = model.config.text.vocab_size
     if wanted and not state.last.all() and self_conditioning.may_be_sparse(state, vocabulary):
         survivors = seen.logits.survivors(seen.stats, seen.temperature)

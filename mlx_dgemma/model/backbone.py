@@ -10,6 +10,7 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.distributed.team import Team
 from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
 from mlx_dgemma.model.attention import Attention, Hold
 from mlx_dgemma.model.config import TextConfig, VisionConfig
@@ -24,10 +25,14 @@ class Layer(nn.Module):
     """Attention, then a dense and an expert branch side by side.
 
     The residual stream may be wider than `dtype`, in which every matrix product runs.
+
+    team: the processes that hold this layer's weights together; each computes its heads and its
+    columns of the branches, and what they give is summed: twice a layer, before the norms.
     """
 
     def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
         super().__init__()
+        self.team: Team | None = None
         eps = self.eps = text.rms_norm_eps
         self.dtype = dtype
         hidden = text.hidden_size
@@ -82,14 +87,19 @@ class Layer(nn.Module):
             self.router.scale,
         )
         flat = x.reshape(-1, x.shape[-1])
-        read = kernels.after_attention(flat, mixed.reshape(flat.shape), norms, self.eps)
+        mixed = mixed.reshape(flat.shape)
+        if self.team is not None:
+            (mixed,) = self.team.sum(mixed)
+        read = kernels.after_attention(flat, mixed, norms, self.eps)
         after = BranchNorms(
             self.post_feedforward_layernorm_1.weight,
             self.post_feedforward_layernorm_2.weight,
             self.post_feedforward_layernorm.weight,
         )
         dense = self.mlp(read.dense)
-        routed = self.experts(read.experts, self.router(read.router))
+        routed = self.experts(read.experts, self.router(read.router, self.team))
+        if self.team is not None:
+            dense, routed = self.team.sum(dense, routed)
         eps = Epsilons(self.eps, self.eps / self.unit**2)
         out = kernels.after_branches(read.residual, dense, routed, after, scalar, eps)
         return out.reshape(x.shape)

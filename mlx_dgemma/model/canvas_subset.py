@@ -91,11 +91,27 @@ class Subset:
         return cosine[index], sine[index]
 
 
+class Kept(NamedTuple):
+    """A call of `CanvasKeys.keep`."""
+
+    lines: mx.array
+
+
+class Joined(NamedTuple):
+    """A call of `CanvasKeys.join`."""
+
+    others: CanvasKeys
+    own: int
+    more: int
+
+
 class CanvasKeys:
     """Keys and values of a batch's canvases in every layer, [b, C, kv_heads, D] each."""
 
     def __init__(self) -> None:
         self.layers: list[Pair] = []
+        # What was done since other processes that hold other heads of it were last told.
+        self.changes: list[Kept | Joined] = []
 
     def hold(self, layer: int, pair: Pair, subset: Subset | None) -> Pair:
         """Keys and values [b, kv_heads, C, D] of whole canvases, from here on the kept ones, given
@@ -112,11 +128,13 @@ class CanvasKeys:
 
     def keep(self, lines: mx.array) -> None:
         """Forgets all canvases but these, int [k]."""
+        self.changes.append(Kept(lines))
         self.layers = [(keys[lines], values[lines]) for keys, values in self.layers]
 
     def join(self, others: CanvasKeys, own: int, more: int) -> None:
         """Appends the canvases of another batch. own, more: how many each has; those that no pass
         has computed yet get zeros."""
+        self.changes.append(Joined(others, own, more))
         firsts = self.layers or _zeros(others.layers, own)
         seconds = others.layers or _zeros(self.layers, more)
         self.layers = [

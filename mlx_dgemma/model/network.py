@@ -6,15 +6,14 @@ Nothing here knows about sampling, schedules or text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.distributed.team import Leader, Team
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
@@ -24,41 +23,14 @@ from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.passes import AHEAD, Begun, EncoderPass, is_sent
 from mlx_dgemma.model.prompt_ids import chunks, token_ids
 from mlx_dgemma.model.rope import RopeTables
+from mlx_dgemma.model.share import Share
+from mlx_dgemma.model.shared_context import SharedContext
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
-# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, which
-# these do not fill; with a whole pass the caller would wait until the device is nearly done.
-AHEAD = 3
-
-
-def is_sent(layers: int) -> bool:
-    """Whether a pass is sent to the device once so many of its layers are described: 1, then 2, 4
-    and 8 more at a time. Describing all thirty takes Python several milliseconds, in which a GPU
-    would have nothing to do; many small pieces cost more than they gain."""
-    return layers in (1, 3) or layers % 8 == 7
-
-
-class Begun(NamedTuple):
-    """A decoder pass that the device has begun.
-
-    x: [B, C, H], or [B, S, H] of some positions, what leaves its first `layers` layers. held: what
-    the pass keeps of the canvases, and computes of them.
-    """
-
-    x: mx.array
-    layers: int
-    held: Held | None = None
-
-
-@dataclass
-class EncoderPass:
-    """layers: views that the encoder pass runs instead of the decoder's, where an adapter changes
-    the passes differently; None where both run the same."""
-
-    layers: list[Layer] | None = None
 
 
 class Model(nn.Module):
@@ -71,12 +43,20 @@ class Model(nn.Module):
     operands of matrix products alone, which come from norms.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, team: Team | None = None):
+        """team: the processes that hold this model together; here rank 0's is the whole model to
+        its users, and the others' take part in what rank 0 asks (model/following.py)."""
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
-        self.model = Backbone(config.text, config.vision, dtype)
+        self.team = team
+        self.share = None if team is None else Share(team.rank, team.size)
+        # The config of what this process holds.
+        self.local = config if self.share is None else self.share.config(config)
+        self.model = Backbone(self.local.text, self.local.vision, dtype)
+        for layer in self.model.decoder.layers:
+            layer.team = team
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
@@ -97,7 +77,10 @@ class Model(nn.Module):
         """An empty context of this model; kv_bits=8 keeps what grows of it in 8 bits."""
         text = self.config.text
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
-        return ContextCache(windows, self.config.canvas_length, self.fingerprint, kv_bits)
+        slack = self.config.canvas_length
+        if isinstance(self.team, Leader):
+            return SharedContext(windows, slack, self.fingerprint, kv_bits, self.team)
+        return ContextCache(windows, slack, self.fingerprint, kv_bits)
 
     def prefill(
         self,
@@ -129,7 +112,7 @@ class Model(nn.Module):
                 return
             part = None if blocks is None else blocks[start:stop]
             x = self._embed(tokens[start:stop], part, soft)
-            self._encode(x, cache, part, whole=False, dispatch=dispatch)
+            self.through_encoder(x, cache, part, whole=False, dispatch=dispatch)
             evaluate = mx.eval if stop < tokens.size else mx.async_eval
             evaluate(cache.arrays)
             mx.clear_cache()
@@ -152,7 +135,8 @@ class Model(nn.Module):
         blocks = self._image_blocks(tokens, images)
         x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
         cache.expect(tokens.size)
-        return self._encode(x, cache, blocks, whole=True, dispatch=dispatch)
+        x = self.through_encoder(x, cache, blocks, whole=True, dispatch=dispatch)
+        return self._final(x)
 
     def denoise(
         self,
@@ -193,7 +177,7 @@ class Model(nn.Module):
         """
         if begun is None:
             begun = self._entered(canvas, soft_embeddings, held)
-        through = self._decode(begun, len(self.layers), canvas.shape[1], cache, dispatch=dispatch)
+        through = self.through_decoder(begun, len(self.layers), cache, dispatch=dispatch)
         return self._final(through.x)
 
     def begin(
@@ -208,7 +192,7 @@ class Model(nn.Module):
         while it works on them."""
         entered = self._entered(canvas, soft_embeddings, held)
         last = min(AHEAD, len(self.layers))
-        return self._decode(entered, last, canvas.shape[1], cache, dispatch=True)
+        return self.through_decoder(entered, last, cache, dispatch=True)
 
     def await_context(self, cache: ContextCache, length: int) -> None:
         """Waits until the device has written the context that canvases of `length` positions come
@@ -273,7 +257,8 @@ class Model(nn.Module):
             layer.mlp.prepare()
             if layer is not decoder.layers[-1]:
                 layer.self_attn.prepare()
-        decoder.self_conditioning.prepare()
+        if "self_conditioning" in decoder:  # which rank 0 alone has
+            decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
         """Identifies config, text weights and dtype; computed once."""
@@ -282,7 +267,7 @@ class Model(nn.Module):
             text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
             for index, layer in enumerate(self.encoder_pass.layers or ()):
                 text[f"encoder pass {index}"] = layer
-            known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
+            known = self._fingerprint = fingerprint(self.local.text, self.dtype, text)
         return known
 
     def _entered(
@@ -294,14 +279,21 @@ class Model(nn.Module):
         conditioning = self.model.decoder.self_conditioning
         return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0, held)
 
-    def _decode(
-        self, begun: Begun, last: int, length: int, cache: ContextCache, *, dispatch: bool
+    def through_decoder(
+        self, begun: Begun, last: int, cache: ContextCache, *, dispatch: bool
     ) -> Begun:
-        """The decoder pass up to and with its layer number `last`, which counts from 1."""
+        """The decoder pass up to and with its layer number `last`, which counts from 1.
+
+        Of a model that several processes hold, all are asked to do the same, and the work is begun:
+        whether or not its result is read, the others do theirs.
+        """
         x, first, held = begun
-        rope = self.rope.span(cache.offset, length)
-        if held is not None and held.subset is not None:
-            rope = {kind: held.subset.tables(table) for kind, table in rope.items()}
+        if isinstance(cache, SharedContext):
+            x = cache.shared_decode(x, first, last, held)
+        subset = None if held is None else held.subset
+        rope = self.rope.span(cache.offset, x.shape[1] if subset is None else subset.length)
+        if subset is not None:
+            rope = {kind: subset.tables(table) for kind, table in rope.items()}
         for index in range(first, last):
             layer, hold = self.layers[index], None
             if held is not None:
@@ -309,11 +301,13 @@ class Model(nn.Module):
             x = layer.decode(x, rope[layer.kind], cache.layers[index], hold)
             if dispatch and is_sent(index + 1):
                 mx.async_eval(x)
+        if self.team is not None:
+            mx.async_eval(x)
         return Begun(x, last, held)
 
     # The encoder pass
 
-    def _encode(
+    def through_encoder(
         self,
         x: mx.array,
         cache: ContextCache,
@@ -322,10 +316,14 @@ class Model(nn.Module):
         whole: bool,
         dispatch: bool,
     ) -> mx.array:
-        """The pass over x [1, L, H]. Without `whole` the last layer gives its keys and values
-        alone, which is all that the context keeps, and the result is what enters it."""
+        """The pass over the residual stream x [1, L, H]. Without `whole` the last layer gives its
+        keys and values alone, which is all that the context keeps, and the result is what enters
+        it. As `through_decoder` where several processes hold the model."""
         if not self.config.text.bidirectional_images:
             blocks = None
+        if isinstance(cache, SharedContext):
+            ranges = None if blocks is None else blocks.tolist()
+            x = cache.shared(x, "encode", blocks=ranges, whole=whole)
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
         through = None if whole else -1
@@ -335,10 +333,11 @@ class Model(nn.Module):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
             if dispatch and is_sent(index):
                 mx.async_eval(x)
-        if whole:
-            return self._final(x)
-        last = layers[-1]
-        last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if not whole:
+            last = layers[-1]
+            last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if self.team is not None:
+            mx.async_eval(x, cache.arrays)
         return x
 
     def _final(self, x: mx.array) -> mx.array:

@@ -24,7 +24,7 @@ from mlx_dgemma.server.sampling import (
     read_warnings,
 )
 from mlx_dgemma.server.sse import EventStream, unless_gone
-from mlx_dgemma.server.structured import Form, held, read_outputs
+from mlx_dgemma.server.structured import Form, held, read_outputs, settled
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
@@ -130,7 +130,7 @@ def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tu
 async def _encode(engine: Engine, fields: Fields, chat: Chat, options: _Options) -> ParsedRequest:
     tools, thinking, warnings = chat.tools, chat.thinking, options.warnings
     decoding = dict(options.decoding)
-    language, source, unchecked = await held(engine, chat.wanted, tools)
+    language, source, unchecked = await held(engine, await settled(chat.wanted), tools)
     warnings += unchecked
     if language is not None:
         decoding["constraint"] = language

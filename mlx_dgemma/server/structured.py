@@ -101,17 +101,21 @@ async def compiled(engine: Engine, constraint: Constraint, where: str) -> Langua
         raise ApiError(400, f"{where}: {error}", param=where) from None
 
 
+async def settled(form: Form | None) -> Wanted | None:
+    """What a reply must be, its schema checked off the event loop; ApiError 400."""
+    return None if form is None else await asyncio.to_thread(form)
+
+
 async def held(
-    engine: Engine, form: Form | None, tools: ToolUse
+    engine: Engine, wanted: Wanted | None, tools: ToolUse
 ) -> tuple[Language | None, Source | None, tuple[str, ...]]:
     """The language of a reply, what checks it afterwards, and warnings.
 
     With tools beside a format the reply is calls or in the format; with tools alone, calls come
     inside free text, and their arguments fit the tools.
     """
-    if not tools.declared and form is None:
+    if not tools.declared and wanted is None:
         return None, None, ()
-    wanted = None if form is None else await asyncio.to_thread(form)
     if tools.declared and wanted is not None and wanted.constraint.kind == "json_object":
         wanted = Wanted.schema({"type": "object"}, wanted.where)  # a call is possible beside it
     if not tools.declared or (wanted is not None and wanted.rules is None and not tools.forced):
@@ -200,14 +204,14 @@ def _breach(
     return None if wrong is None else f"the reply breaks the schema: {wrong}"
 
 
-def between(prompt: str, suffix: str) -> Source:
-    """What belongs between two texts, which both stay as they are."""
+def between(prompt: str, suffix: str, constraint: Constraint | None) -> Source:
+    """What belongs between two texts, which both stay as they are, held to a constraint."""
 
     async def source(
         engine: Engine, call: Call, deadline: float
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        started = time.monotonic()
-        result = await engine.fill(call, [prompt, Hole(), suffix], call.options["seed"], deadline)
+        started, hole = time.monotonic(), Hole(constraint=constraint)
+        result = await engine.fill(call, [prompt, hole, suffix], call.options["seed"], deadline)
         (filling,) = result.fillings
         yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
         yield _ended(engine, call, result, filling.text, time.monotonic() - started)

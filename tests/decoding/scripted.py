@@ -42,6 +42,7 @@ class ScriptedModel:
         text = SimpleNamespace(
             vocab_size=VOCAB, final_logit_softcapping=30.0, max_position_embeddings=limit
         )
+        self.team = None
         self.config = SimpleNamespace(text=text, canvas_length=canvas_length)
         self.script = script
         self.embed_scale = 1.0

@@ -23,7 +23,7 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import masks, network
-from mlx_dgemma.model.network import AHEAD, is_sent
+from mlx_dgemma.model.passes import AHEAD, is_sent
 
 from .driving import drive
 
