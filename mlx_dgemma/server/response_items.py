@@ -54,7 +54,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
     kept: dict[str, Any] | None = None
     for i, item in enumerate(items):
         entry = Fields(item, f"input[{i}]")
-        if entry.text("type") == "item_reference":
+        if entry.text("type") == "item_reference" or set(entry.body) == {"id"}:
             kept = stored.items() if kept is None else kept
             known = kept.get(entry.text("id") or "")
             if known is None:
