@@ -155,8 +155,8 @@ def logprobs(tokenizer: Tokenizer, tokens: list[Scored]) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
     content = [
-        {**entry(id_, logprob), "top_logprobs": [entry(*other) for other in alternatives]}
-        for id_, logprob, alternatives in tokens
-        if id_ != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
+        {**entry(one.id, one.logprob), "top_logprobs": [entry(*two) for two in one.alternatives]}
+        for one in tokens
+        if one.id != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
     ]
     return {"content": content, "refusal": None}

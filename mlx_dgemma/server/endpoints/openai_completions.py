@@ -196,7 +196,7 @@ class _Scores:
     """Log-probabilities of one reply, whole or in parts; alternatives: whether any are listed.
 
     Tokens are the pieces of text they add: one that holds part of a character adds nothing, the
-    last of its parts adds it. What fills a canvas is not listed.
+    last of its parts adds it. What fills a canvas is not listed; a prompt's ids are, one for one.
     """
 
     def __init__(self, tokenizer: Tokenizer, alternatives: bool) -> None:
@@ -207,7 +207,7 @@ class _Scores:
 
     def write(self, listed: Iterable[Scored]) -> dict[str, Any]:
         pad, control = self._tokenizer.ids.get("pad"), self._tokenizer.control_ids
-        shown = [one for one in listed if one.id != pad]
+        shown = [one for one in listed if one.of_prompt or one.id != pad]
         tokens = ["" if one.id in control else self._reader.feed([one.id]) for one in shown]
         ends = list(itertools.accumulate(map(len, tokens), initial=self._at))
         self._at = ends[-1]
