@@ -32,7 +32,7 @@ from mlx_dgemma.server.sampling import (
     read_seed,
     read_warnings,
 )
-from mlx_dgemma.server.structured import between, held, read_outputs
+from mlx_dgemma.server.structured import between, held, read_outputs, settled
 from mlx_dgemma.server.tool_choice import ToolUse
 
 DEFAULT_MAX_TOKENS = 256
@@ -82,7 +82,7 @@ async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     echo = fields.flag("echo") or False
-    wanted = read_outputs(fields)
+    wanted = await settled(read_outputs(fields))
     if echo and alternatives is not None and limit == 1 and wanted is None:
         options = _single_token(engine, options)
     warnings = read_warnings(engine, fields, limit)
