@@ -13,12 +13,13 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import regex
 
+from mlx_dgemma.checkpoint.parts import cut
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.files import read_json
@@ -29,6 +30,7 @@ from mlx_dgemma.model.names import is_tied_duplicate, tied_to
 from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.parameters import matrices
 from mlx_dgemma.model.section import MOST_NUMBER, Section
+from mlx_dgemma.model.share import Part
 from mlx_dgemma.untrusted_json import printable, shown
 
 CONFIG = "adapter_config.json"
@@ -157,19 +159,32 @@ class Adapter:
         In float32 they are computed in float32, else as they are stored.
         """
         dtype = mx.float32 if model.dtype == mx.float32 else None
+        share = model.share
         known: dict[str, Factors] = {}
         sides: list[dict[str, Factors]] = []
         for deltas in (self.encoder, self.decoder):
             side = {}
             for name, delta in deltas.items():
+                if share is not None and not share.holds(name):
+                    continue
                 if name in known and _same(self.encoder.get(name), self.decoder.get(name)):
                     side[name.removesuffix(".weight")] = known[name]
                     continue
                 factors = delta.read(dtype)
+                part = None if share is None else share.part(model.config, name)
+                if part is not None:
+                    factors = _part_of(factors, part)
                 mx.eval(factors.a, factors.b)
                 known[name] = side[name.removesuffix(".weight")] = factors
             sides.append(side)
         attach(model, *sides)
+
+
+def _part_of(factors: Factors, part: Part) -> Factors:
+    """The delta of some rows or columns of a weight."""
+    if part.axis == "rows":
+        return replace(factors, b=cut(factors.b, replace(part, axis="columns")))
+    return replace(factors, a=cut(factors.a, replace(part, axis="rows")))
 
 
 def adapter_bytes(folder: str | Path) -> int:

@@ -27,11 +27,26 @@ class CanvasConstraint:
     left: int
     more: bool
 
+    @property
+    def opener(self) -> int | None:
+        """An id without which every canvas leads on as it must."""
+        free = self.state == self.language.automaton.start
+        return self.language.opener if free else None
+
     def ends_by(self, length: int) -> int | None:
         """Positions within which the text must end: the stop id may stand after the last token."""
         if self.left < length:
             return self.left + 1
         return None if self.more and self.left > length else length
+
+
+@dataclass(frozen=True)
+class Span:
+    """Canvas positions [start, end) that must hold one whole text of a language."""
+
+    language: Language
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)

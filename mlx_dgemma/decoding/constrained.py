@@ -7,13 +7,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.constraints.automaton import WHOLE
 from mlx_dgemma.decoding.canvas_constraint import Mixture
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
 from mlx_dgemma.decoding.predicted import Prediction
 
-# A vocabulary of at most so many ids is summed whole.
-WHOLE = 2048
 # Candidates below this probability are left out, beyond the first few of a position.
 _LEAST = 1e-4
 _ALWAYS = 8
@@ -27,7 +26,7 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     uniforms: float32 [b, C, 2], the draws of the sample. A row whose logits are not finite stays
     as it is, for the check of the step.
     """
-    lines = [n for n, request in enumerate(state.requests) if request.constraint is not None]
+    lines = [n for n, request in enumerate(state.requests) if request.held]
     if not lines:
         return seen
     mx.eval(seen.entropy, seen.draft, seen.sample)
@@ -49,38 +48,86 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     )
 
 
+def _begun(seen: Prediction, state: CanvasState, line: int, opener: int) -> int | None:
+    """The position where the draft opens what is held to a language, a call of a tool in free
+    text; None where it opens nothing, and the text needs no conditioning yet."""
+    constraint = state.requests[line].constraint
+    assert constraint is not None
+    vocabulary = constraint.language.automaton.vocabulary
+    draft = np.array(seen.draft)[line]
+    stops = np.flatnonzero(vocabulary.is_stop[draft])
+    end = stops[0] if stops.size else draft.size
+    opened = np.flatnonzero(draft[:end] == opener)
+    return int(opened[0]) if opened.size else None
+
+
 def _condition(
     seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
 ) -> Conditioned | None:
+    """None where the row stays as it is."""
     request = state.requests[line]
     constraint = request.constraint
-    assert constraint is not None
-    entropy = np.array(seen.entropy[line], dtype=np.float64)
+    if constraint is None:
+        return _condition_spans(seen, state, line, uniforms, temp)
+    opener, begun = constraint.opener, None
+    if opener is not None and (begun := _begun(seen, state, line, opener)) is None:
+        return None
+    entropy = np.array(seen.entropy)[line]
     if not np.isfinite(entropy).all():
         return None
     automaton = constraint.language.automaton
     length = entropy.size
-    pinned = None if state.pins is None else (state.pins[0][line], state.pins[1][line])
-    view = _View(seen, line, None if pinned is None else tuple(map(np.array, pinned)))
-    ids, probabilities = view.candidates(automaton.vocabulary.size)
-    draws = uniforms[line, :, 0]
+    known, certain = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
+    if state.pins is not None:
+        known, certain = (np.array(part)[line] for part in state.pins)
+    if begun is not None and opener is not None:  # what the model has begun, it goes through with
+        known[begun], certain[begun] = opener, True
+    view = _View(seen, line, (known, certain) if certain.any() else None)
     return condition(
         automaton,
-        Distributions(
-            ids,
-            probabilities,
-            view.gather,
-            entropy,
-            np.array(seen.draft[line]),
-            np.array(seen.sample[line]),
-            whole=automaton.vocabulary.size <= WHOLE,
-        ),
+        view.distributions(automaton.vocabulary.size, slice(0, length)),
         start=constraint.state,
-        uniforms=np.array(draws, dtype=np.float64),
+        uniforms=np.array(uniforms)[line, :, 0].astype(np.float64),
         ends_by=constraint.ends_by(length),
         room=constraint.left - length,
         temp=temp,
     )
+
+
+def _condition_spans(
+    seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
+) -> Conditioned | None:
+    """Every span by itself; the rest of the row stays the network's."""
+    if not np.isfinite(np.array(seen.entropy)[line]).all():
+        return None
+    view, draws = _View(seen, line, None), np.array(uniforms)[line, :, 0].astype(np.float64)
+    found = []
+    for span in state.requests[line].spans:
+        automaton, places = span.language.automaton, slice(span.start, span.end)
+        part = view.distributions(automaton.vocabulary.size, places)
+        one = condition(
+            automaton, part, start=automaton.start, uniforms=draws[places], temp=temp, whole=True
+        )
+        found.append((places, one))
+    length = seen.draft.shape[1]
+    width = max(one.ids.shape[1] for _, one in found)
+    row = Conditioned(
+        draft=np.array(seen.draft)[line],
+        sample=np.array(seen.sample)[line],
+        entropy=np.array(seen.entropy)[line],
+        certainty=np.full(length, np.nan, dtype=np.float32),
+        plain=np.ones(length, dtype=np.float32),
+        ids=np.zeros((length, width), dtype=np.int32),
+        weights=np.zeros((length, width), dtype=np.float32),
+        feasible=all(one.feasible for _, one in found),
+        left_out=max(one.left_out for _, one in found),
+    )
+    for places, one in found:
+        for name in ("draft", "sample", "entropy", "certainty", "plain"):
+            getattr(row, name)[places] = getattr(one, name)
+        row.ids[places, : one.ids.shape[1]] = one.ids
+        row.weights[places, : one.ids.shape[1]] = one.weights
+    return row
 
 
 class _View:
@@ -88,17 +135,33 @@ class _View:
 
     def __init__(self, seen: Prediction, line: int, pinned: tuple[np.ndarray, ...] | None) -> None:
         length = seen.draft.shape[1]
-        self._seen = seen
+        self._seen, self._line = seen, line
         self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
-        self._known: dict[int, np.ndarray] = {}
+
+    def distributions(self, size: int, places: slice) -> Distributions:
+        """Of some canvas positions."""
+        ids, probabilities = self.candidates(size)
+        entropy, draft, sample = (
+            np.array(of)[self._line, places]
+            for of in (self._seen.entropy, self._seen.draft, self._seen.sample)
+        )
+        return Distributions(
+            ids[places],
+            probabilities[places],
+            lambda some: self.probabilities(some)[places],
+            entropy,
+            draft,
+            sample,
+            whole=size <= WHOLE,
+        )
 
     def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [C, K] ids and float64 [C, K] probabilities."""
         length = self._seen.draft.shape[1]
         if size <= WHOLE:
             ids = np.arange(size)
-            return np.tile(ids, (length, 1)), self._probabilities(ids)
+            return np.tile(ids, (length, 1)), self.probabilities(ids)
         found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
@@ -109,15 +172,6 @@ class _View:
         p[:, :_ALWAYS] = np.maximum(p[:, :_ALWAYS], 1e-300)
         return self._with_pins(ids[:, :count], p[:, :count])
 
-    def gather(self, at: int, ids: np.ndarray) -> np.ndarray:
-        """float64 [n]: the probabilities of ids at one position."""
-        unknown = [id_ for id_ in ids.tolist() if id_ not in self._known]
-        if unknown:
-            some = np.array(unknown)
-            for id_, column in zip(unknown, self._probabilities(some).T, strict=True):
-                self._known[id_] = column
-        return np.array([self._known[id_][at] for id_ in ids.tolist()])
-
     def _with_pins(self, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._pinned is not None:
             known, mask = self._pinned
@@ -125,7 +179,7 @@ class _View:
             ids[mask, 0], p[mask, 0] = known[mask], 1
         return ids, p
 
-    def _probabilities(self, ids: np.ndarray) -> np.ndarray:
+    def probabilities(self, ids: np.ndarray) -> np.ndarray:
         """float64 [C, n] of the same ids everywhere."""
         p = self._tempered(self._seen.logits.columns(self._rows, mx.array(ids)))
         if self._pinned is not None:

@@ -8,14 +8,16 @@ the same characters whatever is filled in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
 
 import numpy as np
 
+from mlx_dgemma.constraints import Constraint, Language
 from mlx_dgemma.decoding.canvas import Pins
+from mlx_dgemma.decoding.canvas_constraint import Span
+from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 
@@ -33,7 +35,8 @@ class Template:
     """One canvas before denoising.
 
     ids: a token, or None where it is to be found. slots: the holes. allowed: canvas position
-    -> the only ids it may take. filler: pinned after the ids; None cuts the canvas there.
+    -> the only ids it may take. spans: holes that are held to a language, edges included. filler:
+    pinned after the ids; None cuts the canvas there.
     unseen: tokens of right context that the canvas had no room for.
     """
 
@@ -42,6 +45,7 @@ class Template:
     allowed: dict[int, np.ndarray] = field(default_factory=dict)
     filler: int | None = None
     unseen: int = 0
+    spans: tuple[Span, ...] = ()
 
     def length(self, canvas_length: int) -> int:
         """Positions to denoise: the whole canvas with filler, else just what is needed."""
@@ -57,6 +61,7 @@ class Layout:
 
     before[i], after[i]: the text of the tokens that hole i took over on its left and right.
     A hole that may end early, with pads, takes over none on its right (`right` False).
+    vocabulary: ids of the network, where they are more than the tokenizer's.
     """
 
     def __init__(
@@ -66,6 +71,7 @@ class Layout:
         holes: Sequence[Hole] = (),
         *,
         right: bool = True,
+        vocabulary: int | None = None,
     ) -> None:
         self.texts = token_texts(tokenizer)
         self.literals = [tokenizer.encode(literal) for literal in literals]
@@ -75,13 +81,17 @@ class Layout:
             self.before.append(self._take_last(self.literals[index], literals[index]))
             following = self.literals[index + 1]
             self.after.append(self._take_first(following, literals[index + 1]) if right else "")
-        edges = zip(self.before, holes, self.after, strict=False)
-        # The choices of each hole as ids, edges included.
-        self.choices = [
-            [tokenizer.encode(f"{before}{choice}{after}") for choice in hole.choices]
-            for before, hole, after in edges
-        ]
-        self.alphabets = [hole.alphabet for hole in holes]
+        self.languages = {
+            index: _language(
+                tokenizer,
+                vocabulary or len(tokenizer),
+                hole.constraint,
+                self.before[index],
+                self.after[index],
+            )
+            for index, hole in enumerate(holes)
+            if hole.constraint is not None
+        }
 
     def least(self, hole: int) -> int:
         """The fewest tokens a hole can have: its two edges may not fit into one token."""
@@ -96,13 +106,8 @@ class Layout:
         """What the edges of a hole may hold, so that the literals' text survives."""
         before, after = self.before[hole], self.after[hole]
         last = slot.end - 1
-        if self.choices and self.choices[hole]:
-            rows = [row for row in self.choices[hole] if len(row) == slot.end - slot.start]
-            columns = enumerate(zip(*rows, strict=True), start=slot.start)
-            return {position: np.array(sorted(set(ids)), np.int32) for position, ids in columns}
-        if self.alphabets and self.alphabets[hole] is not None:
-            fitting = self._fitting(hole, slot)
-            return {position: ids for position, ids in fitting.items() if ids.size}
+        if hole in self.languages:
+            return {}
         if slot.start == last and before and after:
             return {slot.start: self.texts.spanning(before, after)}
         edges = {}
@@ -111,25 +116,6 @@ class Layout:
         if after:
             edges[last] = self.texts.ending(after)
         return edges
-
-    def possible(self, hole: int, length: int) -> bool:
-        """Whether a hole's alphabet has a token for every position of such a length."""
-        return all(ids.size for ids in self._fitting(hole, Slot(0, length)).values())
-
-    def _fitting(self, hole: int, slot: Slot) -> dict[int, np.ndarray]:
-        """What each position of a hole may hold by its alphabet, edges included."""
-        alphabet = self.alphabets[hole]
-        assert alphabet is not None
-        last = slot.end - 1
-        return {
-            position: self.texts.fitting(
-                alphabet,
-                self.before[hole] if position == slot.start else "",
-                self.after[hole] if position == last else "",
-                slot.start < last,
-            )
-            for position in range(slot.start, slot.end)
-        }
 
     def template(
         self,
@@ -158,9 +144,15 @@ class Layout:
         if not after:
             ids += tail
         unseen = max(len(ids) - limit, 0) + sum(map(len, after))
+        spans = [
+            Span(self.languages[hole], slot.start, slot.end)
+            for hole, slot in enumerate(slots, start=first)
+            if hole in self.languages
+        ]
         return Template(
-            tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen
-        )
+            tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen,
+            tuple(spans),
+        )  # fmt: skip
 
     def _take_last(self, ids: list[int], literal: str) -> str:
         """Moves a literal's last token into the hole after it, if one could continue it."""
@@ -182,12 +174,23 @@ class Layout:
         return text
 
 
+def _language(
+    tokenizer: Tokenizer, vocabulary: int, constraint: object, before: str, after: str
+) -> Language:
+    """What a hole may become, the text of its edges included."""
+    if not isinstance(constraint, Constraint):
+        raise InputError(
+            f"A hole's constraint={constraint!r:.60} is not possible: use Constraint.regex(...), "
+            "Constraint.choice(...) or Constraint.json_schema(...)."
+        )
+    return constraint.language(tokenizer, vocabulary, before=before, after=after)
+
+
 class TokenTexts:
     """What each token of a vocabulary adds to a text."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.fitting = lru_cache(maxsize=64)(self._fitting)
 
     def __getitem__(self, token: int) -> str:
         return self._texts[token]
@@ -216,22 +219,6 @@ class TokenTexts:
         shortest = len(prefix) + len(suffix)
         return self._where(
             lambda text: len(text) >= shortest and text.startswith(prefix) and text.endswith(suffix)
-        )
-
-    def _fitting(self, alphabet: str, prefix: str, suffix: str, bare: bool) -> np.ndarray:
-        """Tokens that hold nothing but the alphabet between one text and another; those that
-        hold nothing there at all if `bare`."""
-        inside = re.compile(alphabet, re.ASCII)
-        return self._where(
-            lambda text: (
-                len(text) >= len(prefix) + len(suffix)
-                and text.startswith(prefix)
-                and text.endswith(suffix)
-                and (
-                    (bare and text == prefix + suffix)
-                    or inside.fullmatch(text, len(prefix), len(text) - len(suffix)) is not None
-                )
-            )
         )
 
     def _where(self, test: Callable[[str], bool]) -> np.ndarray:

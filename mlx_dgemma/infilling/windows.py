@@ -48,8 +48,10 @@ class _Filled:
     @property
     def score(self) -> float:
         """Mean log-probability (nats) of the filled tokens."""
-        assert self.result.logprobs is not None
-        filled = [self.result.logprobs[slot.start : slot.end] for slot in self.template.slots]
+        assert self.result.scores is not None
+        filled = [
+            self.result.scores.logprobs[slot.start : slot.end] for slot in self.template.slots
+        ]
         return float(np.concatenate(filled).mean())
 
 
@@ -180,7 +182,7 @@ class Filler:
         found: dict[int, float] = {}
         for batch in equal_lengths([len(look[0]) for look in looks], self.job.together):
             columns = zip(*(looks[row] for row in batch), strict=True)
-            values = mean_logprob(self.model, cache, self.job.settings, *columns)
+            values = mean_logprob(self.model, cache, *columns)
             found.update(zip(batch, values, strict=True))
             self.forwards += len(batch)
             yield self.forwards
@@ -218,7 +220,7 @@ class Filler:
             for hole, slot in enumerate(template.slots, start=window.first):
                 ids[slot.start : slot.end] = self.plan.old[hole]
             start = Start(ids, self.job.strength)
-        return CanvasRequest(SeededDraws(seed), pins, start, template.allowed)
+        return CanvasRequest(SeededDraws(seed), pins, start, template.allowed, spans=template.spans)
 
     def _run(
         self,
@@ -235,7 +237,7 @@ class Filler:
             requests,
             block=window.first,
             length=length,
-            logprobs=True,
+            alternatives=0,
             banned=sorted(self.tokenizer.control_ids - {pad}),
         )
         while True:

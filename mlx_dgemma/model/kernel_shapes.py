@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
 from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
 from mlx_dgemma.kernels.dispatch import ROW_CLASSES
+from mlx_dgemma.kernels.fused_attention import OPERATION as FUSED_ATTENTION
 from mlx_dgemma.kernels.matrix import DENSE
 from mlx_dgemma.kernels.moe import COMBINE
 from mlx_dgemma.kernels.moe import OPERATION as MOE
@@ -34,6 +35,8 @@ def kernel_shapes(config: ModelConfig, dtype: str | None = None) -> list[Request
     requests = [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
     asked = _layers(config, dtype or config.text.dtype)
     requests += [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
+    asked = _pictures(config, dtype or config.text.dtype)
+    requests += [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
     return requests
 
 
@@ -42,12 +45,14 @@ Calls = Iterator[tuple[Operation, *tuple[Size, ...]]]
 
 def _vocabulary(config: ModelConfig, dtype: str) -> Calls:
     """What a step asks once."""
-    text, rows = config.text, config.canvas_length
+    text, length = config.text, config.canvas_length
     table = _packing(config, EMBED_TOKENS, text.hidden_size)
-    yield ROW_STATISTICS, dtype, rows, text.vocab_size
-    yield ACCEPT, "float32", rows
-    yield SELECT, dtype, dtype, rows, text.vocab_size, CAPACITY
-    yield GATHER, dtype, table, text.hidden_size, rows, CAPACITY
+    yield ACCEPT, "float32", length
+    # A step may predict a part of the canvas only.
+    for rows in sorted({length, *(most for most in ROW_CLASSES["rows"] if most < length)}):
+        yield ROW_STATISTICS, dtype, rows, text.vocab_size
+        yield SELECT, dtype, dtype, rows, text.vocab_size, CAPACITY
+        yield GATHER, dtype, table, text.hidden_size, rows, CAPACITY
 
 
 def _layers(config: ModelConfig, dtype: str) -> Calls:
@@ -70,6 +75,14 @@ def _layers(config: ModelConfig, dtype: str) -> Calls:
             if length <= max(QUERY_BLOCK, config.canvas_length):
                 heads = (text.num_attention_heads, kv_heads, head_dim)
                 yield ATTENTION, dtype, length, *heads, KEY_CHUNK
+
+
+def _pictures(config: ModelConfig, dtype: str) -> Calls:
+    """What the vision tower asks."""
+    vision = config.vision
+    if vision is not None and vision.num_attention_heads == vision.num_key_value_heads:
+        for patches in ROW_CLASSES["patches"]:
+            yield FUSED_ATTENTION, dtype, patches, vision.num_attention_heads, vision.head_dim
 
 
 def _kinds(text: TextConfig) -> set[tuple[int, int]]:

@@ -11,6 +11,7 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import placeholder
 
+MESSAGE_ROLES = ("user", "assistant", "system")
 Parts = list[dict[str, Any]]
 
 
@@ -21,13 +22,10 @@ def openai_messages(fields: Fields) -> tuple[list[dict[str, Any]], list[str]]:
     system = fields.raw("system")
     if system:
         converted.append({"role": "system", "content": _content(system, "system", warnings)})
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.fail("messages", "given as a list")
-    for i, message in enumerate(messages):
+    for i, message in enumerate(fields.items("messages") or []):
         where = f"messages[{i}]"
         entry = Fields(message, where)
-        role = entry.text("role", ("user", "assistant", "system"))
+        role = entry.text("role", MESSAGE_ROLES)
         content = entry.raw("content")
         if content is None or isinstance(content, str):
             converted.append({"role": role, "content": content or ""})
@@ -95,7 +93,7 @@ def _part(block: Fields, warnings: list[str]) -> dict[str, Any]:
     kind = block.text("type")
     if kind == "text":
         return {"type": "text", "text": block.text("text") or ""}
-    if kind == "image":
+    if kind == "image" and not _is_kept_elsewhere(block):
         return _image(block)
     if kind is None:
         raise block.fail("type", "given as a string")
@@ -110,11 +108,19 @@ def _part(block: Fields, warnings: list[str]) -> dict[str, Any]:
     return placeholder(block.body)
 
 
+def _is_kept_elsewhere(block: Fields) -> bool:
+    """Whether an image is a file that a provider keeps, and not a part of the request."""
+    source = block.raw("source")
+    kind = source.get("type") if isinstance(source, dict) else None
+    return isinstance(kind, str) and kind not in ("base64", "url")
+
+
 def _image(block: Fields) -> dict[str, Any]:
     source = block.object("source")
-    if source is None:
+    kind = None if source is None else source.text("type")
+    if source is None or kind is None:
         raise block.fail("source", "given as {'type': 'base64', ...} or {'type': 'url', ...}")
-    if source.text("type", ("base64", "url")) == "url":
+    if kind == "url":
         return {"type": "image", "url": source.text("url") or ""}
-    kind = source.text("media_type") or "image/png"
-    return {"type": "image", "url": f"data:{kind};base64,{source.text('data') or ''}"}
+    media = source.text("media_type") or "image/png"
+    return {"type": "image", "url": f"data:{media};base64,{source.text('data') or ''}"}

@@ -70,7 +70,12 @@ def body(
         for index, (choice, reply) in enumerate(zip(choices, replies, strict=True))
     ]
     warnings = all_warnings(asked.call, replies)
-    return {**top, "choices": numbered, "usage": usage(replies), "x_warnings": warnings}
+    return {
+        **top,
+        "choices": numbered,
+        "usage": usage(replies, asked.choices),
+        "x_warnings": warnings,
+    }
 
 
 async def chunks(
@@ -112,19 +117,20 @@ async def chunks(
         yield data(as_api_error(error).openai())
         return
     if asked.include_usage:
-        yield data({**top, "choices": [], "usage": usage(replies)})
+        yield data({**top, "choices": [], "usage": usage(replies, asked.choices)})
     yield b"data: [DONE]\n\n"
 
 
-def usage(replies: list[Reply]) -> dict[str, Any]:
-    """One prompt, however many choices were generated from it."""
-    prompt = replies[0].end.finish.prompt_tokens
+def usage(replies: list[Reply], choices: int) -> dict[str, Any]:
+    """Each prompt once, however many choices were generated from it."""
+    firsts = replies[::choices]
+    prompt = sum(reply.end.finish.prompt_tokens for reply in firsts)
     completion = sum(reply.end.finish.generated_tokens for reply in replies)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": replies[0].end.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(r.end.cached_tokens for r in firsts)},
     }
 
 

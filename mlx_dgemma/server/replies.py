@@ -7,11 +7,30 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlx_dgemma.decoding.events import Commit, Draft
+from mlx_dgemma.decoding.events import Alternatives, Commit, Draft
 from mlx_dgemma.server.admission import shutting_down
 from mlx_dgemma.server.engine import Call, Ended, Engine
+
+FIRST_BLOCK = 0  # an echoed prompt stands before it
+
+
+class Scored(NamedTuple):
+    """A token, its log-probability (nats; NaN where none is known), and the likeliest tokens there,
+    if they were asked for. of_prompt: whether it is of an echoed prompt, not of the reply."""
+
+    id: int
+    logprob: float
+    alternatives: Alternatives
+    of_prompt: bool = False
+
+
+def scored(event: Commit) -> list[Scored]:
+    """What a Commit says of its ids; nothing where they were not scored."""
+    alternatives = event.alternatives or ((),) * len(event.logprobs)
+    listed = zip(event.ids, event.logprobs, alternatives, strict=False)
+    return [Scored(*one, event.block < FIRST_BLOCK) for one in listed]
 
 
 @dataclass
@@ -24,7 +43,7 @@ class Reply:
     thinking: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     malformed_calls: list[str] = field(default_factory=list)
-    logprobs: list[tuple[int, float]] = field(default_factory=list)
+    logprobs: list[Scored] = field(default_factory=list)
     dropped_calls: int = 0
     cut_call: str = ""
     ended: Ended | None = None
@@ -40,7 +59,7 @@ class Reply:
         self.thinking += event.thinking
         self.malformed_calls += event.malformed_calls
         self.cut_call += event.cut_call
-        self.logprobs += zip(event.ids, event.logprobs, strict=False)
+        self.logprobs += scored(event)
         calls = [{"id": new_id("call"), **call} for call in event.tool_calls]
         if self.one_call:
             wanted = calls[: 0 if self.tool_calls else 1]

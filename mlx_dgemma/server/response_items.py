@@ -12,6 +12,7 @@ from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.stored import StoredResponses
 from mlx_dgemma.server.tool_kinds import declared_name
 
+MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 _CALLS = ("function_call", "custom_tool_call", "local_shell_call", "shell_call")
 
 
@@ -32,7 +33,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
     found = Conversation()
     previous = fields.text("previous_response_id")
     if previous:
-        before = stored.conversation(previous)
+        before = stored.get(previous)
         if before is None:
             raise ApiError(
                 400,
@@ -41,7 +42,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        found.before = before
+        found.before = before.items
     given = fields.raw("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if items is None and previous:
@@ -50,10 +51,12 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
         raise fields.fail("input", "a string or a list of items")
     for item in found.before:
         _read(found, Fields(item, "previous_response_id"))
+    kept: dict[str, Any] | None = None
     for i, item in enumerate(items):
         entry = Fields(item, f"input[{i}]")
-        if entry.text("type") == "item_reference":
-            known = stored.item(entry.text("id") or "")
+        if entry.text("type") == "item_reference" or set(entry.body) == {"id"}:
+            kept = stored.items() if kept is None else kept
+            known = kept.get(entry.text("id") or "")
             if known is None:
                 found.warnings.append(f"input[{i}] refers to an item that is not kept any more")
                 continue
@@ -75,7 +78,7 @@ def _read(found: Conversation, entry: Fields) -> None:
         output = entry.raw("output")
         # The older shell calls are paired by the id of the item.
         identity = entry.text("call_id") or entry.text("id")
-        result = {"role": "tool", "tool_call_id": identity}
+        result = {"role": "tool", "tool_call_id": identity, "name": entry.raw("name")}
         found.messages.append({**result, "content": _output(output)})
     elif kind == "additional_tools":
         found.tools += entry.items("tools") or []
@@ -84,7 +87,7 @@ def _read(found: Conversation, entry: Fields) -> None:
 
 
 def _message(found: Conversation, entry: Fields) -> None:
-    role = entry.text("role", ("user", "assistant", "system", "developer"))
+    role = entry.text("role", MESSAGE_ROLES)
     content = entry.raw("content")
     if role != "assistant":
         found.messages.append({"role": role, "content": content})

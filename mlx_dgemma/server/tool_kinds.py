@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 
+MAX_TOOLS = 1024
 _STRING = {"type": "string"}
 
 
@@ -71,10 +73,14 @@ class Origin:
 
 @dataclass
 class Declared:
-    """Functions in OpenAI's nested form, where each came from, and what was left out."""
+    """Functions in OpenAI's nested form, where each came from, and what was left out.
+
+    skipped: names of the tools left out, or their types where they have none.
+    """
 
     functions: list[dict[str, Any]] = field(default_factory=list)
     origins: dict[str, Origin] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def add(
@@ -85,10 +91,18 @@ class Declared:
         if origin is not None and isinstance(name, str):
             self.origins[name] = origin
 
-    def skip(self, kind: Any) -> None:
+    def skip(self, kind: str, name: Any = None) -> None:
+        self.skipped.append(name if isinstance(name, str) else kind)
         self.warnings.append(
             f"a tool of type {kind} was left out: this server runs no tools itself"
         )
+
+
+def check_count(found: Declared) -> None:
+    """ApiError 400 for more functions than anyone reads."""
+    if len(found.functions) > MAX_TOOLS:
+        why = f"The request has {len(found.functions)} tools; {MAX_TOOLS} are the most."
+        raise ApiError(400, why, param="tools")
 
 
 Declare = Callable[[list[Any]], Declared]
@@ -172,7 +186,7 @@ def anthropic_tools(tools: list[Any]) -> Declared:
         elif known is not None:
             found.add(entry.text("name"), known[1], known[2])
         else:
-            found.skip(kind)
+            found.skip(kind, entry.raw("name"))
     return found
 
 

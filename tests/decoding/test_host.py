@@ -11,6 +11,7 @@ import pytest
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.decoding import (
+    active_steps,
     block_result,
     blocks,
     canvas_state,
@@ -23,7 +24,7 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import masks, network
-from mlx_dgemma.model.network import AHEAD, is_sent
+from mlx_dgemma.model.passes import AHEAD, is_sent
 
 from .driving import drive
 
@@ -59,18 +60,29 @@ class CountingNumPy:
 
 @pytest.mark.parametrize("conditioning", ["dense", "sparse"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
+@pytest.mark.parametrize("positions", ["all", "active"])
+def test_a_step_is_read_once(model, monkeypatch, positions, conditioning, rows):
     """One vector a step, and three where blocks are done; evaluation waits once as well."""
     numpy, waits = CountingNumPy(), []
     core = SimpleNamespace(**vars(mx))
     core.eval = lambda *arrays: (waits.append(1), mx.eval(*arrays))
-    for module in (block_result, canvas_state, denoise, prediction, report, self_conditioning):
+    for module in (
+        active_steps,
+        block_result,
+        canvas_state,
+        denoise,
+        prediction,
+        report,
+        self_conditioning,
+    ):
         monkeypatch.setattr(module, "mx", core)
         if hasattr(module, "np"):
             monkeypatch.setattr(module, "np", numpy)
     monkeypatch.setattr(mx.array, "item", lambda _: pytest.fail("a read by item()"))
     monkeypatch.setattr(mx.array, "tolist", lambda _: pytest.fail("a read by tolist()"))
-    results, steps = run(model, rows, conditioning=conditioning, stability_threshold=99)
+    results, steps = run(
+        model, rows, conditioning=conditioning, stability_threshold=99, positions=positions
+    )
     assert len(results) == rows
     assert steps == 8
     assert numpy.reads == steps + 3
@@ -124,7 +136,7 @@ def test_a_step_is_decided_and_begun_before_it_is_yielded(model, monkeypatch):
     order = []
     begin = type(model).begin
     monkeypatch.setattr(
-        type(model), "begin", lambda *given: (order.append("begun"), begin(*given))[1]
+        type(model), "begin", lambda *given, **how: (order.append("begun"), begin(*given, **how))[1]
     )
     settings = DecodingSettings(max_denoising_steps=3, stability_threshold=99)
     requests = [CanvasRequest(draws=SeededDraws(0))]
@@ -193,7 +205,7 @@ def test_handing_over_early_changes_nothing(model, monkeypatch):
         with monkeypatch.context() as patch:
             if how == "not at all":
                 patch.setattr(denoise, "step", partial(denoise.step, dispatch=False))
-                patch.setattr(type(model), "begin", lambda *_: None)
+                patch.setattr(type(model), "begin", lambda *_, **__: None)
             elif how == "all":
                 patch.setattr(network, "is_sent", lambda layers: True)
                 patch.setattr(network, "AHEAD", 100)

@@ -22,6 +22,7 @@ def model(table: mx.array, bits: int = 0):
         matrix = Matrix(*mx.quantize(table, group_size=64, bits=bits), 64, bits)
     text = SimpleNamespace(final_logit_softcapping=SOFTCAP, vocab_size=VOCABULARY)
     return SimpleNamespace(
+        team=None,
         config=SimpleNamespace(text=text),
         embedding_matrix=matrix,
         embed_scale=HIDDEN**0.5,
@@ -67,10 +68,6 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
         ids = np.arange(2 * length) + 10  # none of them banned
         expected_at = raw[np.arange(2 * length), ids]
         np.testing.assert_allclose(np.array(way.at(mx.array(ids))), expected_at, atol=1e-2)
-        capped = SOFTCAP * np.tanh(raw / SOFTCAP)
-        np.testing.assert_allclose(
-            np.array(way.log_z()), np.log(np.exp(capped - 30).sum(axis=1)) + 30, atol=1e-4
-        )
 
 
 @pytest.mark.parametrize(

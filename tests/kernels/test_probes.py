@@ -16,7 +16,7 @@ import pytest
 from harness import emulated, emulator_only, mutated
 
 import mlx_dgemma
-from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.kernels import checking, dispatch, verdicts
 from mlx_dgemma.kernels.table import operations
@@ -25,11 +25,12 @@ from mlx_dgemma.model.kernel_shapes import kernel_shapes
 
 LAYOUTS = ("4bit", "8bit", "mxfp4", "bf16")
 DTYPES = ("float32", "float16", "bfloat16")
-ROWS = {"tokens": (3,), "length": (5,), "rows": (2,)}
+ROWS = {"tokens": (3,), "length": (5,), "rows": (2,), "patches": (20,)}
 
 
 def published(layout):
-    config = ModelConfig.from_dict(synthetic_config(f"26b-{layout}"))
+    raw = synthetic_config(f"26b-{layout}") | {"vision_config": published_config()["vision_config"]}
+    config = ModelConfig.from_dict(raw)
     text = replace(config.text, num_experts=2, top_k_experts=1, layer_types=(SLIDING, FULL))
     return replace(config, text=text, canvas_length=2)
 
@@ -47,6 +48,8 @@ def demo(layout):
 
 def cases():
     """(operation, shape), each once: both models, every layout, every dtype."""
+    everywhere = {dtype: {"normed_heads", "attention", "fused_attention"} for dtype in DTYPES}
+    everywhere["float16"] |= {"combine", "after_attention", "after_branches"}
     with pytest.MonkeyPatch.context() as patch:
         for name, most in ROWS.items():
             patch.setitem(dispatch.ROW_CLASSES, name, most)
@@ -56,7 +59,8 @@ def cases():
                     yield request.operation.name, dispatch.shape_class(request.shape)
                 for request in kernel_shapes(published(layout), dtype):
                     name = request.operation.name
-                    if dtype == "bfloat16" or name in ("normed_heads", "attention"):
+                    halved = dtype == "float16" and (name, layout) == ("moe", "4bit")
+                    if dtype == "bfloat16" or name in everywhere[dtype] or halved:
                         yield name, dispatch.shape_class(request.shape)
 
 
@@ -147,6 +151,7 @@ MUTANTS = [
     ("after_attention", "after_attention", "scaled * root", "scaled"),
     ("after_branches", "after_branches", "two[j] * factor_two", "two[j] * factor_one"),
     ("after_branches", "after_branches", "sum * multiplier", "sum"),
+    ("after_branches", "after_branches", "mean_two + branch_eps", "mean_two + eps"),
     ("moe", "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O"),
     ("moe", "experts", "first / GROUP;", "(first - k0) / GROUP;"),
     ("moe", "experts", "(GLU ? c * O : 0)", "(GLU ? c * 8 : 0)"),

@@ -15,17 +15,19 @@ LINES = (
     ("commands",),
     ("cli",),
     ("server",),
-    ("benchmark",),
+    ("benchmark", "evaluation"),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions", "training"),
+    ("infilling", "decisions", "training", "replaying", "scoring"),
     ("generate",),
     ("checkpoint", "context"),
     ("decoding", "demo"),
     ("constraints",),
     ("prompt",),
     ("model",),
+    ("distributed",),
     ("kernels",),
+    ("model_thread",),
     ("machine",),
     ("headers",),
     ("files",),
@@ -35,7 +37,7 @@ LINES = (
 RANK = {room: rank for rank, rooms in enumerate(LINES) for room in rooms}
 # The modules that `python -m` runs, and the package, whose public names come from everywhere.
 COMMANDS = {"__main__", "chat", "decide", "doctor", "infill", "lora", "fuse"}
-COMMANDS |= {"completion", "models"}
+COMMANDS |= {"completion", "evaluate", "models"}
 
 
 def modules() -> dict[str, Path]:

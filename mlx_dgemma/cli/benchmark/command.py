@@ -10,14 +10,15 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import check_writable
+from mlx_dgemma.decoding.settings import PRESETS
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.machine.reports import report, write_report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -84,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a task of --quality (repeatable; default: all)",
     )
     flags.add_preset(group)
+    group.add_argument(
+        "--against",
+        choices=tuple(PRESETS),
+        metavar="PRESET",
+        help="ask --quality's questions with this preset as well, question by question, and say "
+        "how the two agree: --quality --preset turbo --against reference",
+    )
     flags.add_setting(group, "kv_bits")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -98,13 +106,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check(arguments)
     this = machine()
-    found: dict[str, Any] = {
-        "mlx_dgemma": __version__,
-        "machine": this.record(),
-        "model": arguments.synthetic or arguments.model or DEMO_NAME,
-        "preset": arguments.preset or "reference",
-        "kv_bits": arguments.kv_bits,
-    }
+    chosen = [kind for kind, asked in _runs(arguments).items() if asked]
+    found = report(
+        chosen[0] if chosen else "times",
+        this,
+        model=arguments.synthetic or flags.public_name(arguments.model or DEMO_NAME),
+        preset=arguments.preset or "reference",
+        kv_bits=arguments.kv_bits,
+    )
     messages = Console(stderr=True, highlight=False)
     if arguments.count:
         found["count"] = counts.run(arguments)
@@ -116,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found |= times.run(arguments, this.chip)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
-        Path(arguments.report).write_text(text + "\n")
+        write_report(arguments.report, found)
     if arguments.plot is not None:
         times.plot(found, Path(arguments.plot))
     if arguments.json:
@@ -124,6 +133,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(found, Console(highlight=False))
     return 0
+
+
+def _runs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The kind of report of each run that is asked for by a flag -> whether it is."""
+    return {
+        "count": arguments.count,
+        "comparison": arguments.compare,
+        "quality": arguments.quality,
+    }
 
 
 def _check(arguments: argparse.Namespace) -> None:
@@ -137,6 +155,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--layers shortens a synthetic model: name one with --synthetic.")
     if arguments.quality and arguments.synthetic:
         raise InputError("Random weights answer nothing: --quality needs a checkpoint.")
+    if arguments.against and not arguments.quality:
+        raise InputError("--against compares two presets' answers: give --quality with it.")
+    if arguments.against and arguments.against == (arguments.preset or "reference"):
+        raise InputError("--against names another preset: give one with --preset, such as turbo.")
     if arguments.kv_bits is not None and arguments.compare:
         raise InputError("--compare runs the exact context: leave --kv-bits out.")
     if arguments.plot is not None and chosen:
@@ -152,6 +174,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     elif "compare" in found:
         comparison.show(found["compare"], console)
     elif "quality" in found:
-        quality.show(found["quality"], console)
+        if "against" in found["quality"]:
+            quality.show_against(found["quality"], found["preset"], console)
+        else:
+            quality.show(found["quality"], console)
     else:
         times.show(found, console)

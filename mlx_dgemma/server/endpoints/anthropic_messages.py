@@ -4,27 +4,47 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
 
 from mlx_dgemma.prompt.messages import check_tools
-from mlx_dgemma.server.anthropic_blocks import openai_messages
+from mlx_dgemma.server.accepted import (
+    CONTENT,
+    MESSAGE,
+    Accepts,
+    Bounds,
+    chatting,
+    format_of,
+    shared,
+)
+from mlx_dgemma.server.anthropic_blocks import MESSAGE_ROLES, openai_messages
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
+from mlx_dgemma.server.requests import Chat, ParsedRequest, read_request, respond
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
-from mlx_dgemma.server.tool_kinds import anthropic_tools
+from mlx_dgemma.server.tool_kinds import anthropic_tools, check_count
 from mlx_dgemma.server.wire import JsonResponse
 
+_MESSAGE = {**MESSAGE, "properties": {"role": {"enum": list(MESSAGE_ROLES)}, "content": CONTENT}}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "description": {"type": "string"},
+        "input_schema": {"type": "object"},
+    },
+    "required": ["name"],
+}
 # Fields about versions and storage, which change no reply.
 SILENT = (
     "anthropic_version", "anthropic_beta", "betas", "container", "context_management",
@@ -32,18 +52,44 @@ SILENT = (
 )  # fmt: skip
 
 
-async def read_messages(engine: Engine, fields: Fields, *, counting: bool = False) -> ParsedRequest:
+def counted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/messages/count_tokens` accepts."""
+    kinds = {"type": Accepts("text", choices=("enabled", "adaptive", "disabled"))}
+    return {
+        **shared(bounds, "stop_sequences"),
+        **chatting(),
+        "messages": Accepts("list", schema=_MESSAGE, required=True),
+        "system": Accepts(schema=CONTENT),
+        "max_tokens": Accepts("limit", 1),
+        "tools": Accepts("list", schema=_TOOL),
+        "tool_choice": Accepts(
+            "object",
+            inside={
+                "type": Accepts("text", choices=("auto", "any", "tool", "none")),
+                "name": Accepts("text"),
+                "disable_parallel_tool_use": Accepts("flag"),
+            },
+        ),
+        "thinking": Accepts("object", inside=kinds),
+        "output_config": Accepts("object", inside={"format": format_of("The reply")}),
+        "output_format": format_of("The reply"),
+        **dict.fromkeys(SILENT, Accepts(about="Changes no reply.")),
+    }
+
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/messages` accepts."""
+    return {**counted(bounds), "max_tokens": Accepts("limit", 1, required=True)}
+
+
+def read_messages(fields: Fields) -> Chat:
     messages, warnings = openai_messages(fields)
     max_tokens = fields.limit("max_tokens")
-    if fields.raw("max_tokens") is None and not counting:
-        raise fields.fail("max_tokens", "given as a whole number, at least 1")
     thinking = fields.object("thinking")
-    mode = thinking.text("type", ("enabled", "adaptive", "disabled")) if thinking else None
+    mode = thinking.text("type") if thinking else None
     for silent in SILENT:
         fields.raw(silent)
-    return await read_request(
-        engine,
-        fields,
+    return Chat(
         messages,
         _tools(fields),
         max_tokens=max_tokens,
@@ -56,12 +102,12 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
 
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
-    asked = await read_messages(engine, fields, counting=True)
+    asked = await read_request(engine, fields, partial(read_messages, fields))
     return JsonResponse({"input_tokens": len(asked.call.prompt_ids)})
 
 
 async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked = await read_messages(engine, fields)
+    asked = await read_request(engine, fields, partial(read_messages, fields))
     return await respond(
         request,
         asked,
@@ -164,23 +210,26 @@ def _usage(reply: Reply) -> dict[str, int]:
 
 def _tools(fields: Fields) -> ToolUse:
     choice = fields.object("tool_choice")
-    kind = choice.text("type", ("auto", "any", "tool", "none")) if choice else "auto"
+    kind = choice.text("type") if choice else "auto"
     found = anthropic_tools(fields.items("tools") or [])
+    check_count(found)
     use = ToolUse(check_tools(found.functions))
     if choice is not None:
-        use = _chosen(choice, kind, use.declared)
+        use = _chosen(choice, kind, use.declared, found.skipped)
     return replace(use, warnings=tuple(found.warnings))
 
 
-def _chosen(choice: Fields, kind: str | None, declared: list[Any]) -> ToolUse:
+def _chosen(
+    choice: Fields, kind: str | None, declared: list[Any], skipped: Sequence[str]
+) -> ToolUse:
     one_call = bool(choice.flag("disable_parallel_tool_use"))
     if kind == "none":
         return ToolUse()
     if kind == "any":
-        return force(declared, None, one_call)
+        return force(declared, None, one_call, skipped)
     if kind == "tool":
         name = choice.text("name")
         if name is None:
             raise choice.fail("name", "given as a string")
-        return force(declared, name, one_call)
+        return force(declared, name, one_call, skipped)
     return ToolUse(declared, (), one_call)
