@@ -86,7 +86,7 @@ def load_model(
         read now, and q/k/v and gate/up are joined.
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
-    adapter_path: a LoRA adapter of PEFT's or mlx-lm's form, which stays beside the weights.
+    adapter_path: an adapter of PEFT's or mlx-lm's form, whose deltas stay beside the weights.
     Raises ModelNotFoundError or CheckpointError.
     """
     folder = Path(folder)
@@ -105,6 +105,8 @@ def load_model(
         for path in sorted({header.path for header in headers.values()}):
             tensors.update(_load_shard(path))
         parameters = {name: source.read(tensors) for name, source in sources.items()}
+        if adapter is not None and adapter.whole is not None:
+            parameters |= {name: adapter.whole.mlx(name) for name in adapter.replaced}
     fill(model, parameters)
     if not lazy:
         with reading_weights(folder):

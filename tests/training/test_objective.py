@@ -15,8 +15,8 @@ from mlx_dgemma.training import loss as losses
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.data import Example
 from mlx_dgemma.training.export import to_peft
+from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loop import write_tensors
 from mlx_dgemma.training.loss import Objective, cross_entropy, obvious_cross_entropy, signal
 from mlx_dgemma.training.tuning import (
     ATTENTION,
@@ -93,7 +93,7 @@ def test_the_signal_is_the_obvious_one_and_zero_where_there_is_none(model, batch
 
 
 def test_cross_entropy_in_pieces_is_the_whole_with_its_gradient(model, monkeypatch):
-    monkeypatch.setattr(losses, "ROWS", 5)
+    monkeypatch.setattr(losses, "HEAD_BYTES", 4 * 5 * VOCABULARY)
     hidden = mx.random.normal((13, model.config.text.hidden_size), key=mx.random.key(0))
     targets = mx.arange(13) * 7 % VOCABULARY
     weights = mx.random.uniform(shape=(13,), key=mx.random.key(1))
