@@ -201,7 +201,10 @@ def compare(
     reference: tuple[Streamed, list[mx.array]],
     candidate: tuple[Streamed, list[mx.array]],
 ) -> Figures:
-    """KL of every position of every state, and the argmax of converged ones."""
+    """KL in nats of every position of every state, and where the argmax of converged ones agrees.
+
+    reference, candidate: the network and its hidden states, [C, H] per state.
+    """
     divergences, same = [], []
     for state, ours, theirs in zip(states, candidate[1], reference[1], strict=True):
         for start, stop in slices(ours.shape, ROWS_AT_ONCE * 4 * ours.shape[1]):

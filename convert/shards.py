@@ -135,7 +135,7 @@ class ShardWriter:
         self.nbytes += len(data)
 
     def append(self, name: str, array: mx.array) -> None:
-        """The next rows of tensor `name`; large tensors must come in the planned order."""
+        """The next rows [n, ...] of tensor `name`; large tensors must come in the planned order."""
         data = array_bytes(array)
         self._remaining[name] -= len(data)
         if self._remaining[name] < 0:

@@ -38,7 +38,8 @@ def is_finite(array: mx.array) -> bool:
 
 
 def quantize(rows: mx.array, step: Step) -> list[mx.array]:
-    """Weight, scales and, for affine, biases of some rows; the rows alone without quantization."""
+    """Rows [n, ..., columns] as weight (uint32), scales and, for affine, biases; the rows alone
+    without quantization."""
     if step.precision is None:
         return [rows]
     precision = step.precision

@@ -1,4 +1,4 @@
-"""A window that draws the canvas while it resolves: Runtime behind tkinter.
+"""A window that draws the canvas while it resolves: a Runtime under tkinter.
 
 The window's loop never waits for the model. `Runtime.submit` calls back on the model's thread,
 the callback fills a queue, and the window empties it thirty times a second.

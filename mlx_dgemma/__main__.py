@@ -87,6 +87,7 @@ def _on_interrupt(
     convert,
     server,
     benchmark,
+    evaluate,
     doctor,
     models,
     completion,

@@ -90,6 +90,7 @@ def stream_generate(
     sliced_head: bool | None = None,
     kv_bits: int | None = None,
     logprobs: bool = False,
+    top_logprobs: int = 0,
     opening: Opening | None = None,
     constraint: Constraint | Language | None = None,
     trace: str | Path | None = None,
@@ -117,7 +118,8 @@ def stream_generate(
     kv_bits: 8 keeps the context of full-attention layers in 8 bits, about half the memory of a
         long one and no longer exact. With a cache, as the cache was made.
     cancel: set it from any thread; the generation ends between two denoising steps.
-    logprobs: score committed ids in Commit.logprobs. opening: ids the reply must begin with.
+    logprobs: score committed ids in Commit.logprobs; top_logprobs: and list so many likely ids
+        in Commit.alternatives. opening: ids the reply must begin with.
     constraint: what a reply that ends by itself must be: Constraint.regex(...), .choice(...),
         .json_schema(...), .json_object(); one that max_tokens cuts is the beginning of such a text.
     trace: a file to record every draw in; not together with an opening.
@@ -170,7 +172,7 @@ def stream_generate(
         opening=opening,
         language=_language(model, tokenizer, constraint),
         drafts=drafts,
-        logprobs=logprobs,
+        alternatives=top_logprobs if logprobs or top_logprobs else None,
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
@@ -213,6 +215,7 @@ class Options(DecodingOptions, total=False):
     enable_thinking: bool
     cache: PromptCache | None
     logprobs: bool
+    top_logprobs: int
     opening: Opening | None
     constraint: Constraint | Language | None
     trace: str | Path | None
@@ -366,7 +369,8 @@ def _then_release(
 
 
 def draft_text(tokenizer: Tokenizer, ids: np.ndarray) -> str:
-    """A draft as a reader would see it if it were committed now: markers and tail removed."""
+    """A draft, int ids [C], as a reader would see it if it were committed now: markers and tail
+    removed."""
     kept, _ = cut_at_stop(ids, tokenizer.stop_ids)
     reader = ReplyReader(tokenizer)
     parts = (reader.feed(kept), reader.finish())

@@ -3,11 +3,11 @@
     python studies/context_cache.py                       # everything; minutes on a CPU
     python studies/context_cache.py --part answers --n 50
 
-bytes       of the context, reckoned for the published shapes and counted in the demo's buffers
+bytes       of the context, computed for the published shapes and counted in the demo's buffers
 divergence  of the demo's tempered distributions from the exact context's, with keys, values or
-            both in 8 bits, over the denoising states of a reply behind earlier turns
+            both in 8 bits, over the denoising states of a reply after earlier turns
 layer       error of one random layer's attention at the published widths, by how peaked it is
-answers     of the demo to held-out questions, alone and behind earlier turns, which it never saw
+answers     of the demo to held-out questions, alone and after earlier turns, which it never saw
             in training, and its denoising steps
 time        of a step with the published attention in one layer of six, by turns
 """
@@ -55,8 +55,8 @@ BFLOAT = "both in bfloat16"
 class Rounded(LayerContext):
     """A full layer that keeps what 8 bits keep of its committed keys or values, or of both."""
 
-    def __init__(self, slack: int, *, keys: bool, values: bool):
-        super().__init__(None, slack)
+    def __init__(self, room: int, *, keys: bool, values: bool):
+        super().__init__(None, room)
         self.rounds = keys, values
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
@@ -75,7 +75,7 @@ def make_cache(model: Model, kind: str) -> ContextCache:
     cache = model.make_cache(8 if kind == PACKED else None)
     if kind in (KEYS, VALUES):
         cache.layers = [
-            Rounded(cache.slack, keys=kind == KEYS, values=kind == VALUES)
+            Rounded(cache.layers[0].room, keys=kind == KEYS, values=kind == VALUES)
             if layer.window is None
             else layer
             for layer in cache.layers
@@ -83,8 +83,8 @@ def make_cache(model: Model, kind: str) -> ContextCache:
     return cache
 
 
-def behind_turns(task: str, number: int, turns: int) -> Example:
-    """A held-out question behind `turns` earlier ones of all tasks, with their right answers."""
+def after_turns(task: str, number: int, turns: int) -> Example:
+    """A held-out question after `turns` earlier ones of all tasks, with their right answers."""
     messages = []
     for turn in range(turns):
         other = PLAIN[(PLAIN.index(task) + turn + number) % len(PLAIN)]
@@ -118,7 +118,7 @@ def divergence(model: Model, tokenizer: Any, replies: int, turns: int) -> dict[s
     same: dict[str, list[np.ndarray]] = {kind: [] for kind in kinds}
     lengths = []
     for number in range(replies):
-        example = behind_turns(PLAIN[number % len(PLAIN)], number // len(PLAIN), turns)
+        example = after_turns(PLAIN[number % len(PLAIN)], number // len(PLAIN), turns)
         ids = encode_prompt(tokenizer, example.messages)
         lengths.append(len(ids))
         caches = {kind: make_cache(model, kind) for kind in (EXACT, *kinds)}
@@ -180,7 +180,7 @@ def answers(model: Model, tokenizer: Any, n: int, turns: int) -> dict[str, Any]:
     outcomes: dict[str, list[Any]] = {EXACT: [], PACKED: []}
     for task in PLAIN:
         for number in range(n):
-            example = behind_turns(task, number, turns)
+            example = after_turns(task, number, turns)
             for kind, kv_bits in ((EXACT, None), (PACKED, 8)):
                 outcomes[kind].append(
                     ask(
@@ -282,7 +282,7 @@ def show(name: str, found: Any, console: Console) -> None:
                 console.print(f"  {note}: {figures[note]:.3g}")
     else:
         console.print(
-            f"a step behind {found['context']:,} tokens: {found[EXACT]:.2f} CPU seconds exactly, "
+            f"a step after {found['context']:,} tokens: {found[EXACT]:.2f} CPU seconds exactly, "
             f"{found[PACKED]:.2f} in 8 bits ({found['ratio']:.2f})"
         )
 
@@ -304,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "divergence": lambda: divergence(model, tokenizer, arguments.replies, arguments.turns),
         "layer": layer_error,
         "answers": lambda: {
-            f"behind {turns} turns": answers(model, tokenizer, arguments.n, turns)
+            f"after {turns} turns": answers(model, tokenizer, arguments.n, turns)
             for turns in (0, arguments.turns)
         },
         "time": lambda: step_time(arguments.context, arguments.rounds),

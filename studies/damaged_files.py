@@ -1,11 +1,11 @@
 """Damaged files of every kind through load, convert, verify, inspect, caches and traces.
 
-    python studies/damaged_files.py --cases 25000 --seed 0
+    python studies/damaged_files.py --cases 25000 --seed 0 --mutator structure
 
 Each case must end in success or in one sentence (a DGemmaError), within SECONDS of computing and
 MEGABYTES of memory. Cases run in a process of their own that the study restarts when it dies or
-hangs. Prints counts per kind, and everything that broke a bound with the number that repeats it
-(`--only NUMBER`).
+hangs. `structure` knows what the files mean (damage.py), `havoc` does not (havoc.py). Prints counts
+per kind, and everything that broke a bound with the number that repeats it (`--only NUMBER`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from damage import damage_file
+from damage import Damage, damage_file
+from havoc import Havoc
 from whole_files import build
 
 SECONDS = 10  # of the processor
@@ -64,13 +65,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--mutator", choices=("structure", "havoc"), default="structure")
     parser.add_argument("--only", type=int, help="run this one case and show what it raised")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
-        return _work(Path(arguments.worker))
+        return _work(Path(arguments.worker), arguments.mutator)
     numbers = [arguments.only] if arguments.only is not None else range(arguments.cases)
-    found = run(numbers, arguments.seed, progress=True)
+    found = run(numbers, arguments.seed, arguments.mutator, progress=True)
     print(found.table())
     for fault in found.faults[:50]:
         print(f"\ncase {fault['case']} ({fault['kind']}, {fault['action']}): {fault['outcome']}")
@@ -107,11 +109,11 @@ class Found:
         return "\n".join(lines)
 
 
-def run(numbers: Any, seed: int, progress: bool = False) -> Found:
+def run(numbers: Any, seed: int, mutator: str = "structure", progress: bool = False) -> Found:
     """Runs the cases of these numbers, one after the other, in a process that may die."""
     found = Found()
     with tempfile.TemporaryDirectory() as scratch:
-        worker = _Worker(Path(scratch))
+        worker = _Worker(Path(scratch), mutator)
         try:
             for done, number in enumerate(numbers, 1):
                 found.add(worker.run(number, seed))
@@ -125,14 +127,15 @@ def run(numbers: Any, seed: int, progress: bool = False) -> Found:
 class _Worker:
     """The process that runs cases; a new one takes the place of one that died."""
 
-    def __init__(self, scratch: Path) -> None:
+    def __init__(self, scratch: Path, mutator: str) -> None:
         self._scratch = scratch
+        self._mutator = mutator
         self._process: subprocess.Popen[str] | None = None
         self._lines: queue.Queue[str | None] = queue.Queue()
 
     def _start(self) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", str(self._scratch)],
+            [sys.executable, __file__, "--worker", str(self._scratch), "--mutator", self._mutator],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
@@ -188,7 +191,7 @@ def plan_case(number: int, seed: int) -> tuple[str, str, random.Random]:
 # The worker
 
 
-def _work(scratch: Path) -> int:
+def _work(scratch: Path, mutator: str) -> int:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what a library prints is no answer
     whole = scratch / "whole"
@@ -204,18 +207,23 @@ def _work(scratch: Path) -> int:
             except Exception as error:
                 print(f"{action} of whole {kind}: {error}", file=answers, flush=True)
     print("ready", file=answers, flush=True)
+    damage = damage_file
+    if mutator == "havoc":
+        texts = [whole / name for name, _ in KINDS.values() if not name.endswith(".safetensors")]
+        havoc = Havoc(path.read_bytes() for path in texts)
+        damage = havoc.file
     for line in sys.stdin:
         number, seed = map(int, line.split())
-        print(json.dumps(_case(scratch, models, number, seed)), file=answers, flush=True)
+        print(json.dumps(_case(scratch, models, damage, number, seed)), file=answers, flush=True)
     return 0
 
 
-def _case(scratch: Path, models: _Models, number: int, seed: int) -> dict[str, Any]:
+def _case(scratch: Path, models: _Models, damage: Damage, number: int, seed: int) -> dict[str, Any]:
     kind, action, chance = plan_case(number, seed)
     folder = scratch / f"case-{os.getpid()}"
     shutil.rmtree(folder, ignore_errors=True)
     shutil.copytree(models.whole, folder, copy_function=os.link)
-    damage_file(folder / KINDS[kind][0], chance)
+    damage(folder / KINDS[kind][0], chance)
     _reset_peak()
     before, began = _memory("VmRSS"), time.process_time()
     outcome, detail = "success", ""

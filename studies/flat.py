@@ -13,7 +13,7 @@ then is that layer's.
 The small network's attention is out of proportion to the rest. The mid-size one has the published
 vocabulary and canvas, and one full layer of six. `--published` takes a fifth of the
 published network at its own widths: six layers, a fifth of the vocabulary, a window of 1,024,
-canvases of 256 behind a prompt of 1,024. The eight experts' width is given to the dense branch: the
+canvases of 256 after a prompt of 1,024. The eight experts' width is given to the dense branch: the
 same arithmetic, without the CPU backend's slow gathered products, which would hide the growth.
 """
 

@@ -113,7 +113,7 @@ def report(chains: Counter[str]) -> None:
     settings = DecodingSettings(conditioning="dense")
 
     def whole() -> list[mx.array]:
-        outcome = step(model, cache, settings, state, dispatch_every=None)
+        outcome = step(model, cache, settings, state, dispatch=False)
         seen = outcome.seen
         signal = seen.logits.signal(seen.stats, seen.temperature)
         return [outcome.decision.canvas, outcome.report.packed, signal]

@@ -10,7 +10,6 @@ Each cell is the share of right answers in how many decoder passes per canvas.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from mlx_dgemma import Finish, load, stream_generate
 from mlx_dgemma.benchmark.quality import measure, overall
 from mlx_dgemma.decoding.settings import PRESETS
 from mlx_dgemma.demo.tasks import TASKS
+from mlx_dgemma.machine.reports import report, write_report
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "reference": {},
@@ -111,7 +111,9 @@ def main() -> None:
             table.add_row(*row)
         console.print(table)
     if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1))
+        kind = "guards" if arguments.guards else "presets"
+        name = "demo" if arguments.model is None else Path(arguments.model).name
+        write_report(arguments.json, report(kind, model=name, settings=figures))
 
 
 if __name__ == "__main__":

@@ -10,5 +10,5 @@ datas = [
     *copy_metadata("mlx"),
 ]
 # With the source of what launches the kernels beside it, a verdict holds for the bundled app and
-# for the package alike, so that `mlx_dgemma.doctor --check` can find it beforehand.
+# for the package too, so that `mlx_dgemma.doctor --check` can find it beforehand.
 module_collection_mode = {"mlx_dgemma": "pyz+py"}

@@ -244,7 +244,7 @@ def _step(model: Model, cache: ContextCache) -> list[mx.array]:
         survivors, model.embedding_matrix, np.array(counts), scale=model.embed_scale
     )[None]
     settings = DecodingSettings(conditioning="sparse")
-    outcome = step(model, cache, settings, state, dispatch_every=None)
+    outcome = step(model, cache, settings, state, dispatch=False)
     assert outcome.survivors is not None
     few = outcome.survivors
     return [outcome.decision.canvas, outcome.report.packed, few.ids, few.weights]

@@ -1,7 +1,7 @@
 """The same checkpoint and canvas through mlx-vlm, side by side.
 
 Each runtime steps in a process of its own, so that neither's memory counts for the other, and the
-two take turns, so that a busy machine slows both alike. mlx-vlm runs its own generator with the
+two take turns, so that a busy machine slows both the same. mlx-vlm runs its own generator with the
 reference's sampler ("entropy-bound"), a full canvas, and nothing that lets a block end early.
 
     python -m mlx_dgemma.benchmark.versus RUNTIME FOLDER STEPS PROMPT_TOKENS

@@ -145,7 +145,7 @@ class Adapter:
                 )
 
     def merged(self, name: str, rows: mx.array, start: int) -> mx.array:
-        """Rows of weight `name` beginning at `start`, with the delta added in float32."""
+        """Rows [n, ...] of weight `name` from `start` on, with its delta added in float32."""
         if self.whole is not None and name in self.whole.entries:
             if not rows.ndim:
                 return self.whole.mlx(name)

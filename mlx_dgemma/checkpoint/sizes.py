@@ -63,12 +63,12 @@ def context_bytes(config: ModelConfig, tokens: int, kv_bits: int | None = None) 
 
     kv_bits: 8 for the layers that grow in 8 bits.
     """
-    text, slack = config.text, config.canvas_length
+    text, room = config.text, config.canvas_length
     total = 0
     for layer in range(text.num_hidden_layers):
         window = text.window_of(layer)
-        kept = tokens if window is None else min(tokens, window - 1 + slack)
-        slots = -(-(kept + 2 * slack) // CONTEXT_STEP) * CONTEXT_STEP
+        kept = tokens if window is None else min(tokens, window - 1)
+        slots = -(-(kept + 2 * room) // CONTEXT_STEP) * CONTEXT_STEP
         total += slots * _position_bytes(text, layer, kv_bits)
     return total
 

@@ -88,7 +88,7 @@ class TensorFile:
             done += count
 
     def mlx(self, name: str, start: int = 0, stop: int | None = None) -> mx.array:
-        """The same rows as an MLX array of the stored dtype."""
+        """The same rows [stop - start, ...] as an MLX array of the stored dtype."""
         array = mx.array(self.numpy(name, start, stop))
         return array.view(mx.bfloat16) if self.entries[name].code == "BF16" else array
 

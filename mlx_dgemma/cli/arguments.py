@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 from typing import Any
 
 from mlx_dgemma._version import __version__
@@ -119,6 +120,11 @@ def add_display(parser: argparse.ArgumentParser) -> None:
         metavar="SECONDS",
         help="show every step at least this long (default: 0.25 for the demo checkpoint, else 0)",
     )
+
+
+def public_name(model: str) -> str:
+    """What a report calls a model: a folder's last name, whose path may name its owner."""
+    return Path(model).resolve().name if Path(model).exists() else model
 
 
 def positive(text: str) -> int:

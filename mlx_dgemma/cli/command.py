@@ -121,7 +121,7 @@ def _print_json(kind: str, message: str) -> None:
 
 def _open_streams() -> None:
     """Where the shell closed standard input (`<&-`) there is nothing to read; where it closed
-    standard error, nobody listens; what a terminal's encoding lacks becomes a question mark."""
+    standard error, nothing listens; what a terminal's encoding lacks becomes a question mark."""
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="replace")
     if sys.stdin is None:

@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.known_repositories import (
     KNOWN_REPOSITORIES,
     LONGEST_CONTEXT,
@@ -21,9 +20,9 @@ from mlx_dgemma.checkpoint.known_repositories import (
 )
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
-from mlx_dgemma.errors import ResourceError
-from mlx_dgemma.machine.hardware import Conditions, Machine, conditions, machine
+from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
+from mlx_dgemma.machine.reports import report, write_report
 
 GIB = 1 << 30
 
@@ -55,12 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     found = examine(machine(), check=arguments.check)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
-        try:
-            Path(arguments.report).write_text(text + "\n")
-        except OSError as error:
-            raise ResourceError(
-                f"The report cannot be written to {arguments.report}: {error.strerror}."
-            ) from error
+        write_report(arguments.report, found)
     if arguments.json:
         print(text)
     else:
@@ -73,18 +67,17 @@ def examine(this: Machine, *, check: str | None = None) -> dict[str, Any]:
 
     check: check the kernels for this model first; "" is the published one, None checks nothing.
     """
-    from mlx_dgemma.kernels.report import report
+    from mlx_dgemma.kernels.report import report as kernels
 
     if check is not None:
         check_kernels(check)
-    return {
-        "mlx_dgemma": __version__,
-        "machine": this.record(),
-        "conditions": conditions().record(),
-        "usable_memory": usable(this),
-        "disk_free": shutil.disk_usage(_cache()).free,
-        "concerns": concerns(this),
-        "models": [
+    return report(
+        "doctor",
+        this,
+        usable_memory=usable(this),
+        disk_free=shutil.disk_usage(_cache()).free,
+        concerns=concerns(this),
+        models=[
             {
                 "repository": known.id,
                 "about": known.about,
@@ -95,13 +88,13 @@ def examine(this: Machine, *, check: str | None = None) -> dict[str, Any]:
             }
             for known in KNOWN_REPOSITORIES
         ],
-        "longest_context": {
+        longest_context={
             "tokens": LONGEST_CONTEXT,
             "exact_bytes": LONGEST_CONTEXT_BYTES[None],
             "kv_bits_8_bytes": LONGEST_CONTEXT_BYTES[8],
         },
-        "kernels": report(),
-    }
+        kernels=kernels(),
+    )
 
 
 def check_kernels(model: str) -> None:

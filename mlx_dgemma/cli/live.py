@@ -4,7 +4,8 @@
     one bar per canvas position
     block 1 · step 4 of 48 · 31 of 48 accepted · entropy 0.42
 
-Only the region of the current canvas is redrawn, once per denoising step and in one write.
+Only the region of the current canvas is redrawn, in one write and in a thread of its own: a step
+that comes while the one before is drawn does not wait, and the device goes on.
 When the reply is over the region is erased and the text stands there as if it had been printed
 in one go, so that it can be scrolled to and copied.
 """
@@ -12,6 +13,7 @@ in one go, so that it can be scrolled to and copied.
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections.abc import Collection
 from types import TracebackType
@@ -58,6 +60,13 @@ class LiveView:
         self._draft: Draft | None = None
         self._height = 0
         self._shown_at = 0.0
+        # Between `show` and the painter; while the painter is idle, its caller may draw.
+        self._handover = threading.Condition()
+        self._coming: Draft | None = None
+        self._drawing = False
+        self._ended = False
+        self._failure: BaseException | None = None
+        self._painter = threading.Thread(target=self._paint, name="live view", daemon=True)
         self._live = Live(
             console=console,
             auto_refresh=False,
@@ -67,6 +76,7 @@ class LiveView:
 
     def __enter__(self) -> Self:
         self._live.start()
+        self._painter.start()
         return self
 
     def __exit__(
@@ -75,30 +85,63 @@ class LiveView:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        with self._handover:
+            self._ended = True
+            self._handover.notify_all()
+        self._painter.join()
         self._live.update(Text(), refresh=True)
         self._live.stop()
         if self._pending.plain.strip():
             self.console.print(self._pending, soft_wrap=True, highlight=False)
 
     def show(self, event: Event) -> None:
+        """A draft is left to the painter, which draws the newest; a commit stands there on return.
+        Raises what drawing raised."""
         if isinstance(event, Draft):
             self.held_seconds += self._keep_pace()
-            self._draft = event
+            with self._handover:
+                self._raise_failure()
+                self._coming = event
+                self._handover.notify_all()
         elif isinstance(event, Commit):
             self._keep_pace()
+            self.settle()
             self._draft = None
             self._append("thinking", event.thinking)
             self._append("text", event.text)
             for call in event.tool_calls:
                 self._append("tool call", describe_call(call))
             self._scroll()
-        else:
-            return
-        self._live.update(self.frame(), refresh=True)
+            self._live.update(self.frame(), refresh=True)
 
     def note(self, text: str) -> None:
         """Shows one dim line in place of the canvas, until the first step."""
+        self.settle()
         self._live.update(Text(text, "dim"), refresh=True)
+
+    def settle(self) -> None:
+        """Waits until the last draft shown is drawn."""
+        with self._handover:
+            self._handover.wait_for(lambda: self._coming is None and not self._drawing)
+            self._raise_failure()
+
+    def _paint(self) -> None:
+        while True:
+            with self._handover:
+                self._drawing = False
+                self._handover.notify_all()
+                self._handover.wait_for(lambda: self._coming is not None or self._ended)
+                if self._ended:
+                    return
+                self._draft, self._coming, self._drawing = self._coming, None, True
+            try:
+                self._live.update(self.frame(), refresh=True)
+            except BaseException as error:  # the caller's thread raises it
+                self._failure = error
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
 
     def _append(self, kind: str, text: str) -> None:
         if not text:

@@ -10,6 +10,7 @@ VERBS = {
     "convert": "a checkpoint to another layout or precision",
     "server": "an OpenAI- and Anthropic-compatible endpoint on this machine",
     "benchmark": "time, memory and quality of a model on this machine",
+    "evaluate": "tasks of lm-evaluation-harness, and whether two results differ",
     "doctor": "this machine: memory, what fits, kernels",
     "models": "the models on this disk and on the Hub: list, download, remove",
     "completion": "the shell's completion of these commands",

@@ -56,7 +56,7 @@ class Automaton:
         return sum(array.nbytes for array in (*arrays, self._columns, self._kept))
 
     def after(self, state: int, ids: list[int]) -> int:
-        """The state behind some ids."""
+        """The state after some ids."""
         for id_ in ids:
             state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
         return state
@@ -197,7 +197,7 @@ class Automaton:
             self._kept[state, missing] = found
 
     def _walk(self, state: int, ids: np.ndarray) -> np.ndarray:
-        """int32 [n]: the state behind each id."""
+        """int32 [n]: the state after each id."""
         if state in (DEAD, END):
             return np.full(ids.size, state, dtype=np.int32)
         offsets, symbols = self.vocabulary.offsets, self.vocabulary.symbols

@@ -2,7 +2,7 @@
 
 A prompt is read in pieces that end before a turn, a thought or a call begins, wherever the
 piece is long enough. Where the pieces end depends on the ids before it alone, so prompts that
-begin alike are divided alike, and a context kept at such an end holds, bit for bit, what
+begin the same are divided the same, and a context kept at such an end holds, bit for bit, what
 reading that prompt afresh would give. (Keys computed in another division differ by rounding,
 enough to flip what a canvas accepts.)
 
@@ -204,7 +204,7 @@ def _names(keys: Sequence[int], divisions: Sequence[int]) -> dict[int, str]:
 
 
 def _common(one: np.ndarray, other: np.ndarray) -> int:
-    """How many keys two prompts begin with alike."""
+    """How many keys two prompts share at their beginning."""
     length = min(len(one), len(other))
     different = np.flatnonzero(one[:length] != other[:length])
     return int(different[0]) if different.size else length

@@ -104,7 +104,7 @@ def choice_confidence(probabilities: np.ndarray) -> float:
 
 def score_confidence(probabilities: np.ndarray) -> float:
     """1 minus the mean distance from the most probable level, over that of a uniform
-    distribution from the middle of the scale; at least 0."""
+    distribution from the middle of the scale; 0 to 1. probabilities: float [levels]."""
     count = len(probabilities)
     places = np.arange(count)
     distance = probabilities @ np.abs(places - probabilities.argmax())

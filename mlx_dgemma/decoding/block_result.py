@@ -9,6 +9,7 @@ import numpy as np
 
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.predicted import Prediction
+from mlx_dgemma.model.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -18,22 +19,28 @@ class BlockResult:
     ids: int32 [C], the last draft (not the noisy canvas).
     entropy: float32 [C], nats, of the last step's tempered distributions; 0 where pinned.
     settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
-    logprobs: float32 [C] of `ids` under the last step's untempered logits, when asked for.
+    scores: of `ids` and of their alternatives, when asked for.
     steps: denoising steps taken. converged: whether the stop test fired.
     """
 
     ids: np.ndarray
     entropy: np.ndarray
     settled: np.ndarray
-    logprobs: np.ndarray | None
+    scores: Scores | None
     steps: int
     converged: bool
 
     @classmethod
-    def untouched(cls, ids: np.ndarray, logprobs: bool) -> BlockResult:
+    def untouched(cls, ids: np.ndarray, alternatives: int | None) -> BlockResult:
         """A draft int32 [C] kept at strength 0: nothing was predicted, so nothing is known."""
         unknown = np.full(ids.shape, np.nan, dtype=np.float32)
-        return cls(ids, unknown, np.zeros_like(ids), unknown if logprobs else None, 0, True)
+        scored = None
+        if alternatives is not None:
+            shape = (len(ids), alternatives)
+            scored = Scores(
+                unknown, np.zeros(shape, dtype=np.int32), np.full(shape, np.nan, dtype=np.float32)
+            )
+        return cls(ids, unknown, np.zeros_like(ids), scored, 0, True)
 
 
 def finished(
@@ -43,18 +50,22 @@ def finished(
     seen: Prediction,
     settled: mx.array,
     *,
-    logprobs: bool,
+    alternatives: int | None,
 ) -> dict[int, BlockResult]:
     """Row -> result of the rows that `ended` (bool [b]) with this step.
 
     converged: bool [b]. seen, settled: the step's prediction, and `settled_after` it.
+    alternatives: as in `denoise_block`.
     """
+    if not ended.any():
+        return {}
+    ids, entropy, steps = np.array(seen.draft), np.array(seen.entropy), np.array(settled)
     return {
         state.rows[line]: BlockResult(
-            ids=np.array(seen.draft[line]),
-            entropy=np.array(seen.entropy[line]),
-            settled=np.array(settled[line]),
-            logprobs=seen.logprobs(line) if logprobs else None,
+            ids=ids[line],
+            entropy=entropy[line],
+            settled=steps[line],
+            scores=None if alternatives is None else seen.scores(line, alternatives),
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),
         )
@@ -62,9 +73,9 @@ def finished(
     }
 
 
-def untouched(state: CanvasState, *, logprobs: bool) -> dict[int, BlockResult]:
+def untouched(state: CanvasState, *, alternatives: int | None) -> dict[int, BlockResult]:
     """Row -> result of the rows that keep their draft without a step (strength 0)."""
     return {
-        state.rows[line]: BlockResult.untouched(np.array(state.canvas[line]), logprobs)
+        state.rows[line]: BlockResult.untouched(np.array(state.canvas[line]), alternatives)
         for line in np.flatnonzero(state.remaining == 0).tolist()
     }

@@ -24,11 +24,12 @@ from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
 from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Draws
-from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason
+from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish, FinishReason, listed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
 from mlx_dgemma.errors import InputError, UnconvergedWarning
+from mlx_dgemma.model.scores import check_alternatives
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -48,10 +49,12 @@ class Request:
     seed: reported in Finish; `draws`, made from it, give every random number.
     stop_ids: end the reply, anywhere on a canvas. opening: how the reply must begin.
     language: what a reply that ends by itself belongs to.
-    drafts: yield a Draft per denoising step. logprobs: score committed ids.
+    drafts: yield a Draft per denoising step. alternatives: score committed ids, and list so many
+        likely ids beside each; None scores none.
     cancel: checked between steps. prefilled: called once the prompt is in the cache. stops:
         offsets of the cache at which an encoder pass must end; `reached` is called there.
     observe: called with every step while it is on the device.
+    first: the first canvas, already denoised with these draws, as a row of a batch.
     """
 
     prompt: Sequence[int]
@@ -63,15 +66,17 @@ class Request:
     opening: Opening | None = None
     language: Language | None = None
     drafts: bool = False
-    logprobs: bool = False
+    alternatives: int | None = None
     cancel: threading.Event | None = None
     prefilled: Callable[[], None] | None = None
     stops: Sequence[int] = ()
     reached: Callable[[int], None] | None = None
     observe: Callable[[Step], None] | None = None
+    first: BlockResult | None = None
 
     def __post_init__(self) -> None:
         check_cancel(self.cancel)
+        check_alternatives(self.alternatives)
 
     @property
     def cancelled(self) -> bool:
@@ -90,7 +95,7 @@ class _Tally:
 
     prompt_tokens: int
     generated: int = 0
-    state: int = 0  # of the language, behind what was committed
+    state: int = 0  # of the language, after what was committed
     forwards: int = 0
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
@@ -135,7 +140,7 @@ def generate_blocks(
         tally.state = request.language.automaton.start
 
     started = time.perf_counter()
-    _read_prompt(model, cache, request)
+    _read_prompt(model, cache, request, length)
     if request.prefilled is not None and not request.cancelled:
         request.prefilled()
     tally.prefill_seconds = time.perf_counter() - started
@@ -183,7 +188,7 @@ def generate_blocks(
     yield tally.finish(reason, request.seed)
 
 
-def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
+def _read_prompt(model: Model, cache: ContextCache, request: Request, length: int) -> None:
     """Prefills the prompt with pauses at `request.stops`; ends early when it is cancelled."""
     prompt = np.array(list(request.prompt), dtype=np.int32)
     images = list(request.images)
@@ -199,7 +204,7 @@ def _read_prompt(model: Model, cache: ContextCache, request: Request) -> None:
             break
         if request.reached is not None and stop in request.stops:
             request.reached(stop)
-    mx.eval(cache.arrays)  # so that the time of the prompt is not counted as denoising
+    model.await_context(cache, length)  # so that its time is not counted as denoising
 
 
 def _image_runs(ids: np.ndarray, model: Model) -> int:
@@ -228,12 +233,13 @@ def _check_room(config: ModelConfig, prompt: int, length: int, offset: int) -> N
 
 
 def _commit(result: BlockResult, ids: list[int], block: int) -> Commit:
-    count = len(ids)
+    count, scored = len(ids), result.scores
     return Commit(
         ids=tuple(ids),
         text="",
         block=block,
-        logprobs=() if result.logprobs is None else tuple(result.logprobs[:count].tolist()),
+        logprobs=() if scored is None else tuple(scored.logprobs[:count].tolist()),
+        alternatives=() if scored is None else listed(scored, count),
         entropies=tuple(result.entropy[:count].tolist()),
         settled=tuple(result.settled[:count].tolist()),
     )
@@ -260,8 +266,7 @@ def _reply_block(
         )
         guard = guard if request.language.automaton.start == END else "allow"
     if first and guard == "suppress":
-        vocabulary = np.arange(model.config.text.vocab_size, dtype=np.int32)
-        canvas = replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(request.stop_ids))})
+        canvas = never_empty(model.config, canvas, request.stop_ids)
     divisors = REROLL_DIVISORS if first and guard == "reroll" else (1,)
     result = None
     for attempt, divisor in enumerate(divisors):
@@ -269,10 +274,22 @@ def _reply_block(
         begun = canvas
         if request.opening is not None:
             begun = request.opening.on(canvas, tally.generated, part)
-        result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
+        if first and attempt == 0 and request.first is not None:
+            result = request.first
+            tally.forwards += result.steps
+        else:
+            result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
         if result is None or int(result.ids[0]) not in request.stop_ids:
             break
     return result
+
+
+def never_empty(
+    config: ModelConfig, canvas: CanvasRequest, stop_ids: frozenset[int]
+) -> CanvasRequest:
+    """The canvas of a reply that cannot begin with its end."""
+    vocabulary = np.arange(config.text.vocab_size, dtype=np.int32)
+    return replace(canvas, allowed={0: np.setdiff1d(vocabulary, list(stop_ids))})
 
 
 def _denoise(
@@ -293,7 +310,7 @@ def _denoise(
         block=block,
         attempt=attempt,
         length=length,
-        logprobs=request.logprobs,
+        alternatives=request.alternatives,
     )
     while True:
         if request.cancelled:

@@ -28,7 +28,7 @@ class CanvasConstraint:
     more: bool
 
     def ends_by(self, length: int) -> int | None:
-        """Positions within which the text must end: the stop id may stand behind the last token."""
+        """Positions within which the text must end: the stop id may stand after the last token."""
         if self.left < length:
             return self.left + 1
         return None if self.more and self.left > length else length

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import mlx.core as mx
 import numpy as np
@@ -16,6 +17,9 @@ from mlx_dgemma.decoding import schedule
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.settings import DecodingSettings
+
+if TYPE_CHECKING:
+    from mlx_dgemma.model.network import Begun
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
 
@@ -32,7 +36,8 @@ class CanvasState:
         before the first. settled: int32 [b, C], the step that last changed the draft.
         revealed: bool [b, C], positions that stay as they are (confidence-threshold).
     pins: ids int32 [b, C] and mask bool [b, C], or None. pinned: the mask on the host. signal:
-        [b, C, H], the self-conditioning of the next step; None before any row's first.
+        [b, C, H], the self-conditioning of the next step; None before any row's first. begun: that
+        step's first layers, if the device has them already.
     least_entropy: nats, of the surest free position of the step before; 0 before the first.
     """
 
@@ -49,6 +54,7 @@ class CanvasState:
     pins: PinArrays | None
     pinned: np.ndarray
     signal: mx.array | None = None
+    begun: Begun | None = None
     least_entropy: float = 0.0
 
     @classmethod
@@ -117,6 +123,7 @@ class CanvasState:
         if going.all():
             return
         lines = np.flatnonzero(going)
+        self.begun = None
         self.rows = [self.rows[line] for line in lines]
         self.requests = [self.requests[line] for line in lines]
         self.starts = [self.starts[line] for line in lines]
@@ -134,7 +141,7 @@ class CanvasState:
         self.pins = _join_pins(self, others)
         self.pinned = np.concatenate([self.pinned, others.pinned])
         self.least_entropy = min(self.least_entropy, others.least_entropy)
-        self.signal = _join_signals(self, others)
+        self.signal, self.begun = _join_signals(self, others), None
         self.rows = self.rows + others.rows
         self.requests = self.requests + others.requests
         self.starts = self.starts + others.starts

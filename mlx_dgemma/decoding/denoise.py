@@ -28,7 +28,6 @@ from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import StableAndConfident
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.sparse_embeddings import Survivors
-from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -43,15 +42,18 @@ def denoise_block(
     block: int = 0,
     attempt: int = 0,
     length: int | None = None,
-    logprobs: bool = False,
+    alternatives: int | None = None,
     banned: Sequence[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
 
     Every row has its own draws, pins and stop: it draws what it draws alone, and a row that
-    has stopped is no longer computed. The context is read, never written.
+    has stopped is no longer computed. The context is read, never written. Whether another step
+    follows is decided before a step is yielded, and its first layers are sent to the device, which
+    works on them while the caller has the step.
 
     length: canvas positions; None is the settings' or the checkpoint's.
+    alternatives: score each row's ids, and list so many likely ids beside them; None scores none.
     banned: ids that no free position can take; the network's logits for them are discarded.
 
     Raises NumericsError at the first step whose logits are not finite.
@@ -61,25 +63,27 @@ def denoise_block(
     fresh = Place(block, attempt, 0)
     state = CanvasState.initial(requests, fresh, length, vocab_size, steps)
     stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
-    results = untouched(state, logprobs=logprobs)
+    results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
+    model.await_context(cache, length)
     while state.rows:
         outcome = step(model, cache, settings, state, banned)
         mx.eval(outcome.report.packed, outcome.shown, outcome.settled)
-        yield outcome.as_step(state)
+        done = outcome.as_step(state)
         numbers = outcome.report.read()
         _check_finite(numbers, state)
         state.repeats = stop.count(state.repeats, numbers.repeated)
         converged = stop(state.repeats, numbers.mean_entropy) | numbers.complete
         ended = converged | state.last
         results |= finished(
-            state, ended, converged, outcome.seen, outcome.settled, logprobs=logprobs
+            state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
         )
         if not ended.all():
             advance(model, state, outcome, numbers)
         state.keep(~ended)
-        if state.rows:  # the device begins while Python builds the first layers
-            mx.async_eval(state.signal)
+        if state.rows:
+            state.begun = model.begin(state.canvas, cache, state.signal)
+        yield done
     return [results[row] for row in range(len(requests))]
 
 
@@ -122,14 +126,14 @@ def step(
     state: CanvasState,
     banned: Sequence[int] = (),
     *,
-    dispatch_every: int | None = DISPATCH_EVERY,
+    dispatch: bool = True,
 ) -> Outcome:
     """Builds one denoising step of `state`, from canvas and signal to the report.
 
-    `state` does not change: `advance` moves it on. Layers are sent to the device as they are built,
-    `dispatch_every` at a time; with None nothing is evaluated.
+    `state` does not change: `advance` moves it on. Layers are sent to the device as they are built;
+    without `dispatch` nothing is evaluated.
     """
-    seen = predict(model, cache, settings, state, banned, dispatch_every=dispatch_every)
+    seen = predict(model, cache, settings, state, banned, dispatch=dispatch)
     decision = make_sampler(settings).decide(_step_input(model, state, seen), last=state.last)
     survivors = None
     wanted = settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
@@ -147,6 +151,7 @@ def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers
     state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed
     state.draft, state.settled = outcome.seen.draft, outcome.settled
+    state.begun = None
     state.taken, state.remaining = state.taken + 1, state.remaining - 1
 
 

@@ -11,7 +11,12 @@ from typing import Any, Literal
 
 import numpy as np
 
+from mlx_dgemma.model.scores import Scores
+
 FinishReason = Literal["stop", "length", "cancelled", "unconverged"]
+
+
+Alternatives = tuple[tuple[int, float], ...]  # (id, log-probability in nats), the likeliest first
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,7 @@ class Commit:
     malformed_calls: calls that could not be parsed; their text is part of `text` as well.
     cut_call: what was written of a call the reply ended inside; neither a call nor text.
     logprobs: per id, the log-probability (nats) under the last step's untempered logits.
+    alternatives: per id, the likeliest ids there and their log-probabilities, the likeliest first.
     entropies: per id, the entropy (nats) of the last step's tempered distribution.
     settled: per id, the denoising step (1 is the block's first) that last changed it.
     """
@@ -63,6 +69,7 @@ class Commit:
     malformed_calls: tuple[str, ...] = ()
     cut_call: str = ""
     logprobs: tuple[float, ...] = ()
+    alternatives: tuple[Alternatives, ...] = ()
     entropies: tuple[float, ...] = ()
     settled: tuple[int, ...] = ()
 
@@ -102,3 +109,9 @@ class Finish:
 
 
 Event = Draft | Commit | Finish
+
+
+def listed(scored: Scores, count: int) -> tuple[Alternatives, ...]:
+    """The alternatives at the first `count` places, as a Commit holds them."""
+    places = zip(scored.top_ids[:count].tolist(), scored.top_logprobs[:count].tolist(), strict=True)
+    return tuple(tuple(zip(ids, logprobs, strict=True)) for ids, logprobs in places)

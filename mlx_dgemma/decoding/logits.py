@@ -1,7 +1,7 @@
 """What decoding asks of one decoder pass's logits, held whole or never held at all.
 
-Positions are rows: those of all canvases, flattened, without the pinned ones, of which nobody asks
-anything. `WholeLogits` keeps the raw logits [R, V] until the next step has its self-conditioning.
+Positions are rows: those of all canvases, flattened, without the pinned ones.
+`WholeLogits` keeps the raw logits [R, V] until the next step has its self-conditioning.
 `SlicedLogits` keeps the hidden states alone and makes one slice of the vocabulary at a time,
 once for the statistics and once for the signal: the head's work twice, a fraction of its memory.
 `ExponentialLogits` makes them slice by slice too, but keeps the exponentials that the statistics
@@ -80,9 +80,6 @@ class Logits(Protocol):
         """Some rows' likely ids int32 [r, GROUPS] and their raw logits: the best of each residue
         of the id modulo GROUPS, so that neighbours in the vocabulary do not compete."""
 
-    def log_z(self) -> mx.array:
-        """float32 [R]: log-sum-exp of the untempered, softcapped logits."""
-
 
 def make_logits(
     model: Model, hidden: mx.array, banned: np.ndarray, settings: DecodingSettings
@@ -147,9 +144,6 @@ class WholeLogits:
     def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
         return _best_of_groups(self._raw[rows], 0)
 
-    def log_z(self) -> mx.array:
-        return self.statistics(1.0, mx.zeros((self._raw.shape[0], 2)), 0.0).log_z
-
 
 class SlicedLogits:
     """Hidden states, from which any slice of the logits can be made again."""
@@ -210,10 +204,6 @@ class SlicedLogits:
             mx.eval(*found)
         assert found is not None
         return found
-
-    def log_z(self) -> mx.array:
-        nothing = mx.zeros((self._hidden.shape[0], 2))
-        return self._statistics(self._hidden, 1.0, nothing, 0.0).log_z
 
     def _statistics(
         self,

@@ -11,9 +11,10 @@ import numpy as np
 
 from mlx_dgemma.decoding.canvas import PinArrays
 from mlx_dgemma.decoding.canvas_constraint import Mixture
-from mlx_dgemma.decoding.logits import Logits, make_logits
+from mlx_dgemma.decoding.logits import Logits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import RowStatistics
+from mlx_dgemma.model.scores import Scores, scores
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import Model
@@ -59,12 +60,11 @@ class Prediction:
             plain[line] = mx.where(mx.isnan(own), plain[line], own)
         return plain
 
-    def logprobs(self, line: int) -> np.ndarray:
-        """float32 [C]: log-probability of the draft under the untempered, softcapped logits."""
+    def scores(self, line: int, top: int) -> Scores:
+        """A row's draft under the untempered logits, with `top` alternatives at every position."""
         length = self.draft.shape[1]
         hidden = self.hidden[line * length : (line + 1) * length]
-        logits = make_logits(self.model, hidden, self.banned, self.settings)
-        return np.array(self.model.softcap(logits.at(self.draft[line])) - logits.log_z())
+        return scores(self.model, hidden, self.draft[line], top, self.banned)
 
 
 def placed(

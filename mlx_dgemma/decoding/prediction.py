@@ -14,7 +14,6 @@ from mlx_dgemma.decoding.logits import make_logits
 from mlx_dgemma.decoding.predicted import Prediction, placed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import row_statistics
-from mlx_dgemma.model.network import DISPATCH_EVERY
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -27,17 +26,16 @@ def predict(
     state: CanvasState,
     banned: Sequence[int] = (),
     *,
-    dispatch_every: int | None = DISPATCH_EVERY,
+    dispatch: bool = True,
 ) -> Prediction:
     """Runs the decoder over the canvases of `state`; reads the context, never writes it.
 
-    banned: ids that no position can take; their logits are discarded. dispatch_every: see
-        Model.hidden.
+    banned: ids that no position can take; their logits are discarded. dispatch: see Model.hidden.
     """
     batch, length = state.canvas.shape
     free = free_positions(state)
     whole = free.size == state.pinned.size
-    hidden = model.hidden(state.canvas, cache, state.signal, dispatch_every=dispatch_every)
+    hidden = model.hidden(state.canvas, cache, state.signal, begun=state.begun, dispatch=dispatch)
     hidden = hidden.reshape(-1, hidden.shape[-1])
     temperature = state.temperature(settings)
     if settings.temp == 0:

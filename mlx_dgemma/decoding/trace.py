@@ -228,11 +228,11 @@ class Comparison:
 
 
 def _record(step: Step) -> dict[str, Any]:
-    entropy = np.array(step.entropy[0])
+    entropy = np.array(step.entropy)[0]  # whole arrays: a row would be new work for the device
     return {
         **step.places[0]._asdict(),
-        "draft": step.draft[0].tolist(),
-        "accepted": np.flatnonzero(np.array(step.accepted[0])).tolist(),
+        "draft": np.array(step.draft)[0].tolist(),
+        "accepted": np.flatnonzero(np.array(step.accepted)[0]).tolist(),
         "mean_entropy": float(entropy.mean()),
     }
 

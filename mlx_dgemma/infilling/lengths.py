@@ -18,10 +18,9 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.block_result import BlockResult
-from mlx_dgemma.decoding.logits import Logits, SlicedLogits, WholeLogits
-from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.infilling.template import Slot, Template
 from mlx_dgemma.model import ContextCache, Model
+from mlx_dgemma.model.scores import Scores, scores
 
 # Lengths tried for a hole whose length is left to the model; never more than the canvas holds.
 LENGTHS = (*range(1, 13), 14, 16, 20, 24, 32)
@@ -45,7 +44,7 @@ def roomy(lengths: Sequence[int]) -> list[int]:
     return [*range(low + SPARE, high, SPARE), high]
 
 
-def alike(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
+def equal_lengths(lengths: Sequence[int], most: int) -> Iterator[list[int]]:
     """Indices of equal canvas lengths together, at most `most` at a time."""
     for length in sorted(set(lengths)):
         rows = [row for row, found in enumerate(lengths) if found == length]
@@ -63,7 +62,6 @@ def following(template: Template, hole: int, length: int) -> np.ndarray:
 def mean_logprob(
     model: Model,
     cache: ContextCache,
-    settings: DecodingSettings,
     canvases: Sequence[np.ndarray],
     expected: Sequence[np.ndarray],
     counted: Sequence[np.ndarray],
@@ -71,7 +69,7 @@ def mean_logprob(
     """Mean log-probability (nats) of the tokens expected on a canvas; one decoder pass for each.
 
     canvases: int32 [C] each, of one length, as they are shown to the network. expected: int32 [C].
-    counted: bool [C], the positions that count; where none does, all lengths are alike: 0.
+    counted: bool [C], the positions that count; where none does, all lengths score the same: 0.
     """
     ids = mx.array(np.stack(canvases).astype(np.int32))
     tokens = mx.array(np.stack(expected).astype(np.int32))
@@ -80,10 +78,8 @@ def mean_logprob(
         return [0.0] * len(canvases)
     hidden, chosen = model.hidden(ids, cache), mx.array(rows)
     hidden = hidden.reshape(-1, hidden.shape[-1])[chosen]
-    kind = SlicedLogits if settings.sliced_head else WholeLogits
-    logits: Logits = kind(model, hidden, np.zeros(0, dtype=np.int32))
-    logprobs = model.softcap(logits.at(tokens.reshape(-1)[chosen])) - logits.log_z()
-    found = np.split(np.array(logprobs), np.cumsum([mask.sum() for mask in counted])[:-1])
+    logprobs = scores(model, hidden, tokens.reshape(-1)[chosen]).logprobs
+    found = np.split(logprobs, np.cumsum([mask.sum() for mask in counted])[:-1])
     return [float(row.mean()) if row.size else 0.0 for row in found]
 
 
@@ -112,12 +108,14 @@ def without_pads(template: Template, result: BlockResult, pad: int) -> tuple[Tem
     fill = 0 if template.filler is None else int(spare.sum())
 
     def shifted(values: np.ndarray, filler: int = 0) -> np.ndarray:
-        return np.concatenate([values[~spare], np.full(fill, filler, dtype=values.dtype)])
+        return np.concatenate(
+            [values[~spare], np.full((fill, *values.shape[1:]), filler, dtype=values.dtype)]
+        )
 
     return compact, replace(
         result,
         ids=shifted(result.ids, template.filler or 0),
         entropy=shifted(result.entropy),
         settled=shifted(result.settled),
-        logprobs=None if result.logprobs is None else shifted(result.logprobs),
+        scores=None if result.scores is None else Scores(*map(shifted, result.scores)),
     )

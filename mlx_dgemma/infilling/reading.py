@@ -26,12 +26,12 @@ def read_filling(
     for offset, piece in enumerate(pieces, start=slot.start):
         start, end = end, end + len(piece)
         visible = min(max(start, low), high), min(max(end, low), high)
-        assert result.logprobs is not None
+        assert result.scores is not None
         tokens.append(
             TokenInfo(
                 text=whole[visible[0] : visible[1]],
                 span=(at + visible[0] - low, at + visible[1] - low),
-                logprob=float(result.logprobs[offset]),
+                logprob=float(result.scores.logprobs[offset]),
                 entropy=float(result.entropy[offset]),
                 settled=int(result.settled[offset]),
             )

@@ -20,7 +20,7 @@ from mlx_dgemma.errors import CancelledError
 from mlx_dgemma.infilling.lengths import (
     FEW,
     FINALISTS,
-    alike,
+    equal_lengths,
     following,
     mean_logprob,
     roomy,
@@ -48,8 +48,10 @@ class _Filled:
     @property
     def score(self) -> float:
         """Mean log-probability (nats) of the filled tokens."""
-        assert self.result.logprobs is not None
-        filled = [self.result.logprobs[slot.start : slot.end] for slot in self.template.slots]
+        assert self.result.scores is not None
+        filled = [
+            self.result.scores.logprobs[slot.start : slot.end] for slot in self.template.slots
+        ]
         return float(np.concatenate(filled).mean())
 
 
@@ -178,9 +180,9 @@ class Filler:
     ) -> Turns[list[float]]:
         """`mean_logprob` of (canvas, expected ids, counted positions), in batches."""
         found: dict[int, float] = {}
-        for batch in alike([len(look[0]) for look in looks], self.job.together):
+        for batch in equal_lengths([len(look[0]) for look in looks], self.job.together):
             columns = zip(*(looks[row] for row in batch), strict=True)
-            values = mean_logprob(self.model, cache, self.job.settings, *columns)
+            values = mean_logprob(self.model, cache, *columns)
             found.update(zip(batch, values, strict=True))
             self.forwards += len(batch)
             yield self.forwards
@@ -200,7 +202,7 @@ class Filler:
         """
         templates = [self.plan.template(window, lengths) for lengths, _ in rows]
         filled: dict[int, _Filled] = {}
-        for batch in alike(
+        for batch in equal_lengths(
             [template.length(self.plan.limit) for template in templates], self.job.together
         ):
             requests = [self._request(window, templates[row], rows[row][1]) for row in batch]
@@ -235,7 +237,7 @@ class Filler:
             requests,
             block=window.first,
             length=length,
-            logprobs=True,
+            alternatives=0,
             banned=sorted(self.tokenizer.control_ids - {pad}),
         )
         while True:

@@ -2,7 +2,7 @@
 to wait on.
 
 The lowest entropies are accepted while the sum of those below stays within the entropy bound;
-accepted positions take their sample, all others a fresh uniform id. The choice is made anew at
+accepted positions take their sample, all others a fresh uniform id. The choice is made again at
 every step. Pinned positions keep their id and take no part in the choice, the draft comparison or
 the mean.
 
@@ -20,7 +20,7 @@ import mlx.core as mx
 
 from mlx_dgemma.kernels import dispatch, registry
 
-_LAST = 3e38  # sorts behind every real entropy and, unlike Inf, survives arithmetic
+_LAST = 3e38  # sorts after every real entropy and, unlike Inf, survives arithmetic
 
 
 class Accepted(NamedTuple):
@@ -77,7 +77,7 @@ def twin(
     rank = _ranks(usable)
     positions = mx.broadcast_to(mx.arange(length, dtype=mx.int32), (batch, length))
     order = mx.put_along_axis(mx.zeros_like(rank), rank, positions, axis=1)
-    # Zeros behind the eligible: a GPU sums in parallel, where _LAST would drown all it is added to.
+    # Zeros after the eligible: a GPU sums in parallel, where _LAST would drown all it is added to.
     ascending = mx.take_along_axis(mx.where(eligible, entropy, 0.0), order, axis=1)
     within = mx.cumsum(ascending, axis=1) - ascending <= entropy_bound
     accepted = mx.logical_and(mx.take_along_axis(within, rank, axis=1), eligible)

@@ -37,7 +37,7 @@ class Stored(Protocol):
         """Of the keys, as of the values: [1, kv heads, S, head_dim]."""
 
     def read(self, start: int, stop: int, dtype: mx.Dtype, after: mx.array | None) -> Pair:
-        """Keys and values `start` to `stop`, not before `after` is computed."""
+        """Keys and values [1, kv_heads, stop - start, D], not before `after` is computed."""
 
 
 Segment = Pair | Stored

@@ -83,7 +83,7 @@ class Matrix:
         return rows.astype(dtype)
 
     def apply(self, x: mx.array, *, transpose: bool) -> mx.array:
-        """x @ W^T when `transpose`, else x @ W."""
+        """x @ W^T when `transpose`, else x @ W: [..., inner] to [..., outer] in the dtype of x."""
         if self.scales is None:
             return x @ (self.weight.swapaxes(-1, -2) if transpose else self.weight)
         return mx.quantized_matmul(

@@ -119,7 +119,8 @@ def _sorted_experts(routing: Routing) -> mx.array:
 
 @fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
-    """gelu(gate) * up with the tanh approximation, in float32, rounded once."""
+    """gelu(gate) * up, [n, width], with the tanh approximation: in float32, rounded once to the
+    dtype of gate."""
     g, u = gate.astype(mx.float32), up.astype(mx.float32)
     x, y = mx.stop_gradient(g), mx.stop_gradient(u)
     t = tanh(_ROOT * (x + _CUBE * x * x * x))

@@ -1,4 +1,4 @@
-"""The residual stream between attention and the two branches, and behind them: norms and sums.
+"""The residual stream between attention and the two branches, and after them: norms and sums.
 
     r = x + norm(mixed);  norm_1(r), norm_2(r), norm(r) * scale * hidden^-0.5     after attention
     (r + norm(norm_1(dense) + norm_2(sparse))) * scalar                           after the branches

@@ -29,7 +29,7 @@ class Routing(NamedTuple):
 
 
 def scaled_norm(x: mx.array, scale: mx.array, eps: float) -> mx.array:
-    """RMSNorm without weight, times scale, times hidden^-0.5."""
+    """RMSNorm of x [n, hidden] without weight, times scale [hidden], times hidden^-0.5."""
     root: float = x.shape[-1] ** -0.5
     return mx.fast.rms_norm(x, None, eps) * scale * root
 
@@ -67,7 +67,7 @@ def twin(scores: mx.array, per_expert_scale: mx.array, top_k: int) -> Routing:
 
 
 def _ascending_bits(values: mx.array) -> mx.array:
-    """int32 keys in the order of float32 values, zero and minus zero alike."""
+    """int32 keys in the order of float32 values, zero equal to minus zero."""
     bits = (values + 0.0).view(mx.int32)
     return mx.where(bits < 0, mx.array(-(2**31), dtype=mx.int32) - bits, bits)
 

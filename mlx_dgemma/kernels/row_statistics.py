@@ -150,7 +150,7 @@ def tempering(temperature: float | mx.array, rows: int) -> mx.array:
 
 
 def temper(raw: mx.array, softcap: mx.array, divisor: mx.array) -> mx.array:
-    """softcap * tanh(raw / softcap) / T in float32; NaN where raw is NaN or Inf."""
+    """softcap * tanh(raw / softcap) / T, elementwise in float32; NaN where raw is NaN or Inf."""
     x = raw.astype(mx.float32)
     return softcapped(x, softcap) / divisor + (x - x)
 
@@ -159,7 +159,7 @@ tempered = fused(temper)
 
 
 def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
-    """softcap * tanh(x / softcap) of float32 logits, so that none passes the softcap."""
+    """softcap * tanh(x / softcap), elementwise in float32, so that none passes the softcap."""
     return softcap * tanh(x / softcap)
 
 
@@ -229,7 +229,9 @@ def _inverse_cdf(values: mx.array, leaves: mx.array, uniform: mx.array) -> mx.ar
 def pick(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     """The first position whose running sum passes `target`, and what of the target is left there.
 
-    Rounding can put the target at or behind the total; then the last position of weight above zero
+    weights: float32 [R, n]; target: float32 [R]. Returns int32 [R] and float32 [R].
+
+    Rounding can put the target at or past the total; then the last position of weight above zero
     is taken, never one that was impossible.
     """
     running = mx.cumsum(weights, axis=1)
@@ -237,24 +239,24 @@ def pick(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     last = (running < running[:, -1:]).sum(axis=1)
     position = mx.minimum(passed, last)
     before = mx.maximum(position - 1, 0)[:, None]
-    behind = mx.where(position > 0, mx.take_along_axis(running, before, axis=1)[:, 0], 0.0)
-    return position.astype(mx.int32), mx.maximum(target - behind, 0.0)
+    before_it = mx.where(position > 0, mx.take_along_axis(running, before, axis=1)[:, 0], 0.0)
+    return position.astype(mx.int32), mx.maximum(target - before_it, 0.0)
 
 
 def _merge(parts: list[_Slice], uniform: mx.array, temp: float) -> RowStatistics:
     stacked = _Slice(*(mx.stack(list(field), axis=1) for field in zip(*parts, strict=True)))
     maximum = stacked.max.max(axis=1, keepdims=True)
-    behind = stacked.max - maximum
-    scale = mx.exp(behind)
+    lower = stacked.max - maximum
+    scale = mx.exp(lower)
     z = (scale * stacked.z).sum(axis=1)
-    s = (scale * (stacked.s + stacked.z * behind)).sum(axis=1)
+    s = (scale * (stacked.s + stacked.z * lower)).sum(axis=1)
     log_sum = mx.log(z)
     best = stacked.max.argmax(axis=1, keepdims=True)
     argmax = mx.take_along_axis(stacked.argmax, best, axis=1)[:, 0]
     if temp == 0:
         sample = argmax
     else:
-        weights = stacked.weight * (scale if temp == 1 else mx.exp(behind / temp))
+        weights = stacked.weight * (scale if temp == 1 else mx.exp(lower / temp))
         chosen, _ = pick(weights, uniform * weights.sum(axis=1))
         sample = mx.take_along_axis(stacked.candidate, chosen[:, None], axis=1)[:, 0]
     return RowStatistics(log_sum - s / z, argmax, sample, maximum[:, 0], maximum[:, 0] + log_sum)

@@ -78,7 +78,9 @@ def kept_soft_embeddings(
     *,
     scale: float | None = None,
 ) -> mx.array:
-    """Dense soft embeddings from what a row's statistics were made of, slice by slice.
+    """Dense soft embeddings [R, H] from what a row's statistics were made of, slice by slice.
+
+    kept: the exponentials of a slice of the vocabulary each. log_z: float32 [R].
 
     Neither head nor softcap nor exponential is computed again. The tempered logits are not cast
     to the table's dtype, so this is the contract's result for float32 tables alone.
@@ -124,6 +126,6 @@ def _probability(dtype: mx.Dtype, result: mx.Dtype) -> Callable[..., mx.array]:
 
 
 def scale_embeddings(rows: mx.array, scale: float | None = None) -> mx.array:
-    """Times `scale`, by default sqrt(hidden), rounded to the rows' dtype first."""
+    """Rows [n, H] times `scale`, by default sqrt(H), rounded to the rows' dtype first."""
     factor = math.sqrt(rows.shape[-1]) if scale is None else scale
     return rows * mx.array(factor, dtype=rows.dtype)

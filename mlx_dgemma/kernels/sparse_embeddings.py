@@ -132,10 +132,10 @@ def gather_twin(
     soft = mx.zeros((survivors.ids.shape[0], table.columns), dtype=table.dtype)
     widths = np.minimum(rounded_up(counts), survivors.ids.shape[1])
     for width in np.unique(widths[widths > 0]).tolist():
-        alike = np.flatnonzero(widths == width)
+        equal = np.flatnonzero(widths == width)
         block = max(1, _GATHERED_ROWS // width)
-        for start in range(0, alike.size, block):
-            some = mx.array(alike[start : start + block])
+        for start in range(0, equal.size, block):
+            some = mx.array(equal[start : start + block])
             ids, weights = survivors.ids[some, :width], survivors.weights[some, :width]
             ids, weights = mx.depends([ids, weights.astype(table.dtype)], [soft])
             total = weights.astype(mx.float32).sum(axis=1, keepdims=True)
@@ -145,7 +145,7 @@ def gather_twin(
 
 
 def rounded_up(counts: np.ndarray) -> np.ndarray:
-    """The next power of two of each count; 0 stays 0."""
+    """The next power of two of each count, int64 [n]; 0 stays 0."""
     counts = np.asarray(counts)
     powers = 1 << np.ceil(np.log2(np.maximum(counts, 1))).astype(np.int64)
     return np.where(counts > 0, powers, 0)

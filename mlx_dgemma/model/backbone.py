@@ -68,8 +68,9 @@ class Layer(nn.Module):
         return normed.astype(self.dtype)
 
     def feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
-        """What leaves the layer that x entered, from the attention's output: the two branches side
-        by side, the router on the raw residual."""
+        """What leaves the layer that x entered, from attention's output `mixed`, both [B, L, H]:
+        the two branches side by side, the router on the raw residual. scalar: the pass' own, [1].
+        """
         norms = Norms(
             self.post_attention_layernorm.weight,
             self.pre_feedforward_layernorm.weight,

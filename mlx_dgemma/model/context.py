@@ -70,14 +70,14 @@ class Frozen:
 class ContextCache:
     """The committed tokens' keys and values of one conversation (batch 1).
 
-    windows: per layer, None where it attends to all. slack: tokens that can be taken back.
+    windows: per layer, None where it attends to all. room: positions of a canvas.
     kv_bits: 8 packs what the layers that attend to all have committed; None keeps it exactly.
     """
 
     def __init__(
         self,
         windows: list[int | None],
-        slack: int,
+        room: int,
         fingerprint: Callable[[], str],
         kv_bits: int | None = None,
     ):
@@ -86,12 +86,11 @@ class ContextCache:
                 f"kv_bits={kv_bits!r} is not possible: use {BITS}, or None for the exact context."
             )
         self.layers = [
-            PackedLayerContext(slack)
+            PackedLayerContext(room)
             if window is None and kv_bits is not None
-            else LayerContext(window, slack)
+            else LayerContext(window, room)
             for window in windows
         ]
-        self.slack = slack
         self.kv_bits = kv_bits
         self.metadata: dict[str, str] = {}
         self.fingerprint = fingerprint
@@ -118,27 +117,6 @@ class ContextCache:
         growing holds the old buffer beside the new one."""
         for layer in self.layers:
             layer.expected = max(layer.expected, layer.offset + count)
-
-    def trim(self, count: int) -> None:
-        """Forget the last `count` tokens, exactly.
-
-        Sliding layers remember `slack` tokens more than their window; InputError beyond that
-        (use a snapshot) and when there are fewer than `count` tokens.
-        """
-        offset = self.offset - count
-        if count < 0 or offset < 0:
-            raise InputError(
-                f"Cannot take back {count} tokens of a context of {self.offset}; "
-                f"ask for 0 to {self.offset}."
-            )
-        if not all(layer.can_end_at(offset) for layer in self.layers):
-            raise InputError(
-                f"Cannot take back {count} tokens: sliding-window layers only keep "
-                f"{self.slack} beyond their window; restore a snapshot or prefill again."
-            )
-        for layer in self.layers:
-            layer.used -= count
-        self._forget_snapshots_after(offset)
 
     def snapshot(self) -> Snapshot:
         """Remember this moment. Cheap for full layers; sliding layers copy their window."""
@@ -319,7 +297,7 @@ def _fits(layer: LayerContext, base: Any, offset: int, held: Arrays | None, like
         for one, other in forms
     ):
         return False
-    # A sliding layer keeps its window and what may be taken back, or all there is.
+    # A sliding layer keeps its window, or all there is.
     return layer.window is None or base == 0 or count >= min(offset, layer.window - 1)
 
 

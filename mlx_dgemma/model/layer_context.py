@@ -1,8 +1,7 @@
 """One layer's part of the context: keys and values in buffers that grow.
 
-Full-attention layers keep everything. Sliding layers keep their window and some slack, so that
-the newest tokens can be taken back exactly. What a layer may attend to is given as segments, as
-`kernels.attend` reads them.
+Full-attention layers keep everything, sliding layers their window. What a layer may attend to is
+given as segments, as `kernels.attend` reads them.
 """
 
 from __future__ import annotations
@@ -26,14 +25,15 @@ class LayerContext:
     Slot 0 holds position `base`, so the next token's position is base + used. A canvas' own keys
     are written after the committed ones and overwritten by the next.
 
+    window: positions that a token sees, itself included; None for all. room: positions of a canvas.
     parts: names of the buffers, which are all [1, kv_heads, capacity, ...].
     """
 
     parts: ClassVar[tuple[str, ...]] = ("keys", "values")
 
-    def __init__(self, window: int | None, slack: int):
+    def __init__(self, window: int | None, room: int):
         self.window = window
-        self.slack = slack
+        self.room = room
         self.buffers: Arrays = ()
         self.base = 0
         self.used = 0
@@ -50,13 +50,13 @@ class LayerContext:
     @property
     def kept(self) -> int:
         """Positions that must survive a compaction."""
-        return self.used if self.window is None else min(self.used, self.window - 1 + self.slack)
+        return self.used if self.window is None else min(self.used, self.window - 1)
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
         """Commit keys and values [1, kv_heads, L, D]; returns all they may attend to, themselves
         last."""
         count = keys.shape[2]
-        if self.window is not None and count > self.slack:
+        if self.window is not None and count > self.room:
             return self._replace(keys, values)
         self._write((keys, values))
         self.used += count
@@ -72,11 +72,6 @@ class LayerContext:
         """The part of the context that a canvas sees; nothing when there is none."""
         first = self._first_visible()
         return self._span(first, self.used) if first < self.used else []
-
-    def can_end_at(self, offset: int) -> bool:
-        """Whether the window in front of `offset` is still here."""
-        needed = 0 if self.window is None else max(0, offset - (self.window - 1))
-        return self.base <= needed and offset <= self.offset
 
     def tail(self) -> Tail:
         """What must be remembered of this moment: of a full layer, everything."""
@@ -113,9 +108,9 @@ class LayerContext:
         if self.used + count <= self.capacity:
             return
         kept = self.kept
-        wanted = kept + count + self.slack
+        wanted = kept + count + self.room
         if self.window is None:
-            wanted = max(wanted + min(kept // 8, _MOST_SPARE), self.expected + self.slack)
+            wanted = max(wanted + min(kept // 8, _MOST_SPARE), self.expected + self.room)
         capacity = -(-wanted // STEP) * STEP
         old = self.buffers or (None,) * len(like)
         first = self.used - kept
@@ -133,7 +128,7 @@ class LayerContext:
             keys = mx.concatenate([old[0], keys], axis=2)
             values = mx.concatenate([old[1], values], axis=2)
         assert self.window is not None
-        keep = min(keys.shape[2], self.window - 1 + self.slack)
+        keep = min(keys.shape[2], self.window - 1)
         first = keys.shape[2] - keep
         self.reset(base + first, (keys[:, :, first:], values[:, :, first:]))
         return [(keys, values)]

@@ -47,13 +47,13 @@ def together(names: list[str]) -> str:
     model.decoder.layers.{0-4,6}.layer_scalar. Of many patterns the first MOST_NAMES."""
     found = [tuple(re.split(r"(?<=\.)(\d+)(?=\.)", name)) for name in names]
     for column in range(max(map(len, found)) - 2, 0, -2):
-        alike: dict[tuple[str, ...], list[str]] = {}
+        grouped: dict[tuple[str, ...], list[str]] = {}
         for parts in found:
             number = parts[column] if column < len(parts) else ""
-            alike.setdefault(parts[:column] + parts[column + 1 :], []).append(number)
+            grouped.setdefault(parts[:column] + parts[column + 1 :], []).append(number)
         found = [
             rest[:column] + ((_ranges(numbers),) if numbers[0] else ()) + rest[column:]
-            for rest, numbers in alike.items()
+            for rest, numbers in grouped.items()
         ]
     names = [printable("".join(parts)) for parts in found[:MOST_NAMES]]
     more = len(found) - len(names)

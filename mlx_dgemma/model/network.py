@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,9 +26,26 @@ from mlx_dgemma.model.rope import RopeTables
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
-# Layers after which the graph built so far is sent to the device. Building all thirty takes Python
-# several milliseconds, in which a GPU would have nothing to do.
-DISPATCH_EVERY = 5
+# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, which
+# these do not fill; with a whole pass the caller would wait until the device is nearly done.
+AHEAD = 3
+
+
+def is_sent(layers: int) -> bool:
+    """Whether a pass is sent to the device once so many of its layers are described: 1, then 2, 4
+    and 8 more at a time. Describing all thirty takes Python several milliseconds, in which a GPU
+    would have nothing to do; many small pieces cost more than they gain."""
+    return layers in (1, 3) or layers % 8 == 7
+
+
+class Begun(NamedTuple):
+    """A decoder pass that the device has begun.
+
+    x: [B, C, H], what leaves its first `layers` layers.
+    """
+
+    x: mx.array
+    layers: int
 
 
 @dataclass
@@ -85,13 +102,13 @@ class Model(nn.Module):
         chunk_size: int = CHUNK,
         cancelled: Callable[[], bool] | None = None,
         *,
-        dispatch_every: int | None = DISPATCH_EVERY,
+        dispatch: bool = True,
     ) -> None:
         """Extend the context by ids int [1, S] or [S], causally, in chunks that end on multiples of
         `chunk_size`, so that a reused prefix was computed exactly as a fresh one would be.
 
         images: one per run of image tokens, in order; a chunk never cuts a run. cancelled:
-            asked before every chunk; reading ends when it says so. dispatch_every: see `hidden`.
+            asked before every chunk; reading ends when it says so. dispatch: see `hidden`.
 
         Raises InputError for ids of another shape, outside the vocabulary, or whose image tokens
         do not fit the images; CheckpointError for images without a vision tower.
@@ -107,7 +124,7 @@ class Model(nn.Module):
                 return
             part = None if blocks is None else blocks[start:stop]
             x = self._embed(tokens[start:stop], part, soft)
-            self._encode(x, cache, part, whole=False, dispatch_every=dispatch_every)
+            self._encode(x, cache, part, whole=False, dispatch=dispatch)
             evaluate = mx.eval if stop < tokens.size else mx.async_eval
             evaluate(cache.arrays)
             mx.clear_cache()
@@ -118,11 +135,11 @@ class Model(nn.Module):
         cache: ContextCache,
         images: Sequence[ImagePatches] | None = None,
         *,
-        dispatch_every: int | None = None,
+        dispatch: bool = False,
     ) -> mx.array:
         """[1, S, H] after the final norm: the encoder pass's hidden states at every position.
 
-        Extends the context as `prefill` does, but in one pass and, with `dispatch_every` None,
+        Extends the context as `prefill` does, but in one pass and, unless `dispatch` is set,
         without evaluating anything, so that gradients flow through it. `raw_logits` and `softcap`
         give its logits. Raises what `prefill` raises.
         """
@@ -130,7 +147,7 @@ class Model(nn.Module):
         blocks = self._image_blocks(tokens, images)
         x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
         cache.expect(tokens.size)
-        return self._encode(x, cache, blocks, whole=True, dispatch_every=dispatch_every)
+        return self._encode(x, cache, blocks, whole=True, dispatch=dispatch)
 
     def denoise(
         self,
@@ -156,21 +173,38 @@ class Model(nn.Module):
         cache: ContextCache,
         soft_embeddings: mx.array | None = None,
         *,
-        dispatch_every: int | None = None,
+        begun: Begun | None = None,
+        dispatch: bool = False,
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
-        dispatch_every: layers after which the graph built so far is sent to the device, which
-            begins while Python builds the rest; None leaves all evaluation to the caller.
+        begun: what `begin` returned for the same arguments. dispatch: the graph is sent to the
+            device piece by piece, which begins while Python builds the rest; otherwise all
+            evaluation is left to the caller.
         """
-        decoder = self.model.decoder
-        x = decoder.self_conditioning.condition(self.embedded(canvas), soft_embeddings)
-        rope = self.rope.span(cache.offset, canvas.shape[1])
-        for index, (layer, context) in enumerate(zip(decoder.layers, cache.layers, strict=True), 1):
-            x = layer.decode(x, rope[layer.kind], context)
-            if dispatch_every and index % dispatch_every == 0:
-                mx.async_eval(x)
-        return self._final(x)
+        if begun is None:
+            begun = self._entered(canvas, soft_embeddings)
+        through = self._decode(begun, len(self.layers), canvas.shape[1], cache, dispatch=dispatch)
+        return self._final(through.x)
+
+    def begin(
+        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+    ) -> Begun:
+        """Sends the first layers of the pass that `hidden` completes to the device, and returns
+        while it works on them."""
+        entered = self._entered(canvas, soft_embeddings)
+        last = min(AHEAD, len(self.layers))
+        return self._decode(entered, last, canvas.shape[1], cache, dispatch=True)
+
+    def await_context(self, cache: ContextCache, length: int) -> None:
+        """Waits until the device has written the context that canvases of `length` positions come
+        after, and prepares meanwhile what the host adds to their first layer.
+
+        A canvas' keys are written behind the context's. Were these still being read, MLX would copy
+        the whole buffer first.
+        """
+        self.rope.span(cache.offset, length)
+        mx.eval(cache.arrays)
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         """[B, C, V] of the tied head, in the activation dtype, before float32 and softcap."""
@@ -237,6 +271,23 @@ class Model(nn.Module):
             known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
         return known
 
+    def _entered(self, canvas: mx.array, soft_embeddings: mx.array | None) -> Begun:
+        conditioning = self.model.decoder.self_conditioning
+        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0)
+
+    def _decode(
+        self, begun: Begun, last: int, length: int, cache: ContextCache, *, dispatch: bool
+    ) -> Begun:
+        """The decoder pass up to and with its layer number `last`, which counts from 1."""
+        x, first = begun
+        rope = self.rope.span(cache.offset, length)
+        for index in range(first, last):
+            layer = self.layers[index]
+            x = layer.decode(x, rope[layer.kind], cache.layers[index])
+            if dispatch and is_sent(index + 1):
+                mx.async_eval(x)
+        return Begun(x, last)
+
     # The encoder pass
 
     def _encode(
@@ -246,7 +297,7 @@ class Model(nn.Module):
         blocks: np.ndarray | None,
         *,
         whole: bool,
-        dispatch_every: int | None,
+        dispatch: bool,
     ) -> mx.array:
         """The pass over x [1, L, H]. Without `whole` the last layer gives its keys and values
         alone, which is all that the context keeps, and the result is what enters it."""
@@ -259,7 +310,7 @@ class Model(nn.Module):
         read = zip(layers[:through], scalars[:through], cache.layers[:through], strict=True)
         for index, (layer, scalar, context) in enumerate(read, 1):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
-            if dispatch_every and index % dispatch_every == 0:
+            if dispatch and is_sent(index):
                 mx.async_eval(x)
         if whole:
             return self._final(x)

@@ -86,8 +86,8 @@ class PackedLayerContext(LayerContext):
         "values.biases",
     )
 
-    def __init__(self, slack: int):
-        super().__init__(None, slack)
+    def __init__(self, room: int):
+        super().__init__(None, room)
 
     def append(self, keys: mx.array, values: mx.array) -> list[Segment]:
         before = self.used

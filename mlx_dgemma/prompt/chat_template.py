@@ -1,8 +1,8 @@
 """Messages become prompt ids through the checkpoint's own chat template, safely.
 
-The template joins control tokens and strangers' words in one string, so that a user who writes
+The template joins control tokens and untrusted text in one string, so that a user who writes
 `<turn|>` could end her turn and speak as the system. Before rendering, every character in the
-strangers' words that could begin or end a control token is therefore exchanged for a private
+untrusted text that could begin or end a control token is therefore exchanged for a private
 one; a control token found in the rendering then can only be the template's own. The rest is
 encoded as plain text, in the same stretches as the ordinary path, so that harmless
 conversations get exactly the ids of plain rendering and tokenizing.
@@ -52,22 +52,22 @@ def encode_messages(
         )
     conversation = merge_turns(check_messages(messages, system_prompt=system_prompt))
     declarations = declared(tools)
-    veil = _Veil(tokenizer, [conversation, declarations])
-    covered: list[dict[str, Any]] = veil.cover(conversation)
+    escape = _ControlEscape(tokenizer, [conversation, declarations])
+    escaped: list[dict[str, Any]] = escape.apply(conversation)
     spoken: list[str] = []
-    if any(m.get("tool_calls") and m["content"] for m in covered) and not _texts_first(tokenizer):
-        covered, spoken = _take_texts_out(covered, veil.spare)
+    if any(m.get("tool_calls") and m["content"] for m in escaped) and not _texts_first(tokenizer):
+        escaped, spoken = _take_texts_out(escaped, escape.spare)
     rendered = _render(
         tokenizer,
-        messages=covered,
-        tools=veil.cover(declarations) or None,
+        messages=escaped,
+        tools=escape.apply(declarations) or None,
         enable_thinking=enable_thinking,
         add_generation_prompt=add_generation_prompt,
     )
     pieces: list[Piece] = []
     for trusted, piece in tokenizer.split_control(rendered):
         if not trusted:
-            pieces = _put_texts_back(pieces, piece, spoken, veil)
+            pieces = _put_texts_back(pieces, piece, spoken, escape)
         else:
             pieces += [(True, piece)] if expand is None else expand(piece)
     ids: list[int] = []
@@ -123,20 +123,22 @@ def _take_texts_out(
     return marked, spoken
 
 
-def _put_texts_back(pieces: list[Piece], piece: str, spoken: list[str], veil: _Veil) -> list[Piece]:
+def _put_texts_back(
+    pieces: list[Piece], piece: str, spoken: list[str], escape: _ControlEscape
+) -> list[Piece]:
     """The pieces with a further one, texts that were taken out standing before their calls.
 
     A call begins with the control token before its name. Its name comes again with its result.
     """
     placed = list(pieces)
-    parts = piece.split(veil.spare)
+    parts = piece.split(escape.spare)
     for number in parts[1::2]:
         text = spoken[int(number)]
         at = len(placed) - (1 if placed and placed[-1][0] else 0)
         if text:
-            placed.insert(at, (False, veil.lift(text)))
+            placed.insert(at, (False, escape.undo(text)))
             spoken[int(number)] = ""
-    return [*placed, (False, veil.lift("".join(parts[::2])))]
+    return [*placed, (False, escape.undo("".join(parts[::2])))]
 
 
 def read_template(template: str | Path) -> str:
@@ -164,7 +166,7 @@ def _render(tokenizer: Tokenizer, **variables: Any) -> str:
     )
 
 
-class _Veil:
+class _ControlEscape:
     """Exchanges the characters that begin or end control tokens for private ones, and back."""
 
     def __init__(self, tokenizer: Tokenizer, values: Any):
@@ -177,23 +179,23 @@ class _Veil:
         self._there = str.maketrans(exchange)
         self._back = str.maketrans({private: edge for edge, private in exchange.items()})
 
-    def cover(self, value: Any) -> Any:
+    def apply(self, value: Any) -> Any:
         if isinstance(value, str):
             return value.translate(self._there)
         if isinstance(value, Mapping):
-            return {self._cover_key(key): self.cover(inner) for key, inner in value.items()}
+            return {self._apply_to_key(key): self.apply(inner) for key, inner in value.items()}
         if isinstance(value, list):
-            return [self.cover(inner) for inner in value]
+            return [self.apply(inner) for inner in value]
         return value
 
-    def _cover_key(self, key: Any) -> Any:
+    def _apply_to_key(self, key: Any) -> Any:
         # Templates sort by key, so a key changes only when it spells a whole control token; the
         # colon after a key keeps it from spelling one together with what follows.
         if isinstance(key, str) and self._tokenizer.contains_control(key):
             return key.translate(self._there)
         return key
 
-    def lift(self, text: str) -> str:
+    def undo(self, text: str) -> str:
         return text.translate(self._back)
 
 

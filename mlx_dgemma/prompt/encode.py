@@ -1,4 +1,4 @@
-"""Whatever a caller calls a prompt becomes prompt ids, and the images behind them."""
+"""Whatever a caller calls a prompt becomes prompt ids, and the images they stand for."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def prepare_prompt(
     images: paths, URLs, bytes, PIL images or numpy arrays, for the messages' image parts that
         name none, in order; before the text of a str prompt. image_tokens: the most soft tokens
         an image may take, 70, 140, 280, 560 or 1120 (default: the checkpoint's).
-    access: where pictures may come from; anywhere, unless strangers write the messages.
+    access: where pictures may come from; anywhere, unless untrusted people write the messages.
 
     The result goes to `stream_generate` in the prompt's place. Raises InputError and
     CheckpointError as `stream_generate` does.

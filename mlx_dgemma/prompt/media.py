@@ -1,7 +1,7 @@
-"""Messages with images and videos become prompt ids and the pictures that stand behind them.
+"""Messages with images and videos become prompt ids and the pictures they stand for.
 
 An image is `<|image>`, a placeholder per soft token, `<image|>`. A video is such a block per
-frame, each behind its time, joined by spaces. The network sees one kind of placeholder.
+frame, each after its time, joined by spaces. The network sees one kind of placeholder.
 """
 
 from __future__ import annotations
@@ -153,7 +153,7 @@ def prepare_ids(
     images: Sequence[Any],
     image_tokens: int | None = None,
 ) -> PreparedPrompt:
-    """Ids that already hold a placeholder per soft token, and the images behind them, in order.
+    """Ids that already hold a placeholder per soft token, and the images they stand for, in order.
 
     Raises InputError when the placeholders do not fit the images.
     """

@@ -106,7 +106,7 @@ def open_picture(source: Any, access: Access = LOCAL, name: str | None = None) -
 
 
 def read_source(source: Any, access: Access = LOCAL) -> bytes | Path:
-    """The bytes behind a URL, or the path of a file that is there."""
+    """The bytes that a URL names, or the path of a file that is there."""
     if isinstance(source, bytes | bytearray | memoryview):
         return bytes(source)
     if isinstance(source, str):
@@ -166,7 +166,7 @@ def decoding(name: str) -> Iterator[None]:
             ) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
             raise too_large(name) from None
-        except Exception as error:  # decoders of strangers' bytes raise whatever comes
+        except Exception as error:  # decoders raise anything on untrusted bytes
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"{name} is damaged or truncated: {reason}.") from error
 
@@ -322,7 +322,7 @@ def _from_array(values: np.ndarray, name: str) -> Image.Image:
 def _from_data_url(url: str, max_bytes: int) -> bytes:
     head, comma, body = url.partition(",")
     if not comma:
-        raise InputError("A data: URL has its data behind a comma; this one has none.")
+        raise InputError("A data: URL has its data after a comma; this one has none.")
     if len(body) > max_bytes * 4 // 3 + 4:
         raise InputError(f"The image in the data: URL is larger than {max_bytes >> 20} MB.")
     if not head.lower().endswith(";base64"):

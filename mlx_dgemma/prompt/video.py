@@ -160,7 +160,7 @@ def _from_file(content: bytes | Path, sampling: Sampling, name: str) -> Video:
             frames = _decode(container, stream, chosen, name)
     except InputError:
         raise
-    except Exception as error:  # decoders of strangers' bytes raise whatever comes
+    except Exception as error:  # decoders raise anything on untrusted bytes
         reason = " ".join(str(getattr(error, "strerror", None) or error).split()).rstrip(".")
         raise InputError(f"{name} is not a video that can be read: {reason}.") from error
     if not frames:

@@ -3,8 +3,8 @@
 app           routes, keys, limits, one shape for every error
 engine        admits requests, hands them to the model's thread, frees what they held
 chat completions responses messages      one endpoint each
-requests sampling fields                 what they read alike
-choices replies segments streams drafts  what they answer alike
+requests sampling fields                 what they read the same way
+choices replies segments streams drafts  what they answer the same way
 tool_choice structured validation        replies that must have a form: languages and checks
 prefix_cache disk_cache                  contexts that conversations share
 """

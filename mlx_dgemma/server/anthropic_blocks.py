@@ -11,6 +11,7 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import placeholder
 
+MESSAGE_ROLES = ("user", "assistant", "system")
 Parts = list[dict[str, Any]]
 
 
@@ -21,13 +22,10 @@ def openai_messages(fields: Fields) -> tuple[list[dict[str, Any]], list[str]]:
     system = fields.raw("system")
     if system:
         converted.append({"role": "system", "content": _content(system, "system", warnings)})
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.fail("messages", "given as a list")
-    for i, message in enumerate(messages):
+    for i, message in enumerate(fields.items("messages") or []):
         where = f"messages[{i}]"
         entry = Fields(message, where)
-        role = entry.text("role", ("user", "assistant", "system"))
+        role = entry.text("role", MESSAGE_ROLES)
         content = entry.raw("content")
         if content is None or isinstance(content, str):
             converted.append({"role": role, "content": content or ""})

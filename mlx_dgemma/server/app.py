@@ -22,17 +22,21 @@ from starlette.responses import FileResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.server.accepted import Bounds, Known
 from mlx_dgemma.server.addresses import KnownHosts, SingleSlashes
 from mlx_dgemma.server.bodies import Bodies
-from mlx_dgemma.server.endpoints.anthropic_messages import count_tokens, messages
-from mlx_dgemma.server.endpoints.openai_chat import chat_completions
-from mlx_dgemma.server.endpoints.openai_completions import completions
-from mlx_dgemma.server.endpoints.openai_responses import responses
-from mlx_dgemma.server.endpoints.systemone import system_one
+from mlx_dgemma.server.endpoints import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    systemone,
+)
 from mlx_dgemma.server.engine import Engine, Model
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.metrics import Metrics
+from mlx_dgemma.server.openapi import document
 from mlx_dgemma.server.replies import new_id
 from mlx_dgemma.server.settings import LOOPBACK_NAMES, ServerSettings
 from mlx_dgemma.server.sse import EventStream
@@ -87,6 +91,24 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
     async def render_metrics(_: Request) -> Response:
         return PlainTextResponse(metrics.render(engine.door.admitted), media_type="text/plain")
 
+    async def describe(_: Request) -> Response:
+        return JsonResponse(document(known, __version__, keyed=settings.api_key is not None))
+
+    endpoints: dict[str, tuple[Handler, Callable[[Bounds], Known]]] = {
+        "/v1/chat/completions": (openai_chat.chat_completions, openai_chat.accepted),
+        "/v1/completions": (openai_completions.completions, openai_completions.accepted),
+        "/v1/responses": (
+            partial(openai_responses.responses, StoredResponses()),
+            openai_responses.accepted,
+        ),
+        "/v1/messages": (anthropic_messages.messages, anthropic_messages.accepted),
+        "/v1/messages/count_tokens": (anthropic_messages.count_tokens, anthropic_messages.counted),
+        "/v1/systemone": (systemone.system_one, systemone.accepted),
+    }
+    bounds = Bounds(
+        settings.max_choices, runtime.model.config.canvas_length, len(runtime.tokenizer)
+    )
+    known = {path: accepted(bounds) for path, (_, accepted) in endpoints.items()}
     bodies = Bodies(settings.max_body_bytes)
     guard = _Guard(engine, bodies)
     routes = [
@@ -96,12 +118,11 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         Route("/metrics", guard(render_metrics)),
         Route("/v1/models", guard(models)),
         Route("/v1/models/{name:path}", guard(model)),
-        Route("/v1/chat/completions", guard.json(chat_completions), methods=["POST"]),
-        Route("/v1/completions", guard.json(completions), methods=["POST"]),
-        Route("/v1/responses", guard.json(partial(responses, StoredResponses())), methods=["POST"]),
-        Route("/v1/messages", guard.json(messages), methods=["POST"]),
-        Route("/v1/systemone", guard.json(system_one), methods=["POST"]),
-        Route("/v1/messages/count_tokens", guard.json(count_tokens), methods=["POST"]),
+        Route("/openapi.json", guard(describe, open_to_all=True)),
+        *(
+            Route(path, guard.json(handler, known[path]), methods=["POST"])
+            for path, (handler, _) in endpoints.items()
+        ),
     ]
 
     @contextlib.asynccontextmanager
@@ -223,7 +244,7 @@ class _Guard:
 
         return guarded
 
-    def json(self, handler: Handler) -> Callable[[Request], Awaitable[Any]]:
+    def json(self, handler: Handler, known: Known) -> Callable[[Request], Awaitable[Any]]:
         """An endpoint that takes a JSON object; it has a place from before its body is read."""
 
         async def endpoint(request: Request) -> Any:
@@ -233,7 +254,8 @@ class _Guard:
                 body = await self._bodies.read(request, place)
                 if self._engine.settings.log_prompts:
                     log.info(json.dumps({"event": "body", "path": request.url.path, "body": body}))
-                response = await handler(self._engine, Fields(body, hold=place.hold), request)
+                fields = Fields(body, known=known, hold=place.hold)
+                response = await handler(self._engine, fields, request)
             except BaseException:
                 place.release()
                 raise

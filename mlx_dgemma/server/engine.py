@@ -32,9 +32,11 @@ from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.infilling import Infill, infill_turns
+from mlx_dgemma.model.scores import Scores
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.scoring import prompt_score_turns
 from mlx_dgemma.server.admission import Door, shutting_down
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.metrics import Metrics
@@ -170,14 +172,28 @@ class Engine:
             turns = infill_turns(model, tokenizer, parts, cancel=cancel, **options)
             self.runtime.take_turns(turns, deliver, cancel)
 
-        try:
+        with self._in_time():
             async with contextlib.aclosing(self._arrivals(start, deadline)) as turns:
                 async for turn in turns:
                     result = turn
-        except CancelledError:
-            self.door.check_open()
-            raise ApiError(503, "The request ran out of time; try again later.") from None
         assert isinstance(result, Infill)
+        return result
+
+    async def score(self, ids: list[int], top_logprobs: int, deadline: float) -> Scores:
+        """Log-probabilities of a prompt's own tokens; for a `source`."""
+        result = None
+
+        def start(deliver: Deliver, cancel: threading.Event) -> None:
+            turns = prompt_score_turns(
+                self.runtime.model, ids, top_logprobs=top_logprobs, cancelled=cancel.is_set
+            )
+            self.runtime.take_turns(turns, deliver, cancel)
+
+        with self._in_time():
+            async with contextlib.aclosing(self._arrivals(start, deadline)) as turns:
+                async for turn in turns:
+                    result = turn
+        assert isinstance(result, Scores)
         return result
 
     async def decide(
@@ -213,10 +229,19 @@ class Engine:
         async with self._place(), contextlib.aclosing(self._arrivals(start, deadline)) as arrived:
             async for step in arrived:
                 result = step
-        if not isinstance(result, Decision):
-            self.door.check_open()
-            raise ApiError(503, "The request ran out of time; try again later.")
+        with self._in_time():
+            if not isinstance(result, Decision):
+                raise CancelledError("The decision was cancelled.")
         return result
+
+    @contextlib.contextmanager
+    def _in_time(self) -> Iterator[None]:
+        """Work cancelled inside ran out of time, or the server ends: 503."""
+        try:
+            yield
+        except CancelledError:
+            self.door.check_open()
+            raise ApiError(503, "The request ran out of time; try again later.") from None
 
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:

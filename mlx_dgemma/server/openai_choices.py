@@ -14,7 +14,7 @@ from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Call, Ended, Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.replies import Reply, collect, interleave, new_id
-from mlx_dgemma.server.requests import Asked, respond
+from mlx_dgemma.server.requests import ParsedRequest, respond
 from mlx_dgemma.server.sse import data
 
 # (reply so far, what was committed, the calls it completed) -> choices without their index
@@ -24,7 +24,7 @@ Write = Callable[[Reply, Commit, list[dict[str, Any]]], Iterable[dict[str, Any]]
 async def answer(
     engine: Engine,
     request: Request,
-    asked: Asked,
+    asked: ParsedRequest,
     *,
     prefix: str,
     kinds: tuple[str, str],
@@ -50,7 +50,7 @@ async def answer(
     return await respond(request, asked, whole=whole, events=events)
 
 
-def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
+def head(asked: ParsedRequest, prefix: str, kind: str) -> dict[str, Any]:
     return {
         "id": new_id(prefix, "-"),
         "object": kind,
@@ -60,7 +60,7 @@ def head(asked: Asked, prefix: str, kind: str) -> dict[str, Any]:
 
 
 def body(
-    asked: Asked,
+    asked: ParsedRequest,
     top: dict[str, Any],
     replies: list[Reply],
     choices: Iterable[dict[str, Any]],
@@ -70,12 +70,17 @@ def body(
         for index, (choice, reply) in enumerate(zip(choices, replies, strict=True))
     ]
     warnings = all_warnings(asked.call, replies)
-    return {**top, "choices": numbered, "usage": usage(replies), "x_warnings": warnings}
+    return {
+        **top,
+        "choices": numbered,
+        "usage": usage(replies, asked.choices),
+        "x_warnings": warnings,
+    }
 
 
 async def chunks(
     engine: Engine,
-    asked: Asked,
+    asked: ParsedRequest,
     top: dict[str, Any],
     first: dict[str, Any] | None,
     write: Write,
@@ -112,19 +117,20 @@ async def chunks(
         yield data(as_api_error(error).openai())
         return
     if asked.include_usage:
-        yield data({**top, "choices": [], "usage": usage(replies)})
+        yield data({**top, "choices": [], "usage": usage(replies, asked.choices)})
     yield b"data: [DONE]\n\n"
 
 
-def usage(replies: list[Reply]) -> dict[str, Any]:
-    """One prompt, however many choices were generated from it."""
-    prompt = replies[0].end.finish.prompt_tokens
+def usage(replies: list[Reply], choices: int) -> dict[str, Any]:
+    """Each prompt once, however many choices were generated from it."""
+    firsts = replies[::choices]
+    prompt = sum(reply.end.finish.prompt_tokens for reply in firsts)
     completion = sum(reply.end.finish.generated_tokens for reply in replies)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
         "total_tokens": prompt + completion,
-        "prompt_tokens_details": {"cached_tokens": replies[0].end.cached_tokens},
+        "prompt_tokens_details": {"cached_tokens": sum(r.end.cached_tokens for r in firsts)},
     }
 
 

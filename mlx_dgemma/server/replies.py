@@ -7,11 +7,26 @@ import contextlib
 import secrets
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from mlx_dgemma.decoding.events import Commit, Draft
+from mlx_dgemma.decoding.events import Alternatives, Commit, Draft
 from mlx_dgemma.server.admission import shutting_down
 from mlx_dgemma.server.engine import Call, Ended, Engine
+
+
+class Scored(NamedTuple):
+    """A committed token, its log-probability (nats; NaN where none is known), and the likeliest
+    tokens there, if they were asked for."""
+
+    id: int
+    logprob: float
+    alternatives: Alternatives
+
+
+def scored(event: Commit) -> list[Scored]:
+    """What a Commit says of its ids; nothing where they were not scored."""
+    alternatives = event.alternatives or ((),) * len(event.logprobs)
+    return [Scored(*one) for one in zip(event.ids, event.logprobs, alternatives, strict=False)]
 
 
 @dataclass
@@ -24,7 +39,7 @@ class Reply:
     thinking: str = ""
     tool_calls: list[dict[str, Any]] = field(default_factory=list)
     malformed_calls: list[str] = field(default_factory=list)
-    logprobs: list[tuple[int, float]] = field(default_factory=list)
+    logprobs: list[Scored] = field(default_factory=list)
     dropped_calls: int = 0
     cut_call: str = ""
     ended: Ended | None = None
@@ -40,7 +55,7 @@ class Reply:
         self.thinking += event.thinking
         self.malformed_calls += event.malformed_calls
         self.cut_call += event.cut_call
-        self.logprobs += zip(event.ids, event.logprobs, strict=False)
+        self.logprobs += scored(event)
         calls = [{"id": new_id("call"), **call} for call in event.tool_calls]
         if self.one_call:
             wanted = calls[: 0 if self.tool_calls else 1]
@@ -77,7 +92,7 @@ class Reply:
                 "converging; raise max_denoising_steps if the text is poor"
             )
         if self.dropped_calls:
-            found.append(f"tool calls left out behind the first: {self.dropped_calls}")
+            found.append(f"tool calls left out after the first: {self.dropped_calls}")
         if self.cut_call:
             found.append("the reply ended inside a tool call, which was left out")
         if self.malformed_calls:

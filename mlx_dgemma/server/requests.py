@@ -11,7 +11,6 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import mend
@@ -28,13 +27,11 @@ from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
 
-MAX_STOP_STRINGS = 16
-
 
 @dataclass(frozen=True)
-class Asked:
-    """A request, read. calls: one per choice. one_call: replies keep their first tool call.
-    origins: see `ToolUse`."""
+class ParsedRequest:
+    """A request, read. calls: one per choice, `choices` of each prompt. one_call: replies keep
+    their first tool call. origins: see `ToolUse`."""
 
     model: str
     calls: list[Call]
@@ -42,6 +39,7 @@ class Asked:
     include_usage: bool = False
     logprobs: bool = False
     one_call: bool = False
+    choices: int = 1
     origins: Mapping[str, Origin] = field(default_factory=dict)
 
     @property
@@ -77,23 +75,24 @@ async def read_request(
     thinking: bool,
     wanted: Wanted | None = None,
     choices: int = 1,
-    logprobs: bool = False,
+    logprobs: int | None = None,
     notes: Sequence[str] = (),
-) -> Asked:
+) -> ParsedRequest:
     """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
 
-    stop: the name of the field with stop strings. notes: warnings so far. Call it last: it warns
-    of every field that nobody has read.
+    stop: the name of the field with stop strings. logprobs: score the reply's tokens, and list so
+    many likely ones beside each; None scores none. notes: warnings so far. Call it last: it warns
+    of every field that was not read.
     """
     model = check_model(engine, fields)
     options = decoding_options(engine, fields, max_tokens)
     if stop is not None:
-        options["stop"] = fields.strings(stop, MAX_STOP_STRINGS)
-    if logprobs:
-        options["logprobs"] = True
+        options["stop"] = fields.strings(stop)
+    if logprobs is not None:
+        options |= {"logprobs": True, "top_logprobs": logprobs}
     streaming = read_streaming(fields)
-    seed = read_seed(fields, choices)
-    image_tokens = fields.integer("image_tokens", BUDGETS[0], BUDGETS[-1])
+    seed = read_seed(fields)
+    image_tokens = fields.integer("image_tokens")
     messages, mended = mend(messages)
     wanted = wanted or read_outputs(fields)
     warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))
@@ -117,12 +116,13 @@ async def read_request(
         image_tokens=image_tokens,
         hold=fields.hold,
     )
-    return Asked(
+    return ParsedRequest(
         model=model,
         calls=[call.with_seed(seed + i) for i in range(choices)],
         stream=streaming.stream,
         include_usage=streaming.include_usage,
-        logprobs=logprobs,
+        logprobs=logprobs is not None,
+        choices=choices,
         one_call=tools.one_call,
         origins=tools.origins,
     )
@@ -130,7 +130,7 @@ async def read_request(
 
 async def respond(
     request: Request,
-    asked: Asked,
+    asked: ParsedRequest,
     *,
     whole: Callable[[], Coroutine[Any, Any, dict[str, Any]]],
     events: Callable[[], AsyncGenerator[bytes, None]],

@@ -12,6 +12,7 @@ from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.stored import StoredResponses
 from mlx_dgemma.server.tool_kinds import declared_name
 
+MESSAGE_ROLES = ("user", "assistant", "system", "developer")
 _CALLS = ("function_call", "custom_tool_call", "local_shell_call", "shell_call")
 
 
@@ -84,7 +85,7 @@ def _read(found: Conversation, entry: Fields) -> None:
 
 
 def _message(found: Conversation, entry: Fields) -> None:
-    role = entry.text("role", ("user", "assistant", "system", "developer"))
+    role = entry.text("role", MESSAGE_ROLES)
     content = entry.raw("content")
     if role != "assistant":
         found.messages.append({"role": role, "content": content})

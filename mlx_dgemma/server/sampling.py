@@ -6,33 +6,16 @@ import asyncio
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from mlx_dgemma.decoding.draws import MAX_SEED, fresh_seed
-from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings, settings_by_name
+from mlx_dgemma.decoding.draws import fresh_seed
+from mlx_dgemma.decoding.settings import DecodingSettings, settings_by_name
 from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.messages import IMAGE_PARTS
+from mlx_dgemma.server.accepted import SILENT, WITHOUT_EFFECT
 from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.images import count_images, prepare_images
-
-# Fields that steer autoregressive sampling, and the value that asks for nothing.
-WITHOUT_EFFECT: dict[str, Any] = {
-    "top_p": 1,
-    "top_k": None,
-    "min_p": 0,
-    "presence_penalty": 0,
-    "frequency_penalty": 0,
-    "repetition_penalty": 1,
-    "logit_bias": {},
-    "top_logprobs": 0,
-    "best_of": 1,
-}
-# Fields about accounts, storage and billing, which change no reply.
-SILENT = (
-    "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "include", "truncation",
-)  # fmt: skip
 
 
 def check_model(engine: Engine, fields: Fields) -> str:
@@ -55,27 +38,25 @@ def decoding_options(engine: Engine, fields: Fields, max_tokens: int | None) -> 
     config = engine.runtime.model.config
     options: dict[str, Any] = {
         "max_tokens": min(max_tokens or limit, limit),
-        "temp": fields.number("temperature", 0, 2),
-        "preset": fields.text("preset", tuple(PRESETS)) or engine.settings.preset,
+        "temp": fields.number("temperature"),
+        "preset": fields.text("preset") or engine.settings.preset,
     }
     for name, known in settings_by_name().items():
         if known.request is not None:
-            options[name] = fields.setting(name, known)
-    if (options["canvas_length"] or 0) > config.canvas_length:
-        raise fields.fail("canvas_length", f"a whole number from 1 to {config.canvas_length}")
+            options[name] = fields.value(name)
     options = {name: value for name, value in options.items() if value is not None}
     DecodingSettings.from_defaults(config.generation, options)
     return options
 
 
-def read_seed(fields: Fields, choices: int = 1) -> int:
+def read_seed(fields: Fields) -> int:
     """The request's seed, or one drawn for it; choice i uses seed + i."""
-    seed = fields.integer("seed", -1, MAX_SEED - choices)
+    seed = fields.integer("seed")
     return fresh_seed() if seed in (None, -1) else seed
 
 
 def read_warnings(engine: Engine, fields: Fields, max_tokens: int | None) -> tuple[str, ...]:
-    """What was asked and is not done. Call it last: it lists every field nobody has read."""
+    """What was asked and is not done. Call it last: it lists every field that was not read."""
     limit = engine.settings.max_output_tokens
     found = [] if (max_tokens or 0) <= limit else [f"max_tokens was cut to this server's {limit}"]
     for name, neutral in WITHOUT_EFFECT.items():

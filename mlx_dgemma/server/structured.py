@@ -1,7 +1,7 @@
 """Replies held to a language: `response_format`, `structured_outputs`, calls of tools; `suffix`.
 
 The canvas is conditioned on the language, so a reply that ends by itself is in it. What a schema
-asks for that no automaton can hold is checked behind, and a breach is reported as a warning.
+asks for that no automaton can hold is checked afterwards, and a breach is reported as a warning.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Wanted 
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
         return None
-    kind = wanted.text("type", ("text", "json_object", "json_schema"))
+    kind = wanted.text("type")
     if kind in (None, "text"):
         return None
     if kind == "json_object":
@@ -86,7 +86,7 @@ async def compiled(engine: Engine, constraint: Constraint, where: str) -> Langua
 async def held(
     engine: Engine, wanted: Wanted | None, tools: ToolUse
 ) -> tuple[Language | None, Source | None, tuple[str, ...]]:
-    """The language of a reply, what checks it behind, and warnings.
+    """The language of a reply, what checks it afterwards, and warnings.
 
     With tools beside a format the reply is calls or in the format; with tools alone, calls come
     inside free text, and their arguments fit the tools.

@@ -113,7 +113,7 @@ class Rules:
         if id(schema) in inside:
             raise self.refuse(self.where, "it refers to itself without end")
         if id(schema) not in known:
-            known[id(schema)] = 0  # further down, behind properties and items, it may come again
+            known[id(schema)] = 0  # further down, under properties and items, it may come again
             here = (*inside, id(schema))
             work = 1
             if "$ref" in schema:

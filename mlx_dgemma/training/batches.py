@@ -1,7 +1,7 @@
 """Batches: which examples, which canvas of each, and what noise, all decided by seed and step.
 
 A batch holds examples of like length, so that little is padding. Batches come in an order that a
-seed shuffles anew in every epoch; any step's batch can be made without those before it.
+seed shuffles every epoch differently; any step's batch can be made without those before it.
 """
 
 from __future__ import annotations

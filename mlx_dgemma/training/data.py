@@ -42,6 +42,7 @@ class Example:
 
     @property
     def ids(self) -> np.ndarray:
+        """int32 [L]: prompt and response."""
         return np.concatenate([self.prompt, self.response])
 
 

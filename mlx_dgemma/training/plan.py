@@ -50,9 +50,11 @@ def plan_training(
     seq_length: int,
     checkpoint: bool,
     itemsize: int,
+    encoder_loss: bool = True,
 ) -> TrainingPlan:
     """weights: bytes stored. trained: parameters. seq_length: prompt and response tokens.
-    itemsize: bytes of an activation."""
+    itemsize: bytes of an activation. encoder_loss: whether the encoder pass has one of its own;
+    else it reads the prompt alone."""
     text = config.text
     layers = text.num_hidden_layers
     encoded = batch_size * seq_length

@@ -1,4 +1,4 @@
-"""Counted work against figures reckoned by hand, and the graph's launches."""
+"""Counted work against figures computed by hand, and the graph's launches."""
 
 from __future__ import annotations
 

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import re
+import threading
 
 import pytest
 from rich.console import Console
+from rich.text import Text
 
 from mlx_dgemma.cli.canvas import Pieces
 from mlx_dgemma.cli.live import LiveView, fit
@@ -59,6 +61,7 @@ def test_drafts_redraw_in_place_and_the_text_remains() -> None:
     console, stream = terminal()
     with view(console) as live:
         live.show(draft([1, 2, 3, STOP], [True, False, False, True], [0, 0.4, 5, 0], step=1))
+        live.settle()
         before = screen(stream.getvalue())
         live.show(settled([1, 2, 3, STOP], step=2))
         live.show(Commit(ids=(1, 2, 3), text="The fox jumps", block=0))
@@ -77,6 +80,7 @@ def test_the_cursor_comes_back_after_success_and_after_an_error() -> None:
             live.show(settled([1, 2]))
             live.show(Commit(ids=(1, 2), text="The fox", block=0))
             live.show(settled([3, 4], block=1))
+            live.settle()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -91,6 +95,7 @@ def test_committed_text_stands_before_the_next_draft() -> None:
     with view(console) as live:
         live.show(Commit(ids=(1, 2), text="The fox", block=0))
         live.show(settled([3, 4], block=1))
+        live.settle()
         assert screen(stream.getvalue())[0] == "The fox jumps over"
 
 
@@ -100,6 +105,7 @@ def test_no_line_is_wider_than_the_terminal(width: int) -> None:
     with view(console) as live:
         for step in range(1, 4):
             live.show(draft([1, 2, 3, 4, 5, 6, 7] * 6, [False] * 42, [0.5] * 42, step=step))
+            live.settle()
         screen(stream.getvalue(), width)
 
 
@@ -107,6 +113,7 @@ def test_a_canvas_taller_than_the_terminal_shows_its_end() -> None:
     console, stream = terminal(width=20, height=8)
     with view(console) as live:
         live.show(settled([1, 8] * 30 + [2]))
+        live.settle()
         lines = screen(stream.getvalue(), 20)
     assert len(lines) <= 8
     assert lines[-1].startswith("step 1 of 48")
@@ -127,8 +134,10 @@ def test_the_region_never_shrinks_while_a_canvas_resolves() -> None:
     console, stream = terminal()
     with view(console) as live:
         live.show(settled([1, 8, 2, 8, 3]))
+        live.settle()
         tall = len(screen(stream.getvalue()))
         live.show(settled([1, STOP, 2, 8, 3], step=2))
+        live.settle()
         assert len(screen(stream.getvalue())) == tall
 
 
@@ -146,6 +155,54 @@ def test_tool_calls_are_shown_as_calls() -> None:
     with view(console) as live:
         live.show(Commit(ids=(1,), text="", block=0, tool_calls=(call,)))
     assert '→ get_time(city="Oslo", hours=12)' in screen(stream.getvalue())
+
+
+def test_a_step_does_not_wait_for_the_one_before_to_be_drawn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """However slow the terminal: the newest draft is drawn when it is ready for one."""
+    console, stream = terminal()
+    with view(console) as live:
+        drawn, free, begun = [], threading.Event(), threading.Event()
+        frame = live.frame
+
+        def slow() -> Text:
+            begun.set()
+            assert free.wait(10)
+            shown = frame()
+            drawn.append(shown.plain.splitlines()[-1].split(" of ")[0])
+            return shown
+
+        monkeypatch.setattr(live, "frame", slow)
+        live.show(settled([1, 2], step=1))
+        assert begun.wait(10)
+        for step in range(2, 9):  # would never return if they waited
+            live.show(settled([1, 2], step=step))
+        free.set()
+        live.settle()
+        assert drawn == ["step 1", "step 8"]
+        live.show(settled([1, 2], step=9))
+        live.show(Commit(ids=(1, 2), text="The fox", block=0))
+    assert [line for line in screen(stream.getvalue()) if line] == ["The fox"]
+
+
+@pytest.mark.parametrize("failure", [OSError("gone"), SystemExit(1)])  # rich's for a broken pipe
+def test_a_terminal_that_is_gone_ends_the_reply(
+    monkeypatch: pytest.MonkeyPatch, failure: BaseException
+) -> None:
+    console, _ = terminal()
+
+    def gone() -> Text:
+        raise failure
+
+    def shown() -> None:
+        with view(console) as live:
+            monkeypatch.setattr(live, "frame", gone)
+            live.show(settled([1, 2]))
+            live.settle()
+
+    with pytest.raises(type(failure)):
+        shown()
 
 
 class Clock:

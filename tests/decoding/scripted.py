@@ -64,13 +64,20 @@ class ScriptedModel:
         canvas: mx.array,
         cache: ScriptedCache,
         soft: mx.array | None = None,
-        dispatch_every: int | None = None,
+        begun: None = None,
+        dispatch: bool = False,
     ) -> mx.array:
         self.step += 1
         self.canvases.append(np.array(canvas))
         self.signals.append(None if soft is None else np.array(soft))
         rows = [self.script(self.block, self.step, row) for row in np.array(canvas)]
         return mx.array(np.stack(rows).astype(np.float32))
+
+    def begin(self, canvas: mx.array, cache: ScriptedCache, soft: mx.array | None = None) -> None:
+        mx.async_eval(canvas, soft)
+
+    def await_context(self, cache: ScriptedCache, length: int) -> None:
+        pass
 
     def raw_logits(self, hidden: mx.array) -> mx.array:
         return hidden

@@ -60,7 +60,7 @@ def test_a_row_that_joins_later_denoises_as_alone(network, sampler, conditioning
         numbers = outcome.report.read()
         ended = state.last | numbers.complete
         results |= finished(
-            state, ended, numbers.complete, outcome.seen, outcome.settled, logprobs=False
+            state, ended, numbers.complete, outcome.seen, outcome.settled, alternatives=None
         )
         advance(model, state, outcome, numbers)
         state.keep(~ended)

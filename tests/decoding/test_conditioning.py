@@ -102,7 +102,7 @@ def test_pinned_positions_cost_no_head_and_no_signal(monkeypatch):
     for module in (prediction, predicted):
         monkeypatch.setattr(module, "make_logits", watched)
     request = CanvasRequest(SeededDraws(1), Pins.from_template(template))
-    run = partial(denoise.denoise_block, model, cache, settings, [request], logprobs=True)
+    run = partial(denoise.denoise_block, model, cache, settings, [request], alternatives=0)
     _, (found,) = drive(run())
     free = sum(token is None for token in template)
     assert rows == [free] * 3 + [length]  # the last for the log-probabilities
@@ -111,7 +111,7 @@ def test_pinned_positions_cost_no_head_and_no_signal(monkeypatch):
     np.testing.assert_array_equal(found.ids, whole.ids)
     np.testing.assert_array_equal(found.settled, whole.settled)
     np.testing.assert_allclose(found.entropy, whole.entropy, atol=1e-4)
-    np.testing.assert_allclose(found.logprobs, whole.logprobs, atol=1e-3)
+    np.testing.assert_allclose(found.scores.logprobs, whole.scores.logprobs, atol=1e-3)
     assert not found.entropy[[token is not None for token in template]].any()
 
 

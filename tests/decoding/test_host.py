@@ -1,5 +1,6 @@
 """What the host does in a step: it reads once, and hands layers over before all are described."""
 
+import time
 from functools import partial, partialmethod
 from types import SimpleNamespace
 
@@ -22,7 +23,7 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import masks, network
-from mlx_dgemma.model.network import DISPATCH_EVERY
+from mlx_dgemma.model.network import AHEAD, is_sent
 
 from .driving import drive
 
@@ -59,7 +60,7 @@ class CountingNumPy:
 @pytest.mark.parametrize("conditioning", ["dense", "sparse"])
 @pytest.mark.parametrize("rows", [1, 3])
 def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
-    """One vector a step, and three a row when its block is done; evaluation waits once as well."""
+    """One vector a step, and three where blocks are done; evaluation waits once as well."""
     numpy, waits = CountingNumPy(), []
     core = SimpleNamespace(**vars(mx))
     core.eval = lambda *arrays: (waits.append(1), mx.eval(*arrays))
@@ -72,7 +73,7 @@ def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
     results, steps = run(model, rows, conditioning=conditioning, stability_threshold=99)
     assert len(results) == rows
     assert steps == 8
-    assert numpy.reads == steps + 3 * rows
+    assert numpy.reads == steps + 3
     assert len(waits) == steps
 
 
@@ -82,18 +83,73 @@ def test_layers_are_handed_over_while_the_rest_is_described(model, monkeypatch):
         mx, "async_eval", lambda x: handed.append(x) if isinstance(x, mx.array) else mx.eval(x)
     )
     canvas = mx.zeros((1, model.config.canvas_length), mx.int32)
-    model.hidden(canvas, model.make_cache(), dispatch_every=2)
-    assert len(handed) == model.config.text.num_hidden_layers // 2
+    layers = model.config.text.num_hidden_layers
+    model.hidden(canvas, model.make_cache(), dispatch=True)
+    per_step = sum(map(is_sent, range(1, layers + 1)))
+    assert len(handed) == per_step > 1
     model.hidden(canvas, model.make_cache())
-    assert len(handed) == model.config.text.num_hidden_layers // 2
+    assert len(handed) == per_step
     handed.clear()
     model.prefill(np.arange(60, 90), model.make_cache())
-    prompt = (model.config.text.num_hidden_layers - 1) // DISPATCH_EVERY
+    prompt = sum(map(is_sent, range(1, layers)))
     assert len(handed) == prompt > 0
     handed.clear()
-    run(model, stability_threshold=99)  # the loop does so by itself, and with 7 steps' signals
-    per_step = model.config.text.num_hidden_layers // DISPATCH_EVERY
-    assert len(handed) == prompt + 8 * per_step + 7
+    run(model, stability_threshold=99)  # the loop does so by itself
+    assert len(handed) == prompt + 8 * per_step
+
+
+def test_the_first_layers_are_sent_soonest():
+    sent = [layers for layers in range(1, 31) if is_sent(layers)]
+    assert sent == [1, 3, 7, 15, 23]  # and with layer 30 the head
+    assert AHEAD in sent
+
+
+def test_the_device_works_on_the_next_step_while_the_caller_has_this_one(model):
+    """A caller that sleeps uses no processor time, so what the process uses is MLX's."""
+    settings = DecodingSettings(max_denoising_steps=4, stability_threshold=99)
+    cache = model.make_cache()
+    model.prefill(np.arange(60, 90), cache)
+    requests = [CanvasRequest(draws=SeededDraws(row)) for row in range(6)]
+    used = []
+    for _ in denoise.denoise_block(model, cache, settings, requests):
+        before = time.process_time()
+        time.sleep(0.1)
+        used.append(time.process_time() - before)
+    *between, last = used
+    assert len(between) == 3
+    assert min(between) > 0.001 + 10 * last, used  # no step follows the last
+
+
+def test_a_step_is_decided_and_begun_before_it_is_yielded(model, monkeypatch):
+    order = []
+    begin = type(model).begin
+    monkeypatch.setattr(
+        type(model), "begin", lambda *given: (order.append("begun"), begin(*given))[1]
+    )
+    settings = DecodingSettings(max_denoising_steps=3, stability_threshold=99)
+    requests = [CanvasRequest(draws=SeededDraws(0))]
+    for _ in denoise.denoise_block(model, model.make_cache(), settings, requests):
+        order.append("yielded")
+    assert order == ["begun", "yielded", "begun", "yielded", "yielded"]
+
+
+def test_the_context_is_not_copied_for_the_canvas_after_it(model):
+    """It would be if the first step were sent while the committed block is still being read."""
+    cache = model.make_cache()
+    cache.expect(400)
+    settings = DecodingSettings(max_denoising_steps=2, max_tokens=100, empty_reply="allow")
+    request = blocks.Request(
+        prompt=range(60, 130), settings=settings, draws=SeededDraws(0), seed=0, stop_ids=frozenset()
+    )
+    places = []
+    for _ in blocks.generate_blocks(model, cache, request):
+        mx.eval(cache.arrays)
+        places.append([np.asarray(buffer).ctypes.data for buffer in cache.arrays])
+    assert len(places) > 3
+    full = [index for index, layer in enumerate(cache.layers) if layer.window is None]
+    assert full
+    for index in full:
+        assert len({tuple(at[2 * index : 2 * index + 2]) for at in places}) == 1
 
 
 def test_reading_waits_for_nothing(model, monkeypatch):
@@ -133,8 +189,14 @@ def test_layers_share_their_masks(model):
 
 def test_handing_over_early_changes_nothing(model, monkeypatch):
     ids = []
-    for every in (None, 1, DISPATCH_EVERY):
-        monkeypatch.setattr(denoise, "step", partial(denoise.step, dispatch_every=every))
-        (result,), _ = run(model)
+    for how in ("not at all", "all", "as it is"):
+        with monkeypatch.context() as patch:
+            if how == "not at all":
+                patch.setattr(denoise, "step", partial(denoise.step, dispatch=False))
+                patch.setattr(type(model), "begin", lambda *_: None)
+            elif how == "all":
+                patch.setattr(network, "is_sent", lambda layers: True)
+                patch.setattr(network, "AHEAD", 100)
+            (result,), _ = run(model)
         ids.append((result.ids.tolist(), result.entropy.tolist()))
     assert ids[0] == ids[1] == ids[2]

@@ -67,10 +67,6 @@ def test_every_way_gives_the_same_statistics_and_signal(table, bits, temp, lengt
         ids = np.arange(2 * length) + 10  # none of them banned
         expected_at = raw[np.arange(2 * length), ids]
         np.testing.assert_allclose(np.array(way.at(mx.array(ids))), expected_at, atol=1e-2)
-        capped = SOFTCAP * np.tanh(raw / SOFTCAP)
-        np.testing.assert_allclose(
-            np.array(way.log_z()), np.log(np.exp(capped - 30).sum(axis=1)) + 30, atol=1e-4
-        )
 
 
 @pytest.mark.parametrize(

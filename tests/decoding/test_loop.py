@@ -87,7 +87,7 @@ def test_prompts_that_cannot_be_answered(prompt, limit, words):
         run(ScriptedModel(blocks_of((4, 5, 6, 7)), limit=limit), prompt=prompt)
 
 
-def test_a_conversation_that_fills_the_context_can_be_begun_anew():
+def test_a_conversation_that_fills_the_context_can_be_begun_again():
     model = ScriptedModel(blocks_of((4, 5, 6, 7)), limit=20)
     asked = generate_blocks(model, ScriptedCache(offset=15), request(prompt=(2, 3, 4)))
     with pytest.raises(InputError, match=r"but only 1 fit .* or begin a new conversation"):
@@ -250,10 +250,14 @@ def test_logprobs_are_those_of_the_untempered_logits():
     logits = np.zeros((4, VOCAB), dtype=np.float32)
     logits[:, 6] = 2.0
     model = ScriptedModel(lambda block, step, canvas: logits)
-    commits, _, _ = run(model, logprobs=True, settings={"max_denoising_steps": 3, "max_tokens": 4})
+    commits, _, _ = run(model, alternatives=2, settings={"max_denoising_steps": 3, "max_tokens": 4})
     capped = 30 * np.tanh(logits[0] / 30)
     expected = capped[6] - np.log(np.exp(capped).sum())
     assert commits[0].logprobs == pytest.approx([expected] * 4, abs=1e-6)
+    for (first, second), own in zip(commits[0].alternatives, commits[0].logprobs, strict=True):
+        assert first == (6, own)
+        assert second[0] != 6
+        assert second[1] == pytest.approx(-np.log(np.exp(capped).sum()), abs=1e-6)
 
 
 @pytest.mark.parametrize("canvas_length", [2, 3, 4, 8])

@@ -20,6 +20,7 @@ from mlx_dgemma.decoding.settings import (
 )
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, stream_generate
+from mlx_dgemma.server.accepted import Bounds, shared
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 
@@ -75,18 +76,19 @@ def test_every_described_setting_is_a_flag() -> None:
 
 
 def test_a_request_field_is_read_within_its_bounds() -> None:
-    known = settings_by_name()
-    assert Fields({"t_min": 0.5}).setting("t_min", known["t_min"]) == 0.5
-    assert Fields({}).setting("t_min", known["t_min"]) is None
+    known = shared(Bounds(choices=1, canvas=64, vocabulary=9))
+    assert Fields({"t_min": 0.5}, known=known).value("t_min") == 0.5
+    assert Fields({}, known=known).value("t_min") is None
     for name, value, words in (
         ("reveal_threshold", 1.5, "from 0 to 1"),
         ("max_denoising_steps", 0, "from 1 to 1024"),
         ("max_denoising_steps", 2.5, "a whole number"),
         ("on_unconverged", "warn", "commit, refuse"),
         ("sampler", 3, "a string"),
+        ("canvas_length", 65, "from 1 to 64"),
     ):
         with pytest.raises(ApiError, match=words):
-            Fields({name: value}).setting(name, known[name])
+            Fields({name: value}, known=known).value(name)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from mlx_dgemma.infilling import infill, windows
 from mlx_dgemma.infilling.lengths import (
     LENGTHS,
     SPARE,
-    alike,
+    equal_lengths,
     following,
     mean_logprob,
     roomy,
@@ -19,6 +19,7 @@ from mlx_dgemma.infilling.lengths import (
 )
 from mlx_dgemma.infilling.template import Slot, Template
 from mlx_dgemma.infilling.windows import Filler
+from mlx_dgemma.model.scores import Scores
 
 QUICK = {"seed": 1, "max_denoising_steps": 2}
 
@@ -45,7 +46,7 @@ def test_roomy_holes_cover_every_length_with_little_to_spare(low, high):
 
 
 def test_canvases_of_one_length_share_a_batch():
-    assert list(alike([5, 7, 5, 5, 7], most=2)) == [[0, 2], [3], [1, 4]]
+    assert list(equal_lengths([5, 7, 5, 5, 7], most=2)) == [[0, 2], [3], [1, 4]]
 
 
 def test_what_follows_a_hole_is_what_counts():
@@ -62,7 +63,11 @@ def result_of(ids):
         ids=np.array(ids, dtype=np.int32),
         entropy=np.arange(count, dtype=np.float32),
         settled=np.arange(count, dtype=np.int32),
-        logprobs=-np.arange(count, dtype=np.float32),
+        scores=Scores(
+            -np.arange(count, dtype=np.float32),
+            np.zeros((count, 0), np.int32),
+            np.zeros((count, 0), np.float32),
+        ),
         steps=3,
         converged=True,
     )
@@ -78,12 +83,12 @@ def test_pads_leave_the_holes_and_what_follows_moves_up():
     assert compact.ids == (7, None, 8, None, 9)
     assert compact.slots == (Slot(1, 2), Slot(3, 4))
     assert result.ids.tolist() == [7, 20, 8, 21, 9, filler, filler, filler, filler]
-    assert result.logprobs[:5].tolist() == [0, -1, -3, -5, -7]
+    assert result.scores.logprobs[:5].tolist() == [0, -1, -3, -5, -7]
     cut = Template(template.ids, template.slots)
     assert without_pads(cut, result_of(ids), pad)[1].ids.tolist() == [7, 20, 8, 21, 9]
 
 
-def test_belief_is_the_mean_log_probability_of_the_obvious_path(demo):
+def test_mean_logprob_is_that_of_the_obvious_path(demo):
     import mlx.core as mx
 
     model, tokenizer = demo
@@ -93,7 +98,7 @@ def test_belief_is_the_mean_log_probability_of_the_obvious_path(demo):
     shape = (2, model.config.canvas_length)
     canvases, expected = generator.integers(0, model.config.text.vocab_size, (2, *shape))
     counted = generator.random(shape) < 0.5
-    ours = mean_logprob(model, cache, settings_of(model), canvases, expected, counted)
+    ours = mean_logprob(model, cache, canvases, expected, counted)
     logits = np.array(model.denoise(mx.array(canvases), cache), dtype=np.float64)
     log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
     chosen = np.take_along_axis(log_p, expected[..., None], axis=-1)[..., 0]
@@ -102,17 +107,11 @@ def test_belief_is_the_mean_log_probability_of_the_obvious_path(demo):
     )
 
 
-def settings_of(model):
-    from mlx_dgemma.decoding.settings import DecodingSettings
-
-    return DecodingSettings.from_defaults(model.config.generation, {})
-
-
 def test_a_canvas_of_holes_alone_says_nothing_of_their_lengths(demo):
     model, _ = demo
     cache = model.make_cache()
     canvas, none = np.zeros(8, dtype=np.int32), np.zeros(8, dtype=bool)
-    assert mean_logprob(model, cache, settings_of(model), [canvas], [canvas], [none]) == [0.0]
+    assert mean_logprob(model, cache, [canvas], [canvas], [none]) == [0.0]
 
 
 @pytest.mark.parametrize("finalists", [1, 4])

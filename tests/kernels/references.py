@@ -1,4 +1,4 @@
-"""What each operation means, in NumPy float64: the judge of twins and Metal kernels alike."""
+"""What each operation means, in NumPy float64: the judge of twins and of Metal kernels."""
 
 import mlx.core as mx
 import numpy as np

@@ -100,39 +100,6 @@ def test_denoising_commits_nothing(model):
     np.testing.assert_array_equal(logits(model, cache), before)
 
 
-@pytest.mark.parametrize("count", [1, 5, CANVAS])
-def test_trim_is_exact_within_a_canvas(model, count):
-    tokens = ids(60)
-    cache = prefilled(model, tokens)
-    logits(model, cache)
-    cache.trim(count)
-    assert cache.offset == 60 - count
-    assert_same(logits(model, cache), logits(model, prefilled(model, tokens[:, : 60 - count])))
-    model.prefill(ids(20, 5), cache)
-    joined = np.concatenate([tokens[:, : 60 - count], ids(20, 5)], axis=1)
-    assert_same(logits(model, cache), logits(model, prefilled(model, joined)))
-
-
-def test_trim_of_a_short_context_is_exact_to_the_first_token(model):
-    cache = prefilled(model, ids(20))
-    cache.trim(19)
-    assert_same(logits(model, cache), logits(model, prefilled(model, ids(20)[:, :1])))
-    cache.trim(1)
-    assert cache.offset == 0
-
-
-def test_trim_beyond_the_slack_is_refused(model):
-    cache = prefilled(model, ids(100))
-    before = logits(model, cache)
-    with pytest.raises(InputError, match="restore a snapshot"):
-        cache.trim(CANVAS + 1)
-    with pytest.raises(InputError, match="Cannot take back 101"):
-        cache.trim(101)
-    with pytest.raises(InputError, match="Cannot take back -1"):
-        cache.trim(-1)
-    np.testing.assert_array_equal(logits(model, cache), before)
-
-
 def test_snapshots_go_back_any_distance(model):
     cache = prefilled(model, ids(50))
     moment = cache.snapshot()
@@ -144,13 +111,14 @@ def test_snapshots_go_back_any_distance(model):
     assert cache.offset == 50
     np.testing.assert_array_equal(logits(model, cache), expected)
     model.prefill(ids(CANVAS, 7), cache)
-    cache.trim(CANVAS)
-    cache.trim(CANVAS)  # a restored context has its slack again
-    assert_same(logits(model, cache), logits(model, prefilled(model, ids(50)[:, :38])))
+    joined = np.concatenate([ids(50), ids(CANVAS, 7)], axis=1)
+    assert_same(logits(model, cache), logits(model, prefilled(model, joined)))
 
 
 def test_a_snapshot_whose_tokens_are_gone_is_refused(model):
-    cache = prefilled(model, ids(20))
+    cache = prefilled(model, ids(19))
+    earliest = cache.snapshot()
+    model.prefill(ids(1), cache)
     early = cache.snapshot()
     model.prefill(ids(CANVAS, 1), cache)
     late = cache.snapshot()
@@ -160,7 +128,7 @@ def test_a_snapshot_whose_tokens_are_gone_is_refused(model):
     other = prefilled(model, ids(20))
     with pytest.raises(InputError, match="not of this context"):
         other.restore(early)
-    cache.trim(1)
+    cache.restore(earliest)
     with pytest.raises(InputError, match="taken back since"):
         cache.restore(early)
 
@@ -185,8 +153,10 @@ def test_a_snapshot_of_nothing(model):
 
 def test_a_context_that_was_emptied_again(model, tmp_path):
     """Its buffers are there, and nothing counts in them."""
-    cache = prefilled(model, ids(9))
-    cache.trim(9)
+    cache = model.make_cache()
+    nothing = cache.snapshot()
+    model.prefill(ids(9), cache)
+    cache.restore(nothing)
     moment, frozen = cache.snapshot(), cache.freeze()
     cache.save(tmp_path / "emptied")
     expected = logits(model, model.make_cache())
@@ -208,8 +178,9 @@ def test_save_and_load(model, tmp_path):
     again = ContextCache.load(path, model)
     assert (again.offset, again.metadata) == (70, {"ids": "[1, 2]"})
     np.testing.assert_array_equal(logits(model, again), logits(model, cache))
-    again.trim(CANVAS)
-    assert_same(logits(model, again), logits(model, prefilled(model, ids(70)[:, :58])))
+    model.prefill(ids(CANVAS, 3), again)
+    model.prefill(ids(CANVAS, 3), cache)
+    np.testing.assert_array_equal(logits(model, again), logits(model, cache))
 
 
 def test_save_and_load_of_an_empty_context(model, tmp_path):
@@ -350,6 +321,6 @@ def test_an_announced_prompt_is_given_its_room_once(model):
     for start in range(0, 3000, 500):
         model.prefill(np.arange(start, start + 500)[None] % 90, cache)
         capacities.add(full.capacity)
-    assert capacities == {-(-(3000 + cache.slack) // 256) * 256}
-    model.prefill(np.arange(500)[None] % 90, cache)  # nobody announced these
-    assert full.offset == 3500 <= full.capacity <= 3500 + cache.slack + 3000 // 8 + 256
+    assert capacities == {-(-(3000 + CANVAS) // 256) * 256}
+    model.prefill(np.arange(500)[None] % 90, cache)  # not announced
+    assert full.offset == 3500 <= full.capacity <= 3500 + CANVAS + 3000 // 8 + 256

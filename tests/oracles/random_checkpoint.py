@@ -146,7 +146,7 @@ def published(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def randomize(model: torch.nn.Module, router_gap: float | None = None) -> None:
-    """Draw every parameter and buffer anew, at sizes that keep activations near one."""
+    """Draw every parameter and buffer again, at sizes that keep activations near one."""
     tensors = dict(model.named_parameters()) | {
         name: buffer
         for name, buffer in model.named_buffers()

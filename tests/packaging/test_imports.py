@@ -15,10 +15,10 @@ LINES = (
     ("commands",),
     ("cli",),
     ("server",),
-    ("benchmark",),
+    ("benchmark", "evaluation"),
     ("convert",),
     ("runtime",),
-    ("infilling", "decisions", "training"),
+    ("infilling", "decisions", "training", "scoring"),
     ("generate",),
     ("checkpoint", "context"),
     ("decoding", "demo"),
@@ -35,7 +35,7 @@ LINES = (
 RANK = {room: rank for rank, rooms in enumerate(LINES) for room in rooms}
 # The modules that `python -m` runs, and the package, whose public names come from everywhere.
 COMMANDS = {"__main__", "chat", "decide", "doctor", "infill", "lora", "fuse"}
-COMMANDS |= {"completion", "models"}
+COMMANDS |= {"completion", "evaluate", "models"}
 
 
 def modules() -> dict[str, Path]:

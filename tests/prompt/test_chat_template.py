@@ -155,7 +155,7 @@ def test_real_trace_replies(real: Tokenizer) -> None:
 def _forgeries(
     spelling: str,
 ) -> dict[str, tuple[list[dict[str, Any]], list[dict[str, Any]] | None]]:
-    """One conversation for every place where a stranger's words enter a prompt."""
+    """One conversation for every place where untrusted text enters a prompt."""
     evil = f"x{spelling}y"
     lookup = {"name": "f", "description": "d", "parameters": {"type": "object"}}
 

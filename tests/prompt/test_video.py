@@ -139,7 +139,7 @@ def test_what_is_no_video(tmp_path, clip):
 
 
 def test_a_playlist_does_not_lead_anywhere(tmp_path, clip):
-    """A stranger's playlist could name files and hosts of this machine."""
+    """An untrusted playlist could name files and hosts of this machine."""
     pytest.importorskip("av", reason="PyAV, the video extra, is not installed")
     playlist = f"#EXTM3U\n#EXT-X-TARGETDURATION:2\n#EXTINF:2,\n{clip}\n#EXT-X-ENDLIST\n"
     (tmp_path / "list.m3u8").write_text(playlist)

@@ -1,28 +1,18 @@
-"""Requests that nobody should send, and what must hold for the answer to every one of them.
+"""Requests that nobody should send: sound ones with damage that knows their structure.
 
 Seeded: the same seed gives the same requests. The generator begins with sound requests of every
 endpoint and damages them: other types, other sizes, other nesting, keys exchanged, numbers out of
-range, half characters, control tokens; or it damages the bytes. The requests study runs a million
-of them; a test runs as many as continuous integration has time for.
+range, half characters, control tokens; or it damages the bytes. `bounds.py` says what must hold for
+every answer; `havoc.py` damages in another way.
 """
 
 from __future__ import annotations
 
-import asyncio
 import copy
 import json
 import random
-import resource
-import sys
-import time
-from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator
 from typing import Any
-
-SECONDS = 10.0  # that a request may take
-BLOCKED_SECONDS = 0.25  # of its own time that the event loop's thread may be away
-MEMORY = 256 << 20  # bytes that all requests together may add
 
 _TOOL = {"type": "function", "function": {"name": "look", "description": "d", "parameters": {
     "type": "object", "properties": {"q": {"type": "string"}}, "required": ["q"]}}}  # fmt: skip
@@ -71,8 +61,9 @@ SOUND: tuple[tuple[str, dict[str, Any]], ...] = (
         "system": "s", "max_tokens": 9, "tools": [{"name": "look", "input_schema": _SCHEMA}],
         "tool_choice": {"type": "tool", "name": "look"}, "thinking": {"type": "enabled"}}),
     ("/v1/messages/count_tokens", {"messages": [{"role": "user", "content": "a"}]}),
-    ("/v1/systemone", {"state": "s", "questions": {"q": {"type": "choice", "text": "t",
-                                                         "options": ["a", "b"]}}}),
+    ("/v1/systemone", {"state": "s", "questions": {
+        "q": {"type": "choice", "instructions": "t", "criteria": {"a": "x", "b": None}},
+        "s": {"type": "score", "instructions": "t", "criteria": ["low", "high"]}}, "x_orders": 1}),
 )  # fmt: skip
 _TEXTS = (
     *("", " ", "a", "\x00", "\ud800", "\udfff\ud800", "<|turn>", "<turn|>user", "<|image|>"),
@@ -84,7 +75,6 @@ _TEXTS = (
 _NUMBERS = (0, 1, -1, 2, 255, 0.5, -0.0, 1e308, 5e-324, 2**31, 2**53, 2**63, 10**40, True, False)
 _RAW = ("1e999", "-1e999", "NaN", "Infinity", '"\\ud800"', '"\\ud83d\\ude00"', "9" * 5000, "1" * 99,
         "[" * 70 + "]" * 70, '{"a":' * 200 + "1" + "}" * 200, "0.1e-9999")  # fmt: skip
-_JSON = {"content-type": "application/json"}
 _MARK = "\ue000raw%d\ue000"
 
 
@@ -92,7 +82,8 @@ def requests(seed: int) -> Iterator[tuple[str, str, dict[str, str], bytes]]:
     """(method, path, headers, body), without an end."""
     rng = random.Random(seed)
     while True:
-        path, sound = rng.choice(SOUND)
+        # Decisions are those of a model, which takes its time.
+        path, sound = SOUND[-1] if rng.random() < 0.03 else rng.choice(SOUND[:-1])
         body = copy.deepcopy(sound)
         for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
             _damage(rng, body)
@@ -202,119 +193,3 @@ def _damaged_bytes(rng: random.Random, content: bytes) -> bytes:
         else:
             changed[at : at + rng.randint(1, 40)] = b""
     return bytes(changed)
-
-
-@dataclass
-class Seen:
-    """What came of the requests. problems: those that broke a bound."""
-
-    statuses: Counter[int] = field(default_factory=Counter)
-    slowest: float = 0.0
-    blocked: float = 0.0
-    problems: list[str] = field(default_factory=list)
-    memory: int = 0
-
-
-App = Callable[[Any, Any, Any], Awaitable[None]]
-
-
-async def ask(
-    app: App, method: str, path: str, headers: dict[str, str], body: bytes
-) -> tuple[int, bytes]:
-    """(status, body) of one request, straight through the application."""
-    scope = {
-        "type": "http", "asgi": {"version": "3.0"}, "http_version": "1.1", "method": method,
-        "path": path, "raw_path": path.encode(), "root_path": "", "scheme": "http",
-        "query_string": b"", "server": ("127.0.0.1", 80), "client": ("127.0.0.1", 9), "state": {},
-        "headers": [(b"host", b"127.0.0.1"),
-                    *((k.encode(), v.encode("utf-8", "replace")) for k, v in headers.items())],
-    }  # fmt: skip
-    sent = [{"type": "http.request", "body": body, "more_body": False}]
-    over = asyncio.Event()
-    status, content = 0, bytearray()
-
-    async def receive() -> Any:
-        if sent:
-            return sent.pop()
-        await over.wait()
-        return {"type": "http.disconnect"}
-
-    async def send(message: Any) -> None:
-        nonlocal status
-        if message["type"] == "http.response.start":
-            status = message["status"]
-        content.extend(message.get("body", b""))
-
-    await app(scope, receive, send)
-    over.set()
-    return status, bytes(content)
-
-
-async def run(app: App, seed: int, count: int, control: tuple[str, bytes, bytes]) -> Seen:
-    """Sends `count` requests one after the other and holds every answer to the bounds.
-
-    control: (path, body, what its answer must hold) of a sound request that goes between them.
-    """
-    seen = Seen()
-    before = _peak()
-    watching = asyncio.create_task(_watch(seen))
-    for number, (method, path, headers, body) in zip(range(count), requests(seed), strict=False):
-        started = time.perf_counter()
-        try:
-            status, answer = await ask(app, method, path, headers, body)
-        except Exception as error:
-            status, answer = 599, repr(error).encode()
-        took = time.perf_counter() - started
-        seen.slowest = max(seen.slowest, took)
-        seen.statuses[status] += 1
-        wrong = _wrong(method, status, answer) or (f"took {took:.1f} s" if took > SECONDS else "")
-        if wrong:
-            seen.problems.append(f"{number} {method} {path}: {wrong}: {body[:2000]!r}")
-        if number % 50 == 0:
-            path, body, held = control
-            status, answer = await ask(app, "POST", path, _JSON, body)
-            if status != 200 or held not in answer:
-                seen.problems.append(f"after {number}: a sound request got {status} {answer!r}")
-    watching.cancel()
-    seen.memory = _peak() - before
-    return seen
-
-
-def _wrong(method: str, status: int, answer: bytes) -> str:
-    """What is wrong with an answer; nothing mostly."""
-    if status == 200:
-        if b"\ndata: " in answer or answer.startswith((b"data: ", b"event: ")):
-            events = [line[6:] for line in answer.split(b"\n") if line.startswith(b"data: {")]
-            return "" if all(_is_json(event) for event in events) else "an event that is no JSON"
-        return "" if _is_json(answer) else "no JSON"
-    if not 400 <= status < 500:
-        return f"status {status} {answer[:300]!r}"
-    if method == "HEAD":
-        return ""
-    if not _is_json(answer):
-        return f"an error that is no JSON: {answer[:300]!r}"
-    told = json.loads(answer)
-    message = told["error"]["message"] if "error" in told else str(told["detail"])
-    return "" if message else "an error without a sentence"
-
-
-def _is_json(content: bytes) -> bool:
-    try:
-        json.loads(content.decode("utf-8"), parse_constant=lambda _: 1 / 0)
-    except (ValueError, ZeroDivisionError):
-        return False
-    return True
-
-
-async def _watch(seen: Seen) -> None:
-    """Measures how long the loop's thread works without a pause."""
-    while True:
-        at = time.thread_time()
-        await asyncio.sleep(0)
-        seen.blocked = max(seen.blocked, time.thread_time() - at)
-        await asyncio.sleep(0.002)
-
-
-def _peak() -> int:
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

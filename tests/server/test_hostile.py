@@ -1,52 +1,105 @@
 """Thousands of requests that nobody should send: answered in time, in words, and nothing else.
 
-MLX_DGEMMA_HOSTILE_REQUESTS sets how many, MLX_DGEMMA_HOSTILE_SEED which.
+MLX_DGEMMA_HOSTILE_REQUESTS sets how many of each kind, MLX_DGEMMA_HOSTILE_SEED which. The long runs
+are those of studies/hostile_requests.py.
 """
 
 import asyncio
-import json
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator
+import re
+import time
+from itertools import islice
 from typing import Any
 
 import pytest
 
-from mlx_dgemma.infilling import Filling, Infill
-from mlx_dgemma.server import engine as engine_module
-from mlx_dgemma.server.app import create_app
-from mlx_dgemma.server.settings import ServerSettings
+from . import bounds, havoc, hostile
 
-from . import hostile
-from .conftest import Script, user
-
-COUNT = int(os.environ.get("MLX_DGEMMA_HOSTILE_REQUESTS", "20000"))
+COUNT = int(os.environ.get("MLX_DGEMMA_HOSTILE_REQUESTS", "10000"))
 SEED = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "1"))
-REPLY = 'A reply.<|tool_call>call:look{q:<|"|>x<|"|>}<tool_call|>'
-
-
-def _filled(_m: Any, _t: Any, parts: Any, **_: Any) -> Iterator[Any]:
-    text = "".join(part if isinstance(part, str) else "1" for part in parts)
-    yield Infill(text, (Filling("1", (0, 1), 1, ()),), 0.0, 0, 1, True, 1)
 
 
 @pytest.mark.slow
-def test_no_request_breaks_a_bound(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    monkeypatch.setattr(engine_module, "infill_turns", _filled)
+@pytest.mark.parametrize("mutator", [hostile, havoc], ids=["structure", "havoc"])
+def test_no_request_breaks_a_bound(mutator: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    script = Script(REPLY)
-    # What the script remembers of its requests is not the server's memory.
-    monkeypatch.setattr(script, "seen", deque(maxlen=4))
-    app = create_app(script, ServerSettings(prefix_cache_bytes=0))
-    control = ("/v1/chat/completions", json.dumps({"messages": user()}).encode(), b'"A reply."')
-    seen = asyncio.run(hostile.run(app, SEED, COUNT, control))
-    print(f"{COUNT} requests, seed {SEED}: {dict(seen.statuses)}, slowest {seen.slowest:.2f} s, "
-          f"loop blocked {seen.blocked:.3f} s, {seen.memory >> 20} MB")  # fmt: skip
-    assert not seen.problems, "\n".join(seen.problems[:10])
-    assert seen.blocked < hostile.BLOCKED_SECONDS
-    assert seen.memory < hostile.MEMORY
+    with bounds.scripted_app() as app:
+        seen = asyncio.run(bounds.run(app, islice(mutator.requests(SEED), COUNT)))
+    print(seen)
+    assert not seen.broken(), "\n".join(seen.broken()[:10])
     assert "Traceback" not in caplog.text
     assert seen.statuses[200] > COUNT // 50  # the damage does not end every request at the door
+
+
+# The bounds are measured, so they can be broken: one handler for each.
+
+
+async def _sleeps(scope: Any, receive: Any, send: Any) -> None:
+    time.sleep(0.5)
+    await _answers(scope, receive, send)
+
+
+async def _holds_the_interpreter(scope: Any, receive: Any, send: Any) -> None:
+    started = time.monotonic()
+    await asyncio.to_thread(re.match, "(a+)+$", "a" * 24 + "b")
+    assert time.monotonic() - started > 0.3
+    await _answers(scope, receive, send)
+
+
+async def _waits(scope: Any, receive: Any, send: Any) -> None:
+    await asyncio.sleep(0.3)
+    await asyncio.to_thread(time.sleep, 0.3)
+    await _answers(scope, receive, send)
+
+
+async def _allocates(scope: Any, receive: Any, send: Any) -> None:
+    assert bytearray(300 << 20)
+    await _answers(scope, receive, send)
+
+
+async def _answers(
+    scope: Any, receive: Any, send: Any, status: int = 200, body: bytes = b"{}"
+) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": []})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def _fails(scope: Any, receive: Any, send: Any) -> None:
+    raise ValueError("a bug")
+
+
+async def _says_nothing(scope: Any, receive: Any, send: Any) -> None:
+    await _answers(scope, receive, send, 400, b'{"error": {"message": ""}}')
+
+
+async def _half_a_number(scope: Any, receive: Any, send: Any) -> None:
+    await _answers(scope, receive, send, 200, b'{"a": NaN}')
+
+
+@pytest.mark.parametrize(
+    ("app", "broken"),
+    [
+        (_sleeps, "stood still"),
+        (_holds_the_interpreter, "stood still"),
+        (_allocates, "MB more than before"),
+        (_fails, "a bug"),
+        (_says_nothing, "without a sentence"),
+        (_half_a_number, "no JSON"),
+        (_waits, None),
+        (_answers, None),
+    ],
+)
+def test_what_breaks_a_bound_is_seen(app: Any, broken: str | None) -> None:
+    requests = [("POST", "/v1/chat/completions", bounds.JSON, b"{}")]
+    seen = asyncio.run(bounds.run(app, requests, control=None))
+    assert len(seen.broken()) == (broken is not None), seen.broken()
+    assert broken is None or broken in seen.broken()[0]
+
+
+def test_the_second_mutator_keeps_enough_of_its_requests() -> None:
+    """Many are still JSON, a seed gives the same requests, and the corpus has every path."""
+    bodies = [body for *_, body in islice(havoc.requests(4), 400)]
+    assert bodies == [body for *_, body in islice(havoc.requests(4), 400)]
+    assert sum(bounds._is_json(body) for body in bodies) > 120
+    assert {path for path, _ in havoc.corpus()} >= set(havoc.PATHS)

@@ -51,7 +51,9 @@ def test_completion_stream(serve: Open) -> None:
 
 @pytest.mark.parametrize(
     ("fields", "param"),
-    [({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["a", "b"]}, "prompt"),
+    [({}, "prompt"), ({"prompt": []}, "prompt"), ({"prompt": ["a", []]}, "prompt"),
+     ({"prompt": ["a"] * 69}, "prompt"),
+     ({"prompt": ["a", "b"], "suffix": "c"}, "suffix"),
      ({"prompt": [1, "a"]}, "prompt"), ({"prompt": "a", "suffix": "b", "stop": "c"}, "suffix"),
      ({"prompt": "a", "logprobs": True}, "logprobs"), ({"prompt": 3}, "prompt")],
 )  # fmt: skip

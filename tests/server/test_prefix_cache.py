@@ -65,7 +65,7 @@ def assert_same(one: SharedContext, other: SharedContext) -> None:
 
 
 @given(st.lists(st.sampled_from([*range(13, 17), 100, 200]), max_size=200), st.integers(0, 200))
-def test_prompts_that_begin_alike_are_divided_alike(keys: list[int], length: int) -> None:
+def test_prompts_that_begin_the_same_are_divided_the_same(keys: list[int], length: int) -> None:
     store = PrefixCache(SimpleNamespace(model=None, tokenizer=tokenizer()), LARGE)
     whole = store.divisions(keys)
     assert store.divisions(keys[:length]) == [at for at in whole if at < length]

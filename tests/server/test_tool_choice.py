@@ -127,5 +127,5 @@ def test_messages_force_calls_too(serve: Open, choice: Any) -> None:
     assert [block["type"] for block in body["content"]] == ["tool_use"]
     assert body["content"][0]["input"] == {"city": "Oslo"}
     assert body["stop_reason"] == "tool_use"
-    assert body["x_warnings"] == ["tool calls left out behind the first: 1"]
+    assert body["x_warnings"] == ["tool calls left out after the first: 1"]
     assert not holds(script, "No.")

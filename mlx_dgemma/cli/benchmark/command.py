@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 
-from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
@@ -18,6 +17,7 @@ from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import check_writable
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.machine.reports import report, write_report
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -98,13 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     _check(arguments)
     this = machine()
-    found: dict[str, Any] = {
-        "mlx_dgemma": __version__,
-        "machine": this.record(),
-        "model": arguments.synthetic or arguments.model or DEMO_NAME,
-        "preset": arguments.preset or "reference",
-        "kv_bits": arguments.kv_bits,
-    }
+    chosen = [kind for kind, asked in _runs(arguments).items() if asked]
+    found = report(
+        chosen[0] if chosen else "times",
+        this,
+        model=arguments.synthetic or flags.public_name(arguments.model or DEMO_NAME),
+        preset=arguments.preset or "reference",
+        kv_bits=arguments.kv_bits,
+    )
     messages = Console(stderr=True, highlight=False)
     if arguments.count:
         found["count"] = counts.run(arguments)
@@ -116,7 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         found |= times.run(arguments, this.chip)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
-        Path(arguments.report).write_text(text + "\n")
+        write_report(arguments.report, found)
     if arguments.plot is not None:
         times.plot(found, Path(arguments.plot))
     if arguments.json:
@@ -124,6 +125,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(found, Console(highlight=False))
     return 0
+
+
+def _runs(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The kind of report of each run that is asked for by a flag -> whether it is."""
+    return {
+        "count": arguments.count,
+        "comparison": arguments.compare,
+        "quality": arguments.quality,
+    }
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -11,20 +11,39 @@ from typing import Any
 from starlette.requests import Request
 
 from mlx_dgemma.prompt.messages import check_tools
-from mlx_dgemma.server.anthropic_blocks import openai_messages
+from mlx_dgemma.server.accepted import (
+    CONTENT,
+    MESSAGE,
+    Accepts,
+    Bounds,
+    chatting,
+    format_of,
+    shared,
+)
+from mlx_dgemma.server.anthropic_blocks import MESSAGE_ROLES, openai_messages
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import Asked, read_request, respond
+from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
 from mlx_dgemma.server.tool_kinds import anthropic_tools
 from mlx_dgemma.server.wire import JsonResponse
 
+_MESSAGE = {**MESSAGE, "properties": {"role": {"enum": list(MESSAGE_ROLES)}, "content": CONTENT}}
+_TOOL = {
+    "type": "object",
+    "properties": {
+        "name": {"type": "string", "minLength": 1},
+        "description": {"type": "string"},
+        "input_schema": {"type": "object"},
+    },
+    "required": ["name"],
+}
 # Fields about versions and storage, which change no reply.
 SILENT = (
     "anthropic_version", "anthropic_beta", "betas", "container", "context_management",
@@ -32,13 +51,41 @@ SILENT = (
 )  # fmt: skip
 
 
-async def read_messages(engine: Engine, fields: Fields, *, counting: bool = False) -> Asked:
+def counted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/messages/count_tokens` accepts."""
+    kinds = {"type": Accepts("text", choices=("enabled", "adaptive", "disabled"))}
+    return {
+        **shared(bounds, "stop_sequences"),
+        **chatting(),
+        "messages": Accepts("list", schema=_MESSAGE, required=True),
+        "system": Accepts(schema=CONTENT),
+        "max_tokens": Accepts("limit", 1),
+        "tools": Accepts("list", schema=_TOOL),
+        "tool_choice": Accepts(
+            "object",
+            inside={
+                "type": Accepts("text", choices=("auto", "any", "tool", "none")),
+                "name": Accepts("text"),
+                "disable_parallel_tool_use": Accepts("flag"),
+            },
+        ),
+        "thinking": Accepts("object", inside=kinds),
+        "output_config": Accepts("object", inside={"format": format_of("The reply")}),
+        "output_format": format_of("The reply"),
+        **dict.fromkeys(SILENT, Accepts(about="Changes no reply.")),
+    }
+
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/messages` accepts."""
+    return {**counted(bounds), "max_tokens": Accepts("limit", 1, required=True)}
+
+
+async def read_messages(engine: Engine, fields: Fields) -> ParsedRequest:
     messages, warnings = openai_messages(fields)
     max_tokens = fields.limit("max_tokens")
-    if fields.raw("max_tokens") is None and not counting:
-        raise fields.fail("max_tokens", "given as a whole number, at least 1")
     thinking = fields.object("thinking")
-    mode = thinking.text("type", ("enabled", "adaptive", "disabled")) if thinking else None
+    mode = thinking.text("type") if thinking else None
     for silent in SILENT:
         fields.raw(silent)
     return await read_request(
@@ -56,7 +103,7 @@ async def read_messages(engine: Engine, fields: Fields, *, counting: bool = Fals
 
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
-    asked = await read_messages(engine, fields, counting=True)
+    asked = await read_messages(engine, fields)
     return JsonResponse({"input_tokens": len(asked.call.prompt_ids)})
 
 
@@ -70,7 +117,7 @@ async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
     )
 
 
-async def _message(engine: Engine, asked: Asked) -> dict[str, Any]:
+async def _message(engine: Engine, asked: ParsedRequest) -> dict[str, Any]:
     reply, segments = Reply(one_call=asked.one_call), Segments()
     async for _ in follow(engine, asked.call, reply, segments):
         pass
@@ -85,7 +132,7 @@ async def _message(engine: Engine, asked: Asked) -> dict[str, Any]:
     }
 
 
-async def _events(engine: Engine, asked: Asked) -> AsyncGenerator[bytes, None]:
+async def _events(engine: Engine, asked: ParsedRequest) -> AsyncGenerator[bytes, None]:
     def event(kind: str, **body: Any) -> bytes:
         return data({"type": kind, **body}, kind)
 
@@ -139,7 +186,7 @@ def _block(segment: Segment) -> dict[str, Any]:
     return {"type": "tool_use", "id": segment.id, "name": segment.name, "input": arguments}
 
 
-def _head(asked: Asked) -> dict[str, Any]:
+def _head(asked: ParsedRequest) -> dict[str, Any]:
     return {"id": new_id("msg"), "type": "message", "role": "assistant", "model": asked.model}
 
 
@@ -164,7 +211,7 @@ def _usage(reply: Reply) -> dict[str, int]:
 
 def _tools(fields: Fields) -> ToolUse:
     choice = fields.object("tool_choice")
-    kind = choice.text("type", ("auto", "any", "tool", "none")) if choice else "auto"
+    kind = choice.text("type") if choice else "auto"
     found = anthropic_tools(fields.items("tools") or [])
     use = ToolUse(check_tools(found.functions))
     if choice is not None:

@@ -9,24 +9,52 @@ from typing import Any
 from starlette.requests import Request
 
 from mlx_dgemma.decoding.events import Commit
+from mlx_dgemma.model.scores import MOST_ALTERNATIVES
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server.accepted import (
+    MESSAGE,
+    TOOL,
+    Accepts,
+    Bounds,
+    format_of,
+    openai_chatting,
+    shared,
+)
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
-from mlx_dgemma.server.replies import Reply
-from mlx_dgemma.server.requests import Asked, read_request
+from mlx_dgemma.server.replies import Reply, Scored, scored
+from mlx_dgemma.server.requests import ParsedRequest, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
 from mlx_dgemma.server.tool_kinds import Origin, chat_tools, custom_input
 
+_LEGACY = ("functions", "function_call")
 
-async def read_chat(engine: Engine, fields: Fields) -> Asked:
-    messages = fields.items("messages")
-    if messages is None:
-        raise fields.fail("messages", "given as a list")
-    for legacy in ("functions", "function_call"):
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/chat/completions` accepts."""
+    return {
+        **shared(bounds),
+        **openai_chatting(),
+        "messages": Accepts("list", schema=MESSAGE, required=True),
+        "tools": Accepts("list", schema=TOOL),
+        "max_completion_tokens": Accepts("limit", 1),
+        "max_tokens": Accepts("limit", 1, about="The older name of max_completion_tokens."),
+        "n": Accepts("integer", 1, bounds.choices),
+        "logprobs": Accepts("flag"),
+        "top_logprobs": Accepts("integer", 0, MOST_ALTERNATIVES, about="Implies logprobs."),
+        "response_format": format_of("The reply"),
+        "modalities": Accepts("list", schema={"const": "text"}),
+        **dict.fromkeys(_LEGACY, Accepts(schema={"type": "null"}, about="Use tools.")),
+    }
+
+
+async def read_chat(engine: Engine, fields: Fields) -> ParsedRequest:
+    messages = fields.items("messages") or []
+    for legacy in _LEGACY:
         if fields.raw(legacy) is not None:
             raise ApiError(400, f"{legacy} is not supported; use tools.", param=legacy)
     if (fields.items("modalities") or ["text"]) != ["text"]:
@@ -42,26 +70,33 @@ async def read_chat(engine: Engine, fields: Fields) -> Asked:
         stop="stop",
         thinking=read_thinking(fields),
         wanted=read_format(fields),
-        choices=fields.integer("n", 1, engine.settings.max_choices) or 1,
-        logprobs=fields.flag("logprobs") or False,
+        choices=fields.integer("n") or 1,
+        logprobs=_read_logprobs(fields),
     )
+
+
+def _read_logprobs(fields: Fields) -> int | None:
+    """How many alternatives are listed beside each token; None when nothing is scored."""
+    wanted = fields.flag("logprobs")
+    listed = fields.integer("top_logprobs") or 0
+    return listed if wanted or listed else None
 
 
 async def chat_completions(engine: Engine, fields: Fields, request: Request) -> Any:
     asked = await read_chat(engine, fields)
 
-    def scored(ids: list[tuple[int, float]]) -> dict[str, Any] | None:
-        return logprobs(engine.tokenizer, ids) if asked.logprobs else None
+    def listed(tokens: list[Scored]) -> dict[str, Any] | None:
+        return logprobs(engine.tokenizer, tokens) if asked.logprobs else None
 
     def choice(reply: Reply) -> dict[str, Any]:
         return {
             "message": _message(reply, asked.origins),
             "finish_reason": reply.openai_reason,
-            "logprobs": scored(reply.logprobs),
+            "logprobs": listed(reply.logprobs),
         }
 
     def write(reply: Reply, event: Commit, calls: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        scores = scored(list(zip(event.ids, event.logprobs, strict=False)))
+        scores = listed(scored(event))
         if event.thinking:
             yield {"delta": _thought(event.thinking)}
         if event.text or (scores and scores["content"]):
@@ -112,14 +147,16 @@ def openai_call(call: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def logprobs(tokenizer: Tokenizer, scored: list[tuple[int, float]]) -> dict[str, Any]:
+def logprobs(tokenizer: Tokenizer, tokens: list[Scored]) -> dict[str, Any]:
     """Every committed token, markers included, with its untempered log-probability."""
-    content = []
-    for id_, value in scored:
-        if id_ == tokenizer.ids.get("pad"):  # what fills a canvas is no part of the reply
-            continue
+
+    def entry(id_: int, logprob: float) -> dict[str, Any]:
         token = tokenizer.decode([id_])
-        content.append(
-            {"token": token, "logprob": value, "bytes": list(token.encode()), "top_logprobs": []}
-        )
+        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+
+    content = [
+        {**entry(id_, logprob), "top_logprobs": [entry(*other) for other in alternatives]}
+        for id_, logprob, alternatives in tokens
+        if id_ != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
+    ]
     return {"content": content, "refusal": None}

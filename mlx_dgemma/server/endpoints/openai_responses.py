@@ -9,14 +9,15 @@ from typing import Any
 
 from starlette.requests import Request
 
+from mlx_dgemma.server.accepted import CONTENT, Accepts, Bounds, format_of, openai_chatting, shared
 from mlx_dgemma.server.content_blocks import Segment, Segments, Step, follow
 from mlx_dgemma.server.drafts import DraftWriter
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import Asked, read_request, respond
-from mlx_dgemma.server.response_items import Conversation, read_conversation
+from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
+from mlx_dgemma.server.response_items import MESSAGE_ROLES, Conversation, read_conversation
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.stored import StoredResponses
@@ -24,11 +25,44 @@ from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
 from mlx_dgemma.server.tool_kinds import Origin, call_item, responses_tools
 
+_UNSUPPORTED = ("conversation", "prompt", "background")
+
+
+def accepted(bounds: Bounds) -> dict[str, Accepts]:
+    """What `/v1/responses` accepts."""
+    message = {
+        "type": "object",
+        "properties": {
+            "type": {"const": "message"},
+            "role": {"enum": list(MESSAGE_ROLES)},
+            "content": CONTENT,
+        },
+        "required": ["role", "content"],
+    }
+    other = {"type": "object", "properties": {"type": {"type": "string"}}, "required": ["type"]}
+    items = {"type": "array", "items": {"anyOf": [message, other]}}
+    tool = {
+        "type": "object",
+        "properties": {"type": {"type": "string"}, "name": {"type": "string", "minLength": 1}},
+        "required": ["type", "name"],
+    }
+    return {
+        **shared(bounds, stop=None),
+        **openai_chatting(),
+        "input": Accepts(schema={"anyOf": [{"type": "string"}, items]}),
+        "instructions": Accepts("text"),
+        "previous_response_id": Accepts("text"),
+        "tools": Accepts("list", schema=tool),
+        "max_output_tokens": Accepts("limit", 1),
+        "text": Accepts("object", inside={"format": format_of("The reply")}),
+        **dict.fromkeys(_UNSUPPORTED, Accepts(schema={"enum": [None, False]})),
+    }
+
 
 async def read_response(
     engine: Engine, fields: Fields, stored: StoredResponses
-) -> tuple[Asked, Conversation]:
-    for name in ("conversation", "prompt", "background"):
+) -> tuple[ParsedRequest, Conversation]:
+    for name in _UNSUPPORTED:
         if fields.raw(name):
             raise ApiError(
                 400,
@@ -55,7 +89,7 @@ async def read_response(
     return asked, conversation
 
 
-def _echoed(asked: Asked, fields: Fields) -> dict[str, Any]:
+def _echoed(asked: ParsedRequest, fields: Fields) -> dict[str, Any]:
     """What the response object repeats of the request."""
     temperature = fields.raw("temperature")
     return {
@@ -104,7 +138,7 @@ Keep = Callable[[dict[str, Any]], None]
 
 
 async def _response(
-    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
+    engine: Engine, asked: ParsedRequest, head: dict[str, Any], keep: Keep
 ) -> dict[str, Any]:
     reply, segments, items = Reply(one_call=asked.one_call), Segments(), _Items(asked.origins)
     async for _ in follow(engine, asked.call, reply, segments):
@@ -144,7 +178,7 @@ class _Items:
 
 
 async def _events(
-    engine: Engine, asked: Asked, head: dict[str, Any], keep: Keep
+    engine: Engine, asked: ParsedRequest, head: dict[str, Any], keep: Keep
 ) -> AsyncGenerator[bytes, None]:
     number = -1
 
@@ -221,7 +255,7 @@ def _part(segment: Segment) -> dict[str, Any]:
 
 
 def _finished(
-    engine: Engine, asked: Asked, reply: Reply, segments: Segments, items: _Items
+    engine: Engine, asked: ParsedRequest, reply: Reply, segments: Segments, items: _Items
 ) -> dict[str, Any]:
     finish = reply.end.finish
     whole = reply.whole

@@ -7,7 +7,8 @@ from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.decisions.questions import as_text, read_questions
+from mlx_dgemma.decisions.questions import MAX_LEVELS, MAX_OPTIONS, as_text, read_questions
+from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
@@ -16,7 +17,48 @@ from mlx_dgemma.server.sampling import check_length, check_model
 from mlx_dgemma.server.sse import unless_gone
 from mlx_dgemma.server.wire import JsonResponse
 
+_FORMATS = ("png", "jpg", "jpeg")
 ALIASES = ("jev-latest",)  # what clients of this interface call the model by default
+
+
+def accepted(_: Bounds) -> dict[str, Accepts]:
+    """What `/v1/systemone` accepts."""
+    text = {"type": ["string", "null"]}
+    question = {
+        "anyOf": [
+            _question("noul", {"type": "object", "properties": {"true": text, "false": text},
+                               "additionalProperties": False}),
+            _question("choice", {"type": "object", "additionalProperties": text,
+                                 "minProperties": 2, "maxProperties": MAX_OPTIONS}),
+            _question("score", {"type": "array", "items": {"type": "string", "minLength": 1},
+                                "minItems": 2, "maxItems": MAX_LEVELS}),
+        ]
+    }  # fmt: skip
+    image = {"data_base64": {"type": "string"}, "format": {"enum": list(_FORMATS)}}
+    return {
+        "model": Accepts("text"),
+        "state": Accepts(schema={"type": ["string", "object", "array"]}, required=True),
+        "questions": Accepts(
+            schema={"type": "object", "additionalProperties": question, "minProperties": 1},
+            required=True,
+        ),
+        "assets": Accepts(
+            "object",
+            schema={"type": "object", "properties": image, "required": ["data_base64"]},
+            about="Images, by the placeholder in the state.",
+        ),
+        "x_orders": Accepts("integer", 1, 20, about="In how many orders options are shown."),
+    }
+
+
+def _question(kind: str, criteria: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of one kind of question."""
+    properties = {
+        "type": {"const": kind},
+        "instructions": {"type": "string", "minLength": 1},
+        "criteria": criteria,
+    }
+    return {"type": "object", "properties": properties, "required": list(properties)}
 
 
 async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonResponse:
@@ -36,9 +78,7 @@ async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonRe
     check_length(engine, state, "state")
     decision = await unless_gone(
         request,
-        engine.decide(
-            state, questions, orders=fields.integer("x_orders", 1, 20) or 2, hold=fields.hold
-        ),
+        engine.decide(state, questions, orders=fields.integer("x_orders") or 2, hold=fields.hold),
     )
     usage: dict[str, Any] = {
         "input_tokens": decision.prompt_tokens,
@@ -59,7 +99,7 @@ def with_assets(state: Any, assets: Fields | None) -> Any:
         content = None if asset is None else asset.text("data_base64")
         if asset is None or content is None:
             raise assets.fail(name, "an image with data_base64")
-        kind = asset.text("format", ("png", "jpg", "jpeg")) or "png"
+        kind = asset.text("format", _FORMATS) or "png"
         images[name] = {
             "type": "image_url",
             "image_url": {"url": f"data:image/{kind};base64,{content}"},
