@@ -16,7 +16,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.checkpoint import weights
+from mlx_dgemma.checkpoint import sources, weights
 from mlx_dgemma.checkpoint.adapters import Adapter
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.convert.remote import local_files, read_headers
@@ -249,7 +249,7 @@ def _gather(
 
 
 def _parameters(
-    config: ModelConfig, matched: Mapping[str, weights.Source], stored: Mapping[str, Dense]
+    config: ModelConfig, matched: Mapping[str, sources.Source], stored: Mapping[str, Dense]
 ) -> dict[str, Tensor]:
     """Dense parameter name -> tensor; a packed module's tensors become one."""
     parameters: dict[str, Tensor] = {}
@@ -270,7 +270,7 @@ def _parameters(
     return parameters
 
 
-def _assemble(source: weights.Source, stored: Mapping[str, Dense]) -> Tensor:
+def _assemble(source: sources.Source, stored: Mapping[str, Dense]) -> Tensor:
     if source.kind == "tensor":
         return stored[source.parts[0]]
     parts = tuple(_assemble(part, stored) for part in source.parts)

@@ -22,17 +22,19 @@ if TYPE_CHECKING:
     from mlx_dgemma.context.prompt_cache import PromptCache
     from mlx_dgemma.decisions import Choice, Decision, Noul, Score, decide
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
-    from mlx_dgemma.generate import Replay, generate, replay, stream_generate
+    from mlx_dgemma.generate import generate, stream_generate
     from mlx_dgemma.infilling.fill import edit, infill, refine, regenerate
     from mlx_dgemma.infilling.results import Infill
+    from mlx_dgemma.replaying import Replay, replay
     from mlx_dgemma.runtime import Runtime
 
 _NAMES = {
-    "generate": ("Replay", "generate", "replay", "stream_generate"),
+    "generate": ("generate", "stream_generate"),
     "decisions": ("Choice", "Decision", "Noul", "Score", "decide"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
     "infilling.fill": ("edit", "infill", "refine", "regenerate"),
     "infilling.results": ("Infill",),
+    "replaying": ("Replay", "replay"),
     "checkpoint.loading": ("load",),
     "constraints": ("Constraint",),
     "context.prompt_cache": ("PromptCache",),

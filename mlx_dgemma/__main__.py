@@ -14,7 +14,7 @@ from types import FrameType
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
-from mlx_dgemma.cli.verbs import VERBS
+from mlx_dgemma.cli.verbs import SHARED, VERBS
 
 
 def usage() -> str:
@@ -49,7 +49,10 @@ def launch(verb: str, argv: Sequence[str] | None = None) -> int:
         raise KeyboardInterrupt
 
     try:
-        with _on_interrupt(lambda *_: os._exit(INTERRUPTED), afterwards_too=argv is None):
+        with (
+            _on_interrupt(lambda *_: os._exit(INTERRUPTED), afterwards_too=argv is None),
+            _together(verb),
+        ):
             command = import_module(f"mlx_dgemma.cli.{verb}").main
             with _on_interrupt(interrupt):
                 return int(command(argv))
@@ -57,6 +60,19 @@ def launch(verb: str, argv: Sequence[str] | None = None) -> int:
         if interrupted.is_set() or isinstance(error, KeyboardInterrupt):
             return INTERRUPTED
         raise
+
+
+@contextmanager
+def _together(verb: str) -> Iterator[None]:
+    """Where `mlx.launch` started several processes for a command that computes with one model,
+    rank 0 alone comes through: the others serve it, and end with it."""
+    if verb not in SHARED or not (os.environ.keys() & {"MLX_RANK", "OMPI_COMM_WORLD_SIZE"}):
+        yield
+        return
+    from mlx_dgemma.cli.together import together  # imports MLX
+
+    with together():
+        yield
 
 
 @contextmanager

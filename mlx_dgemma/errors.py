@@ -25,6 +25,14 @@ class InputError(DGemmaError):
     """The request cannot be served as it was asked."""
 
 
+class MediaError(InputError):
+    """An image, video or sound that cannot be read. where: its place, `messages[0].content[1]`."""
+
+    def __init__(self, message: str, where: str) -> None:
+        super().__init__(message)
+        self.where = where
+
+
 class LanguageError(InputError):
     """A constraint that cannot be followed: malformed, empty, or too large."""
 

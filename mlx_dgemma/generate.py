@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Unpack
@@ -24,25 +24,19 @@ from mlx_dgemma.decoding.canvas import Opening
 from mlx_dgemma.decoding.draws import Draws, SeededDraws, check_seed, fresh_seed
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 from mlx_dgemma.decoding.settings import (
+    CommitRule,
     Conditioning,
     DecodingOptions,
     DecodingSettings,
     EmptyReplyPolicy,
+    PositionsRule,
     PresetName,
     SamplerName,
     UnconvergedPolicy,
     overrides,
 )
-from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.decoding.stopping import cut_at_stop
-from mlx_dgemma.decoding.trace import (
-    Comparison,
-    RecordedDraws,
-    RecordingDraws,
-    Trace,
-    check_traceable,
-    config_digest,
-)
+from mlx_dgemma.decoding.trace import RecordingDraws, Trace, check_traceable, config_digest
 from mlx_dgemma.errors import GpuError, GpuMemoryError, InputError
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
@@ -76,6 +70,10 @@ def stream_generate(
     t_max: float | None = None,
     stability_threshold: int | None = None,
     confidence_threshold: float | None = None,
+    commit: CommitRule | None = None,
+    commit_entropy: float | None = None,
+    positions: PositionsRule | None = None,
+    check_share: float | None = None,
     reveal_threshold: float | None = None,
     canvas_length: int | None = None,
     stop: str | Sequence[str] = (),
@@ -108,7 +106,7 @@ def stream_generate(
         gives the same ids.
     temp: divides the logits for sampling only; 0.0 takes the argmax. mlx-lm's default is 0.0;
         this model's reference always samples, so ours is 1.0.
-    preset: named settings; "balanced" and "fast" take fewer steps for some accuracy.
+    preset: named settings; "balanced" and "turbo" compute less, and are not exact.
     sampler, max_denoising_steps, ..., canvas_length: see DecodingSettings; None takes the
         preset's, then the checkpoint's generation config.
     stop: strings that end the answer. tools: functions in OpenAI's form; calls arrive in
@@ -170,20 +168,21 @@ def stream_generate(
         seed=seed,
         stop_ids=tokenizer.stop_ids,
         opening=opening,
-        language=_language(model, tokenizer, constraint),
+        language=language_of(model, tokenizer, constraint),
         drafts=drafts,
         alternatives=top_logprobs if logprobs or top_logprobs else None,
         cancel=cancel,
         observe=None if record is None else record.observe,
     )
     return exclusively(
-        cache, _stream(model, tokenizer, request, reader, prepared, cache, record, trace)
+        cache, stream_request(model, tokenizer, request, reader, prepared, cache, record, trace)
     )
 
 
-def _language(
+def language_of(
     model: Model, tokenizer: Tokenizer, constraint: Constraint | Language | None
 ) -> Language | None:
+    """What a reply belongs to; InputError for a constraint that is none."""
     if isinstance(constraint, Constraint):
         return constraint.language(tokenizer, model.config.text.vocab_size)
     if constraint is not None and not isinstance(constraint, Language):
@@ -192,15 +191,6 @@ def _language(
             ".choice(...), .json_schema(...) or .json_object()."
         )
     return constraint
-
-
-def _recorded(model: Model, tokenizer: Tokenizer, record: Trace) -> Language | None:
-    if record.constraint is None:
-        return None
-    try:
-        return _language(model, tokenizer, Constraint(**record.constraint))
-    except TypeError:
-        raise InputError("The trace's constraint is none: record it again.") from None
 
 
 class Options(DecodingOptions, total=False):
@@ -234,63 +224,7 @@ def generate(
     return "".join(event.text for event in stream)
 
 
-@dataclass(frozen=True)
-class Replay:
-    """A trace run again.
-
-    ids: of every committed block. text: theirs, stop strings not looked for. divergence: (block,
-    attempt, step) of the first other draft, or None.
-    """
-
-    ids: tuple[int, ...]
-    text: str
-    divergence: tuple[int, int, int] | None
-
-
-def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
-    """Runs a recorded generation again, taking every random number from the file.
-
-    Raises InputError when the file is no trace or belongs to another network.
-    """
-    record = Trace.load(trace)
-    if record.config_digest != config_digest(model.config):
-        raise InputError(f"{trace} was recorded with another model: load that one to replay it.")
-    comparison, ended = Comparison(record), threading.Event()
-    commits: list[Commit] = []
-
-    def end_where_the_record_does() -> None:
-        if comparison.over(len(commits)):
-            ended.set()
-
-    def observe(step: Step) -> None:
-        comparison.observe(step)
-        end_where_the_record_does()
-
-    request = Request(
-        prompt=record.prompt,
-        settings=record.decoding_settings(),
-        draws=RecordedDraws(record),
-        seed=record.seed,
-        stop_ids=tokenizer.stop_ids,
-        language=_recorded(model, tokenizer, record),
-        cancel=ended,
-        observe=observe,
-    )
-    end_where_the_record_does()
-    for event in _stream(
-        model, tokenizer, request, ReplyReader(tokenizer), PreparedPrompt(record.prompt)
-    ):
-        if isinstance(event, Commit):
-            commits.append(event)
-            end_where_the_record_does()
-    return Replay(
-        ids=tuple(token for commit in commits for token in commit.ids),
-        text="".join(commit.text for commit in commits),
-        divergence=comparison.divergence,
-    )
-
-
-def _stream(
+def stream_request(
     model: Model,
     tokenizer: Tokenizer,
     request: Request,
@@ -300,6 +234,8 @@ def _stream(
     record: Trace | None = None,
     trace: str | Path | None = None,
 ) -> Generator[Event, None, None]:
+    """The events of a request on ids, with their texts; `prepared` is its prompt as it was encoded,
+    `record` what is saved as `trace`."""
     prompt, read = request.prompt, 0
     if cache is None:
         context = model.make_cache(request.settings.kv_bits)

@@ -72,7 +72,7 @@ def _random(rng: np.random.Generator) -> Any:
     best[best < 1e-4] = 0
     top = p.argmax(axis=1)
     return Distributions(
-        ids, best, lambda at, some: p[at, some].astype(float), entropy, top, top, whole=False
+        ids, best, lambda some: p[:, some].astype(float), entropy, top, top, whole=False
     )
 
 

@@ -302,7 +302,7 @@ def _use_cache(path: Path, models: _Models) -> None:
 
 
 def _replay(path: Path, models: _Models) -> None:
-    from mlx_dgemma.generate import replay
+    from mlx_dgemma.replaying import replay
 
     replay(*models.demo, path)
 

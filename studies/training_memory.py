@@ -28,7 +28,6 @@ from mlx_dgemma.training.loss import Objective
 from mlx_dgemma.training.plan import TrainingPlan, plan_training
 from mlx_dgemma.training.tuning import Tuning, attach, trained
 
-
 WIDTHS = (
     "hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim", "global_head_dim",
 )  # fmt: skip

@@ -23,12 +23,19 @@ MAX_TOKENS = 200
 
 
 class Answer(NamedTuple):
-    """One question's outcome."""
+    """One question's outcome.
+
+    steps: per block. computed: canvas positions per decoder pass. fell_back: blocks that were left
+    to the reference. text: what was answered.
+    """
 
     right: bool
     steps: tuple[int, ...]
     tokens: int
     seconds: float
+    computed: tuple[int, ...] = ()
+    fell_back: int = 0
+    text: str = ""
 
 
 def ask(model: Model, tokenizer: Tokenizer, example: Example, **options: Any) -> Answer:
@@ -51,7 +58,15 @@ def ask(model: Model, tokenizer: Tokenizer, example: Example, **options: Any) ->
     if any(commit.tool_calls for commit in commits):
         text = tokenizer.decode([token for commit in commits for token in commit.ids])
     right = example.verify(text, thought) if thought else example.verify(text)
-    return Answer(right, finish.steps_per_block, finish.generated_tokens, finish.denoise_seconds)
+    return Answer(
+        right,
+        finish.steps_per_block,
+        finish.generated_tokens,
+        finish.denoise_seconds,
+        finish.computed,
+        sum(finish.fell_back),
+        text,
+    )
 
 
 def measure(
@@ -63,7 +78,8 @@ def measure(
     track: Callable[[Sequence[str]], Iterable[str]] = iter,
     **options: Any,
 ) -> dict[str, Any]:
-    """Task -> share right with its standard error, denoising steps per block, tokens per forward.
+    """Task -> share right with its standard error, denoising steps per block, tokens per forward,
+    computed canvas positions per token.
 
     prompts: questions per task. tasks: all by default. track: wraps the tasks, to show progress.
     options: keywords of `stream_generate`. Raises InputError for an unknown task.
@@ -74,12 +90,19 @@ def measure(
             raise InputError(f"There is no task {task!r}; the tasks are {', '.join(TASKS)}.")
     found: dict[str, Any] = {}
     for task in track(chosen):
-        answers = [
-            ask(model, tokenizer, example, seed=seed, max_tokens=MAX_TOKENS, **options)
-            for seed, example in enumerate(held_out(task, prompts, seed=SEED))
-        ]
-        found[task] = _figures(answers)
+        found[task] = figures(answers(model, tokenizer, task, prompts, **options))
     return found
+
+
+def answers(
+    model: Model, tokenizer: Tokenizer, task: str, prompts: int, **options: Any
+) -> list[Answer]:
+    """The held-out questions of a task, each with a seed of its own."""
+    questions = held_out(task, prompts, seed=SEED)
+    return [
+        ask(model, tokenizer, example, seed=seed, max_tokens=MAX_TOKENS, **options)
+        for seed, example in enumerate(questions)
+    ]
 
 
 def overall(figures: dict[str, Any]) -> dict[str, float]:
@@ -87,21 +110,26 @@ def overall(figures: dict[str, Any]) -> dict[str, float]:
     count = len(figures)
     means = {
         name: statistics.fmean(task[name] for task in figures.values())
-        for name in ("right", "steps", "tokens_per_forward")
+        for name in ("right", "steps", "tokens_per_forward", "positions_per_token")
     }
     error = sum(task["error"] ** 2 for task in figures.values()) ** 0.5 / count
     return {**means, "error": error, "n": sum(task["n"] for task in figures.values())}
 
 
-def _figures(answers: Sequence[Answer]) -> dict[str, float]:
+def figures(answers: Sequence[Answer]) -> dict[str, float]:
+    """What `measure` says of a task's answers."""
     count = len(answers)
     share = statistics.fmean(answer.right for answer in answers)
     steps = [step for answer in answers for step in answer.steps]
+    tokens = sum(answer.tokens for answer in answers)
+    computed = sum(sum(answer.computed) for answer in answers)
     return {
         "right": share,
         "error": (share * (1 - share) / count) ** 0.5,
         "steps": statistics.fmean(steps),
-        "tokens_per_forward": sum(answer.tokens for answer in answers) / max(1, sum(steps)),
+        "tokens_per_forward": tokens / max(1, sum(steps)),
+        "positions_per_token": computed / max(1, tokens),
+        "fell_back": sum(answer.fell_back for answer in answers),
         "seconds": sum(answer.seconds for answer in answers),
         "n": count,
     }

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
 import regex
 
+from mlx_dgemma.checkpoint.parts import cut
 from mlx_dgemma.checkpoint.peft_settings import PeftScales, refuse_kinds
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
+from mlx_dgemma.checkpoint.whole_layers import check_whole
 from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import read_header
@@ -30,9 +32,9 @@ from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.low_rank import LAYERS, Factors, attach
 from mlx_dgemma.model.names import is_tied_duplicate, tied_to
 from mlx_dgemma.model.network import Model
-from mlx_dgemma.model.packing import quantization_of
-from mlx_dgemma.model.parameters import matrices, parameter_shapes
+from mlx_dgemma.model.parameters import matrices
 from mlx_dgemma.model.section import MOST_NUMBER, Section
+from mlx_dgemma.model.share import Part, Share
 from mlx_dgemma.untrusted_json import printable
 
 CONFIG = "adapter_config.json"
@@ -121,6 +123,17 @@ class Adapter:
         """The parameters that were trained whole."""
         return frozenset(() if self.whole is None else self.whole.entries)
 
+    def own_parameters(self, share: Share | None, config: ModelConfig) -> dict[str, mx.array]:
+        """The parameters that were trained whole, or a rank's share of them."""
+        found = {}
+        for name in self.replaced:
+            if self.whole is None or not (share is None or share.holds(name)):
+                continue
+            part = None if share is None else share.part(config, name)
+            tensor = self.whole.mlx(name)
+            found[name] = tensor if part is None else cut(tensor, part)
+        return found
+
     def changes(self, name: str) -> bool:
         """Whether the parameter is another one with the adapter."""
         return name in self.replaced or name in self.encoder or name in self.decoder
@@ -147,9 +160,7 @@ class Adapter:
     def merged(self, name: str, rows: mx.array, start: int) -> mx.array:
         """Rows [n, ...] of weight `name` from `start` on, with its delta added in float32."""
         if self.whole is not None and name in self.whole.entries:
-            if not rows.ndim:
-                return self.whole.mlx(name)
-            return self.whole.mlx(name, start, start + rows.shape[0])
+            return self.whole.mlx(name, start, start + (rows.shape[0] if rows.ndim else 1))
         delta = self.deltas.get(name)
         if delta is None:
             return rows
@@ -163,19 +174,40 @@ class Adapter:
         In float32 they are computed in float32, else as they are stored.
         """
         dtype = mx.float32 if model.dtype == mx.float32 else None
+        share = model.share
         known: dict[str, Factors] = {}
         sides: list[dict[str, Factors]] = []
         for deltas in (self.encoder, self.decoder):
             side = {}
             for name, delta in deltas.items():
+                if share is not None and not share.holds(name):
+                    continue
                 if name in known and _same(self.encoder.get(name), self.decoder.get(name)):
                     side[name.removesuffix(".weight")] = known[name]
                     continue
                 factors = delta.read(dtype)
+                part = None if share is None else share.part(model.config, name)
+                if part is not None:
+                    factors = _part_of(factors, part)
                 mx.eval(factors.a, factors.b)
                 known[name] = side[name.removesuffix(".weight")] = factors
             sides.append(side)
         attach(model, *sides)
+
+
+def _part_of(factors: Factors, part: Part) -> Factors:
+    """The delta of some rows or columns of a weight.
+
+    Raises CheckpointError for DoRA's, which need the norms of whole rows.
+    """
+    if factors.magnitude is not None:
+        raise CheckpointError(
+            "A DoRA adapter cannot be divided over several machines: merge it with mlx_dgemma.fuse "
+            "first, and load the merged model."
+        )
+    if part.axis == "rows":
+        return replace(factors, b=cut(factors.b, replace(part, axis="columns")))
+    return replace(factors, a=cut(factors.a, replace(part, axis="rows")))
 
 
 def adapter_bytes(folder: str | Path) -> int:
@@ -209,7 +241,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     path = folder / (PEFT_WEIGHTS if peft else MLX_WEIGHTS)
     file = TensorFile(path, ADVICE)
     if kind == "full":
-        _check_whole(file, config)
+        check_whole(file, config)
         return Adapter(folder, {}, {}, file)
     shapes = matrices(config)
     found = _peft_deltas(file, shapes, settings) if peft else _mlx_deltas(file, shapes, settings)
@@ -235,27 +267,6 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
         if not in_encoder:
             decoder[name] = delta
     return Adapter(folder, encoder, decoder)
-
-
-def _check_whole(file: TensorFile, config: ModelConfig) -> None:
-    """Raises CheckpointError where a parameter is not one of the model's, or is packed there."""
-    dense = {f"{module}.weight": shape for module, shape in matrices(config).items()}
-    stored = parameter_shapes(config, "mlx", scaled=())
-    for name, entry in file.entries.items():
-        expected = dense.get(name, stored[name][0] if name in stored else None)
-        if expected is None or entry.shape != expected:
-            fits = "no such parameter" if expected is None else f"one of {list(expected)}"
-            raise CheckpointError(
-                f"{file.path}: {printable(name)} is {list(entry.shape)} and the model has {fits}; "
-                "these layers were trained on another model."
-            )
-        if quantization_of(config.quantization, name.removesuffix(".weight")) is not None:
-            raise CheckpointError(
-                f"{file.path}: {name} replaces a matrix that this checkpoint quantizes; give the "
-                "16-bit checkpoint that it was trained on."
-            )
-        if not mx.isfinite(file.mlx(name)).all().item():
-            raise CheckpointError(f"{file.path}: {name} holds NaN or Inf.")
 
 
 _Found = Iterator[tuple[str, Delta]]

@@ -6,8 +6,13 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, computed_config, prepare
+from mlx_dgemma.checkpoint.agreement import agree, own_shapes
+from mlx_dgemma.checkpoint.audits import choose
+from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
+from mlx_dgemma.checkpoint.serving import serve
 from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.distributed import joining
+from mlx_dgemma.distributed.team import Follower, Leader
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.machine.gpu_failures import explained
@@ -16,7 +21,6 @@ from mlx_dgemma.machine.memory import set_limits
 from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import DTYPES
-from mlx_dgemma.model.kernel_shapes import kernel_shapes
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 from mlx_dgemma.prompt.chat_template import read_template
 
@@ -29,15 +33,20 @@ def load(
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
     chat_template: str | Path | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, Tokenizer]:
     """A model and its tokenizer from a folder or a Hugging Face repository.
 
     path_or_hf_repo: None is the bundled demo checkpoint. revision: branch, tag or commit of a
     repository. lazy: read no weight until it is used. adapter_path: a LoRA adapter of PEFT's or
     mlx-lm's form, kept beside the weights, each delta in the pass it was trained in. dtype:
-    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, and
-    float32 on MLX's CPU backend. In float16 the residual stream stays in float32. chat_template: a
-    file with a Jinja template, or its text, in the place of the checkpoint's.
+    "float16", "bfloat16" or "float32", of the activations; by default the checkpoint's, float32 on
+    MLX's CPU backend, and float16 on M1 and M2 for a checkpoint that has passed its audit (see
+    checkpoint.audits). In float16 the residual stream stays in float32. chat_template: a file with
+    a Jinja template, or its text, in the place of the checkpoint's. group: the processes that hold
+    the model together, as `mx.distributed.init()` gives it. On rank 0 the model is then used as any
+    other. On the other ranks this call serves rank 0 and ends the process, quietly, once rank 0 has
+    ended: the same script runs on all of them.
 
     Raises ModelNotFoundError, CheckpointError, ResourceError (too little memory or disk), or
     InputError for a revision of the demo checkpoint, another dtype, or a template that cannot be
@@ -45,7 +54,12 @@ def load(
     """
     template = None if chat_template is None else read_template(chat_template)
     model, folder = load_network(
-        path_or_hf_repo, lazy=lazy, revision=revision, adapter_path=adapter_path, dtype=dtype
+        path_or_hf_repo,
+        lazy=lazy,
+        revision=revision,
+        adapter_path=adapter_path,
+        dtype=dtype,
+        group=group,
     )
     tokenizer = load_tokenizer(folder, model.config.stop_ids)
     if template is not None:
@@ -60,9 +74,13 @@ def load_network(
     revision: str | None = None,
     adapter_path: str | Path | None = None,
     dtype: str | None = None,
+    group: mx.distributed.Group | None = None,
 ) -> tuple[Model, Path]:
     """The model without its tokenizer, and its folder; otherwise as `load`."""
     claim_process()
+    team = joining.current() if group is None else joining.join(group)
+    if isinstance(team, Follower):
+        serve(team)
     if dtype is not None:
         _check_dtype(dtype)
     if lazy:
@@ -77,12 +95,28 @@ def load_network(
             context_tokens=LEAST_CONTEXT,
             dtype=dtype,
         )
+    dtype, unit = choose(folder, dtype, adapted=adapter_path is not None)
     set_limits(machine())
+    shapes = own_shapes(folder, dtype)
     if not lazy:  # the checks need memory of their own, which the weights will take
-        dispatch.prepare(kernel_shapes(computed_config(folder, dtype)[0], dtype))
+        dispatch.prepare(shapes)
     computed = None if dtype is None else getattr(mx, dtype)
+    if isinstance(team, Leader):
+        agree(
+            team,
+            folder,
+            shapes,
+            named=path_or_hf_repo is not None or revision is not None,
+            adapter_path=adapter_path,
+            dtype=dtype,
+            unit=unit,
+        )
     with explained():
-        model = load_model(folder, lazy=lazy, dtype=computed, adapter_path=adapter_path)
+        model = load_model(
+            folder, lazy=lazy, dtype=computed, adapter_path=adapter_path, unit=unit, team=team
+        )
+    if isinstance(team, Leader):
+        team.ask("loaded")
     return model, folder
 
 

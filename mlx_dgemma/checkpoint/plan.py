@@ -18,11 +18,13 @@ from mlx_dgemma.checkpoint.sizes import (
     working_bytes,
 )
 from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.distributed import joining
 from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.layer_context import STEP as CONTEXT_STEP
+from mlx_dgemma.model.share import Share
 
 LEAST_CONTEXT = 1024  # tokens that a model must have room for to be worth loading
 PLANNED_CONTEXT = 8192  # tokens that a plan counts with, unless more are asked for
@@ -103,10 +105,16 @@ def prepare(
     here = machine()
     config, widened = computed_config(folder, dtype)
     beside = 0 if adapter_path is None else adapter_bytes(adapter_path)
-    known = stored_bytes(folder, widened=widened) if stored else weight_bytes(config)
+    share = current_share()
+    if share is not None:  # of several processes each needs room for its part
+        share.check(config)
+        known, local = weight_bytes(config, share=share), share.config(config)
+    else:
+        known = stored_bytes(folder, widened=widened) if stored else weight_bytes(config)
+        local = config
     wanted = plan_for(
         here,
-        config,
+        local,
         context_tokens=min(context_tokens, config.text.max_position_embeddings),
         weights=known + beside,
         kv_bits=kv_bits,
@@ -225,11 +233,12 @@ def slices_head(config: ModelConfig, context_tokens: int, kv_bits: int | None = 
     Follows from config and machine alone, not from what is free now: rounding differs between
     the two heads, and a seed must repeat its reply.
     """
+    share = current_share()
     return plan_for(
         _here(),
-        config,
+        config if share is None else share.config(config),
         context_tokens=_planned_tokens(config, context_tokens),
-        weights=weight_bytes(config),
+        weights=weight_bytes(config, share=share),
         kv_bits=kv_bits,
     ).sliced_head
 
@@ -252,12 +261,13 @@ def canvases_together(
         return most
     if here.metal:
         room = min(room, here.limit or room)
+    share = current_share()
 
     def fits(canvases: int) -> bool:
         wanted = plan(
-            config,
+            config if share is None else share.config(config),
             context_tokens=_planned_tokens(config, context_tokens),
-            weights=weight_bytes(config),
+            weights=weight_bytes(config, share=share),
             canvases=canvases,
             sliced_head=sliced_head,
             kv_bits=kv_bits,
@@ -265,6 +275,12 @@ def canvases_together(
         return wanted.total <= room
 
     return next((count for count in range(most, 1, -1) if fits(count)), 1)
+
+
+def current_share() -> Share | None:
+    """What this process holds of a model; None where it holds all."""
+    team = joining.current()
+    return None if team is None else Share(team.rank, team.size)
 
 
 def _planned_tokens(config: ModelConfig, asked: int) -> int:

@@ -28,6 +28,7 @@ from mlx_dgemma.model.network import CHUNK as PREFILL_CHUNK
 from mlx_dgemma.model.packed_context import GROUPS as PACKED_GROUPS
 from mlx_dgemma.model.packed_context import STORED
 from mlx_dgemma.model.parameters import parameter_shapes
+from mlx_dgemma.model.share import Share
 
 ITEM_SIZE = {"float32": 4, "uint32": 4, "float16": 2, "bfloat16": 2, "uint8": 1, "int8": 1}
 SCORES_HELD = 3  # arrays of scores [heads, queries, keys] that are held at once
@@ -35,13 +36,25 @@ PACKED_SCALES = 2 * STORED.size  # bytes of a group's scale and bias
 
 
 def weight_bytes(
-    config: ModelConfig, *, quantization: dict[str, Any] | None = None, layout: Layout = "mlx"
+    config: ModelConfig,
+    *,
+    quantization: dict[str, Any] | None = None,
+    layout: Layout = "mlx",
+    share: Share | None = None,
 ) -> int:
-    """Bytes of all tensors; `quantization` (config.json's block) replaces the config's own."""
+    """Bytes of all tensors, or of what a rank holds of them; `quantization` (config.json's block)
+    replaces the config's own."""
     if quantization is not None:
         config = replace(config, quantization=quantization)
-    shapes = parameter_shapes(config, layout).values()
-    return sum(prod(shape) * ITEM_SIZE[dtype] for shape, dtype in shapes)
+    total = 0
+    for name, (shape, dtype) in parameter_shapes(config, layout).items():
+        if share is not None:
+            if not share.holds(name):
+                continue
+            part = share.part(config, name)
+            shape = shape if part is None else part.shape(shape)
+        total += prod(shape) * ITEM_SIZE[dtype]
+    return total
 
 
 def stored_bytes(folder: str | Path, *, widened: bool = False) -> int:

@@ -71,6 +71,16 @@ class TensorFile:
         self._read_into(found.reshape(-1).view(np.uint8).data, offset)
         return found
 
+    def rows(self, name: str, start: int, stop: int) -> np.ndarray:
+        """[stop - start, columns]: rows of a stack of matrices, counted through all of them."""
+        entry = self.entries[name]
+        dtype = DTYPES[entry.code].numpy
+        assert dtype is not None
+        found = np.empty((stop - start, entry.shape[-1]), dtype)
+        offset = entry.start + start * entry.shape[-1] * found.itemsize
+        self._read_into(found.reshape(-1).view(np.uint8).data, offset)
+        return found
+
     def _read_into(self, buffer: memoryview, offset: int) -> None:
         assert self._file is not None
         done = 0

@@ -9,20 +9,23 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma.checkpoint.adapters import read_adapter
+from mlx_dgemma.checkpoint.parts import drop_absent, own_parts
+from mlx_dgemma.checkpoint.sources import Source
+from mlx_dgemma.distributed.team import Team
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.headers import INDEX, SINGLE, Entry, read_header, read_weight_map
 from mlx_dgemma.model.config import DTYPES as FLOATS
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.float16 import use_unit
 from mlx_dgemma.model.layers import Weights
 from mlx_dgemma.model.low_rank import LowRank
 from mlx_dgemma.model.names import MOST_NAMES, VISION_TOWER, is_tied_duplicate, tied_to, together
@@ -41,44 +44,13 @@ _EXPERTS = re.compile(
 _IGNORED = re.compile(r"rotary_emb\.|\.(?:input|output)_(?:min|max)$")
 
 
-@dataclass(frozen=True)
-class Source:
-    """How one parameter comes from the files: a tensor, a stack of experts, or gate over up."""
-
-    kind: Literal["tensor", "stack", "gate_up"]
-    parts: tuple[Any, ...]  # a tensor's name, or Sources
-
-    def shape(self, headers: Mapping[str, Entry]) -> tuple[int, ...] | None:
-        """The resulting shape; None when the parts do not fit together."""
-        if self.kind == "tensor":
-            return headers[self.parts[0]].shape
-        shapes = [part.shape(headers) for part in self.parts]
-        first = shapes[0]
-        if first is None or any(shape != first for shape in shapes):
-            return None
-        if self.kind == "stack":
-            return (len(shapes), *first)
-        return None if len(first) != 3 else (first[0], 2 * first[1], first[2])
-
-    def dtype(self, headers: Mapping[str, Entry]) -> str:
-        if self.kind == "tensor":
-            return headers[self.parts[0]].dtype
-        part: Source = self.parts[0]
-        return part.dtype(headers)
-
-    def read(self, tensors: Mapping[str, mx.array]) -> mx.array:
-        """The parameter in its own shape and dtype, still unevaluated."""
-        if self.kind == "tensor":
-            return tensors[self.parts[0]]
-        parts = [part.read(tensors) for part in self.parts]
-        return mx.stack(parts) if self.kind == "stack" else mx.concatenate(parts, axis=1)
-
-
 def load_model(
     folder: str | Path,
     lazy: bool = False,
     dtype: mx.Dtype | None = None,
     adapter_path: str | Path | None = None,
+    unit: int = 1,
+    team: Team | None = None,
 ) -> Model:
     """Read a DiffusionGemma checkpoint folder, in either layout.
 
@@ -87,6 +59,9 @@ def load_model(
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
     adapter_path: an adapter of PEFT's or mlx-lm's form, whose deltas stay beside the weights.
+    unit: in which both branches of a layer compute, see `model.float16`.
+    team: the processes that hold the model together; of what they divide this one reads its part
+        alone, also with `lazy`.
     Raises ModelNotFoundError or CheckpointError.
     """
     folder = Path(folder)
@@ -96,7 +71,7 @@ def load_model(
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
     adapter = None if adapter_path is None else read_adapter(adapter_path, config)
     stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
-    model = Model(config, dtype or (mx.float32 if on_cpu else stored))
+    model = Model(config, dtype or (mx.float32 if on_cpu else stored), team)
 
     # What stays unread belongs to no thread, so that any thread may be the first to use it.
     unbound = mx.new_thread_unsafe_stream(mx.cpu)
@@ -105,15 +80,22 @@ def load_model(
         for path in sorted({header.path for header in headers.values()}):
             tensors.update(_load_shard(path))
         parameters = {name: source.read(tensors) for name, source in sources.items()}
-        if adapter is not None and adapter.whole is not None:
-            parameters |= {name: adapter.whole.mlx(name) for name in adapter.replaced}
+    if model.share is not None:
+        with reading_weights(folder):
+            parameters = own_parts(model.share, config, parameters, sources, headers)
+        drop_absent(model, parameters)
+    if adapter is not None:
+        parameters |= adapter.own_parameters(model.share, config)
     fill(model, parameters)
+    if unit > 1:
+        with mx.stream(unbound):
+            use_unit(model, unit)
     if not lazy:
         with reading_weights(folder):
             settle(model, unbound)
     if adapter is not None:
         adapter.attach(model)
-    if config.vision is not None:
+    if model.local.vision is not None:
         model.reread_vision = partial(
             _leave_vision_unread,
             sources=sources,

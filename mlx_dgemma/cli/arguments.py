@@ -60,8 +60,8 @@ def add_preset(parser: argparse._ActionsContainer) -> None:
     parser.add_argument(
         "--preset",
         choices=tuple(PRESETS),
-        help="named settings: reference (the checkpoint's own), or balanced or fast, which take "
-        "fewer steps for some accuracy (default: reference)",
+        help="named settings: reference (the checkpoint's own), or balanced or turbo, which "
+        "compute less and are not exact (default: reference)",
     )
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
     LONGEST_CONTEXT_BYTES,
 )
 from mlx_dgemma.cli import arguments as flags
+from mlx_dgemma.cli import link
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
@@ -44,6 +46,21 @@ def build_parser() -> argparse.ArgumentParser:
         "folder or Hub id, by default the published 4-bit checkpoint; also what was checked "
         "before (Metal only)",
     )
+    parser.add_argument(
+        "--distributed",
+        nargs="?",
+        const="",
+        metavar="MODEL",
+        help="under mlx.launch: measure the connection between the machines, and predict whether "
+        "they are faster together, for a model as with --check",
+    )
+    parser.add_argument(
+        "--audit",
+        metavar="MODEL",
+        help="run a model, a folder or Hub id, and measure whether float16 would hold its numbers; "
+        "on M1 and M2 it is then loaded in float16, which is faster there (--dtype bfloat16 does "
+        "not)",
+    )
     flags.add_version(parser)
     return parser
 
@@ -51,7 +68,9 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    found = examine(machine(), check=arguments.check)
+    found = examine(machine(), check=arguments.check, audited=arguments.audit)
+    if arguments.distributed is not None:
+        found["distributed"] = link.examine(arguments.distributed)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
         write_report(arguments.report, found)
@@ -59,18 +78,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(text)
     else:
         show(found, Console(highlight=False))
+        if "distributed" in found:
+            link.show(found["distributed"], Console(highlight=False))
     return 0
 
 
-def examine(this: Machine, *, check: str | None = None) -> dict[str, Any]:
+def examine(
+    this: Machine, *, check: str | None = None, audited: str | None = None
+) -> dict[str, Any]:
     """The whole report, JSON-ready; it names no user, no path and no prompt.
 
     check: check the kernels for this model first; "" is the published one, None checks nothing.
+    audited: audit this model's magnitudes first.
     """
+    from mlx_dgemma.checkpoint import audits
+    from mlx_dgemma.kernels.report import age
     from mlx_dgemma.kernels.report import report as kernels
 
     if check is not None:
         check_kernels(check)
+    if audited is not None:
+        audit_magnitudes(audited)
     return report(
         "doctor",
         this,
@@ -94,7 +122,30 @@ def examine(this: Machine, *, check: str | None = None) -> dict[str, Any]:
             "kv_bits_8_bytes": LONGEST_CONTEXT_BYTES[8],
         },
         kernels=kernels(),
+        float16=[
+            {
+                "checkpoint": key[:12],
+                **asdict(known),
+                "passed": known.failure is None,
+                "failure": known.failure,
+                "unit": known.unit,
+                "age": age(known.when),
+            }
+            for key, known in audits.everything().items()
+        ],
     )
+
+
+def audit_magnitudes(model: str) -> None:
+    """Audit a model and remember what was found; see checkpoint.audits."""
+    from mlx_dgemma.benchmark.overflow import audit
+    from mlx_dgemma.checkpoint import audits
+    from mlx_dgemma.checkpoint.plan import prepare
+    from mlx_dgemma.machine.gpu_failures import explained
+
+    folder, _ = prepare(model)
+    with explained():
+        audits.remember(folder, audit(folder))
 
 
 def check_kernels(model: str) -> None:
@@ -172,6 +223,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     for operation in kernels["operations"]:
         for verdict in operation["verdicts"]:
             console.print(Text(_verdict(operation["name"], verdict), "dim"))
+    for audit in found["float16"]:
+        console.print(Text(_audit(audit), "dim"))
 
 
 def _verdict(name: str, verdict: dict[str, Any]) -> str:
@@ -179,6 +232,14 @@ def _verdict(name: str, verdict: dict[str, Any]) -> str:
     runs = "kernel" if verdict["enabled"] else "twin"
     again = "" if verdict["lasting"] else "; will be checked again"
     return f"  {name} {verdict['shape']}: {runs}, {verdict['reason']} ({verdict['age']}{again})"
+
+
+def _audit(audit: dict[str, Any]) -> str:
+    passed = "would hold" if audit["passed"] else f"would not hold, {audit['failure']}"
+    return (
+        f"float16 {passed} checkpoint {audit['checkpoint']}: largest {audit['largest']:,.0f}, "
+        f"down_proj {audit['branches']:,.0f}, unit {audit['unit']} ({audit['age']})"
+    )
 
 
 def _facts(this: dict[str, Any], found: dict[str, Any]) -> list[tuple[str, str]]:

@@ -325,7 +325,7 @@ def _refuse_what_a_record_fixes(
 
 
 def _replay(arguments: argparse.Namespace, messages: Console) -> int:
-    from mlx_dgemma.generate import replay
+    from mlx_dgemma.replaying import replay
 
     session = open_session(arguments, messages)
     again = replay(session.model, session.tokenizer, arguments.replay)

@@ -15,3 +15,6 @@ VERBS = {
     "models": "the models on this disk and on the Hub: list, download, remove",
     "completion": "the shell's completion of these commands",
 }
+
+# Those that several processes run together where `mlx.launch` starts them.
+SHARED = frozenset({"generate", "chat", "infill", "decide", "server", "benchmark", "doctor"})

@@ -10,8 +10,8 @@ from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
 from mlx_dgemma.errors import LanguageError
 
 DEAD, END = 0, 1  # states: nothing can follow; everything may
-# Transitions kept, states times ids: four bytes each.
-_MOST_KEPT = 6_000_000
+# Transitions kept, states times ids: two bytes each.
+_MOST_KEPT = 8_000_000
 _MOST_STATES = 20_000
 _WORD = 16  # symbols of a literal that are looked at together
 _FEW = 16  # symbols that a kept-alive move may have
@@ -24,6 +24,8 @@ class Automaton:
     """States are numbers. DEAD leads nowhere; END is reached by a stop id and takes every id.
 
     vocabulary: of the ids. start: the number of the language's own start state.
+    alive_ids: int64, those that `keep_alive` has returned places of; it only grows.
+    marked: bool [vocabulary], false; for a caller's use between two calls.
     """
 
     def __init__(self, space: Space, language: Node, vocabulary: Vocabulary) -> None:
@@ -41,9 +43,15 @@ class Automaton:
         self.least[END] = 0
         self._column = np.full(vocabulary.size, -1, dtype=np.int32)
         self._columns = np.zeros(0, dtype=np.int64)
-        self._kept = np.zeros((64, 0), dtype=np.int32)
+        self._first = np.zeros(0, dtype=np.int16)  # symbols of the columns' ids
+        self._kept = np.zeros((0, 64), dtype=np.int16)  # by column, then by state
+        self._walked = np.zeros(64, dtype=np.int64)  # columns that are known, state by state
         self._alive: dict[int, np.ndarray] = {}
-        self._typical: dict[int, int] = {}
+        self._typical = np.full(64, -1, dtype=np.int32)
+        self.alive_ids = np.zeros(0, dtype=np.int64)
+        self._place = np.full(vocabulary.size, -1, dtype=np.int32)  # in alive_ids
+        self._alive_places: dict[int, np.ndarray] = {}
+        self.marked = np.zeros(vocabulary.size, dtype=bool)
         self.start = self._number(language)
 
     def __len__(self) -> int:
@@ -53,25 +61,26 @@ class Automaton:
     def nbytes(self) -> int:
         """Of the tables; the vocabulary is shared and counted there."""
         arrays = (self._rows, self._has_row, self.accepting, self.least, self._column)
-        return sum(array.nbytes for array in (*arrays, self._columns, self._kept))
+        more = (self._columns, self._kept, self.alive_ids, self._place, self.marked)
+        return sum(array.nbytes for array in (*arrays, *more))
 
     def after(self, state: int, ids: list[int]) -> int:
         """The state after some ids."""
+        self.prepare(np.array(ids, dtype=np.int64))
         for id_ in ids:
             state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
         return state
 
     def table(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
-        """int32 [s, n]: where each id leads from each state."""
+        """int16 [s, n]: where each id leads from each state."""
         while True:
-            columns = self._column[ids]
-            if (columns < 0).any():
+            columns = self._column.take(ids)
+            if columns.min(initial=0) < 0:
                 self.prepare(ids)
-                columns = self._column[ids]
-            found: np.ndarray = self._kept[states[:, None], columns[None]]
-            unknown = (found < 0).any(axis=1)
+                continue
+            unknown = self._walked.take(states) < self._columns.size
             if not unknown.any():
-                return found
+                return self._kept.ravel().take(states[:, None] + columns * self._kept.shape[1])
             for state in states[unknown].tolist():
                 self._fill(state)
 
@@ -84,19 +93,22 @@ class Automaton:
         fresh = np.flatnonzero(wanted & (self._column < 0))
         if not fresh.size:
             return
-        if (self._columns.size + fresh.size) * len(self._kept) > _MOST_KEPT:
+        if (self._columns.size + fresh.size) * self._kept.shape[1] > _MOST_KEPT:
             self._forget()
             fresh = np.flatnonzero(wanted)
         self._column[fresh] = np.arange(self._columns.size, self._columns.size + fresh.size)
         self._columns = np.concatenate([self._columns, fresh])
-        more = np.full((len(self._kept), fresh.size), -1, dtype=np.int32)
-        self._kept = np.concatenate([self._kept, more], axis=1)
+        self._first = np.concatenate([self._first, self.vocabulary.first[fresh]])
+        more = np.zeros((fresh.size, self._kept.shape[1]), dtype=np.int16)
+        self._kept = np.concatenate([self._kept, more])
 
     def _forget(self) -> None:
         """Drops the walked transitions; they are walked again by need."""
         self._column[:] = -1
         self._columns = np.zeros(0, dtype=np.int64)
-        self._kept = np.zeros((len(self._kept), 0), dtype=np.int32)
+        self._first = np.zeros(0, dtype=np.int16)
+        self._kept = np.zeros((0, self._kept.shape[1]), dtype=np.int16)
+        self._walked[:] = 0
 
     def alive(self, state: int) -> np.ndarray:
         """int64: ids that keep the language reachable from a state, and write its literals."""
@@ -110,16 +122,33 @@ class Automaton:
             self._alive[state] = np.unique(ids)
         return self._alive[state]
 
-    def typical(self, state: int) -> int:
-        """Where an ordinary word leads from a state inside open text; DEAD elsewhere."""
-        if state not in self._typical:
-            node, target = self._nodes[state], DEAD
-            if state == END or (node.mask & _PRINTABLE).bit_count() >= 80:
-                target = state
-                for byte in _TYPICAL:
-                    target = int(self._row(target)[byte])
-            self._typical[state] = target
-        return self._typical[state]
+    def keep_alive(self, states: np.ndarray) -> np.ndarray:
+        """int64: places in `alive_ids` of the ids that keep any of the states alive."""
+        for state in states.tolist():
+            if state not in self._alive_places:
+                ids = self.alive(state)
+                fresh = ids[self._place[ids] < 0]
+                count = self.alive_ids.size
+                self._place[fresh] = np.arange(count, count + fresh.size)
+                self.alive_ids = np.concatenate([self.alive_ids, fresh])
+                self._alive_places[state] = self._place[ids]
+        wanted = np.zeros(self.alive_ids.size, dtype=bool)
+        wanted[np.concatenate([self._alive_places[state] for state in states.tolist()])] = True
+        return np.flatnonzero(wanted)
+
+    def typical(self, states: np.ndarray) -> np.ndarray:
+        """int32: where an ordinary word leads from states inside open text; DEAD elsewhere."""
+        found = self._typical.take(states)
+        if found.min(initial=0) < 0:
+            for state in states[found < 0].tolist():
+                node, target = self._nodes[state], DEAD
+                if state == END or (node.mask & _PRINTABLE).bit_count() >= 80:
+                    target = state
+                    for byte in _TYPICAL:
+                        target = int(self._row(target)[byte])
+                self._typical[state] = target
+            found = self._typical.take(states)
+        return found
 
     def _words(self, node: Node) -> list[list[int]]:
         """Beginnings of the words that follow, the shortest's first."""
@@ -176,7 +205,9 @@ class Automaton:
         self._has_row = np.concatenate([self._has_row, np.zeros(size, dtype=bool)])
         self.accepting = np.concatenate([self.accepting, np.zeros(size, dtype=bool)])
         self.least = np.concatenate([self.least, np.full(size, NEVER, dtype=np.int64)])
-        self._kept = np.concatenate([self._kept, np.full_like(self._kept, -1)])
+        self._kept = np.concatenate([self._kept, np.zeros_like(self._kept)], axis=1)
+        self._walked = np.concatenate([self._walked, np.zeros(size, dtype=np.int64)])
+        self._typical = np.concatenate([self._typical, np.full(size, -1, dtype=np.int32)])
 
     def _row(self, state: int) -> np.ndarray:
         """int32 [SYMBOLS]: where each symbol leads."""
@@ -190,31 +221,42 @@ class Automaton:
 
     def _fill(self, state: int) -> None:
         """Walks every id that has a column from a state."""
-        columns = self._columns
-        missing = np.flatnonzero(self._kept[state] < 0)
-        found = self._walk(state, columns[missing])
+        columns, known = self._columns, int(self._walked[state])
+        places, found = self._walk(state, columns[known:], self._first[known:])
         if columns is self._columns:  # else the table was forgotten on the way
-            self._kept[state, missing] = found
+            self._kept[known + places, state] = found
+            self._walked[state] = columns.size
 
-    def _walk(self, state: int, ids: np.ndarray) -> np.ndarray:
-        """int32 [n]: the state after each id."""
-        if state in (DEAD, END):
-            return np.full(ids.size, state, dtype=np.int32)
-        offsets, symbols = self.vocabulary.offsets, self.vocabulary.symbols
-        at, end = offsets[ids], offsets[ids + 1]
-        current = np.full(ids.size, state, dtype=np.int32)
-        going = np.flatnonzero(at < end)
+    def _walk(
+        self, state: int, ids: np.ndarray, first: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Which of the ids lead anywhere, as places among them, and the states behind those.
+
+        first: the first symbol of each id, where most end."""
+        symbols, offsets = self.vocabulary.symbols, self.vocabulary.offsets
+        if state == END:
+            return np.arange(ids.size), np.full(ids.size, END)
+        if state == DEAD:
+            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
+        here = self._row(state).take(first)
+        going = np.flatnonzero(here)
+        here, at, end = here[going], offsets[ids[going]] + 1, offsets[ids[going] + 1]
+        places, found = [], []
         while going.size:
-            here = current[going]
-            if not self._has_row[here].all():
-                for unknown in np.unique(here[~self._has_row[here]]).tolist():
-                    self._row(unknown)
-            here = self._rows[here, symbols[at[going]]]
-            current[going] = here
-            at[going] += 1
-            going = going[(here != DEAD) & (at[going] < end[going])]
-        current[self.vocabulary.is_stop[ids]] = END if self.accepting[state] else DEAD
-        return current
+            done = at == end
+            places.append(going[done])
+            found.append(here[done])
+            left = np.flatnonzero(~done)
+            going, here, at, end = going[left], here[left], at[left], end[left]
+            for unknown in np.flatnonzero(np.bincount(here, minlength=1)).tolist():
+                self._row(unknown)
+            here = self._rows.ravel().take(here * SYMBOLS + symbols.take(at))
+            left = np.flatnonzero(here)
+            going, here, at, end = going[left], here[left], at[left] + 1, end[left]
+        stops = np.flatnonzero(self.vocabulary.is_stop[ids])
+        places.append(stops)
+        found.append(np.full(stops.size, END if self.accepting[state] else DEAD))
+        return np.concatenate(places), np.concatenate(found)
 
 
 def _bits(mask: int) -> list[int]:

@@ -7,7 +7,6 @@ Constraint.choice(["yes", "no"])          Constraint.json_object()
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -28,6 +27,7 @@ MOST_CHOICES = 5_000
 _MOST_CHARACTERS = 200_000  # of choices, or of a schema as JSON
 _MOST_NEEDED = 50_000  # bytes of the shortest text
 _LOOKED_AT = 64  # states near the start that are built before anything is generated
+_MOST_ALTERNATIVES = 20_000  # of those states together: a count, for a clock would refuse by chance
 
 _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
@@ -37,10 +37,12 @@ class Language:
     """A constraint compiled for a vocabulary; for one reply, for its automaton grows.
 
     unchecked: keywords of a schema that the language does not hold the reply to.
+    opener: an id without which every text from the start state on is in the language.
     """
 
     automaton: Automaton
     unchecked: tuple[str, ...] = ()
+    opener: int | None = None
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class Constraint:
                 f"{_MOST_NEEDED} are the most."
             )
         _look_ahead(space, node)
-        return Language(Automaton(space, node, vocabulary(tokenizer, vocab_size)), unchecked)
+        automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
+        free = self.kind == "tool_calls" and not self.value.forced
+        return Language(automaton, unchecked, tokenizer.ids.get("stc") if free else None)
 
     def _node(self, space: Space) -> tuple[Node, tuple[str, ...]]:
         if self.kind == "regex":
@@ -130,13 +134,14 @@ def vocabulary(tokenizer: Tokenizer, size: int) -> Vocabulary:
 
 def _look_ahead(space: Space, node: Node) -> None:
     """Builds the first states, so that what explodes does so before anything is generated."""
-    seen, queue, started = {node.number}, [node], time.monotonic()
+    seen, queue, alternatives = {node.number}, [node], 0
     while queue and len(seen) < _LOOKED_AT:
         for _, target in space.moves(queue.pop(0)):
             if target.number not in seen and shortest_length(space, target) < NEVER:
                 seen.add(target.number)
                 queue.append(target)
-        if time.monotonic() - started > 0.5:
+                alternatives += len(target.children)
+        if alternatives > _MOST_ALTERNATIVES:
             raise LanguageError("The constraint's automaton grows too fast: make it simpler.")
 
 

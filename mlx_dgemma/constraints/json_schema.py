@@ -100,7 +100,7 @@ class SchemaLanguage:
             if schema.get(name) not in (None, False):
                 self.unchecked[name] = None
         if "const" in schema:
-            return self.text.constant(schema["const"])
+            return self._enum({**schema, "enum": [schema["const"]]})
         if "enum" in schema:
             return self._enum(schema)
         for name in ("anyOf", "oneOf"):
@@ -186,6 +186,8 @@ class SchemaLanguage:
             raise LanguageError("An enum is a list of at least one value.")
         kinds = self._types(schema) if "type" in schema else list(_TYPES)
         fitting = [value for value in values if any(is_of_type(value, kind) for kind in kinds)]
+        if any(name in MEANINGFUL - {"type", "enum", "const", "nullable"} for name in schema):
+            self.unchecked["enum"] = None  # what else is asked of the values
         return self.text.constants(fitting)
 
     def _options(self, schema: Mapping[str, Any], name: str, depth: int) -> Node:

@@ -21,7 +21,8 @@ class Vocabulary:
 
     stop_ids: end it; is_stop: bool [size]. size: ids of the network, also those beyond the
     tokenizer's.
-    symbols: int16, of all ids one after the other. offsets: int32 [size + 1] into them.
+    symbols: int16, of all ids one after the other, at least one each. offsets: int32 [size + 1]
+    into them. first: int16 [size], the first symbol of each id.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
@@ -46,6 +47,7 @@ class Vocabulary:
             lengths[id_ + 1] = symbols.size
         self.symbols = np.frombuffer(b"".join(parts), dtype=np.int16)
         self.offsets = np.cumsum(lengths, dtype=np.int32)
+        self.first = self.symbols[self.offsets[:-1]]
         is_byte = np.fromiter((tokenizer.is_byte(id_) for id_ in range(size)), bool, size)
         self._byte_ids = {int(self.symbols[self.offsets[id_]]): int(id_)
                           for id_ in np.flatnonzero(is_byte)}  # fmt: skip

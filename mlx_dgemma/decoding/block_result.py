@@ -21,6 +21,9 @@ class BlockResult:
     settled: int32 [C], the step (1 is the block's first) that last changed the draft there.
     scores: of `ids` and of their alternatives, when asked for.
     steps: denoising steps taken. converged: whether the stop test fired.
+    computed: canvas positions that each of those steps computed, C where all were.
+    fell_back: whether a block of which not all was computed ended as the reference ends it, because
+        its check did not agree or half of the steps were taken.
     """
 
     ids: np.ndarray
@@ -29,6 +32,8 @@ class BlockResult:
     scores: Scores | None
     steps: int
     converged: bool
+    computed: tuple[int, ...] = ()
+    fell_back: bool = False
 
     @classmethod
     def untouched(cls, ids: np.ndarray, alternatives: int | None) -> BlockResult:
@@ -68,6 +73,8 @@ def finished(
             scores=None if alternatives is None else seen.scores(line, alternatives),
             steps=int(state.taken[line]) + 1,
             converged=bool(converged[line]),
+            computed=(*state.computed[line], int(seen.computed[line].sum())),
+            fell_back=state.active is not None and bool(state.active.fallen[line]),
         )
         for line in np.flatnonzero(ended).tolist()
     }

@@ -97,8 +97,10 @@ class _Tally:
     generated: int = 0
     state: int = 0  # of the language, after what was committed
     forwards: int = 0
+    computed: list[int] = field(default_factory=list)
     steps: list[int] = field(default_factory=list)
     converged: list[bool] = field(default_factory=list)
+    fell_back: list[bool] = field(default_factory=list)
     prefill_seconds: float = 0.0
     denoise_seconds: float = 0.0
 
@@ -109,6 +111,8 @@ class _Tally:
             blocks=len(self.steps),
             steps_per_block=tuple(self.steps),
             converged=tuple(self.converged),
+            fell_back=tuple(self.fell_back),
+            computed=tuple(self.computed),
             tokens_per_forward=self.generated / self.forwards if self.forwards else 0.0,
             prompt_tokens=self.prompt_tokens,
             generated_tokens=self.generated,
@@ -159,6 +163,7 @@ def generate_blocks(
             break
         tally.steps.append(result.steps)
         tally.converged.append(result.converged)
+        tally.fell_back.append(result.fell_back)
         if not result.converged and settings.on_unconverged == "refuse":
             reason = "unconverged"
             break
@@ -277,6 +282,7 @@ def _reply_block(
         if first and attempt == 0 and request.first is not None:
             result = request.first
             tally.forwards += result.steps
+            tally.computed += result.computed
         else:
             result = yield from _denoise(model, cache, request, begun, part, block, attempt, tally)
         if result is None or int(result.ids[0]) not in request.stop_ids:
@@ -311,6 +317,7 @@ def _denoise(
         attempt=attempt,
         length=length,
         alternatives=request.alternatives,
+        stop_ids=request.stop_ids,
     )
     while True:
         if request.cancelled:
@@ -322,6 +329,7 @@ def _denoise(
             results: list[BlockResult] = finished.value
             return results[0]
         tally.forwards += 1
+        tally.computed.append(int(step.computed.sum()))
         if request.observe is not None:
             request.observe(step)
         if request.drafts:

@@ -27,6 +27,12 @@ class CanvasConstraint:
     left: int
     more: bool
 
+    @property
+    def opener(self) -> int | None:
+        """An id without which every canvas leads on as it must."""
+        free = self.state == self.language.automaton.start
+        return self.language.opener if free else None
+
     def ends_by(self, length: int) -> int | None:
         """Positions within which the text must end: the stop id may stand after the last token."""
         if self.left < length:

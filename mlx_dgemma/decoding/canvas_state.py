@@ -14,12 +14,14 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding import schedule
+from mlx_dgemma.decoding.active_positions import ActivePositions
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
-from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.settings import DecodingSettings, PositionsRule
+from mlx_dgemma.model.canvas_subset import Held, Subset
 
 if TYPE_CHECKING:
-    from mlx_dgemma.model.network import Begun
+    from mlx_dgemma.model.passes import Begun
 
 _NO_TOKEN = -1  # the draft before a row's first step: equal to no draft
 
@@ -39,6 +41,8 @@ class CanvasState:
         [b, C, H], the self-conditioning of the next step; None before any row's first. begun: that
         step's first layers, if the device has them already.
     least_entropy: nats, of the surest free position of the step before; 0 before the first.
+    active: what is computed of each canvas, and kept of the rest; None where all is. computed:
+        for each row, the positions computed in each step so far.
     """
 
     rows: list[int]
@@ -53,6 +57,8 @@ class CanvasState:
     revealed: mx.array
     pins: PinArrays | None
     pinned: np.ndarray
+    computed: list[tuple[int, ...]]
+    active: ActivePositions | None = None
     signal: mx.array | None = None
     begun: Begun | None = None
     least_entropy: float = 0.0
@@ -67,8 +73,12 @@ class CanvasState:
         steps: int,
         *,
         first_row: int = 0,
+        positions: PositionsRule = "all",
     ) -> CanvasState:
-        """Rows that begin together, numbered from `first_row`; `steps` is the schedule's N."""
+        """Rows that begin together, numbered from `first_row`; `steps` is the schedule's N.
+
+        positions: see DecodingSettings.
+        """
         count = len(requests)
         pins = stack_pins(requests, length)
         first = [steps if one.start is None else one.start.first_step(steps) for one in requests]
@@ -84,7 +94,9 @@ class CanvasState:
             settled=mx.zeros((count, length), dtype=mx.int32),
             revealed=mx.zeros((count, length), dtype=mx.bool_) if pins is None else pins[1],
             pins=pins,
-            pinned=pinned_positions(requests, length),
+            pinned=(pinned := pinned_positions(requests, length)),
+            computed=[()] * count,
+            active=None if positions == "all" else _active(requests, pinned, positions),
         )
 
     @property
@@ -94,6 +106,14 @@ class CanvasState:
             start._replace(step=int(taken) + 1)
             for start, taken in zip(self.starts, self.taken, strict=True)
         ]
+
+    @property
+    def held(self) -> Held | None:
+        """What the next step computes of the canvases, and where it keeps that; None where it is
+        everything, and nothing is kept."""
+        if self.active is None:
+            return None
+        return Held(self.active.keys, Subset.of(self.active.chosen()))
 
     @property
     def last(self) -> np.ndarray:
@@ -129,6 +149,9 @@ class CanvasState:
         self.starts = [self.starts[line] for line in lines]
         self.remaining, self.taken = self.remaining[lines], self.taken[lines]
         self.repeats = self.repeats[lines]
+        self.computed = [self.computed[line] for line in lines]
+        if self.active is not None:
+            self.active.keep(going)
         index = mx.array(lines)
         self.canvas, self.draft = self.canvas[index], self.draft[index]
         self.settled, self.revealed = self.settled[index], self.revealed[index]
@@ -148,10 +171,21 @@ class CanvasState:
         self.remaining = np.concatenate([self.remaining, others.remaining])
         self.taken = np.concatenate([self.taken, others.taken])
         self.repeats = np.concatenate([self.repeats, others.repeats])
+        self.computed = self.computed + others.computed
+        if self.active is not None and others.active is not None:
+            self.active.join(others.active)
         self.canvas = mx.concatenate([self.canvas, others.canvas])
         self.draft = mx.concatenate([self.draft, others.draft])
         self.settled = mx.concatenate([self.settled, others.settled])
         self.revealed = mx.concatenate([self.revealed, others.revealed])
+
+
+def _active(
+    requests: Sequence[CanvasRequest], pinned: np.ndarray, positions: PositionsRule
+) -> ActivePositions:
+    """A constraint reads the distributions of whole canvases, so beside one nothing rests."""
+    whole = any(request.constraint is not None for request in requests)
+    return ActivePositions.initial(pinned, rest=positions == "active", whole=whole)
 
 
 def _join_pins(some: CanvasState, others: CanvasState) -> PinArrays | None:

@@ -30,17 +30,17 @@ _SURELY_ENDED = 1 - 1e-9
 _TINY = 1e-280
 _FLOOR = 1e-30  # of a legal id, relative to the most probable legal one
 
-# float64 [n]: probabilities of some ids at a position.
-Gather = Callable[[int, np.ndarray], np.ndarray]
+# float64 [C, n]: probabilities of some ids at every position.
+Gather = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
 class Distributions:
     """What the network says of one canvas.
 
-    ids: int64 [C, K] candidates, most probable first or in any order. probabilities: float64 [C, K]
-    of them. gather: the probabilities of other ids. entropy: float64 [C] of the whole distribution,
-    nats. argmax, sample: int [C]. whole: the candidates are the vocabulary.
+    ids: int64 [C, K] candidates, in any order. probabilities: float64 [C, K] of them, 0 for none.
+    gather: the probabilities of other ids. entropy: float64 [C] of the whole distribution, nats.
+    argmax, sample: int [C]. whole: the candidates are the vocabulary.
     """
 
     ids: np.ndarray
@@ -78,32 +78,39 @@ class Conditioned:
 class _Layer(NamedTuple):
     """One position, walked forward.
 
-    states int [s] and their forward weights [s]; ids int [k] and their probabilities, scaled
-    (p [k]) and as they are (plain [k]).
+    states int [s] and their forward weights [s]; ids int [k] and their probabilities [k].
     Its moves, sorted by source: from the state `source` [m] by the id `column` [m] to the next
-    position's state `target` [m]; first [s]: where each state's moves begin.
-    side [s]: scaled probability that goes to side_target [s] without a listed id: everything from
-    END, and from open text what the ids leave out; the target behind the last state is dead.
-    rest: that of the network, unscaled.
+    position's state `target` [m], where the number of those states stands for none; `weight` [m]
+    is the id's probability, scaled. The last move of each state is by no listed id (column k):
+    everything from END, and from open text what the ids leave out. first [s]: where each state's
+    moves begin. rest: the probability that the ids leave out.
     """
 
     states: np.ndarray
     forward: np.ndarray
     ids: np.ndarray
     p: np.ndarray
-    plain: np.ndarray
     source: np.ndarray
     column: np.ndarray
     target: np.ndarray
+    weight: np.ndarray
     first: np.ndarray
-    side: np.ndarray
-    side_target: np.ndarray
     rest: float
 
     def moves(self, state: int) -> slice:
-        """Which moves start from a state."""
+        """Which moves by a listed id start from a state."""
         last = self.first[state + 1] if state + 1 < self.first.size else self.source.size
-        return slice(int(self.first[state]), int(last))
+        return slice(int(self.first[state]), int(last) - 1)
+
+    def sure(self) -> np.ndarray:
+        """The weights without those of moves from open text that no id stands for."""
+        weight = self.weight.copy()
+        weight[(self.column == self.ids.size) & (self.states[self.source] != END)] = 0
+        return weight
+
+    def warmed(self, temp: float) -> _Layer:
+        listed = self.column < self.ids.size
+        return self._replace(weight=np.where(listed, self.weight ** (1 / temp), self.weight))
 
 
 Pick = Callable[[int, np.ndarray], int]
@@ -130,19 +137,20 @@ def condition(
     ended = final == END
     goals = [(ended, ends_by)] if ends_by is not None else [(automaton.least[final] <= room, None)]
     feasible = True
+    sure = [layer.sure() for layer in layers]
     for allowed, by in (*goals, (np.ones(final.size, dtype=bool), None)):
-        best = _backward(layers, allowed, by, most_probable=True)
+        best = _backward(layers, sure, allowed, by, np.maximum)
         if best[0].max() > 0:
             break
         feasible = False
-    messages = _backward(layers, allowed, by)
+    messages = _backward(layers, [layer.weight for layer in layers], allowed, by, np.add)
     draft = _trace(layers, best, lambda at, weights: int(weights.argmax()), seen.argmax)
     sample = draft
     if temp > 0:
         warmed, behind = layers, messages
         if temp != 1:
-            warmed = [one._replace(p=one.p ** (1 / temp)) for one in layers]
-            behind = _backward(warmed, allowed, by)
+            warmed = [layer.warmed(temp) for layer in layers]
+            behind = _backward(warmed, [layer.weight for layer in warmed], allowed, by, np.add)
         reachable = [b * (v > 0) for b, v in zip(behind, best, strict=True)]
 
         def draw(at: int, weights: np.ndarray) -> int:
@@ -160,108 +168,117 @@ def _forward(
     """The positions up to the canvas's end, or to where all texts have ended; the last states."""
     states, weights = np.array([start]), np.ones(1)
     layers: list[_Layer] = []
-    if not seen.whole:
-        automaton.prepare(seen.ids[seen.probabilities > 0])
+    listed = _Listed(automaton, seen)
     for at in range(len(seen.ids)):
         if states.size == 1 and states[0] == END:
             break
-        ids, plain = _candidates(automaton, seen, at, states)
+        ids, p = listed.at(at, states)
+        rest = 0.0 if seen.whole else max(1.0 - float(p.sum()), 0.0)
         is_end = states == END
         targets = automaton.table(states, ids)
-        targets[is_end] = DEAD  # everything at once, by the side
-        source, column = np.nonzero(targets)
-        goals = targets[source, column]
-        top = float(plain[column].max(initial=0))
-        scale = 1 / max(top, _TINY)
-        p = np.maximum(plain * scale, _FLOOR)
-        rest = 0.0 if seen.whole else max(1.0 - float(plain.sum()), 0.0)
-        side, goes = is_end * scale, np.where(is_end, END, DEAD)
-        if rest > 0:
-            open_text = np.array([automaton.typical(state) for state in states.tolist()])
-            goes = np.where(is_end, END, open_text)
-            side = np.where(is_end, scale, rest * scale * (open_text != DEAD))
+        alive = np.ones((states.size, ids.size + 1), dtype=bool)
+        np.not_equal(targets, DEAD, out=alive[:, :-1])
+        alive[is_end, :-1] = False  # everything at once, by the last move
+        flat = np.flatnonzero(alive)
+        source = flat // (ids.size + 1)
+        column = flat - source * (ids.size + 1)
+        last = np.flatnonzero(column == ids.size)
+        goals = targets.ravel().take(flat - source, mode="clip").astype(np.intp)
+        goals[last] = DEAD
         reached = np.zeros(len(automaton), dtype=bool)
         reached[goals] = True
         reached[END] |= bool(is_end.any())
         reached[DEAD] = False
-        side = side * reached[goes]
-        goes = np.where(reached[goes], goes, DEAD)
-        mass = np.bincount(goals, weights[source] * p[column], len(automaton))
-        mass += np.bincount(goes, weights * side, len(automaton))
+        # What no id stands for goes where some id goes.
+        aside = np.where(is_end, END, automaton.typical(states) if rest > 0 else DEAD)
+        goals[last] = aside = np.where(reached[aside], aside, DEAD)
+        weight = np.append(p, 0).take(column)
+        scale = 1 / max(float(weight.max()), _TINY)
+        weight = np.maximum(weight * scale, _FLOOR)
+        weight[last] = np.where(is_end, scale, rest * scale) * (aside != DEAD)
+        mass = np.bincount(goals, weights.take(source) * weight, len(automaton))
         kept = _beam(automaton, np.flatnonzero(reached), mass, most)
         index = np.full(len(automaton), kept.size)
         index[kept] = np.arange(kept.size)
-        going = index[goals] < kept.size
-        source, column, goals = source[going], column[going], goals[going]
+        first = np.append(0, last[:-1] + 1)
         layers.append(
-            _Layer(
-                *(states, weights, ids, p, plain, source, column, index[goals]),
-                np.searchsorted(source, np.arange(states.size)),
-                *(side, index[goes], rest),
-            )
+            _Layer(states, weights, ids, p, source, column, index[goals], weight, first, rest)
         )
         states, mass = kept, mass[kept]
         weights = np.maximum(mass / max(float(mass.max()), _TINY), _TINY)
     return layers, states
 
 
-def _candidates(
-    automaton: Automaton, seen: Distributions, at: int, states: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of a position and their probabilities, those that keep its states alive included."""
-    ids, p = seen.ids[at], seen.probabilities[at]
-    if seen.whole:
-        return ids, p
-    ids, p = ids[p > 0], p[p > 0]
-    alive = np.zeros(automaton.vocabulary.size, dtype=bool)
-    for state in states.tolist():
-        alive[automaton.alive(state)] = True
-    alive[ids] = False
-    extra = np.flatnonzero(alive)
-    return np.concatenate([ids, extra]), np.concatenate([p, seen.gather(at, extra)])
+class _Listed:
+    """The ids of each position: its candidates and those that keep its states alive."""
+
+    def __init__(self, automaton: Automaton, seen: Distributions) -> None:
+        self._automaton, self._seen = automaton, seen
+        self._extra = np.zeros((len(seen.ids), 0))
+        self._chosen: dict[bytes, np.ndarray] = {}
+        if not seen.whole:
+            automaton.prepare(seen.ids[seen.probabilities > 0])
+
+    def at(self, at: int, states: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [k] of a position and their probabilities [k]."""
+        ids, p = self._seen.ids[at], self._seen.probabilities[at]
+        if self._seen.whole:
+            return ids, p
+        automaton = self._automaton
+        key = states.tobytes()
+        if key not in self._chosen:
+            self._chosen[key] = automaton.keep_alive(states)
+            known = self._extra.shape[1]
+            if automaton.alive_ids.size > known:
+                fresh = self._seen.gather(automaton.alive_ids[known:])
+                self._extra = np.concatenate([self._extra, fresh], axis=1)
+        chosen = self._chosen[key]
+        extra = automaton.alive_ids[chosen]
+        automaton.marked[extra] = True
+        own = (p > 0) & ~automaton.marked[ids]
+        automaton.marked[extra] = False
+        return (
+            np.concatenate([ids[own], extra]),
+            np.concatenate([p[own], self._extra[at, chosen]]),
+        )
 
 
 def _beam(automaton: Automaton, found: np.ndarray, mass: np.ndarray, most: int) -> np.ndarray:
     """Those of the states found, ascending, to go on with."""
     if found.size <= most:
         return found
-    nearest = found[np.argsort(automaton.least[found], kind="stable")[:_NEAREST]]
-    likeliest = found[np.argsort(-mass[found], kind="stable")[: most - _NEAREST]]
-    return np.union1d(nearest, likeliest)
+    kept = np.zeros(found.size, dtype=bool)
+    kept[np.argsort(automaton.least[found], kind="stable")[:_NEAREST]] = True
+    kept[np.argsort(-mass[found], kind="stable")[: most - _NEAREST]] = True
+    return found[kept]
 
 
 def _backward(
     layers: list[_Layer],
+    weights: list[np.ndarray],
     allowed: np.ndarray,
     ends_by: int | None,
-    *,
-    most_probable: bool = False,
+    join: np.ufunc,
 ) -> list[np.ndarray]:
     """What lies behind each state of each position [s + 1], scaled; 0 for the dead one.
 
     allowed: bool [s] of the last states. ends_by: the position by which END must be reached.
-    most_probable: of the best text instead of all.
+    join: np.add for all texts, np.maximum for the best.
     """
     behind = np.append(allowed, False).astype(float)
     messages = [behind]
     for at in range(len(layers) - 1, -1, -1):
         layer = layers[at]
-        each = layer.p[layer.column] * behind[layer.target]
-        aside = layer.side * behind[layer.side_target]
-        if most_probable:
-            found = aside * (layer.states == END)
-            some = np.append(layer.first[1:], each.size) > layer.first
-            if some.any():
-                best = np.maximum.reduceat(each, layer.first[some])
-                found[some] = np.maximum(found[some], best)
-        else:
-            found = np.bincount(layer.source, each, layer.states.size) + aside
+        behind = np.zeros(layer.states.size + 1)
+        found = behind[:-1]
+        join.reduceat(weights[at] * messages[-1][layer.target], layer.first, out=found)
         if ends_by is not None and at >= ends_by:
-            found = found * (layer.states == END)
+            found *= layer.states == END
         top = found.max()
         if top > 0:
-            found = np.where(found > 0, np.maximum(found / top, _TINY), 0)
-        behind = np.append(found, 0.0)
+            alive = found > 0
+            found /= top
+            np.maximum(found, _TINY, out=found, where=alive)
         messages.append(behind)
     return messages[::-1]
 
@@ -274,12 +291,11 @@ def _trace(
     state = 0
     for at, layer in enumerate(layers):
         if layer.states[state] == END:
-            state = int(layer.side_target[state])
-            continue
+            break
         moves = layer.moves(state)
-        targets, columns = layer.target[moves], layer.column[moves]
-        chosen = pick(at, layer.p[columns] * messages[at + 1][targets])
-        text[at] = layer.ids[columns[chosen]]
+        targets = layer.target[moves]
+        chosen = pick(at, layer.weight[moves] * messages[at + 1][targets])
+        text[at] = layer.ids[layer.column[moves][chosen]]
         state = int(targets[chosen])
     return text
 
@@ -293,41 +309,59 @@ def _marginals(
     feasible: bool,
 ) -> Conditioned:
     length = len(seen.ids)
-    width = max((layer.ids.size for layer in layers), default=1)
-    ids = np.zeros((length, width), dtype=np.int32)
-    weights = np.zeros((length, width), dtype=np.float32)
-    plain = np.ones(length, dtype=np.float32)
     entropy = np.array(seen.entropy, dtype=np.float32)
     certainty = np.full(length, np.nan, dtype=np.float32)
-    left_out = 0.0
-    for at, layer in enumerate(layers):
-        behind = messages[at + 1]
-        forward = layer.forward * (messages[at][:-1] > 0)
-        flow = forward[layer.source] * behind[layer.target]
-        own = layer.p * np.bincount(layer.column, flow, layer.ids.size)
-        aside = forward * layer.side * behind[layer.side_target]
-        is_end = layer.states == END
-        ended, other = float(aside[is_end].sum()), float(aside[~is_end].sum())
-        total = own.sum() + ended + other
-        own, ended, other = own / total, ended / total, other / total
-        left_out = max(left_out, layer.rest)
-        if ended > _SURELY_ENDED:
-            continue
-        p = layer.plain
-        share = other / layer.rest if layer.rest > 0 else 0.0
-        plain[at] = ended + share
-        count = layer.ids.size
-        ids[at, :count], weights[at, :count] = layer.ids, own - share * p
-        marginal = own + ended * p
-        outside = (ended + share) * layer.rest
-        amount = -_xlogx(marginal).sum()
-        if outside > 0:
-            unlisted = max(float(seen.entropy[at]) + float(_xlogx(p).sum()), 0.0)
-            amount += (ended + share) * (unlisted - layer.rest * np.log(ended + share))
-        entropy[at] = max(amount, 0.0)
-        certainty[at] = marginal[layer.ids == sample[at]].sum()
+    plain = np.ones(length, dtype=np.float32)
+    sizes = [layer.ids.size for layer in layers]
+    ids = np.zeros((length, max(sizes, default=1)), dtype=np.int32)
+    weights = np.zeros(ids.shape, dtype=np.float32)
+    if not layers:
+        return Conditioned(draft, sample, entropy, certainty, plain, ids, weights, feasible, 0.0)
+    # All positions in one: `slot` numbers every listed id of every position, and its last move's.
+    slots = np.array(sizes) + 1
+    begin = np.cumsum(slots) - slots
+    place = np.repeat(np.arange(len(layers)), [layer.source.size for layer in layers])
+    flow = np.concatenate(
+        [
+            (layer.forward * (messages[at][:-1] > 0))[layer.source]
+            * layer.weight
+            * messages[at + 1][layer.target]
+            for at, layer in enumerate(layers)
+        ]
+    )
+    column = np.concatenate([layer.column for layer in layers])
+    from_end = np.concatenate([(layer.states == END)[layer.source] for layer in layers])
+    at_end = np.bincount(place, flow * from_end, len(layers))
+    each = np.bincount(column + begin[place], flow * ~from_end, int(slots.sum()))
+    total = np.add.reduceat(each, begin) + at_end
+    other = each[begin + slots - 1] / total
+    ended = at_end / total
+    row = np.repeat(np.arange(len(layers)), sizes)
+    listed = np.ones(each.size, dtype=bool)
+    listed[begin + slots - 1] = False
+    own = each[listed] / total[row]
+    p = np.concatenate([layer.p for layer in layers])
+    which = np.concatenate([layer.ids for layer in layers])
+    rest = np.array([layer.rest for layer in layers])
+    share = np.divide(other, rest, out=np.zeros(len(layers)), where=rest > 0)
+    marginal = own + ended[row] * p
+    amount = -np.bincount(row, _xlogx(marginal), len(layers))
+    unlisted = np.maximum(seen.entropy[: len(layers)] + np.bincount(row, _xlogx(p), len(layers)), 0)
+    kept = ended + share
+    outside = kept * rest > 0
+    logs = np.log(np.maximum(kept, _TINY))
+    amount += np.where(outside, kept * (unlisted - rest * logs), 0)
+    surely = np.bincount(row, marginal * (which == sample[row]), len(layers))
+    going = ended <= _SURELY_ENDED
+    at = np.flatnonzero(going)
+    plain[at], entropy[at] = kept[going], np.maximum(amount, 0)[going]
+    certainty[at] = surely[going]
+    within = np.arange(row.size) - (begin - np.arange(len(layers)))[row]
+    some = going[row]
+    ids[row[some], within[some]] = which[some]
+    weights[row[some], within[some]] = (own - share[row] * p)[some]
     return Conditioned(
-        draft, sample, entropy, certainty, plain, ids, weights, feasible, float(left_out)
+        draft, sample, entropy, certainty, plain, ids, weights, feasible, float(rest.max())
     )
 
 

@@ -49,19 +49,40 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     )
 
 
+def _begun(seen: Prediction, state: CanvasState, line: int, opener: int) -> int | None:
+    """The position where the draft opens what is held to a language, a call of a tool in free
+    text; None where it opens nothing, and the text needs no conditioning yet."""
+    constraint = state.requests[line].constraint
+    assert constraint is not None
+    vocabulary = constraint.language.automaton.vocabulary
+    draft = np.array(seen.draft)[line]
+    stops = np.flatnonzero(vocabulary.is_stop[draft])
+    end = stops[0] if stops.size else draft.size
+    opened = np.flatnonzero(draft[:end] == opener)
+    return int(opened[0]) if opened.size else None
+
+
 def _condition(
     seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
 ) -> Conditioned | None:
+    """None where the row stays as it is."""
     request = state.requests[line]
     constraint = request.constraint
     assert constraint is not None
+    opener, begun = constraint.opener, None
+    if opener is not None and (begun := _begun(seen, state, line, opener)) is None:
+        return None
     entropy = np.array(seen.entropy[line], dtype=np.float64)
     if not np.isfinite(entropy).all():
         return None
     automaton = constraint.language.automaton
     length = entropy.size
-    pinned = None if state.pins is None else (state.pins[0][line], state.pins[1][line])
-    view = _View(seen, line, None if pinned is None else tuple(map(np.array, pinned)))
+    known, certain = np.zeros(length, dtype=np.int32), np.zeros(length, dtype=bool)
+    if state.pins is not None:
+        known, certain = (np.array(part)[line] for part in state.pins)
+    if begun is not None and opener is not None:  # what the model has begun, it goes through with
+        known[begun], certain[begun] = opener, True
+    view = _View(seen, line, (known, certain) if certain.any() else None)
     ids, probabilities = view.candidates(automaton.vocabulary.size)
     draws = uniforms[line, :, 0]
     return condition(
@@ -69,7 +90,7 @@ def _condition(
         Distributions(
             ids,
             probabilities,
-            view.gather,
+            view.probabilities,
             entropy,
             np.array(seen.draft[line]),
             np.array(seen.sample[line]),
@@ -91,14 +112,13 @@ class _View:
         self._seen = seen
         self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
-        self._known: dict[int, np.ndarray] = {}
 
     def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [C, K] ids and float64 [C, K] probabilities."""
         length = self._seen.draft.shape[1]
         if size <= WHOLE:
             ids = np.arange(size)
-            return np.tile(ids, (length, 1)), self._probabilities(ids)
+            return np.tile(ids, (length, 1)), self.probabilities(ids)
         found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
@@ -109,15 +129,6 @@ class _View:
         p[:, :_ALWAYS] = np.maximum(p[:, :_ALWAYS], 1e-300)
         return self._with_pins(ids[:, :count], p[:, :count])
 
-    def gather(self, at: int, ids: np.ndarray) -> np.ndarray:
-        """float64 [n]: the probabilities of ids at one position."""
-        unknown = [id_ for id_ in ids.tolist() if id_ not in self._known]
-        if unknown:
-            some = np.array(unknown)
-            for id_, column in zip(unknown, self._probabilities(some).T, strict=True):
-                self._known[id_] = column
-        return np.array([self._known[id_][at] for id_ in ids.tolist()])
-
     def _with_pins(self, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._pinned is not None:
             known, mask = self._pinned
@@ -125,7 +136,7 @@ class _View:
             ids[mask, 0], p[mask, 0] = known[mask], 1
         return ids, p
 
-    def _probabilities(self, ids: np.ndarray) -> np.ndarray:
+    def probabilities(self, ids: np.ndarray) -> np.ndarray:
         """float64 [C, n] of the same ids everywhere."""
         p = self._tempered(self._seen.logits.columns(self._rows, mx.array(ids)))
         if self._pinned is not None:

@@ -8,13 +8,13 @@ Everything stays on the device but for one small vector per step.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Collection, Generator, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding import self_conditioning
+from mlx_dgemma.decoding import active_steps, self_conditioning
 from mlx_dgemma.decoding.block_result import BlockResult, finished, untouched
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.canvas_state import CanvasState
@@ -25,7 +25,7 @@ from mlx_dgemma.decoding.report import Numbers, Report
 from mlx_dgemma.decoding.sampler import Decision, StepInput, make_sampler
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
-from mlx_dgemma.decoding.stopping import StableAndConfident
+from mlx_dgemma.decoding.stopping import stop_rules
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.sparse_embeddings import Survivors
 
@@ -44,6 +44,7 @@ def denoise_block(
     length: int | None = None,
     alternatives: int | None = None,
     banned: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
 ) -> Generator[Step, None, list[BlockResult]]:
     """Denoises a batch of canvases over one shared context; yields each step, returns each row.
 
@@ -55,25 +56,32 @@ def denoise_block(
     length: canvas positions; None is the settings' or the checkpoint's.
     alternatives: score each row's ids, and list so many likely ids beside them; None scores none.
     banned: ids that no free position can take; the network's logits for them are discarded.
+    stop_ids: what ends the text, for settings that leave out what follows it.
 
     Raises NumericsError at the first step whose logits are not finite.
     """
     length = length or settings.canvas_length or model.config.canvas_length
     vocab_size, steps = model.config.text.vocab_size, settings.max_denoising_steps
     fresh = Place(block, attempt, 0)
-    state = CanvasState.initial(requests, fresh, length, vocab_size, steps)
-    stop = StableAndConfident(settings.stability_threshold, settings.confidence_threshold)
+    state = CanvasState.initial(
+        requests, fresh, length, vocab_size, steps, positions=settings.positions
+    )
+    stable, accepted = stop_rules(settings)
     results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
     model.await_context(cache, length)
     while state.rows:
-        outcome = step(model, cache, settings, state, banned)
+        outcome = step(model, cache, settings, state, banned, stop_ids)
         mx.eval(outcome.report.packed, outcome.shown, outcome.settled)
         done = outcome.as_step(state)
         numbers = outcome.report.read()
         _check_finite(numbers, state)
-        state.repeats = stop.count(state.repeats, numbers.repeated)
-        converged = stop(state.repeats, numbers.mean_entropy) | numbers.complete
+        state.repeats = stable.count(state.repeats, numbers.repeated)
+        converged = stable(state.repeats, numbers.mean_entropy)
+        fallen = None if state.active is None else state.active.fallen
+        converged |= accepted(numbers.complete, numbers.mean_entropy, fallen)
+        if state.active is not None:
+            converged &= ~active_steps.hold_back(state, outcome.seen, numbers, converged, settings)
         ended = converged | state.last
         results |= finished(
             state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
@@ -82,7 +90,9 @@ def denoise_block(
             advance(model, state, outcome, numbers)
         state.keep(~ended)
         if state.rows:
-            state.begun = model.begin(state.canvas, cache, state.signal)
+            state.begun = model.begin(state.canvas, cache, state.signal, held=state.held)
+            if state.active is not None:
+                mx.async_eval(state.active.kept)
         yield done
     return [results[row] for row in range(len(requests))]
 
@@ -116,6 +126,7 @@ class Outcome(NamedTuple):
             sample=self.seen.sample,
             accepted=accepted,
             entropy=entropy,
+            computed=self.seen.computed,
         )
 
 
@@ -125,6 +136,7 @@ def step(
     settings: DecodingSettings,
     state: CanvasState,
     banned: Sequence[int] = (),
+    stop_ids: Collection[int] = (),
     *,
     dispatch: bool = True,
 ) -> Outcome:
@@ -136,21 +148,31 @@ def step(
     seen = predict(model, cache, settings, state, banned, dispatch=dispatch)
     decision = make_sampler(settings).decide(_step_input(model, state, seen), last=state.last)
     survivors = None
-    wanted = settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
+    # Several processes sum the signal over the vocabulary together: each over its own part.
+    alone = model.team is None
+    wanted = alone and settings.sparse_conditioning(8 * model.embedding_matrix.dtype.size)
     vocabulary = model.config.text.vocab_size
     if wanted and not state.last.all() and self_conditioning.may_be_sparse(state, vocabulary):
         survivors = seen.logits.survivors(seen.stats, seen.temperature)
-    report = Report.pack(decision, seen.entropy, survivors)
+    marks = None
+    if state.active is not None:
+        marks = active_steps.marks(state, seen, decision, stop_ids)
+    report = Report.pack(decision, seen.entropy, survivors, marks)
     return Outcome(seen, decision, survivors, state.settled_after(seen.draft), report)
 
 
 def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers) -> None:
-    """Gives `state` the canvas that the next step denoises, and its self-conditioning."""
+    """Gives `state` the canvas that the next step denoises, its self-conditioning, and what of the
+    canvas it computes."""
+    if state.active is not None:
+        active_steps.advance(state, state.active, outcome.seen, numbers)
     state.signal = self_conditioning.signal(model, outcome.seen, state, outcome.survivors, numbers)
     free = numbers.entropy[~state.pinned.reshape(-1)]
     state.least_entropy = float(free.min(initial=np.inf))
     state.canvas, state.revealed = outcome.decision.canvas, outcome.decision.revealed
     state.draft, state.settled = outcome.seen.draft, outcome.settled
+    counts = outcome.seen.computed.sum(axis=1).tolist()
+    state.computed = [(*some, n) for some, n in zip(state.computed, counts, strict=True)]
     state.begun = None
     state.taken, state.remaining = state.taken + 1, state.remaining - 1
 
@@ -166,7 +188,7 @@ def _step_input(model: Model, state: CanvasState, seen: Prediction) -> StepInput
         sample_probability=seen.sample_probability(),
         fresh=mx.stack([one.draws.renoise(place, length, vocab_size) for one, place in sources]),
         previous_draft=state.draft,
-        pinned=None if state.pins is None else state.pins[1],
+        outside=active_steps.outside(state),
         revealed=state.revealed,
     )
 
@@ -177,5 +199,6 @@ def _check_finite(numbers: Numbers, state: CanvasState) -> None:
     place = state.places[int(numbers.finite.argmin())]
     raise NumericsError(
         f"The network's logits are not finite at block {place.block}, denoising step {place.step}: "
-        "the weights are damaged or the precision is too low; verify the checkpoint."
+        "the weights are damaged or the precision is too low; verify the checkpoint, or compute in "
+        "another dtype."
     )

@@ -35,6 +35,7 @@ class Purpose(IntEnum):
     SAMPLE = 1
     RENOISE = 2
     KEEP = 3
+    CHECK = 4
 
 
 class Draws(Protocol):
@@ -51,6 +52,9 @@ class Draws(Protocol):
 
     def keep(self, place: Place, length: int) -> mx.array:
         """float32 [length] in [0, 1), which positions of a given draft stay (see Start)."""
+
+    def check(self, place: Place) -> float:
+        """A number in [0, 1): whether a block is checked before it is committed."""
 
 
 class SeededDraws:
@@ -71,11 +75,17 @@ class SeededDraws:
     def keep(self, place: Place, length: int) -> mx.array:
         return mx.random.uniform(shape=(length,), key=self.key(place, Purpose.KEEP))
 
+    def check(self, place: Place) -> float:
+        drawn = int.from_bytes(self._digest(place, Purpose.CHECK), "little")
+        return (drawn >> 11) / 2**53
+
     def key(self, place: Place, purpose: Purpose) -> mx.array:
         """The PRNG key of one draw, uint32 [2], as mx.random.key returns it."""
+        return mx.random.key(int.from_bytes(self._digest(place, purpose), "little"))
+
+    def _digest(self, place: Place, purpose: Purpose) -> bytes:
         packed = struct.pack("<QIIII", self.seed, *place, purpose)
-        digest = hashlib.blake2b(packed, digest_size=8).digest()
-        return mx.random.key(int.from_bytes(digest, "little"))
+        return hashlib.blake2b(packed, digest_size=8).digest()
 
 
 def fresh_seed() -> int:

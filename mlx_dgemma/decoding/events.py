@@ -86,6 +86,8 @@ class Finish:
     prompt_tokens: of the whole prompt, with what a PromptCache already held.
     prefill_seconds: reading the prompt. denoise_seconds: denoising and committing; wall time.
     peak_memory_bytes: MLX's peak for the request, or for all that take turns in a Runtime.
+    fell_back: one entry per block, whether one of which not all was computed was left to the
+        reference. computed: one entry per decoder pass, the canvas positions that it computed.
     stop_string: the stop string that ended the answer, if one did.
     """
 
@@ -101,6 +103,8 @@ class Finish:
     denoise_seconds: float
     peak_memory_bytes: int
     stop_string: str | None = None
+    fell_back: tuple[bool, ...] = ()
+    computed: tuple[int, ...] = ()
 
     @property
     def text(self) -> str:

@@ -12,11 +12,14 @@ vocabulary in the same slices.
 
 from __future__ import annotations
 
+import itertools
+import weakref
 from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.distributed.team import Leader
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
     ROW_BLOCK,
@@ -32,17 +35,13 @@ from mlx_dgemma.kernels.soft_embeddings import (
     soft_embeddings,
 )
 from mlx_dgemma.kernels.sparse_embeddings import Survivors, select_survivors
+from mlx_dgemma.model.shared_head import OUT_OF_REACH, SharedHead, best_of_groups
 
 T = TypeVar("T", mx.array, float | mx.array)
 
 if TYPE_CHECKING:
     from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import Model
-
-# The raw logit of a banned id: the softcap makes it -softcap, which leaves next to no probability
-# and, unlike -Inf, no NaN from 0 * log 0.
-_OUT_OF_REACH = -1e4
-GROUPS = 256  # of ids, by remainder, when the likely ones are looked for
 
 
 class Logits(Protocol):
@@ -88,6 +87,8 @@ def make_logits(
 
     banned: int ids whose logits are discarded.
     """
+    if isinstance(model.team, Leader):
+        return SharedLogits(model, hidden, banned, model.team)
     if settings.sliced_head:
         return SlicedLogits(model, hidden, banned)
     dtype = model.embedding_matrix.dtype
@@ -106,7 +107,7 @@ class WholeLogits:
         self._softcap = model.config.text.final_logit_softcapping
         self._raw = model.raw_logits(hidden)
         if banned.size:
-            self._raw[..., mx.array(banned)] = _OUT_OF_REACH
+            self._raw[..., mx.array(banned)] = OUT_OF_REACH
 
     def statistics(
         self, temperature: float | mx.array, uniforms: mx.array, temp: float
@@ -142,7 +143,7 @@ class WholeLogits:
         return self._raw[rows][:, ids]
 
     def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
-        return _best_of_groups(self._raw[rows], 0)
+        return best_of_groups(self._raw[rows], 0)
 
 
 class SlicedLogits:
@@ -196,7 +197,7 @@ class SlicedLogits:
         hidden, found = self._hidden[rows], None
         for start in range(0, self._vocabulary, SLICE):
             stop = min(start + SLICE, self._vocabulary)
-            some = _best_of_groups(self._slice(hidden, start, stop), start)
+            some = best_of_groups(self._slice(hidden, start, stop), start)
             if found is not None:
                 better = some[1] > found[1]
                 some = mx.where(better, some[0], found[0]), mx.where(better, some[1], found[1])
@@ -228,7 +229,7 @@ class SlicedLogits:
         raw = self._table.rows(start, stop).apply(hidden, transpose=True)
         first, last = np.searchsorted(self._banned, (start, stop))
         if first < last:
-            raw[:, mx.array(self._banned[first:last] - start)] = _OUT_OF_REACH
+            raw[:, mx.array(self._banned[first:last] - start)] = OUT_OF_REACH
         return raw
 
 
@@ -270,17 +271,55 @@ class ExponentialLogits(SlicedLogits):
         return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]
 
 
+_numbers = itertools.count()
+
+
+class SharedLogits(SlicedLogits):
+    """The logits of several processes, each of which holds those of its part of the vocabulary.
+
+    Single ids' logits are made again, from the table that rank 0 holds.
+    """
+
+    def __init__(self, model: Model, hidden: mx.array, banned: np.ndarray, team: Leader) -> None:
+        super().__init__(model, hidden, banned)
+        self._team, self._number = team, next(_numbers)
+        dtype = str(hidden.dtype).split(".")[-1]
+        shape, ids = list(hidden.shape), banned.tolist()
+        team.tell("logits", number=self._number, shape=shape, dtype=dtype, banned=ids)
+        self._head = SharedHead(model, hidden, banned)
+        weakref.finalize(self, team.later, "forget_logits", number=self._number)
+
+    def statistics(
+        self, temperature: float | mx.array, uniforms: mx.array, temp: float
+    ) -> RowStatistics:
+        self._team.tell("statistics", number=self._number, temp=temp, kept=True)
+        return self._ask(temperature, uniforms, temp)
+
+    def signal(
+        self,
+        stats: RowStatistics,
+        temperature: float | mx.array,
+        some: np.ndarray | None = None,
+    ) -> mx.array:
+        rows = None if some is None else some.tolist()
+        self._team.tell("signal", number=self._number, some=rows)
+        each = mx.broadcast_to(mx.array(temperature), (self._head.rows,))
+        return self._head.signal(each, stats.log_z, some)
+
+    def candidates(self, rows: slice) -> tuple[mx.array, mx.array]:
+        self._team.tell("candidates", number=self._number, rows=[rows.start, rows.stop])
+        return self._head.candidates(rows)
+
+    def log_z(self) -> mx.array:
+        self._team.tell("statistics", number=self._number, temp=0.0, kept=False)
+        return self._ask(1.0, mx.zeros((self._head.rows, 2)), 0.0).log_z
+
+    def _ask(self, temperature: float | mx.array, uniforms: mx.array, temp: float) -> RowStatistics:
+        each = mx.broadcast_to(mx.array(temperature, dtype=mx.float32), (self._head.rows,))
+        drawn = mx.concatenate([uniforms, each[:, None]], axis=1)
+        return self._head.statistics(drawn, temp)[0]
+
+
 def _rows_of(values: T, some: np.ndarray | None) -> T:
     """Rows of an array; a number is every row's."""
     return values if some is None or not isinstance(values, mx.array) else values[mx.array(some)]
-
-
-def _best_of_groups(raw: mx.array, start: int) -> tuple[mx.array, mx.array]:
-    """Of raw logits [C, n] of the ids from `start` (a multiple of GROUPS) on: the best id of each
-    residue int32 [C, GROUPS], and its logit; -Inf where n is smaller than GROUPS."""
-    if short := -raw.shape[1] % GROUPS:
-        raw = mx.pad(raw, [(0, 0), (0, short)], constant_values=-mx.inf)
-    grouped = raw.reshape(raw.shape[0], -1, GROUPS)
-    best = grouped.argmax(axis=1, keepdims=True)
-    ids = start + best[:, 0].astype(mx.int32) * GROUPS + mx.arange(GROUPS, dtype=mx.int32)
-    return ids, mx.take_along_axis(grouped, best, axis=1)[:, 0]

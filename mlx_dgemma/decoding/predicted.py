@@ -14,6 +14,7 @@ from mlx_dgemma.decoding.canvas_constraint import Mixture
 from mlx_dgemma.decoding.logits import Logits
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import RowStatistics
+from mlx_dgemma.model.canvas_subset import Subset
 from mlx_dgemma.model.scores import Scores, scores
 
 if TYPE_CHECKING:
@@ -24,16 +25,19 @@ if TYPE_CHECKING:
 class Prediction:
     """A decoder pass over b canvases at a temperature, pins and allowed ids respected.
 
-    hidden: [b * C, H]. free: int64 [R], the positions among them that are not pinned; of the others
-        nothing is predicted. logits: raw, of the R free rows. stats: of those rows, before allowed
-        ids. temperature: one number, or float32 [R]. draft, sample: int32 [b, C]. entropy: float32
-        [b, C], nats, 0 where pinned.
+    hidden: [b * C, H]. subset: what this pass computed; None is all, and what it did not compute is
+        as it was last computed.
+    free: int64 [R], the positions of the b * C that are predicted: of the computed ones, what is
+        not pinned. logits: raw, of the R free rows. stats: of those rows, before allowed ids.
+        temperature: one number, or float32 [R].
+    draft, sample: int32 [b, C]. entropy: float32 [b, C], nats, 0 where pinned.
     certainty: float32 [C] of the rows with a constraint, the probability of their sample under it.
     mixture: their marginals, where these are not the network's own.
     """
 
     model: Model
     hidden: mx.array
+    subset: Subset | None
     free: np.ndarray
     pins: PinArrays | None
     logits: Logits
@@ -46,6 +50,12 @@ class Prediction:
     banned: np.ndarray
     certainty: Mapping[int, np.ndarray] = field(default_factory=dict)
     mixture: Mixture | None = None
+
+    @property
+    def computed(self) -> np.ndarray:
+        """bool [b, C]: the positions that this pass computed."""
+        shape = self.draft.shape
+        return np.ones(shape, dtype=bool) if self.subset is None else self.subset.whole
 
     def sample_probability(self) -> mx.array:
         """float32 [b, C]: the tempered probability of each position's sample; 1 where pinned."""
@@ -68,11 +78,13 @@ class Prediction:
 
 
 def placed(
-    values: mx.array, free: np.ndarray, pins: PinArrays | None, at_pins: mx.array
+    values: mx.array, free: np.ndarray, pins: PinArrays | None, others: mx.array
 ) -> mx.array:
-    """[b, C]: the values [R] of the free rows; where a position is pinned, those of `at_pins`."""
-    if pins is None:
-        return values.reshape(at_pins.shape)
-    flat = at_pins.reshape(-1)
+    """[b, C]: the values [R] of the free rows; elsewhere, and where a position is pinned, those of
+    `others`."""
+    if pins is None and free.size == others.size:
+        return values.reshape(others.shape)
+    flat = others.reshape(-1)
     flat[mx.array(free)] = values
-    return mx.where(pins[1], at_pins, flat.reshape(at_pins.shape))
+    found = flat.reshape(others.shape)
+    return found if pins is None else mx.where(pins[1], others, found)

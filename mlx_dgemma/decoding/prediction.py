@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import mlx.core as mx
 import numpy as np
@@ -14,6 +14,7 @@ from mlx_dgemma.decoding.logits import make_logits
 from mlx_dgemma.decoding.predicted import Prediction, placed
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.row_statistics import row_statistics
+from mlx_dgemma.model.canvas_subset import Subset
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import ContextCache, Model
@@ -33,10 +34,19 @@ def predict(
     banned: ids that no position can take; their logits are discarded. dispatch: see Model.hidden.
     """
     batch, length = state.canvas.shape
-    free = free_positions(state)
-    whole = free.size == state.pinned.size
-    hidden = model.hidden(state.canvas, cache, state.signal, begun=state.begun, dispatch=dispatch)
-    hidden = hidden.reshape(-1, hidden.shape[-1])
+    active, begun = state.active, state.begun
+    held = state.held if begun is None else begun.held
+    hidden = model.hidden(
+        state.canvas, cache, state.signal, held=held, begun=begun, dispatch=dispatch
+    )
+    subset = None if held is None else held.subset
+    free, source = free_positions(state), None
+    if subset is not None:
+        free, source = _free_of(subset, free)
+    elif free.size < state.pinned.size:
+        source = free
+    rows = hidden.reshape(-1, hidden.shape[-1])
+    rows = rows if source is None else rows[mx.array(source)]
     temperature = state.temperature(settings)
     if settings.temp == 0:
         uniforms = mx.zeros((batch * length, 2))
@@ -44,10 +54,10 @@ def predict(
         sources = zip(state.requests, state.places, strict=True)
         uniforms = mx.stack([request.draws.sample(place, length) for request, place in sources])
         uniforms = uniforms.reshape(-1, 2)
-    draws, rows = uniforms.reshape(batch, length, 2), hidden
-    if not whole:
+    draws = uniforms.reshape(batch, length, 2)
+    if free.size < state.pinned.size:
         chosen = mx.array(free)
-        rows, uniforms = hidden[chosen], uniforms[chosen]
+        uniforms = uniforms[chosen]
         if isinstance(temperature, mx.array):
             temperature = temperature[chosen]
     forbidden = np.array(banned, dtype=np.int32)
@@ -58,9 +68,10 @@ def predict(
     )
     for line, request in enumerate(state.requests):
         for position, options in request.allowed.items():
-            if state.pinned[line, position]:
+            row = int(np.searchsorted(free, line * length + position))
+            if row == free.size or free[row] != line * length + position:
                 continue
-            row, choice = int(np.searchsorted(free, line * length + position)), mx.array(options)
+            choice = mx.array(options)
             best = row_statistics(
                 logits.row(row, choice)[None],
                 temperature if isinstance(temperature, float) else temperature[row],
@@ -71,19 +82,23 @@ def predict(
             draft[row] = choice[best.argmax[0]]
             sample[row] = choice[best.sample[0]]
             entropy[row] = best.entropy[0]
-    nothing = mx.zeros((batch, length))
-    ids = nothing.astype(mx.int32) if state.pins is None else state.pins[0]
+    before = _before(state, subset)
+    if subset is not None:
+        assert active is not None
+        assert active.kept is not None
+        hidden = subset.lay_over(active.kept.hidden, hidden)
     seen = Prediction(
         model=model,
-        hidden=hidden,
+        hidden=hidden.reshape(-1, hidden.shape[-1]),
+        subset=subset,
         free=free,
         pins=state.pins,
         logits=logits,
         stats=stats,
         temperature=temperature,
-        draft=placed(draft, free, state.pins, ids),
-        sample=placed(sample, free, state.pins, ids),
-        entropy=placed(entropy, free, state.pins, nothing),
+        draft=placed(draft, free, state.pins, before.draft),
+        sample=placed(sample, free, state.pins, before.sample),
+        entropy=placed(entropy, free, state.pins, before.entropy),
         settings=settings,
         banned=forbidden,
     )
@@ -97,3 +112,37 @@ def free_positions(state: CanvasState) -> np.ndarray:
         return np.arange(state.pinned.size)
     free = np.flatnonzero(~state.pinned)
     return free if free.size else np.zeros(1, dtype=np.int64)
+
+
+def _free_of(subset: Subset, free: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The free positions among those of the subset, int64 [R] of [b * C], and their rows among the
+    computed ones, of [b * S]; a pinned one where there is none."""
+    mine = np.isin(subset.places, free)
+    if not mine.any():
+        mine[0] = True
+    return subset.places[mine], subset.sources[mine]
+
+
+class _Before(NamedTuple):
+    """What stands where nothing is predicted: draft and sample int32, entropy float32 [b, C]."""
+
+    draft: mx.array
+    sample: mx.array
+    entropy: mx.array
+
+
+def _before(state: CanvasState, subset: Subset | None) -> _Before:
+    """The values of the steps before, and a pinned position's id, of which the network is sure."""
+    nothing = mx.zeros(state.canvas.shape)
+    ids = nothing.astype(mx.int32) if state.pins is None else state.pins[0]
+    if subset is None:
+        return _Before(ids, ids, nothing)
+    assert state.active is not None
+    assert state.active.kept is not None
+    kept = state.active.kept
+    before = _Before(state.draft, kept.sample, kept.entropy)
+    if state.pins is None:
+        return before
+    pinned = state.pins[1]
+    both = zip(before, (ids, ids, nothing), strict=True)
+    return _Before(*(mx.where(pinned, known, last) for last, known in both))

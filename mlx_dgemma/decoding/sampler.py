@@ -19,7 +19,8 @@ class StepInput(NamedTuple):
     """One denoised canvas, all [b, C].
 
     canvas, draft, sample, fresh, previous_draft: int32 ids; previous_draft is None, or -1, on a
-    row's first step. entropy float32, nats. sample_probability float32. pinned bool, or None.
+    row's first step. entropy float32, nats. sample_probability float32. outside bool, or None:
+    positions that keep their id and count for nothing: the pinned ones, and what follows the text.
     revealed bool: positions that a previous step revealed, and the pinned ones.
     """
 
@@ -30,7 +31,7 @@ class StepInput(NamedTuple):
     sample_probability: mx.array
     fresh: mx.array
     previous_draft: mx.array | None
-    pinned: mx.array | None
+    outside: mx.array | None
     revealed: mx.array
 
 
@@ -40,7 +41,7 @@ class Decision(NamedTuple):
     canvas int32 [b, C]: what the next step denoises. accepted bool [b, C].
     status float32 [b, 3]: draft repeated (0 or 1), mean entropy (nats), all finite (0 or 1).
     revealed: bool [b, C], the positions that stay as they are from now on.
-    complete: bool [b] when the sampler itself can finish a row, or None.
+    complete: bool [b], whether every position that counts stays; None where nothing asks.
     """
 
     canvas: mx.array
@@ -65,10 +66,14 @@ class EntropyBoundSampler:
 
     def __init__(self, settings: DecodingSettings) -> None:
         self.entropy_bound = settings.entropy_bound
+        self.asked = settings.commit == "accepted"
 
     def decide(self, step: StepInput, *, last: np.ndarray) -> Decision:
         chosen = _accept(step, self.entropy_bound)
-        return Decision(chosen.canvas, chosen.accepted, chosen.status, step.revealed)
+        complete = None
+        if self.asked:
+            complete = _or(chosen.accepted, step.outside).all(axis=1)
+        return Decision(chosen.canvas, chosen.accepted, chosen.status, step.revealed, complete)
 
 
 class ConfidenceThresholdSampler:
@@ -83,13 +88,14 @@ class ConfidenceThresholdSampler:
         self.threshold = settings.reveal_threshold
 
     def decide(self, step: StepInput, *, last: np.ndarray) -> Decision:
-        hidden = mx.logical_not(step.revealed)
+        shown = _or(step.revealed, step.outside)
+        hidden = mx.logical_not(shown)
         sure = self._surest(step.sample_probability, hidden)
-        complete = mx.logical_or(step.revealed, sure).all(axis=1)
+        complete = mx.logical_or(shown, sure).all(axis=1)
         reveal = mx.where(mx.array(last)[:, None], hidden, sure) if last.any() else sure
         tokens = mx.where(reveal, step.sample, step.canvas)
         revealed = mx.logical_or(step.revealed, reveal)
-        canvas = mx.where(revealed, tokens, step.fresh)
+        canvas = mx.where(mx.logical_or(shown, reveal), tokens, step.fresh)
         return Decision(canvas, reveal, _accept(step, 0.0).status, revealed, complete)
 
     def _surest(self, probability: mx.array, hidden: mx.array) -> mx.array:
@@ -109,8 +115,12 @@ def _accept(step: StepInput, entropy_bound: float) -> Accepted:
         step.fresh,
         step.previous_draft,
         entropy_bound,
-        pinned=step.pinned,
+        pinned=step.outside,
     )
+
+
+def _or(some: mx.array, others: mx.array | None) -> mx.array:
+    return some if others is None else mx.logical_or(some, others)
 
 
 def make_sampler(settings: DecodingSettings) -> Sampler:

@@ -57,10 +57,15 @@ def signal(
     if seen.mixture is not None:
         whole = seen.mixture.signal(model, soft.reshape(*seen.draft.shape, -1))
         soft = whole.reshape(soft.shape)
-    if state.pins is None:
+    if state.pins is None and seen.subset is None:
         return soft.reshape(*seen.draft.shape, -1)
-    ids, pinned = state.pins
-    certain = scale_embeddings(model.embedding_rows(ids).astype(soft.dtype), model.embed_scale)
-    flat = certain.reshape(-1, certain.shape[-1])
+    certain = None
+    if state.pins is not None:
+        ids, pinned = state.pins
+        certain = scale_embeddings(model.embedding_rows(ids).astype(soft.dtype), model.embed_scale)
+    others = certain if seen.subset is None else state.signal  # what was not computed keeps its own
+    assert others is not None
+    flat = others.reshape(-1, others.shape[-1])
     flat[mx.array(seen.free)] = soft
-    return mx.where(pinned[..., None], certain, flat.reshape(certain.shape))
+    found = flat.reshape(others.shape)
+    return found if certain is None else mx.where(pinned[..., None], certain, found)

@@ -16,15 +16,17 @@ SamplerName = Literal["entropy-bound", "confidence-threshold"]
 UnconvergedPolicy = Literal["commit", "warn", "refuse"]
 EmptyReplyPolicy = Literal["reroll", "suppress", "allow"]
 Conditioning = Literal["auto", "dense", "sparse"]
-PresetName = Literal["reference", "balanced", "fast"]
+CommitRule = Literal["confirmed", "accepted"]
+PositionsRule = Literal["all", "text", "active"]
+PresetName = Literal["reference", "balanced", "turbo"]
 
 MAX_FLOAT = sys.float_info.max
-# Named settings. The reference is the checkpoint's own generation config; the others trade accuracy
-# for fewer denoising steps (studies/README.md has both, measured).
-PRESETS: dict[str, dict[str, int | float]] = {
+# Named settings. The reference is the checkpoint's own generation config and computes everything;
+# the others compute less and are not exact (docs/presets.md says what was measured of them).
+PRESETS: dict[str, dict[str, str]] = {
     "reference": {},
-    "balanced": {"stability_threshold": 0, "max_denoising_steps": 32, "confidence_threshold": 0.02},
-    "fast": {"stability_threshold": 0, "max_denoising_steps": 16, "confidence_threshold": 0.05},
+    "balanced": {"commit": "accepted", "positions": "text"},
+    "turbo": {"commit": "accepted", "positions": "active"},
 }
 
 
@@ -109,6 +111,16 @@ class DecodingSettings:
     reveal_threshold: probability at which "confidence-threshold" reveals a position.
     stability_threshold: the draft must equal this many previous drafts before a block may stop.
     confidence_threshold: nats; the mean entropy must be below it before a block may stop.
+    commit: when a block ends before its steps run out. "confirmed" is the reference: the draft
+        repeats and its mean entropy is below the threshold. "accepted" ends it as well once every
+        position that is not pinned was accepted in one step.
+    commit_entropy: nats; where "accepted" ends a block, the mean entropy must be below this. None
+        is `confidence_threshold`.
+    positions: which of a canvas a step computes. "all" is the reference. "text" leaves out what
+        follows a stop id that has settled. "active" leaves out settled positions too, whose keys
+        and values stay as they were last computed (see active_positions).
+    check_share: of the blocks that "active" is about to commit, so many are first computed whole,
+        drawn by the seed; where that changes the draft, the block goes on as the reference does.
     canvas_length: positions denoised together; None is the checkpoint's own.
     on_unconverged: what happens to a block that used every step without stopping: "commit"
         it, commit it and "warn", or "refuse" it and end the request.
@@ -204,6 +216,42 @@ class DecodingSettings:
         metavar="NATS",
         request=(0, 1e6),
     )
+    commit: CommitRule = _setting(
+        "confirmed",
+        str,
+        choices=get_args(CommitRule),
+        help="when a block may end: as the reference ends it, or also once a step accepts every "
+        "position (default: confirmed)",
+        request=(),
+    )
+    commit_entropy: float | None = _setting(
+        None,
+        low=0,
+        optional=True,
+        expected="0 or more (nats)",
+        help="accepted ends a block whose mean entropy is below this (default: the confidence "
+        "threshold)",
+        metavar="NATS",
+        request=(0, 1e6),
+    )
+    positions: PositionsRule = _setting(
+        "all",
+        str,
+        choices=get_args(PositionsRule),
+        help="what of a canvas a step computes: all, the text up to a settled stop id, or of that "
+        "the active positions, which is not exact (default: all)",
+        request=(),
+    )
+    check_share: float = _setting(
+        0.0625,
+        low=0,
+        high=1,
+        expected="between 0 and 1",
+        help="share of blocks of active positions that are computed whole before they are "
+        "committed (default: 0.0625)",
+        metavar="SHARE",
+        request=(0, 1),
+    )
     canvas_length: int | None = _setting(
         None,
         int,
@@ -255,6 +303,12 @@ class DecodingSettings:
         if self.conditioning == "auto":
             return bits == 16 and not self.sliced_head
         return self.conditioning == "sparse" and not self.sliced_head
+
+    @property
+    def commit_below(self) -> float:
+        """Nats: the mean entropy below which the rule "accepted" ends a block."""
+        given = self.commit_entropy
+        return self.confidence_threshold if given is None else given
 
     def _require(self, name: str, ok: bool, expected: str) -> None:
         if not ok:
@@ -314,6 +368,10 @@ class DecodingOptions(TypedDict, total=False):
     reveal_threshold: float | None
     stability_threshold: int | None
     confidence_threshold: float | None
+    commit: CommitRule | None
+    commit_entropy: float | None
+    positions: PositionsRule | None
+    check_share: float | None
     canvas_length: int | None
     on_unconverged: UnconvergedPolicy
     empty_reply: EmptyReplyPolicy

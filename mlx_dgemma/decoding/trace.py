@@ -61,7 +61,8 @@ class Trace:
     """What was asked, every draw by place, and every step's draft.
 
     draws: "block.attempt.step.purpose" -> the numbers drawn there.
-    steps: one record per denoising step with its draft, accepted positions and mean entropy.
+    steps: one record per denoising step with its draft, accepted positions and mean entropy, and
+        where not all positions were computed, those that were.
     committed: the ids of every block, in order.
     constraint: what the reply had to be, kind and value.
     """
@@ -131,6 +132,7 @@ class Trace:
             if not all(_is_id(step[name]) for name in ("block", "attempt", "step")):
                 raise ValueError("a step without a place")
             _check_ids(step["draft"])
+            _check_ids(step.get("computed", []))
 
     def decoding_settings(self) -> DecodingSettings:
         return DecodingSettings(**self.settings)
@@ -155,6 +157,11 @@ class RecordingDraws:
     def keep(self, place: Place, length: int) -> mx.array:
         return self._keep(place, "keep", self.source.keep(place, length))
 
+    def check(self, place: Place) -> float:
+        drawn = self.source.check(place)
+        self.trace.draws[_name(place, "check")] = [drawn]
+        return drawn
+
     def _keep(self, place: Place, purpose: str, drawn: mx.array) -> mx.array:
         self.trace.draws[_name(place, purpose)] = drawn.tolist()  # type: ignore[assignment]
         return drawn
@@ -177,6 +184,10 @@ class RecordedDraws:
 
     def keep(self, place: Place, length: int) -> mx.array:
         return mx.array(self._find(place, "keep", length), dtype=mx.float32)
+
+    def check(self, place: Place) -> float:
+        (drawn,) = self._find(place, "check", 1)
+        return float(drawn)
 
     def _ids(self, place: Place, purpose: str, length: int, vocab_size: int) -> mx.array:
         ids = self._find(place, purpose, length)
@@ -213,7 +224,8 @@ class Comparison:
         expected = self.trace.steps[self.seen] if self.seen < len(self.trace.steps) else None
         self.seen += 1
         same = expected is not None and all(
-            expected[name] == record[name] for name in ("block", "attempt", "step", "draft")
+            expected.get(name) == record.get(name)
+            for name in ("block", "attempt", "step", "draft", "computed")
         )
         if not same and self.divergence is None:
             self.divergence = step.places[0]
@@ -229,7 +241,9 @@ class Comparison:
 
 def _record(step: Step) -> dict[str, Any]:
     entropy = np.array(step.entropy)[0]  # whole arrays: a row would be new work for the device
+    some = {} if step.computed.all() else {"computed": np.flatnonzero(step.computed[0]).tolist()}
     return {
+        **some,
         **step.places[0]._asdict(),
         "draft": np.array(step.draft)[0].tolist(),
         "accepted": np.flatnonzero(np.array(step.accepted)[0]).tolist(),

@@ -87,7 +87,7 @@ def _first_canvases(
     canvases = [CanvasRequest(SeededDraws(seed)) for seed in seeds]
     if settings.empty_reply == "suppress":
         canvases = [never_empty(model.config, one, tokenizer.stop_ids) for one in canvases]
-    steps = denoise_block(model, cache, settings, canvases)
+    steps = denoise_block(model, cache, settings, canvases, stop_ids=tokenizer.stop_ids)
     with explained():
         while True:
             try:

@@ -5,7 +5,13 @@ from mlx_dgemma.kernels.attention import attend
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.moe import moe
 from mlx_dgemma.kernels.qkv import normed_heads
-from mlx_dgemma.kernels.residual import BranchNorms, Norms, after_attention, after_branches
+from mlx_dgemma.kernels.residual import (
+    BranchNorms,
+    Epsilons,
+    Norms,
+    after_attention,
+    after_branches,
+)
 from mlx_dgemma.kernels.router import Routing, choose_experts
 from mlx_dgemma.kernels.row_statistics import (
     RowStatistics,
@@ -26,6 +32,7 @@ __all__ = [
     "DROPPED_MASS",
     "Accepted",
     "BranchNorms",
+    "Epsilons",
     "Matrix",
     "Norms",
     "Routing",

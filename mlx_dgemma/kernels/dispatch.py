@@ -9,7 +9,7 @@ twins run.
 import contextlib
 import functools
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Literal
 
 import mlx.core as mx
@@ -23,6 +23,8 @@ Mode = Literal["off", "auto", "force"]
 _VARIABLE = "MLX_DGEMMA_KERNELS"
 _MODES: tuple[Mode, ...] = ("off", "auto", "force")
 _GPU = mx.Device(mx.gpu)
+# What several processes agreed on (see `settle`), by `_kind`; None where this one decides.
+_settled: dict[str, bool] | None = None
 # Counts of rows that share a verdict, the most of them. From 64 tokens on MLX multiplies experts
 # otherwise; more rows than the last are counted with it.
 ROW_CLASSES = {
@@ -51,7 +53,12 @@ def available() -> bool:
 
 def use(operation: Operation, *sizes: Size) -> bool:
     """Whether a call of these sizes runs as the operation's kernel; each is decided once."""
-    return available() and _decided(operation, os.environ.get(_VARIABLE), sizes)
+    if not available():
+        return False
+    if _settled is not None:
+        shape = operation.shape(*sizes)
+        return operation.supports(shape) and _settled.get(_kind(operation, shape), False)
+    return _decided(operation, os.environ.get(_VARIABLE), sizes)
 
 
 @functools.cache
@@ -62,6 +69,29 @@ def _decided(operation: Operation, value: str | None, sizes: tuple[Size, ...]) -
     if chosen == "force":
         return True
     return self_checks.first_judged(operation, tuple(shape_class(shape).items())).enabled
+
+
+def choices(requests: Sequence[Request]) -> dict[str, bool]:
+    """Which operations would run as kernels, by kind: those whose every shape would."""
+    found: dict[str, bool] = {}
+    for operation, shape in requests:
+        kind = _kind(operation, shape)
+        on = use(operation, *shape.values())
+        found[kind] = found.get(kind, True) and on
+    return found
+
+
+def settle(chosen: Mapping[str, bool] | None) -> None:
+    """From now on these kinds run as kernels and no others; None: this process decides again."""
+    global _settled
+    _settled = None if chosen is None else dict(chosen)
+
+
+def _kind(operation: Operation, shape: Shape) -> str:
+    """The operation, and the class of its count of rows: what is the same on ranks whose other
+    sizes differ."""
+    rows = (shape_class(shape)[name] for name in ROW_CLASSES if name in shape)
+    return " ".join(map(str, (operation.name, *rows)))
 
 
 def forget() -> None:

@@ -129,16 +129,16 @@ def sliced_row_statistics(
     made. Each slice's exponentials are appended to `kept` where that is given.
     """
     divisor = tempering(temperature, rows)
-    parts: list[_Slice] = []
+    parts: list[SliceStatistics] = []
     for start in range(0, vocabulary, SLICE):
         raw = head(start, min(start + SLICE, vocabulary))
         if parts:  # one slice in memory at a time, without asking the host to wait
             raw, _ = mx.depends([raw, divisor], list(parts[-1]))
-        part, exponentials = _one_slice(raw, divisor, uniforms[:, 1], start, softcap, temp)
+        part, exponentials = slice_statistics(raw, divisor, uniforms[:, 1], start, softcap, temp)
         parts.append(part)
         if kept is not None:
             kept.append(Exponentials(exponentials, part.max, part.z))
-    return _merge(parts, uniforms[:, 0], temp)
+    return merge_slices(parts, uniforms[:, 0], temp)
 
 
 def tempering(temperature: float | mx.array, rows: int) -> mx.array:
@@ -171,7 +171,7 @@ def _exponentials(values: mx.array, maximum: mx.array) -> tuple[mx.array, mx.arr
     return exponentials, exponentials * shifted
 
 
-class _Slice(NamedTuple):
+class SliceStatistics(NamedTuple):
     """One slice of every row: [R] each, `weight` in the sampling distribution's own scale."""
 
     max: mx.array
@@ -182,9 +182,9 @@ class _Slice(NamedTuple):
     candidate: mx.array
 
 
-def _one_slice(
+def slice_statistics(
     raw: mx.array, divisor: mx.array, uniform: mx.array, start: int, softcap: float, temp: float
-) -> tuple[_Slice, mx.array]:
+) -> tuple[SliceStatistics, mx.array]:
     """The slice's share of the statistics, and its exponentials [R, n]."""
     values = tempered(raw, mx.array(softcap, dtype=mx.float32), divisor)
     maximum = values.max(axis=1, keepdims=True)
@@ -194,14 +194,14 @@ def _one_slice(
     z = leaves.sum(axis=1)
     s = _leaf_sums(products).sum(axis=1)
     if temp == 0:
-        return _Slice(maximum[:, 0], z, s, argmax, z, argmax), exponentials
+        return SliceStatistics(maximum[:, 0], z, s, argmax, z, argmax), exponentials
     weight, sampled = z, exponentials
     if temp != 1:
         sampled = mx.exp((values - maximum) / temp)
         leaves = _leaf_sums(sampled)
         weight = leaves.sum(axis=1)
     candidate = _inverse_cdf(sampled, leaves, uniform) + start
-    return _Slice(maximum[:, 0], z, s, argmax, weight, candidate), exponentials
+    return SliceStatistics(maximum[:, 0], z, s, argmax, weight, candidate), exponentials
 
 
 def _leaf_sums(values: mx.array) -> mx.array:
@@ -243,8 +243,10 @@ def pick(weights: mx.array, target: mx.array) -> tuple[mx.array, mx.array]:
     return position.astype(mx.int32), mx.maximum(target - before_it, 0.0)
 
 
-def _merge(parts: list[_Slice], uniform: mx.array, temp: float) -> RowStatistics:
-    stacked = _Slice(*(mx.stack(list(field), axis=1) for field in zip(*parts, strict=True)))
+def merge_slices(parts: list[SliceStatistics], uniform: mx.array, temp: float) -> RowStatistics:
+    stacked = SliceStatistics(
+        *(mx.stack(list(field), axis=1) for field in zip(*parts, strict=True))
+    )
     maximum = stacked.max.max(axis=1, keepdims=True)
     lower = stacked.max - maximum
     scale = mx.exp(lower)

@@ -57,6 +57,19 @@ def sliced_soft_embeddings(
     scale: float | None = None,
 ) -> mx.array:
     """Dense soft embeddings from slices of raw logits, `head(start, stop)` -> [R, stop - start]."""
+    summed, total = unscaled_soft_embeddings(head, log_z, temperature, table, softcap=softcap)
+    return scale_embeddings((summed / total).astype(table.dtype), scale)
+
+
+def unscaled_soft_embeddings(
+    head: Head,
+    log_z: mx.array,
+    temperature: float | mx.array,
+    table: Matrix,
+    *,
+    softcap: float,
+) -> tuple[mx.array, mx.array]:
+    """float32 sums over the table's rows, of the weighted rows [R, H] and of the weights [R, 1]."""
     divisor = tempering(temperature, log_z.shape[0])
     total = mx.zeros((log_z.shape[0], 1), dtype=mx.float32)
     summed = mx.zeros((log_z.shape[0], table.columns), dtype=mx.float32)
@@ -68,7 +81,7 @@ def sliced_soft_embeddings(
         weights = probabilities(raw, divisor, log_z, softcap, table.dtype, table.dtype)
         summed = summed + table.rows(start, stop).apply(weights, transpose=False).astype(mx.float32)
         total = total + weights.astype(mx.float32).sum(axis=1, keepdims=True)
-    return scale_embeddings((summed / total).astype(table.dtype), scale)
+    return summed, total
 
 
 def kept_soft_embeddings(

@@ -6,14 +6,14 @@ context and itself; the context is never changed.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
-from mlx_dgemma.kernels.attention import CHUNK, Segment, count_keys, fold, unfold
+from mlx_dgemma.kernels.attention import CHUNK, Pair, Segment, count_keys, fold, unfold
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.layer_context import LayerContext
 from mlx_dgemma.model.layers import Linear, fuse
@@ -28,6 +28,8 @@ QUERY_BLOCK = 256
 KEY_CHUNK = CHUNK
 # Attention scores held at once (256 MB of them in 16 bits); more queries are taken in turns.
 SCORES = 1 << 27
+# Keys and values of some positions of the canvases -> those of all.
+Hold = Callable[[Pair], Pair]
 
 
 class Attention(nn.Module):
@@ -68,11 +70,18 @@ class Attention(nn.Module):
         values = self._split(self.v_proj(x), self.kv_heads) if "v_proj" in self else keys
         context.append(*self.keys_and_values(keys, values, rope))
 
-    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Bidirectional pass over canvases x [B, C, H] after one shared context."""
+    def decode(
+        self, x: mx.array, rope: Table, context: LayerContext, hold: Hold | None = None
+    ) -> mx.array:
+        """Bidirectional pass over canvases x [B, C, H] after one shared context.
+
+        hold: of x [B, S, H] that is some positions of the canvases; completes their keys.
+        """
         queries, keys, values = self.project(x)
         queries = self.queries(queries, rope)
         keys, values = self.keys_and_values(keys, values, rope)
+        if hold is not None:
+            keys, values = hold((keys, values))
         if x.shape[0] == 1:
             segments = context.with_canvas(keys, values)
         else:  # The context is shared: no row of the batch gets a copy of it.
@@ -97,15 +106,26 @@ class Attention(nn.Module):
         )
 
     def queries(self, queries: mx.array, rope: Table) -> mx.array:
-        """Normed and rotated queries [B, heads, L, D] of raw ones [B, L, heads, D]."""
-        return kernels.normed_heads(queries, self.q_norm.weight, rope, self.eps)
+        """Normed and rotated queries [B, heads, L, D] of raw ones [B, L, heads, D].
+
+        The tables are [L, D / 2], or [B * L, D / 2] where canvases have rows of their own.
+        """
+        return self._heads_first(queries, self.q_norm.weight, rope)
 
     def keys_and_values(
         self, keys: mx.array, values: mx.array, rope: Table
     ) -> tuple[mx.array, mx.array]:
         """Normed and rotated keys, normed values, both [B, heads, L, D]."""
-        rotated = kernels.normed_heads(keys, self.k_norm.weight, rope, self.eps)
-        return rotated, kernels.normed_heads(values, None, None, self.eps)
+        rotated = self._heads_first(keys, self.k_norm.weight, rope)
+        return rotated, self._heads_first(values, None, None)
+
+    def _heads_first(self, x: mx.array, weight: mx.array | None, rope: Table | None) -> mx.array:
+        batch, length, heads, dim = x.shape
+        if rope is None or rope[0].shape[0] == length:
+            return kernels.normed_heads(x, weight, rope, self.eps)
+        joined = x.reshape(1, batch * length, heads, dim)
+        normed = kernels.normed_heads(joined, weight, rope, self.eps)
+        return normed.reshape(heads, batch, length, dim).swapaxes(0, 1)
 
     def prepare(self) -> None:
         names = [name for name in ("q_proj", "k_proj", "v_proj") if name in self]

@@ -10,8 +10,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
-from mlx_dgemma.kernels import BranchNorms, Norms
-from mlx_dgemma.model.attention import Attention
+from mlx_dgemma.distributed.team import Team
+from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
+from mlx_dgemma.model.attention import Attention, Hold
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
 from mlx_dgemma.model.layer_context import LayerContext
@@ -24,10 +25,14 @@ class Layer(nn.Module):
     """Attention, then a dense and an expert branch side by side.
 
     The residual stream may be wider than `dtype`, in which every matrix product runs.
+
+    team: the processes that hold this layer's weights together; each computes its heads and its
+    columns of the branches, and what they give is summed: twice a layer, before the norms.
     """
 
     def __init__(self, text: TextConfig, index: int, dtype: mx.Dtype):
         super().__init__()
+        self.team: Team | None = None
         eps = self.eps = text.rms_norm_eps
         self.dtype = dtype
         hidden = text.hidden_size
@@ -44,6 +49,7 @@ class Layer(nn.Module):
         self.post_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.pre_feedforward_layernorm_2 = nn.RMSNorm(hidden, eps)
         self.layer_scalar = mx.zeros((1,))
+        self.unit = 1.0  # of the branches' outputs (see model.float16)
 
     def encode(
         self,
@@ -57,9 +63,12 @@ class Layer(nn.Module):
         mixed = self.self_attn.encode(self.attention_input(x), rope, context, blocks)
         return self.feed_forward(x, mixed, scalar)
 
-    def decode(self, x: mx.array, rope: Table, context: LayerContext) -> mx.array:
-        """Decoder pass of canvases x [B, C, H], which see the context and themselves."""
-        mixed = self.self_attn.decode(self.attention_input(x), rope, context)
+    def decode(
+        self, x: mx.array, rope: Table, context: LayerContext, hold: Hold | None = None
+    ) -> mx.array:
+        """Decoder pass of canvases x [B, C, H], which see the context and themselves; hold: see
+        Attention.decode."""
+        mixed = self.self_attn.decode(self.attention_input(x), rope, context, hold)
         return self.feed_forward(x, mixed, self.layer_scalar)
 
     def attention_input(self, x: mx.array) -> mx.array:
@@ -78,15 +87,21 @@ class Layer(nn.Module):
             self.router.scale,
         )
         flat = x.reshape(-1, x.shape[-1])
-        read = kernels.after_attention(flat, mixed.reshape(flat.shape), norms, self.eps)
+        mixed = mixed.reshape(flat.shape)
+        if self.team is not None:
+            (mixed,) = self.team.sum(mixed)
+        read = kernels.after_attention(flat, mixed, norms, self.eps)
         after = BranchNorms(
             self.post_feedforward_layernorm_1.weight,
             self.post_feedforward_layernorm_2.weight,
             self.post_feedforward_layernorm.weight,
         )
         dense = self.mlp(read.dense)
-        routed = self.experts(read.experts, self.router(read.router))
-        out = kernels.after_branches(read.residual, dense, routed, after, scalar, self.eps)
+        routed = self.experts(read.experts, self.router(read.router, self.team))
+        if self.team is not None:
+            dense, routed = self.team.sum(dense, routed)
+        eps = Epsilons(self.eps, self.eps / self.unit**2)
+        out = kernels.after_branches(read.residual, dense, routed, after, scalar, eps)
         return out.reshape(x.shape)
 
 

@@ -167,13 +167,8 @@ class ContextCache:
         """Write the context to a safetensors file; the file appears only when it is complete."""
         path = Path(path)
         check_replaceable(path)
-        tensors: dict[str, mx.array] = {}
-        bases = []
-        for index, layer in enumerate(self.layers):
-            base, arrays = layer.tail()
-            bases.append(base)
-            for part, array in zip(layer.parts, arrays or (), strict=arrays is not None):
-                tensors[f"layers.{index}.{part}"] = mx.contiguous(array)
+        tensors, bases = self.tensors()
+        tensors |= self.stored_elsewhere()
         header = {
             "format": _FORMAT,
             "fingerprint": self.fingerprint(),
@@ -236,6 +231,7 @@ class ContextCache:
                     raise CheckpointError(f"{path} is incomplete; delete it and prefill again.")
                 layer.reset(base, whole)
             mx.eval(cache.arrays)
+            cache.hand_out(tensors, bases)
             metadata = parse(header["metadata"])
             if not all(isinstance(value, str) for value in metadata.values()):
                 raise ValueError("metadata that is no text")
@@ -243,6 +239,32 @@ class ContextCache:
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{path} is damaged; delete it and prefill again.") from error
         return cache
+
+    def tensors(self) -> tuple[dict[str, mx.array], list[int]]:
+        """What is remembered, by name, and the position of each layer's first key."""
+        tensors: dict[str, mx.array] = {}
+        bases = []
+        for index, layer in enumerate(self.layers):
+            base, arrays = layer.tail()
+            bases.append(base)
+            for part, array in zip(layer.parts, arrays or (), strict=arrays is not None):
+                tensors[f"layers.{index}.{part}"] = mx.contiguous(array)
+        return tensors, bases
+
+    def hold(self, tensors: Mapping[str, mx.array], bases: Sequence[int]) -> None:
+        """Holds exactly what `tensors` gave."""
+        for index, (layer, base) in enumerate(zip(self.layers, bases, strict=True)):
+            arrays = [tensors.get(f"layers.{index}.{part}") for part in layer.parts]
+            held = tuple(array for array in arrays if array is not None)
+            layer.reset(base, held if len(held) == len(arrays) else None)
+        mx.eval(self.arrays)
+
+    def stored_elsewhere(self) -> dict[str, mx.array]:
+        """What other processes hold of this context, for its file (see SharedContext)."""
+        return {}
+
+    def hand_out(self, tensors: Mapping[str, mx.array], bases: list[int]) -> None:
+        """Gives other processes what they held of it when it was saved."""
 
     def _forget_snapshots_after(self, offset: int) -> None:
         for known in list(self._snapshots):

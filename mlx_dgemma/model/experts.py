@@ -6,6 +6,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma import kernels
+from mlx_dgemma.distributed.team import Team
 from mlx_dgemma.model.config import TextConfig
 from mlx_dgemma.model.layers import Linear, Weights
 
@@ -21,9 +22,16 @@ class Router(nn.Module):
         self.scale = mx.zeros((text.hidden_size,))
         self.per_expert_scale = mx.zeros((text.num_experts,))
 
-    def __call__(self, normed: mx.array) -> kernels.Routing:
-        """The experts of positions [T, H], their weights, and the pairs sorted by expert."""
-        return kernels.choose_experts(self.proj(normed), self.per_expert_scale, self.top_k)
+    def __call__(self, normed: mx.array, team: Team | None = None) -> kernels.Routing:
+        """The experts of positions [T, H], their weights, and the pairs sorted by expert.
+
+        team: those who compute the experts together. Where their chips may round otherwise, all
+        choose by rank 0's scores.
+        """
+        scores = self.proj(normed)
+        if team is not None and team.unequal:
+            scores = team.share(scores)
+        return kernels.choose_experts(scores, self.per_expert_scale, self.top_k)
 
 
 class Experts(nn.Module):

@@ -42,12 +42,14 @@ Calls = Iterator[tuple[Operation, *tuple[Size, ...]]]
 
 def _vocabulary(config: ModelConfig, dtype: str) -> Calls:
     """What a step asks once."""
-    text, rows = config.text, config.canvas_length
+    text, length = config.text, config.canvas_length
     table = _packing(config, EMBED_TOKENS, text.hidden_size)
-    yield ROW_STATISTICS, dtype, rows, text.vocab_size
-    yield ACCEPT, "float32", rows
-    yield SELECT, dtype, dtype, rows, text.vocab_size, CAPACITY
-    yield GATHER, dtype, table, text.hidden_size, rows, CAPACITY
+    yield ACCEPT, "float32", length
+    # A step may predict a part of the canvas only.
+    for rows in sorted({length, *(most for most in ROW_CLASSES["rows"] if most < length)}):
+        yield ROW_STATISTICS, dtype, rows, text.vocab_size
+        yield SELECT, dtype, dtype, rows, text.vocab_size, CAPACITY
+        yield GATHER, dtype, table, text.hidden_size, rows, CAPACITY
 
 
 def _layers(config: ModelConfig, dtype: str) -> Calls:

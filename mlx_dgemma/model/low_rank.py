@@ -162,7 +162,7 @@ def attach(model: Model, encoder: Mapping[str, Factors], decoder: Mapping[str, F
     encoder, decoder: the passes' deltas by module, under the decoder's name where both passes
     share the weight. The same object on both sides is one delta for both passes.
     """
-    shapes = matrices(model.config)
+    shapes = matrices(model.local)
     shared = {name for name in {*encoder, *decoder} if name.startswith(LAYERS)}
     if any(encoder.get(name) is not decoder.get(name) for name in shared):
         model.encoder_pass.layers = [_view(layer) for layer in model.layers]

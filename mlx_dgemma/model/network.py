@@ -6,54 +6,31 @@ Nothing here knows about sampling, schedules or text.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma import kernels
+from mlx_dgemma.distributed.team import Leader, Team
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import reading_weights
 from mlx_dgemma.kernels.row_statistics import softcapped
 from mlx_dgemma.model.backbone import Backbone, Layer
+from mlx_dgemma.model.canvas_subset import Held
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.context import ContextCache
 from mlx_dgemma.model.fingerprint import fingerprint
 from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.passes import AHEAD, Begun, EncoderPass, is_sent
+from mlx_dgemma.model.prompt_ids import chunks, token_ids
 from mlx_dgemma.model.rope import RopeTables
+from mlx_dgemma.model.share import Share
+from mlx_dgemma.model.shared_context import SharedContext
 from mlx_dgemma.model.vision import FeatureCache, ImagePatches
 
 CHUNK = 2048  # prompt tokens per encoder pass
-# Layers that `Model.begin` sends. MLX lets its caller go on while ten command buffers wait, which
-# these do not fill; with a whole pass the caller would wait until the device is nearly done.
-AHEAD = 3
-
-
-def is_sent(layers: int) -> bool:
-    """Whether a pass is sent to the device once so many of its layers are described: 1, then 2, 4
-    and 8 more at a time. Describing all thirty takes Python several milliseconds, in which a GPU
-    would have nothing to do; many small pieces cost more than they gain."""
-    return layers in (1, 3) or layers % 8 == 7
-
-
-class Begun(NamedTuple):
-    """A decoder pass that the device has begun.
-
-    x: [B, C, H], what leaves its first `layers` layers.
-    """
-
-    x: mx.array
-    layers: int
-
-
-@dataclass
-class EncoderPass:
-    """layers: views that the encoder pass runs instead of the decoder's, where an adapter changes
-    the passes differently; None where both run the same."""
-
-    layers: list[Layer] | None = None
 
 
 class Model(nn.Module):
@@ -66,12 +43,20 @@ class Model(nn.Module):
     operands of matrix products alone, which come from norms.
     """
 
-    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32):
+    def __init__(self, config: ModelConfig, dtype: mx.Dtype = mx.float32, team: Team | None = None):
+        """team: the processes that hold this model together; here rank 0's is the whole model to
+        its users, and the others' take part in what rank 0 asks (model/following.py)."""
         super().__init__()
         self.config = config
         self.dtype = dtype
         self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
-        self.model = Backbone(config.text, config.vision, dtype)
+        self.team = team
+        self.share = None if team is None else Share(team.rank, team.size)
+        # The config of what this process holds.
+        self.local = config if self.share is None else self.share.config(config)
+        self.model = Backbone(self.local.text, self.local.vision, dtype)
+        for layer in self.model.decoder.layers:
+            layer.team = team
         root = mx.array(config.text.hidden_size**0.5, dtype)
         self.embed_scale: float = root.astype(mx.float32).tolist()  # type: ignore[assignment]
         self.rope = RopeTables(config.text, dtype)
@@ -92,7 +77,10 @@ class Model(nn.Module):
         """An empty context of this model; kv_bits=8 keeps what grows of it in 8 bits."""
         text = self.config.text
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
-        return ContextCache(windows, self.config.canvas_length, self.fingerprint, kv_bits)
+        slack = self.config.canvas_length
+        if isinstance(self.team, Leader):
+            return SharedContext(windows, slack, self.fingerprint, kv_bits, self.team)
+        return ContextCache(windows, slack, self.fingerprint, kv_bits)
 
     def prefill(
         self,
@@ -113,18 +101,18 @@ class Model(nn.Module):
         Raises InputError for ids of another shape, outside the vocabulary, or whose image tokens
         do not fit the images; CheckpointError for images without a vision tower.
         """
-        tokens = _token_ids(ids, self.config.text.vocab_size)
+        tokens = token_ids(ids, self.config.text.vocab_size)
         blocks = self._image_blocks(tokens, images)
         if cancelled is not None and cancelled():
             return
         soft = self._soft_tokens(blocks, images)
         cache.expect(tokens.size)
-        for start, stop in _chunks(cache.offset, tokens.size, chunk_size, blocks):
+        for start, stop in chunks(cache.offset, tokens.size, chunk_size, blocks):
             if cancelled is not None and cancelled():
                 return
             part = None if blocks is None else blocks[start:stop]
             x = self._embed(tokens[start:stop], part, soft)
-            self._encode(x, cache, part, whole=False, dispatch=dispatch)
+            self.through_encoder(x, cache, part, whole=False, dispatch=dispatch)
             evaluate = mx.eval if stop < tokens.size else mx.async_eval
             evaluate(cache.arrays)
             mx.clear_cache()
@@ -143,11 +131,12 @@ class Model(nn.Module):
         without evaluating anything, so that gradients flow through it. `raw_logits` and `softcap`
         give its logits. Raises what `prefill` raises.
         """
-        tokens = _token_ids(ids, self.config.text.vocab_size)
+        tokens = token_ids(ids, self.config.text.vocab_size)
         blocks = self._image_blocks(tokens, images)
         x = self._embed(tokens, blocks, self._soft_tokens(blocks, images))
         cache.expect(tokens.size)
-        return self._encode(x, cache, blocks, whole=True, dispatch=dispatch)
+        x = self.through_encoder(x, cache, blocks, whole=True, dispatch=dispatch)
+        return self._final(x)
 
     def denoise(
         self,
@@ -173,28 +162,37 @@ class Model(nn.Module):
         cache: ContextCache,
         soft_embeddings: mx.array | None = None,
         *,
+        held: Held | None = None,
         begun: Begun | None = None,
         dispatch: bool = False,
     ) -> mx.array:
         """[B, C, H] after the final norm. Reads the context, commits nothing to it.
 
+        held: where the canvases' keys and values are kept, and the positions to compute, for
+            [B, S, H]: the others are seen as they were last computed, and nothing else is done
+            with them. None keeps nothing and computes all.
         begun: what `begin` returned for the same arguments. dispatch: the graph is sent to the
             device piece by piece, which begins while Python builds the rest; otherwise all
             evaluation is left to the caller.
         """
         if begun is None:
-            begun = self._entered(canvas, soft_embeddings)
-        through = self._decode(begun, len(self.layers), canvas.shape[1], cache, dispatch=dispatch)
+            begun = self._entered(canvas, soft_embeddings, held)
+        through = self.through_decoder(begun, len(self.layers), cache, dispatch=dispatch)
         return self._final(through.x)
 
     def begin(
-        self, canvas: mx.array, cache: ContextCache, soft_embeddings: mx.array | None = None
+        self,
+        canvas: mx.array,
+        cache: ContextCache,
+        soft_embeddings: mx.array | None = None,
+        *,
+        held: Held | None = None,
     ) -> Begun:
         """Sends the first layers of the pass that `hidden` completes to the device, and returns
         while it works on them."""
-        entered = self._entered(canvas, soft_embeddings)
+        entered = self._entered(canvas, soft_embeddings, held)
         last = min(AHEAD, len(self.layers))
-        return self._decode(entered, last, canvas.shape[1], cache, dispatch=True)
+        return self.through_decoder(entered, last, cache, dispatch=True)
 
     def await_context(self, cache: ContextCache, length: int) -> None:
         """Waits until the device has written the context that canvases of `length` positions come
@@ -259,7 +257,8 @@ class Model(nn.Module):
             layer.mlp.prepare()
             if layer is not decoder.layers[-1]:
                 layer.self_attn.prepare()
-        decoder.self_conditioning.prepare()
+        if "self_conditioning" in decoder:  # which rank 0 alone has
+            decoder.self_conditioning.prepare()
 
     def fingerprint(self) -> str:
         """Identifies config, text weights and dtype; computed once."""
@@ -268,29 +267,47 @@ class Model(nn.Module):
             text = {"decoder": self.model.decoder, "encoder": self.model.encoder.language_model}
             for index, layer in enumerate(self.encoder_pass.layers or ()):
                 text[f"encoder pass {index}"] = layer
-            known = self._fingerprint = fingerprint(self.config.text, self.dtype, text)
+            known = self._fingerprint = fingerprint(self.local.text, self.dtype, text)
         return known
 
-    def _entered(self, canvas: mx.array, soft_embeddings: mx.array | None) -> Begun:
-        conditioning = self.model.decoder.self_conditioning
-        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0)
-
-    def _decode(
-        self, begun: Begun, last: int, length: int, cache: ContextCache, *, dispatch: bool
+    def _entered(
+        self, canvas: mx.array, soft_embeddings: mx.array | None, held: Held | None
     ) -> Begun:
-        """The decoder pass up to and with its layer number `last`, which counts from 1."""
-        x, first = begun
-        rope = self.rope.span(cache.offset, length)
+        if held is not None and held.subset is not None:
+            canvas = held.subset.take(canvas)
+            soft_embeddings = None if soft_embeddings is None else held.subset.take(soft_embeddings)
+        conditioning = self.model.decoder.self_conditioning
+        return Begun(conditioning.condition(self.embedded(canvas), soft_embeddings), 0, held)
+
+    def through_decoder(
+        self, begun: Begun, last: int, cache: ContextCache, *, dispatch: bool
+    ) -> Begun:
+        """The decoder pass up to and with its layer number `last`, which counts from 1.
+
+        Of a model that several processes hold, all are asked to do the same, and the work is begun:
+        whether or not its result is read, the others do theirs.
+        """
+        x, first, held = begun
+        if isinstance(cache, SharedContext):
+            x = cache.shared_decode(x, first, last, held)
+        subset = None if held is None else held.subset
+        rope = self.rope.span(cache.offset, x.shape[1] if subset is None else subset.length)
+        if subset is not None:
+            rope = {kind: subset.tables(table) for kind, table in rope.items()}
         for index in range(first, last):
-            layer = self.layers[index]
-            x = layer.decode(x, rope[layer.kind], cache.layers[index])
+            layer, hold = self.layers[index], None
+            if held is not None:
+                hold = partial(held.keys.hold, index, subset=held.subset)
+            x = layer.decode(x, rope[layer.kind], cache.layers[index], hold)
             if dispatch and is_sent(index + 1):
                 mx.async_eval(x)
-        return Begun(x, last)
+        if self.team is not None:
+            mx.async_eval(x)
+        return Begun(x, last, held)
 
     # The encoder pass
 
-    def _encode(
+    def through_encoder(
         self,
         x: mx.array,
         cache: ContextCache,
@@ -299,10 +316,14 @@ class Model(nn.Module):
         whole: bool,
         dispatch: bool,
     ) -> mx.array:
-        """The pass over x [1, L, H]. Without `whole` the last layer gives its keys and values
-        alone, which is all that the context keeps, and the result is what enters it."""
+        """The pass over the residual stream x [1, L, H]. Without `whole` the last layer gives its
+        keys and values alone, which is all that the context keeps, and the result is what enters
+        it. As `through_decoder` where several processes hold the model."""
         if not self.config.text.bidirectional_images:
             blocks = None
+        if isinstance(cache, SharedContext):
+            ranges = None if blocks is None else blocks.tolist()
+            x = cache.shared(x, "encode", blocks=ranges, whole=whole)
         scalars = self.model.encoder.language_model.layers
         rope = self.rope.span(cache.offset, x.shape[1])
         through = None if whole else -1
@@ -312,10 +333,11 @@ class Model(nn.Module):
             x = layer.encode(x, rope[layer.kind], context, blocks, scalar.layer_scalar)
             if dispatch and is_sent(index):
                 mx.async_eval(x)
-        if whole:
-            return self._final(x)
-        last = layers[-1]
-        last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if not whole:
+            last = layers[-1]
+            last.self_attn.extend(last.attention_input(x), rope[last.kind], cache.layers[-1])
+        if self.team is not None:
+            mx.async_eval(x, cache.arrays)
         return x
 
     def _final(self, x: mx.array) -> mx.array:
@@ -362,30 +384,3 @@ class Model(nn.Module):
                     f"{expected} placeholders for it."
                 )
         return soft
-
-
-def _token_ids(ids: Any, vocabulary: int) -> np.ndarray:
-    """int32 [S], of one prompt given as [S] or [1, S]."""
-    tokens = np.array(ids)
-    one = tokens.ndim == 1 or (tokens.ndim == 2 and len(tokens) == 1)
-    if not one or (tokens.size and not np.issubdtype(tokens.dtype, np.integer)):
-        raise InputError(
-            "The encoder pass reads whole numbers of one prompt, [S] or [1, S], not "
-            f"{tokens.dtype} {list(tokens.shape)}."
-        )
-    if tokens.size and not 0 <= int(tokens.min()) <= int(tokens.max()) < vocabulary:
-        raise InputError(f"Token ids must be between 0 and {vocabulary - 1}.")
-    return tokens.astype(np.int32).reshape(-1)
-
-
-def _chunks(offset: int, count: int, size: int, blocks: np.ndarray | None) -> list[tuple[int, int]]:
-    """Spans of at most `size` new tokens that end on absolute multiples of `size`; a span that
-    would cut an image block is stretched to the block's end."""
-    spans, start = [], 0
-    while start < count:
-        stop = min(count, start + size - (offset + start) % size)
-        while blocks is not None and stop < count and 0 <= blocks[stop] == blocks[stop - 1]:
-            stop += 1
-        spans.append((start, stop))
-        start = stop
-    return spans

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.prompt.messages import check_messages, declared, merge_turns
+from mlx_dgemma.prompt.tokenizer import SPELLINGS
 
 if TYPE_CHECKING:
     from mlx_dgemma.prompt.tokenizer import Tokenizer
@@ -71,7 +72,7 @@ def encode_messages(
         else:
             pieces += [(True, piece)] if expand is None else expand(piece)
     ids: list[int] = []
-    for trusted, run in itertools.groupby(pieces, key=lambda piece: piece[0]):
+    for trusted, run in itertools.groupby(_closed_turns(pieces), key=lambda piece: piece[0]):
         texts = [text for _, text in run]
         if trusted:
             ids += map(tokenizer.control_id, texts)
@@ -139,6 +140,24 @@ def _put_texts_back(
             placed.insert(at, (False, escape.undo(text)))
             spoken[int(number)] = ""
     return [*placed, (False, escape.undo("".join(parts[::2])))]
+
+
+def _closed_turns(pieces: list[Piece]) -> list[Piece]:
+    """The pieces with every turn ended before the next one begins.
+
+    After a tool's result the published template of June 2026 leaves the model's turn open, also
+    where a user goes on.
+    """
+    closed: list[Piece] = []
+    inside = False
+    for piece in pieces:
+        if piece == (True, SPELLINGS["sot"]):
+            closed += [(True, SPELLINGS["eot"]), (False, "\n")] if inside else []
+            inside = True
+        elif piece == (True, SPELLINGS["eot"]):
+            inside = False
+        closed.append(piece)
+    return closed
 
 
 def read_template(template: str | Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any
 
-from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.errors import CheckpointError, InputError, MediaError
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt.chat_template import Piece, encode_messages
 from mlx_dgemma.prompt.images import ImageProcessor, PreparedImage
@@ -119,13 +119,16 @@ def prepare_messages(
 
     images: for the parts that bring none of their own, in order. image_tokens: the budget of
         each image; frames of videos keep theirs. access: where pictures may come from.
-    Raises InputError for what cannot be read or does not fit the context, and CheckpointError
-    for a model that has no vision tower.
+    Raises MediaError for what cannot be read, InputError for what does not fit the context, and
+    CheckpointError for a model that has no vision tower.
     """
     check_messages(messages, system_prompt=system_prompt)
     reader = _Reader(tokenizer, config, iter(images), image_tokens, access)
     for where, kind, part in _media_parts(messages):
-        reader.read(where, kind, part)
+        try:
+            reader.read(where, kind, part)
+        except InputError as error:
+            raise MediaError(str(error), where) from error
     unused = sum(1 for _ in reader.given)
     if unused:
         raise InputError(

@@ -126,7 +126,7 @@ WITHOUT_EFFECT: dict[str, Any] = {
 # Fields about accounts, storage and billing, which change no reply.
 SILENT = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key",
-    "prompt_cache_retention", "verbosity", "include", "truncation",
+    "prompt_cache_retention", "verbosity", "include", "truncation", "client_metadata",
 )  # fmt: skip
 
 _TEXT = {"type": "string"}
@@ -199,15 +199,22 @@ def shared(bounds: Bounds, stop: str | None = "stop") -> dict[str, Accepts]:
     }
 
 
-def chatting() -> dict[str, Accepts]:
-    """Of every endpoint that takes a conversation."""
+def structured_outputs() -> dict[str, Accepts]:
+    """Of every endpoint whose replies can be held to a language."""
     return {
-        "image_tokens": Accepts("integer", BUDGETS[0], BUDGETS[-1]),
         "structured_outputs": Accepts(
             "object",
             inside={name: Accepts() for name in ("regex", "choice", "json")},
             about="One of the three.",
         ),
+    }
+
+
+def chatting() -> dict[str, Accepts]:
+    """Of every endpoint that takes a conversation."""
+    return {
+        "image_tokens": Accepts("integer", BUDGETS[0], BUDGETS[-1]),
+        **structured_outputs(),
     }
 
 

@@ -30,6 +30,7 @@ from mlx_dgemma.server.endpoints import (
     openai_chat,
     openai_completions,
     openai_responses,
+    stored_responses,
     systemone,
 )
 from mlx_dgemma.server.engine import Engine, Model
@@ -94,11 +95,12 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
     async def describe(_: Request) -> Response:
         return JsonResponse(document(known, __version__, keyed=settings.api_key is not None))
 
+    stored = StoredResponses()
     endpoints: dict[str, tuple[Handler, Callable[[Bounds], Known]]] = {
         "/v1/chat/completions": (openai_chat.chat_completions, openai_chat.accepted),
         "/v1/completions": (openai_completions.completions, openai_completions.accepted),
         "/v1/responses": (
-            partial(openai_responses.responses, StoredResponses()),
+            partial(openai_responses.responses, stored),
             openai_responses.accepted,
         ),
         "/v1/messages": (anthropic_messages.messages, anthropic_messages.accepted),
@@ -122,6 +124,10 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         *(
             Route(path, guard.json(handler, known[path]), methods=["POST"])
             for path, (handler, _) in endpoints.items()
+        ),
+        *(
+            Route(path, guard(partial(endpoint, stored)), methods=[method])
+            for path, (method, endpoint) in stored_responses.ROUTES
         ),
     ]
 
@@ -169,7 +175,7 @@ def _middleware(settings: ServerSettings) -> list[Middleware]:
         cors = Middleware(
             CORSMiddleware,
             allow_origins=list(settings.cors_origins),
-            allow_methods=["GET", "POST"],
+            allow_methods=["GET", "POST", "DELETE"],
             allow_headers=["*"],
         )
         middleware.append(cors)

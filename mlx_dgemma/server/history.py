@@ -1,7 +1,8 @@
 """Mends a conversation as agents send it, so that one odd message does not end it.
 
 What cannot be read becomes a readable placeholder or goes, each with a warning; tool results are
-paired with their calls by id, wherever they stand.
+paired with their calls by id, wherever they stand. Sound and video are refused in the newest
+question only: elsewhere nobody could take them back.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ from typing import Any
 
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, TEXT_PARTS, VIDEO_PARTS
 
-_READ_PARTS = (*TEXT_PARTS, *IMAGE_PARTS, *VIDEO_PARTS, "refusal")
 _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 Message = dict[str, Any]
 
@@ -24,11 +24,12 @@ def mend(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
     """
     warnings: list[str] = []
     groups: list[list[Any]] = []  # a message, and after an assistant's calls their results
+    newest = newest_question(messages)
     for i, message in enumerate(messages):
         if not isinstance(message, Mapping):
             groups.append([message])
             continue
-        mended = _message(message, f"messages[{i}]", warnings)
+        mended = _message(message, f"messages[{i}]", warnings, newest=i == newest)
         if mended.get("role") != "tool":
             groups.append([mended])
             continue
@@ -37,23 +38,36 @@ def mend(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
             group.append(mended)
             continue
         warnings.append(f"messages[{i}] answers a tool call that is not in the conversation")
-        text = f"The result of a tool call: {_text(mended['content'])}"
+        called = mended.get("name") or "a tool call"
+        text = f"The result of {called}: {_text(mended['content'])}"
         groups.append([{"role": "user", "content": text}])
     for group in groups[:-1]:
         missing = _unanswered(group)
         if missing:
             warnings.append(f"tool calls without a result: {len(missing)}")
             group += [{**result, "content": "(no result)"} for result in missing]
+    for group in groups:
+        group[1:] = _in_order(group)
     return [message for group in groups for message in group], tuple(dict.fromkeys(warnings))
 
 
-def _message(message: Mapping[str, Any], where: str, warnings: list[str]) -> Message:
+def newest_question(messages: list[Any]) -> int:
+    """The index of the last message of the user; -1 where there is none."""
+    asked = [
+        i for i, m in enumerate(messages) if isinstance(m, Mapping) and m.get("role") == "user"
+    ]
+    return asked[-1] if asked else -1
+
+
+def _message(
+    message: Mapping[str, Any], where: str, warnings: list[str], *, newest: bool
+) -> Message:
     mended = dict(message)
     if mended.get("role") == "function":  # the name of the role before there were tools
         mended["role"] = "tool"
     role, content = mended.get("role"), mended.get("content")
     if isinstance(content, list):
-        mended["content"] = _parts(content, mended, where, warnings)
+        mended["content"] = _parts(content, mended, where, warnings, newest)
     elif content is None and role in ("system", "developer", "user", "tool"):
         mended["content"] = ""
         if role != "tool":
@@ -68,7 +82,9 @@ def _message(message: Mapping[str, Any], where: str, warnings: list[str]) -> Mes
     return mended
 
 
-def _parts(parts: list[Any], message: Message, where: str, warnings: list[str]) -> list[Any]:
+def _parts(
+    parts: list[Any], message: Message, where: str, warnings: list[str], newest: bool
+) -> list[Any]:
     """Parts the encoder reads, and placeholders for the others."""
     read: list[Any] = []
     for j, part in enumerate(parts):
@@ -80,8 +96,10 @@ def _parts(parts: list[Any], message: Message, where: str, warnings: list[str]) 
         elif kind in IMAGE_PARTS and message.get("role") not in ("user", "tool"):
             warnings.append(f"{where}.content[{j}] is an image of a {message.get('role')} message")
             read.append({"type": "text", "text": "[an image was left out]"})
-        elif kind in _READ_PARTS or not isinstance(kind, str) or "audio" in kind:
+        elif not isinstance(kind, str) or kind in (*TEXT_PARTS, *IMAGE_PARTS, "refusal"):
             read.append(part)
+        elif newest and (kind in VIDEO_PARTS or "audio" in kind):
+            read.append(part)  # which the encoder refuses with a sentence
         else:
             warnings.append(f"{where}.content[{j}] of type {kind} cannot be read")
             read.append(placeholder(part))
@@ -109,8 +127,12 @@ def _text(content: Any) -> str:
 
 
 def _call(call: Any) -> Any:
-    """A call of a custom tool as that of a function with one string."""
-    inner = call.get("custom") if isinstance(call, Mapping) else None
+    """A call with a textual id; one of a custom tool as that of a function with one string."""
+    if not isinstance(call, Mapping):
+        return call
+    if not isinstance(call.get("id"), str | None):
+        call = {**call, "id": str(call["id"])}
+    inner = call.get("custom")
     if not isinstance(inner, Mapping):
         return call
     function = {"name": inner.get("name"), "arguments": {"input": inner.get("input") or ""}}
@@ -136,19 +158,32 @@ def _asked_in(groups: list[list[Any]], result: Message) -> list[Any] | None:
 def _unanswered(group: list[Any]) -> list[Message]:
     """Ids and names of the group's calls that have no result yet."""
     calls = _calls(group)
-    given = [(m.get("tool_call_id"), m.get("name")) for m in group[1:]]
-    ids = [identity for identity, _ in given]
+    ids = [m.get("tool_call_id") for m in group[1:]]
+    names = [m.get("name") for m in group[1:] if not m.get("tool_call_id")]
     missing = []
     for call in calls:
         function = call.get("function")
         name = function.get("name") if isinstance(function, Mapping) else None
         identity = call.get("id")
-        if identity in ids if identity else any(name == n for _, n in given):
+        if identity in ids if identity else name in names:
+            if not identity:
+                names.remove(name)  # one result answers one call
             continue
         missing.append(
             {"role": "tool", "name": name} | ({"tool_call_id": identity} if identity else {})
         )
     return missing
+
+
+def _in_order(group: list[Any]) -> list[Any]:
+    """The results in the order of their calls: a template names each by its tool alone."""
+    order = [call.get("id") for call in _calls(group)]
+
+    def place(result: Message) -> int:
+        identity = result.get("tool_call_id")
+        return order.index(identity) if identity and identity in order else len(order)
+
+    return sorted(group[1:], key=place)
 
 
 def _calls(group: list[Any]) -> list[Mapping[str, Any]]:

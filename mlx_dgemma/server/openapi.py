@@ -24,6 +24,11 @@ _READ = {
     "/v1/models": ("The names that requests may give", "application/json", _OBJECT),
     "/openapi.json": ("This document", "application/json", _OBJECT),
 }
+# Of everything that was answered before: path -> the methods and their summaries.
+_KEPT = {
+    "/v1/responses/{id}": {"get": "A response that is still kept", "delete": "Forgets a response"},
+    "/v1/responses/{id}/input_items": {"get": "The conversation that a response answers"},
+}
 
 
 def document(known: Mapping[str, Known], version: str, *, keyed: bool) -> dict[str, Any]:
@@ -33,6 +38,14 @@ def document(known: Mapping[str, Known], version: str, *, keyed: bool) -> dict[s
     name = {"name": "name", "in": "path", "required": True, "schema": _STRING}
     one = _get("One of them", "application/json", _OBJECT)
     paths["/v1/models/{name}"] = {"get": {**one, "parameters": [name]}}
+    for path, methods in _KEPT.items():
+        paths[path] = {
+            method: {
+                **_get(summary, "application/json", _OBJECT),
+                "parameters": [{**name, "name": "id"}],
+            }
+            for method, summary in methods.items()
+        }
     for path, fields in known.items():
         paths[path] = {"post": _post(path, fields)}
     found: dict[str, Any] = {

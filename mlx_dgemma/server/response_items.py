@@ -33,7 +33,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
     found = Conversation()
     previous = fields.text("previous_response_id")
     if previous:
-        before = stored.conversation(previous)
+        before = stored.get(previous)
         if before is None:
             raise ApiError(
                 400,
@@ -42,7 +42,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
                 param="previous_response_id",
                 code="previous_response_not_found",
             )
-        found.before = before
+        found.before = before.items
     given = fields.raw("input")
     items = [{"role": "user", "content": given}] if isinstance(given, str) else given
     if items is None and previous:
@@ -76,7 +76,7 @@ def _read(found: Conversation, entry: Fields) -> None:
         output = entry.raw("output")
         # The older shell calls are paired by the id of the item.
         identity = entry.text("call_id") or entry.text("id")
-        result = {"role": "tool", "tool_call_id": identity}
+        result = {"role": "tool", "tool_call_id": identity, "name": entry.raw("name")}
         found.messages.append({**result, "content": _output(output)})
     elif kind == "additional_tools":
         found.tools += entry.items("tools") or []

@@ -101,8 +101,8 @@ async def make_call(
     keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
     check_length(engine, [messages, tools], "messages")
     if count_images(messages):
-        prompt = await prepare_images(engine, messages, image_tokens, keywords, hold)
-        ids = prompt.ids
+        prompt, left_out = await prepare_images(engine, messages, image_tokens, keywords, hold)
+        ids, warnings = prompt.ids, (*warnings, *left_out)
     else:
         ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
         prompt = PreparedPrompt(ids)

@@ -13,10 +13,18 @@ Item = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class _Stored:
-    items: tuple[Item, ...]  # the whole conversation, the reply's items last
+class Stored:
+    """A response. input: the conversation that it answers. body: as it was sent, output last."""
+
+    input: tuple[Item, ...]
+    body: dict[str, Any]
     size: int
     at: float
+
+    @property
+    def items(self) -> tuple[Item, ...]:
+        """The whole conversation, the reply's items last."""
+        return (*self.input, *self.body["output"])
 
 
 class StoredResponses:
@@ -29,23 +37,28 @@ class StoredResponses:
         self, most: int = 1000, max_bytes: int = 64 << 20, seconds: float = 24 * 3600
     ) -> None:
         self._most, self._max_bytes, self._seconds = most, max_bytes, seconds
-        self._kept: OrderedDict[str, _Stored] = OrderedDict()
+        self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._size = 0
 
-    def put(self, identity: str, before: Sequence[Item], added: Sequence[Item]) -> None:
-        """Keeps a response. before: what an earlier one holds already. added: input and output."""
-        size = sum(len(json.dumps(item, default=str)) for item in added)
+    def put(self, body: dict[str, Any], before: Sequence[Item], added: Sequence[Item]) -> None:
+        """Keeps a response by its id. before: what an earlier one holds. added: its own input."""
+        size = sum(len(json.dumps(item, default=str)) for item in (body, *added))
         if size > self._max_bytes:
             return
-        self._kept[identity] = _Stored((*before, *added), size, time.monotonic())
+        self._kept[body["id"]] = Stored((*before, *added), body, size, time.monotonic())
         self._size += size
         self._forget()
 
-    def conversation(self, identity: str) -> tuple[Item, ...] | None:
-        """The items up to and with this response; None when it is not kept any more."""
+    def get(self, identity: str) -> Stored | None:
+        """None when it is not kept any more."""
         self._forget()
-        stored = self._kept.get(identity)
-        return None if stored is None else stored.items
+        return self._kept.get(identity)
+
+    def delete(self, identity: str) -> bool:
+        """Whether there was such a response. Those that continue it keep what they took over."""
+        stored = self._kept.pop(identity, None)
+        self._size -= 0 if stored is None else stored.size
+        return stored is not None
 
     def item(self, identity: str) -> Item | None:
         """An item of a kept conversation by its id, the newest first."""

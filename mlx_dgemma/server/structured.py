@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mlx_dgemma import untrusted_json
 from mlx_dgemma.constraints import Constraint, Language, LanguageError, ToolCalls
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.infilling import Infill
@@ -70,7 +71,12 @@ def read_outputs(fields: Fields) -> Wanted | None:
     ((name, value),) = given.items()
     where = wanted.path(name)
     if name == "json":
-        return Wanted.schema(json.loads(value) if isinstance(value, str) else value, where)
+        if isinstance(value, str):
+            try:
+                value = untrusted_json.parse(value)
+            except untrusted_json.UntrustedJSONError:
+                raise wanted.fail("json", "a JSON schema, or one written as a string") from None
+        return Wanted.schema(value, where)
     return Wanted(Constraint.regex(value) if name == "regex" else Constraint.choice(value), where)
 
 

@@ -33,11 +33,11 @@ def read_tools(fields: Fields, declare: Declare, more: Sequence[Any] = ()) -> To
     declare: brings tools to the nested form of chat completions. more: tools of other fields.
     """
     found = declare([*(fields.items("tools") or []), *more])
-    use = _chosen(fields, check_tools(found.functions))
+    use = _chosen(fields, check_tools(found.functions), found.skipped)
     return replace(use, origins=found.origins, warnings=(*found.warnings, *use.warnings))
 
 
-def _chosen(fields: Fields, declared: list[Any]) -> ToolUse:
+def _chosen(fields: Fields, declared: list[Any], skipped: Sequence[str]) -> ToolUse:
     one_call = fields.flag("parallel_tool_calls") is False
     choice = fields.raw("tool_choice")
     if choice == "none":
@@ -45,7 +45,7 @@ def _chosen(fields: Fields, declared: list[Any]) -> ToolUse:
     if choice in (None, "auto"):
         return ToolUse(declared, (), one_call)
     if choice == "required":
-        return force(declared, None, one_call)
+        return force(declared, None, one_call, skipped)
     if isinstance(choice, str):
         raise fields.fail("tool_choice", "none, auto, required or an object that names a function")
     entry = Fields(choice, "tool_choice")
@@ -55,25 +55,31 @@ def _chosen(fields: Fields, declared: list[Any]) -> ToolUse:
         name = (entry.object(kind or "function") or entry).text("name")
         if name is None:
             raise entry.fail("function.name", "given as a string")
-        return force(declared, name, one_call)
+        return force(declared, name, one_call, skipped)
     if kind in ("local_shell", "shell"):
         return force(declared, kind, one_call)
     if kind != "allowed_tools":
-        left_out = f"tool_choice names {kind}, which this server does not run"
-        return ToolUse(declared, (), one_call, warnings=(left_out,))
+        raise _runs_elsewhere([kind])
     allowed = entry.object("allowed_tools") or entry
     mode = allowed.text("mode", ("auto", "required"))
     listed = [Fields(tool, "tool_choice.tools") for tool in allowed.items("tools") or []]
     names = [(tool.object("function") or tool).text("name") for tool in listed]
     declared = [tool for tool in declared if tool["function"]["name"] in names]
     if mode == "required":
-        return force(declared, None, one_call)
+        return force(declared, None, one_call, skipped)
     return ToolUse(declared, (), one_call)
 
 
-def force(declared: list[Any], name: str | None, one_call: bool) -> ToolUse:
-    """A call of one tool, or of any when name is None; ApiError 400 when there is no such tool."""
+def force(
+    declared: list[Any], name: str | None, one_call: bool, skipped: Sequence[str] = ()
+) -> ToolUse:
+    """A call of one tool, or of any when name is None; ApiError 400 when there is no such tool.
+
+    skipped: tools that the provider of a model would run, by name.
+    """
     names = [tool["function"]["name"] for tool in declared]
+    if name in skipped or (skipped and not names):
+        raise _runs_elsewhere(skipped if name is None else [name])
     if not names:
         raise ApiError(400, "tool_choice asks for a call, but tools is empty.", param="tool_choice")
     if name is not None and name not in names:
@@ -90,3 +96,12 @@ def force(declared: list[Any], name: str | None, one_call: bool) -> ToolUse:
             param="tool_choice",
         )
     return ToolUse(declared, forced, one_call)
+
+
+def _runs_elsewhere(names: Sequence[str]) -> ApiError:
+    return ApiError(
+        400,
+        f"tool_choice asks for {' or '.join(names)}, which this server does not run itself: "
+        "declare a function in its place.",
+        param="tool_choice",
+    )

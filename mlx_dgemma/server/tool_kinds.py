@@ -71,10 +71,14 @@ class Origin:
 
 @dataclass
 class Declared:
-    """Functions in OpenAI's nested form, where each came from, and what was left out."""
+    """Functions in OpenAI's nested form, where each came from, and what was left out.
+
+    skipped: names of the tools left out, or their types where they have none.
+    """
 
     functions: list[dict[str, Any]] = field(default_factory=list)
     origins: dict[str, Origin] = field(default_factory=dict)
+    skipped: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
 
     def add(
@@ -85,7 +89,8 @@ class Declared:
         if origin is not None and isinstance(name, str):
             self.origins[name] = origin
 
-    def skip(self, kind: Any) -> None:
+    def skip(self, kind: str, name: Any = None) -> None:
+        self.skipped.append(name if isinstance(name, str) else kind)
         self.warnings.append(
             f"a tool of type {kind} was left out: this server runs no tools itself"
         )
@@ -172,7 +177,7 @@ def anthropic_tools(tools: list[Any]) -> Declared:
         elif known is not None:
             found.add(entry.text("name"), known[1], known[2])
         else:
-            found.skip(kind)
+            found.skip(kind, entry.raw("name"))
     return found
 
 

@@ -208,7 +208,7 @@ def _canvases(
         decision = sampler.decide(
             StepInput(
                 canvas=canvas, entropy=seen.entropy, draft=seen.draft, sample=seen.sample,
-                sample_probability=seen.entropy, fresh=fresh, previous_draft=draft, pinned=None,
+                sample_probability=seen.entropy, fresh=fresh, previous_draft=draft, outside=None,
                 revealed=mx.zeros(canvas.shape, dtype=mx.bool_),
             ),
             last=np.full(len(active), taken == steps - 1),

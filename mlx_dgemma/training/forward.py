@@ -59,10 +59,8 @@ class Passes:
         x = decoder.self_conditioning.condition(model.embedded(canvas), soft)
         length, encoded = canvas.shape[1], context[0][0].shape[2]
         tables = model.rope.span(0, encoded + length)
-        places = mx.array(starts[:, None] + np.arange(length))
-        rope = {
-            kind: tuple(wave[places][:, None] for wave in table) for kind, table in tables.items()
-        }
+        places = mx.array((starts[:, None] + np.arange(length)).reshape(-1))
+        rope = {kind: tuple(wave[places] for wave in table) for kind, table in tables.items()}
         masks = self._by_window(
             lambda window: _decoder_mask(starts, encoded, length, window, model.dtype)
         )

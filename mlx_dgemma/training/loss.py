@@ -12,8 +12,9 @@ vocabulary are made for a few rows at a time, and made again for the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -102,23 +103,50 @@ def cross_entropy(
     count = rows_at_once(model.config.text.vocab_size)
     for start in range(0, len(hidden), count):
         some = slice(start, start + count)
-        part = partial(_part, model, targets[some], weights[some], certainty)
-        total = total + (mx.checkpoint(part) if len(hidden) > count else part)(hidden[some])
+        total = total + _part(model, targets[some], weights[some], certainty)(hidden[some])
     return total
 
 
 def _part(
-    model: Model, targets: mx.array, weights: mx.array, certainty: float, hidden: mx.array
-) -> mx.array:
-    logits = model.softcap(model.raw_logits(hidden))
-    found = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    log_z = mx.logsumexp(logits, axis=-1)
-    losses = log_z - found
-    if certainty:
-        expected = (mx.exp(logits - log_z[:, None]) * logits).sum(axis=-1)
-        right = mx.stop_gradient(logits.argmax(axis=-1) == targets)
-        losses = losses + certainty * right * (log_z - expected)
-    return (weights * losses).sum()
+    model: Model, targets: mx.array, weights: mx.array, certainty: float
+) -> Callable[[mx.array], Any]:
+    """The loss of some rows as a function of hidden [r, H], with its gradient in closed form: the
+    logits are made again for it, and few arrays of their size are held."""
+    places = targets[:, None]
+
+    def read(hidden: mx.array) -> tuple[mx.array, ...]:
+        logits = model.softcap(model.raw_logits(hidden))
+        log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
+        likely = mx.exp(logits - log_z)
+        expected = (likely * logits).sum(axis=-1, keepdims=True)
+        right = (logits.argmax(axis=-1) == targets)[:, None]
+        return logits, log_z, likely, expected, right
+
+    def loss(hidden: mx.array) -> mx.array:
+        if not certainty:
+            logits = model.softcap(model.raw_logits(hidden))
+            losses = mx.logsumexp(logits, axis=-1, keepdims=True)
+        else:
+            logits, log_z, _, expected, right = read(hidden)
+            losses = log_z + certainty * right * (log_z - expected)
+        losses = losses - mx.take_along_axis(logits, places, axis=-1)
+        return (weights * losses[:, 0]).sum()
+
+    def gradient(hidden: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        logits, _, likely, expected, right = read(hidden)
+        slope = likely
+        if certainty:
+            slope = likely * (1 - certainty * right * (logits - expected))
+        found = mx.take_along_axis(slope, places, axis=-1) - 1
+        slope = mx.put_along_axis(slope, places, found, axis=-1)
+        cap = model.config.text.final_logit_softcapping
+        slope = slope * (1 - mx.square(logits / cap)) * (weights * cotangent)[:, None]
+        table = model.embedding_matrix
+        return table.apply(slope.astype(table.dtype), transpose=False).astype(hidden.dtype)
+
+    part = mx.custom_function(loss)
+    part.vjp(gradient)
+    return part
 
 
 def obvious_cross_entropy(

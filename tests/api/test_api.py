@@ -18,8 +18,9 @@ from mlx_dgemma.checkpoint import loading
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import CheckpointError, InputError, ModelNotFoundError, ResourceError
-from mlx_dgemma.generate import Options, encode_prompt, replay
+from mlx_dgemma.generate import Options, encode_prompt
 from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.replaying import replay
 
 PROMPT = "Count from 3 to 9."
 QUICK = {"max_denoising_steps": 2, "max_tokens": 40, "seed": 4}

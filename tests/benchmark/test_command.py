@@ -39,8 +39,8 @@ def test_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_quality(capsys: pytest.CaptureFixture[str]) -> None:
     quick = ("--quality", "--prompts", "2", "--task", "sort")
-    found = record(capsys, *quick, "--preset", "fast")
-    assert found["preset"] == "fast"
+    found = record(capsys, *quick, "--preset", "turbo")
+    assert found["preset"] == "turbo"
     (task,) = found["quality"]["tasks"].items()
     assert task[0] == "sort"
     assert 0 <= task[1]["right"] <= 1
@@ -53,7 +53,7 @@ def test_one_answer_has_no_error(
     prompts: int, shown: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
     answers = [Answer(True, (3,), 8, 0.1)] * prompts
-    tasks = {"sort": quality._figures(answers)}
+    tasks = {"sort": quality.figures(answers)}
     show({"tasks": tasks, "overall": quality.overall(tasks)}, Console(width=100))
     printed = capsys.readouterr().out
     assert "1.00" in printed

@@ -66,6 +66,17 @@ def test_floors_follow_the_chip(published: ModelConfig) -> None:
     assert known("AMD EPYC") is None
 
 
+def test_bfloat16_costs_what_m1_and_m2_emulate(published: ModelConfig) -> None:
+    costs = step_costs(published, 1024)
+    gains = {
+        name: floor_seconds(costs, chip.in_bfloat16()) / floor_seconds(costs, chip)
+        for name, chip in CHIPS.items()
+    }
+    assert 1.6 < gains["Apple M1 Max"] < 30.6 / 17.2  # bytes take as long in both
+    assert 1.1 < gains["Apple M2 Ultra"] < 1.2
+    assert gains["Apple M3 Max"] == gains["Apple M5 Max"] == 1
+
+
 def test_fused_operations_need_fewer_launches() -> None:
     counted = count_step(ModelConfig.from_dict(synthetic_config("26b-4bit", 2)))
     written, fused = counted["written out"], counted["kernels"]

@@ -22,9 +22,7 @@ def distributions(rng: np.random.Generator, length: int, size: int) -> Distribut
     ids = np.tile(np.arange(size), (length, 1))
     entropy = -(p * np.log(p)).sum(1)
     sample = np.array([rng.choice(size, p=row) for row in p])
-    return Distributions(
-        ids, p, lambda at, some: p[at, some], entropy, p.argmax(1), sample, whole=True
-    )
+    return Distributions(ids, p, lambda some: p[:, some], entropy, p.argmax(1), sample, whole=True)
 
 
 def legal(automaton: Automaton, text: tuple[int, ...], ends_by: int | None) -> bool:

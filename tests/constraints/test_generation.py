@@ -59,7 +59,7 @@ def test_with_the_language_of_everything_every_step_is_the_unconstrained_one(
         np.testing.assert_array_equal(one.entropy, other.entropy)
 
 
-@pytest.mark.parametrize("preset", ["reference", "fast"])
+@pytest.mark.parametrize("preset", ["reference", "balanced", "turbo"])
 @pytest.mark.parametrize("seed", [1, 2, 3])
 def test_a_reply_that_ends_is_in_the_language(
     demo: tuple[Any, Tokenizer], preset: str, seed: int

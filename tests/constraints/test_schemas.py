@@ -107,6 +107,39 @@ def test_every_text_satisfies_its_schema(schema: Any) -> None:
         jsonschema.validate(value, plain, format_checker=checker)
 
 
+@pytest.mark.parametrize(
+    ("schema", "unchecked"),
+    [
+        ({"type": "null", "const": None}, ()),
+        ({"const": "a", "description": "d"}, ()),
+        ({"const": "a", "pattern": "b"}, ("enum",)),
+        ({"enum": ["a", "bb"], "minLength": 2}, ("enum",)),
+    ],
+)
+def test_what_else_is_asked_of_constants_is_checked_later(
+    schema: Any, unchecked: tuple[str, ...]
+) -> None:
+    language = Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+    assert language.unchecked == unchecked
+
+
+def test_a_constant_of_another_type_is_no_text() -> None:
+    with pytest.raises(LanguageError, match="No text satisfies"):
+        Constraint.json_schema({"type": "object", "const": None}).language(tokenizer(), 896)
+
+
+def test_a_language_that_grows_is_refused_by_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A clock refused the tools of an agent once in forty requests, while others were served."""
+    import time
+
+    hours = iter(range(0, 10**9, 3600))
+    monkeypatch.setattr(time, "monotonic", lambda: float(next(hours)))
+    tool = {"type": "object", "properties": {"q": {"type": "string"}}}
+    Constraint.json_schema(tool).language(tokenizer(), len(tokenizer()))
+    with pytest.raises(LanguageError, match="grows too fast"):
+        Constraint.regex("((a{1,50}){1,50}){1,4}").language(tokenizer(), len(tokenizer()))
+
+
 def test_a_json_object_is_one() -> None:
     language = Constraint.json_object().language(tokenizer(), len(tokenizer()))
     texts = [walk(language, random.Random(seed)) for seed in range(25)]

@@ -42,6 +42,7 @@ class ScriptedModel:
         text = SimpleNamespace(
             vocab_size=VOCAB, final_logit_softcapping=30.0, max_position_embeddings=limit
         )
+        self.team = None
         self.config = SimpleNamespace(text=text, canvas_length=canvas_length)
         self.script = script
         self.embed_scale = 1.0
@@ -64,6 +65,7 @@ class ScriptedModel:
         canvas: mx.array,
         cache: ScriptedCache,
         soft: mx.array | None = None,
+        held: None = None,
         begun: None = None,
         dispatch: bool = False,
     ) -> mx.array:
@@ -73,7 +75,13 @@ class ScriptedModel:
         rows = [self.script(self.block, self.step, row) for row in np.array(canvas)]
         return mx.array(np.stack(rows).astype(np.float32))
 
-    def begin(self, canvas: mx.array, cache: ScriptedCache, soft: mx.array | None = None) -> None:
+    def begin(
+        self,
+        canvas: mx.array,
+        cache: ScriptedCache,
+        soft: mx.array | None = None,
+        held: None = None,
+    ) -> None:
         mx.async_eval(canvas, soft)
 
     def await_context(self, cache: ScriptedCache, length: int) -> None:

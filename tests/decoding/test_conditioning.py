@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from mlx_dgemma.checkpoint.loading import load
-from mlx_dgemma.decoding import denoise, predicted, prediction, report, self_conditioning
+from mlx_dgemma.decoding import denoise, prediction, report, self_conditioning
 from mlx_dgemma.decoding.canvas import CanvasRequest, Pins
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.draws import Place, SeededDraws
@@ -99,13 +99,12 @@ def test_pinned_positions_cost_no_head_and_no_signal(monkeypatch):
         rows.append(hidden.shape[0])
         return made(model, hidden, *rest)
 
-    for module in (prediction, predicted):
-        monkeypatch.setattr(module, "make_logits", watched)
+    monkeypatch.setattr(prediction, "make_logits", watched)
     request = CanvasRequest(SeededDraws(1), Pins.from_template(template))
     run = partial(denoise.denoise_block, model, cache, settings, [request], alternatives=0)
     _, (found,) = drive(run())
     free = sum(token is None for token in template)
-    assert rows == [free] * 3 + [length]  # the last for the log-probabilities
+    assert rows == [free] * 3
     monkeypatch.setattr(prediction, "free_positions", lambda state: np.arange(length))
     _, (whole,) = drive(run())
     np.testing.assert_array_equal(found.ids, whole.ids)

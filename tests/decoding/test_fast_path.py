@@ -17,7 +17,8 @@ from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.trace import Trace
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.generate import encode_prompt, replay, stream_generate
+from mlx_dgemma.generate import encode_prompt, stream_generate
+from mlx_dgemma.replaying import replay
 
 from .driving import Spy, drive
 

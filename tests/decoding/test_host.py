@@ -23,7 +23,7 @@ from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.draws import SeededDraws
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import masks, network
-from mlx_dgemma.model.network import AHEAD, is_sent
+from mlx_dgemma.model.passes import AHEAD, is_sent
 
 from .driving import drive
 
@@ -124,7 +124,7 @@ def test_a_step_is_decided_and_begun_before_it_is_yielded(model, monkeypatch):
     order = []
     begin = type(model).begin
     monkeypatch.setattr(
-        type(model), "begin", lambda *given: (order.append("begun"), begin(*given))[1]
+        type(model), "begin", lambda *given, **how: (order.append("begun"), begin(*given, **how))[1]
     )
     settings = DecodingSettings(max_denoising_steps=3, stability_threshold=99)
     requests = [CanvasRequest(draws=SeededDraws(0))]
@@ -193,7 +193,7 @@ def test_handing_over_early_changes_nothing(model, monkeypatch):
         with monkeypatch.context() as patch:
             if how == "not at all":
                 patch.setattr(denoise, "step", partial(denoise.step, dispatch=False))
-                patch.setattr(type(model), "begin", lambda *_: None)
+                patch.setattr(type(model), "begin", lambda *_, **__: None)
             elif how == "all":
                 patch.setattr(network, "is_sent", lambda layers: True)
                 patch.setattr(network, "AHEAD", 100)

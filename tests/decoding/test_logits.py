@@ -22,6 +22,7 @@ def model(table: mx.array, bits: int = 0):
         matrix = Matrix(*mx.quantize(table, group_size=64, bits=bits), 64, bits)
     text = SimpleNamespace(final_logit_softcapping=SOFTCAP, vocab_size=VOCABULARY)
     return SimpleNamespace(
+        team=None,
         config=SimpleNamespace(text=text),
         embedding_matrix=matrix,
         embed_scale=HIDDEN**0.5,

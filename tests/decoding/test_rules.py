@@ -49,7 +49,7 @@ def step(
         sample_probability=mx.array([probability or [0.0] * length]),
         fresh=full(FRESH),
         previous_draft=None if previous is None else mx.array([previous], dtype=mx.int32),
-        pinned=None if pinned is None else mx.array([pinned]),
+        outside=None if pinned is None else mx.array([pinned]),
         revealed=mx.zeros((1, length), dtype=mx.bool_) if revealed is None else revealed,
     )
 
@@ -224,10 +224,10 @@ def test_a_preset_lies_between_the_checkpoint_and_the_caller():
     for name, values in PRESETS.items():
         made = DecodingSettings.from_defaults(own, {"preset": name, "t_max": None})
         assert made == replace(own, **values)
-    fast = DecodingSettings.from_defaults(own, {"preset": "fast", "max_denoising_steps": 40})
-    assert fast == replace(own, **{**PRESETS["fast"], "max_denoising_steps": 40})
-    with pytest.raises(InputError, match="reference or balanced or fast"):
-        DecodingSettings.from_defaults(own, {"preset": "turbo"})
+    turbo = DecodingSettings.from_defaults(own, {"preset": "turbo", "positions": "text"})
+    assert turbo == replace(own, **{**PRESETS["turbo"], "positions": "text"})
+    with pytest.raises(InputError, match="reference or balanced or turbo"):
+        DecodingSettings.from_defaults(own, {"preset": "fast"})
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "7", True])

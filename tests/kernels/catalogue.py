@@ -16,7 +16,7 @@ from mlx_dgemma.kernels.attention import metal as attention
 from mlx_dgemma.kernels.moe import ROW_TILES, combine_metal
 from mlx_dgemma.kernels.moe import metal as moe
 from mlx_dgemma.kernels.qkv import metal as normed_heads
-from mlx_dgemma.kernels.residual import BranchNorms, Norms, attended_metal, branches_metal
+from mlx_dgemma.kernels.residual import BranchNorms, Epsilons, Norms, attended_metal, branches_metal
 from mlx_dgemma.kernels.router import metal as router
 from mlx_dgemma.kernels.row_statistics import metal as row_statistics
 from mlx_dgemma.kernels.sparse_embeddings import Survivors, gather_metal, survivors_metal
@@ -111,7 +111,9 @@ def _residual_operations(tokens: int, dtype: mx.Dtype) -> None:
             mx.ones(64),
         )
         attended_metal(x, other, Norms(*[weight] * 4), 1e-6)
-        branches_metal(x, other, other, BranchNorms(*[weight] * 3), mx.ones(1), 1e-6)
+        branches_metal(
+            x, other, other, BranchNorms(*[weight] * 3), mx.ones(1), Epsilons(1e-6, 1e-6)
+        )
 
 
 def _accept(length: int) -> None:

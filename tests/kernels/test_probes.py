@@ -47,6 +47,8 @@ def demo(layout):
 
 def cases():
     """(operation, shape), each once: both models, every layout, every dtype."""
+    everywhere = {dtype: {"normed_heads", "attention"} for dtype in DTYPES}
+    everywhere["float16"] |= {"combine", "after_attention", "after_branches"}
     with pytest.MonkeyPatch.context() as patch:
         for name, most in ROWS.items():
             patch.setitem(dispatch.ROW_CLASSES, name, most)
@@ -56,7 +58,8 @@ def cases():
                     yield request.operation.name, dispatch.shape_class(request.shape)
                 for request in kernel_shapes(published(layout), dtype):
                     name = request.operation.name
-                    if dtype == "bfloat16" or name in ("normed_heads", "attention"):
+                    halved = dtype == "float16" and (name, layout) == ("moe", "4bit")
+                    if dtype == "bfloat16" or name in everywhere[dtype] or halved:
                         yield name, dispatch.shape_class(request.shape)
 
 
@@ -147,6 +150,7 @@ MUTANTS = [
     ("after_attention", "after_attention", "scaled * root", "scaled"),
     ("after_branches", "after_branches", "two[j] * factor_two", "two[j] * factor_one"),
     ("after_branches", "after_branches", "sum * multiplier", "sum"),
+    ("after_branches", "after_branches", "mean_two + branch_eps", "mean_two + eps"),
     ("moe", "experts", "static_cast<ulong>(row0 + r) * O", "static_cast<ulong>(r) * O"),
     ("moe", "experts", "first / GROUP;", "(first - k0) / GROUP;"),
     ("moe", "experts", "(GLU ? c * O : 0)", "(GLU ? c * 8 : 0)"),

@@ -63,13 +63,13 @@ def test_every_split_in_two(model):
 def test_chunks_end_on_an_absolute_grid(model, monkeypatch):
     """A continued context is cut where a fresh one is, so that its keys are the same bits."""
     seen = []
-    encode = type(model)._encode
+    encode = type(model).through_encoder
 
     def watch(self, x, cache, blocks, **options):
         seen.append((cache.offset, x.shape[1]))
         return encode(self, x, cache, blocks, **options)
 
-    monkeypatch.setattr(type(model), "_encode", watch)
+    monkeypatch.setattr(type(model), "through_encoder", watch)
     cache = prefilled(model, ids(10), chunk_size=8)
     model.prefill(ids(9), cache, chunk_size=8)
     assert seen == [(0, 8), (8, 2), (10, 6), (16, 3)]

@@ -90,7 +90,10 @@ def _compile(path: Path, text: str, entry: str, mode: str, prelude: str) -> None
 @functools.cache
 def _precompiled(prelude: str, mode: str) -> Path:
     """The prelude, parsed once per mode: half of a kernel's compile time."""
-    path = toolchain.BUILD / f"prelude_{_hash(prelude, _headers_hash(), _FLAGS, _MODES[mode])}.pch"
+    path = (
+        toolchain.BUILD
+        / f"prelude_{_hash(prelude, _headers_hash(), __file__, _FLAGS, _MODES[mode])}.pch"
+    )
     if not path.exists():
         with tempfile.TemporaryDirectory(dir=toolchain.BUILD) as folder:
             pch = Path(folder) / "prelude.pch"

@@ -285,6 +285,14 @@ def test_text_comes_before_its_call_and_the_turn_stays_open(
     assert tokenizer.decode(encode_messages(tokenizer, done)).endswith(tail)
 
 
+def test_a_turn_ends_before_the_next_begins(tokenizer: Tokenizer) -> None:
+    """A user interrupts a tool loop: the template alone leaves the model's turn open."""
+    messages = [user("a"), call("look", {}), {"role": "tool", "tool_call_id": "c1", "content": "r"}]
+    text = tokenizer.decode(encode_messages(tokenizer, [*messages, user("b")]))
+    assert text.endswith("<tool_response|><turn|>\n<|turn>user\nb<turn|>\n<|turn>model\n")
+    assert text.count("<|turn>") == text.count("<turn|>") + 1
+
+
 def test_text_before_a_call_follows_the_thought(tokenizer: Tokenizer) -> None:
     spoken = {**call("f", {}, reasoning="hm"), "content": "I look."}
     text = tokenizer.decode(encode_messages(tokenizer, [user("a"), spoken, RESULT]))

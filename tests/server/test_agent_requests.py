@@ -218,23 +218,82 @@ def test_a_response_that_is_not_stored_cannot_be_continued(serve: Open) -> None:
 
 
 def test_the_store_forgets_by_number_size_and_age(monkeypatch: pytest.MonkeyPatch) -> None:
-    item = {"id": "m", "text": "x" * 100}
+    def response(name: str, length: int = 100) -> dict[str, Any]:
+        return {"id": name, "output": [{"id": f"m{name}", "text": "x" * length}]}
+
     store = StoredResponses(most=2, max_bytes=10_000, seconds=60)
     for name in "abc":
-        store.put(name, (), [{**item, "id": f"m{name}"}])
-    assert [store.conversation(name) is None for name in "abc"] == [True, False, False]
+        store.put(response(name), (), [])
+    assert [store.get(name) is None for name in "abc"] == [True, False, False]
     assert store.item("ma") is None
     assert (store.item("mc") or {})["id"] == "mc"
-    store.put("big", (), [{"id": "m", "text": "x" * 9_900}])
-    assert store.conversation("c") is None
-    store.put("too big", (), [{"id": "m", "text": "x" * 11_000}])
-    assert store.conversation("too big") is None
-    assert store.conversation("big") is not None
+    store.put(response("big", 9_900), (), [])
+    assert store.get("c") is None
+    store.put(response("too big", 11_000), (), [])
+    assert store.get("too big") is None
+    assert store.get("big") is not None
+    assert (store.delete("big"), store.delete("big")) == (True, False)
+    store.put(response("later", 9_900), (), [])  # there is room again
     import time
 
     later = time.monotonic() + 61
     monkeypatch.setattr(time, "monotonic", lambda: later)
-    assert store.conversation("big") is None
+    assert store.get("later") is None
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_response_is_read_listed_and_deleted(serve: Open, stream: bool) -> None:
+    client = serve(Script("one", "two"))
+    items = [{"type": "message", "role": "user", "content": "a"}, *user("b")]
+    first = client.post(RESPONSES, json={"input": items, "stream": stream})
+    one = events(first.text)[-1]["response"] if stream else first.json()
+    two = client.post(RESPONSES, json={"input": "c", "previous_response_id": one["id"]}).json()
+    at = f"{RESPONSES}/{two['id']}"
+    assert client.get(at).json() == two
+    listed = client.get(f"{at}/input_items?order=asc").json()
+    texts = [item["content"][0]["text"] for item in listed["data"]]
+    assert texts == ["a", "b", "one", "c"]
+    assert listed["has_more"] is False
+    page = client.get(f"{at}/input_items?limit=1&after={listed['last_id']}").json()
+    assert [item["content"][0]["text"] for item in page["data"]] == ["one"]
+    assert page["has_more"] is True
+    deleted = client.delete(f"{RESPONSES}/{one['id']}").json()
+    assert deleted == {"id": one["id"], "object": "response", "deleted": True}
+    assert client.get(f"{RESPONSES}/{one['id']}").status_code == 404
+    go_on = {"input": "d", "previous_response_id": two["id"]}
+    assert client.post(RESPONSES, json=go_on).status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "resp_none", 404),
+        ("DELETE", "resp_none", 404),
+        ("GET", "resp_none/input_items", 404),
+        ("POST", "resp_none/cancel", 404),
+        ("GET", "{}?stream=true", 400),
+        ("GET", "{}/input_items?limit=0", 400),
+        ("GET", "{}/input_items?limit=x", 400),
+        ("GET", "{}/input_items?after=x", 400),
+        ("PUT", "{}", 405),
+    ],
+)
+def test_what_cannot_be_read_of_responses(serve: Open, method: str, path: str, status: int) -> None:
+    client = serve(Script("one"))
+    kept = client.post(RESPONSES, json={"input": "a"}).json()["id"]
+    answer = client.request(method, f"{RESPONSES}/{path.format(kept)}")
+    assert answer.status_code == status
+    assert answer.json()["error"]["message"].endswith(".")
+
+
+def test_what_only_a_provider_keeps(serve: Open) -> None:
+    client = serve(Script("one"))
+    for name, value in (("conversation", "c"), ("prompt", {"id": "p"}), ("background", True)):
+        answer = client.post(RESPONSES, json={"input": "a", name: value})
+        assert answer.status_code == 400
+        assert answer.json()["error"]["param"] == name
+    body = client.post(RESPONSES, json={"input": "a", "background": False, "prompt": None}).json()
+    assert body["x_warnings"] == []
 
 
 # Anthropic

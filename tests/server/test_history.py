@@ -30,9 +30,45 @@ def test_results_are_paired_by_id_wherever_they_stand(between: str) -> None:
     given = [*user("a"), call("1", "2"), result("2"), aside, result("1"), *user("b")]
     mended, warnings = mend(given)
     assert order(mended) == [
-        "user:a", "assistant:", "tool:2", "tool:1", f"{between}:hurry", "user:b"
+        "user:a", "assistant:", "tool:1", "tool:2", f"{between}:hurry", "user:b"
     ]  # fmt: skip
     assert warnings == ()
+
+
+def test_results_come_in_the_order_of_their_calls() -> None:
+    """The template names a result by its tool alone; agents send what is done first, first."""
+    mended, _ = mend([*user(), call("1", "2", "3"), result("3"), result("1"), *user("b")])
+    assert order(mended[2:5]) == ["tool:1", "tool:2", "tool:3"]
+    numbers = call("x", "y")
+    numbers["tool_calls"][0]["id"], numbers["tool_calls"][1]["id"] = 7, 8
+    mended, warnings = mend([*user(), numbers, result("8"), result("7")])
+    assert order(mended[2:]) == ["tool:7", "tool:8"]
+    assert warnings == ()
+    empty = [*user(), call("", ""), result("", "a"), result("", "b"), result("", "c")]
+    assert [m.get("content") for m in mend(empty)[0][2:4]] == ["a", "b"]
+
+
+@pytest.mark.parametrize(
+    "part", [{"type": "input_audio", "input_audio": {}}, {"type": "video_url", "video_url": {}}]
+)
+def test_sound_is_refused_in_the_newest_question_only(serve: Open, part: dict[str, Any]) -> None:
+    client = serve(Script("fine"))
+
+    def ask(messages: list[Any]) -> Any:
+        return client.post("/v1/chat/completions", json={"messages": messages})
+
+    heard = {"role": "user", "content": [part, {"type": "text", "text": "?"}]}
+    assert ask([heard]).status_code == 400
+    looked = [*user(), call("1"), {**result("1"), "content": [part]}]
+    for messages in ([heard, *user("go on")], looked):
+        answer = ask(messages)
+        assert answer.status_code == 200, answer.text
+        assert part["type"] in answer.json()["x_warnings"][0]
+
+
+def test_a_result_nobody_asked_for_keeps_its_name() -> None:
+    mended, _ = mend([*user("a"), {**result("9", "42"), "name": "goal"}])
+    assert mended[1] == {"role": "user", "content": "The result of goal: 42"}
 
 
 def test_a_result_without_an_id_answers_the_first_open_call() -> None:

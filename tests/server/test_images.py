@@ -146,7 +146,7 @@ def test_one_private_address_is_enough(serve: Open) -> None:
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"messages": user([part()] * (MAX_IMAGES + 1))}, "64 are the most"),
+        ({"messages": user([part()] * (MAX_IMAGES + 1))}, "65 images; 64 are the most"),
         ({"messages": user([{"type": "video_url", "video_url": {"url": DATA}}])}, "frames"),
         ({"messages": user([{"type": "image_url"}])}, "has no image"),
         ({"messages": user([part()]), "image_tokens": 71}, "71 image tokens"),
@@ -157,6 +157,49 @@ def test_requests_that_cannot_be_served(serve: Open, fields: Any, words: str) ->
     answer = serve(Script("x")).post(CHAT, json=fields)
     assert answer.status_code == 400
     assert words in answer.json()["error"]["message"]
+
+
+DAMAGED = part(DATA[: DATA.index(",") + 401])
+
+
+@pytest.mark.parametrize("damaged", [1, 2, 5])
+def test_an_earlier_image_that_cannot_be_read_does_not_end_a_conversation(
+    serve: Open, damaged: int
+) -> None:
+    script = Script("x")
+    earlier = [part(), *[DAMAGED] * damaged, TEXT]
+    body = {"messages": [*user(earlier), *user([part(), TEXT])]}
+    answer = serve(script).post(CHAT, json=body)
+    assert answer.status_code == 200
+    said = answer.json()["x_warnings"]
+    assert "messages[0].content[1]" in "".join(said)
+    # After three attempts none of the earlier ones is read any more.
+    assert len(asked(script).images) == (2 if damaged <= 2 else 1)
+    assert len(said) == (damaged if damaged <= 2 else damaged + 1)
+
+
+def test_a_tools_image_that_cannot_be_read_does_not_end_a_conversation(serve: Open) -> None:
+    function = {"name": "look", "arguments": "{}"}
+    calls = [{"id": "1", "type": "function", "function": function}]
+    messages = [
+        *user("look"),
+        {"role": "assistant", "tool_calls": calls},
+        {"role": "tool", "tool_call_id": "1", "content": [DAMAGED]},
+    ]
+    answer = serve(Script("x")).post(CHAT, json={"messages": messages})
+    assert answer.status_code == 200
+    assert "damaged or truncated" in answer.json()["x_warnings"][0]
+
+
+def test_a_conversation_may_have_had_more_images_than_are_read(serve: Open) -> None:
+    script = Script("x")
+    body = {"messages": [*user([part()] * MAX_IMAGES), *user([part(), TEXT])], "image_tokens": 70}
+    answer = serve(script).post(CHAT, json=body)
+    assert answer.status_code == 200
+    assert len(asked(script).images) == MAX_IMAGES
+    assert answer.json()["x_warnings"] == [
+        "the image at messages[0].content[0] was left out: only 64 images are read"
+    ]
 
 
 def test_an_image_of_the_system_is_left_out_with_a_warning(
@@ -177,3 +220,5 @@ def test_a_model_without_a_tower(serve: Open, monkeypatch: pytest.MonkeyPatch) -
     answer = serve(script).post(CHAT, json={"messages": user([part(), TEXT])})
     assert answer.status_code == 400
     assert "no vision tower" in answer.json()["error"]["message"]
+    earlier = {"messages": [*user([part(), TEXT]), *user("go on")]}
+    assert "no vision tower" in serve(script).post(CHAT, json=earlier).json()["x_warnings"][0]

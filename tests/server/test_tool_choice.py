@@ -14,7 +14,7 @@ from mlx_dgemma.server.settings import ServerSettings
 
 from .conftest import Open, Script, tokenizer, user
 
-CHAT = "/v1/chat/completions"
+CHAT, RESPONSES, MESSAGES = "/v1/chat/completions", "/v1/responses", "/v1/messages"
 CITY = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
 NAMES = ("get_weather", "get_time")
 TOOLS = [{"type": "function", "function": {"name": n, "parameters": CITY}} for n in NAMES]
@@ -129,3 +129,25 @@ def test_messages_force_calls_too(serve: Open, choice: Any) -> None:
     assert body["stop_reason"] == "tool_use"
     assert body["x_warnings"] == ["tool calls left out after the first: 1"]
     assert not holds(script, "No.")
+
+
+@pytest.mark.parametrize(
+    ("path", "tool", "choice"),
+    [
+        (MESSAGES, {"type": "web_search_20250305", "name": "web_search"},
+         {"type": "tool", "name": "web_search"}),
+        (MESSAGES, {"type": "web_search_20250305", "name": "web_search"}, {"type": "any"}),
+        (RESPONSES, {"type": "web_search"}, {"type": "web_search"}),
+        (RESPONSES, {"type": "web_search"}, "required"),
+        (CHAT, {"type": "web_search"}, "required"),
+    ],
+)  # fmt: skip
+def test_a_call_of_what_the_server_does_not_run_cannot_be_forced(
+    serve: Open, path: str, tool: Any, choice: Any
+) -> None:
+    """An invented result would be worse: Claude Code shows this sentence as its search's result."""
+    asked = {"messages": user(), "input": "hi", "max_tokens": 9, "tools": [tool]}
+    answer = serve(Script("x")).post(path, json={**asked, "tool_choice": choice})
+    assert answer.status_code == 400
+    message = answer.json()["error"]["message"]
+    assert message.startswith("tool_choice asks for web_search, which this server does not run")

@@ -42,6 +42,11 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "floor_ms_with_dense_self_conditioning": {
             chip.name: floor_seconds(written, chip) * 1e3 for chip in CHIPS.values()
         },
+        "floor_ms_with_dense_self_conditioning_in_bfloat16": {
+            chip.name: floor_seconds(written, chip.in_bfloat16()) * 1e3
+            for chip in CHIPS.values()
+            if chip.bfloat16 > 1
+        },
     }
 
 
@@ -55,8 +60,10 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row(name, f"{cost['flops'] / 1e12:.4g}", f"{cost['bytes'] / 1e9:.4g}")
     console.print(table)
     console.print(Text(f"Floors of a step in ms, {found['evidence']}:", "bold"))
-    floors = figures("", "sparse steps", "dense steps")
+    floors = figures("", "sparse steps", "dense steps", "the same in bfloat16")
+    slower = found["floor_ms_with_dense_self_conditioning_in_bfloat16"]
     dense = found["floor_ms_with_dense_self_conditioning"]
     for name, floor in found["floor_ms"].items():
-        floors.add_row(name, f"{floor:.3g}", f"{dense[name]:.3g}")
+        emulated = f"{slower[name]:.3g}" if name in slower else ""
+        floors.add_row(name, f"{floor:.3g}", f"{dense[name]:.3g}", emulated)
     console.print(floors)

@@ -37,7 +37,9 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
 
 
 def show(found: dict[str, Any], console: Console) -> None:
-    table = figures("task", "right", "steps per block", "tokens per forward", "n")
+    table = figures(
+        "task", "right", "steps per block", "tokens per forward", "positions per token", "n"
+    )
     # One answer says nothing about how much others would differ.
     known = all(values["n"] > 1 for values in found["tasks"].values())
     for task, values in {**found["tasks"], "all": found["overall"]}.items():
@@ -46,6 +48,7 @@ def show(found: dict[str, Any], console: Console) -> None:
             f"{values['right']:.2f}" + (f" ± {values['error']:.2f}" if known else ""),
             f"{values['steps']:.1f}",
             f"{values['tokens_per_forward']:.1f}",
+            f"{values['positions_per_token']:.1f}",
             str(values["n"]),
         )
     console.print(table)

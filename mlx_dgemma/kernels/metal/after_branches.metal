@@ -23,6 +23,7 @@ METAL_FUNC float row_sum(float value, threadgroup float* parts, uint lane, uint 
     const ulong from = static_cast<ulong>(threadgroup_position_in_grid.y) * H;
     const float width = static_cast<float>(H);
     const float eps = settings[0];
+    const float branch_eps = settings[1];
 
     threadgroup float parts[TG / 32];
 
@@ -40,8 +41,8 @@ METAL_FUNC float row_sum(float value, threadgroup float* parts, uint lane, uint 
     }
     const float mean_one = row_sum(squares_one, parts, lane, sg, TG / 32) / width;
     const float mean_two = row_sum(squares_two, parts, lane, sg, TG / 32) / width;
-    const float factor_one = metal::precise::rsqrt(mean_one + eps);
-    const float factor_two = metal::precise::rsqrt(mean_two + eps);
+    const float factor_one = metal::precise::rsqrt(mean_one + branch_eps);
+    const float factor_two = metal::precise::rsqrt(mean_two + branch_eps);
     float squares = 0.0f;
     #pragma clang loop unroll(full)
     for (uint j = 0; j < PER; j++) {

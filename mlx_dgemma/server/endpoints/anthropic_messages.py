@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -215,19 +215,21 @@ def _tools(fields: Fields) -> ToolUse:
     found = anthropic_tools(fields.items("tools") or [])
     use = ToolUse(check_tools(found.functions))
     if choice is not None:
-        use = _chosen(choice, kind, use.declared)
+        use = _chosen(choice, kind, use.declared, found.skipped)
     return replace(use, warnings=tuple(found.warnings))
 
 
-def _chosen(choice: Fields, kind: str | None, declared: list[Any]) -> ToolUse:
+def _chosen(
+    choice: Fields, kind: str | None, declared: list[Any], skipped: Sequence[str]
+) -> ToolUse:
     one_call = bool(choice.flag("disable_parallel_tool_use"))
     if kind == "none":
         return ToolUse()
     if kind == "any":
-        return force(declared, None, one_call)
+        return force(declared, None, one_call, skipped)
     if kind == "tool":
         name = choice.text("name")
         if name is None:
             raise choice.fail("name", "given as a string")
-        return force(declared, name, one_call)
+        return force(declared, name, one_call, skipped)
     return ToolUse(declared, (), one_call)

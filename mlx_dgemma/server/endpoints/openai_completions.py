@@ -17,9 +17,9 @@ from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.infilling.fill import DEFAULT_PROMPT
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.tokenizer import Tokenizer
-from mlx_dgemma.server.accepted import Accepts, Bounds, shared
+from mlx_dgemma.server.accepted import Accepts, Bounds, shared, structured_outputs
 from mlx_dgemma.server.echo import Echo, beginning_with
-from mlx_dgemma.server.engine import Call, Engine, Source
+from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply, Scored, scored
@@ -32,7 +32,8 @@ from mlx_dgemma.server.sampling import (
     read_seed,
     read_warnings,
 )
-from mlx_dgemma.server.structured import between
+from mlx_dgemma.server.structured import between, held, read_outputs
+from mlx_dgemma.server.tool_choice import ToolUse
 
 DEFAULT_MAX_TOKENS = 256
 MOST_ALTERNATIVES = 5  # OpenAI's bound; they are listed for every token of a prompt, too
@@ -46,6 +47,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     limit = f"{DEFAULT_MAX_TOKENS} where it is left out; 0 generates nothing."
     return {
         **shared(bounds),
+        **structured_outputs(),
         "prompt": Accepts(schema={"anyOf": [*alone["anyOf"], many]}, required=True),
         "suffix": Accepts("text"),
         "max_tokens": Accepts("limit", 0, about=limit),
@@ -80,15 +82,21 @@ async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     echo = fields.flag("echo") or False
-    if echo and alternatives is not None and limit == 1:
+    wanted = read_outputs(fields)
+    if echo and alternatives is not None and limit == 1 and wanted is None:
         options = _single_token(engine, options)
     warnings = read_warnings(engine, fields, limit)
-    if suffix and (options["stop"] or alternatives is not None or len(prompts) > 1):
-        raise fields.fail("suffix", "given with one prompt, without stop and logprobs")
+    free = alternatives is None and wanted is None and not options["stop"]
+    if suffix and (not free or len(prompts) > 1):
+        others = "stop, logprobs and structured_outputs"
+        raise fields.fail("suffix", f"given with one prompt, without {others}")
+    language, checked, _ = await held(engine, wanted, ToolUse())
+    if language is not None:
+        options["constraint"] = language
 
     def call(prompt: _Prompt) -> Call:
         ids, drafts = prompt.ids, streaming.drafts
-        source: Source | None = None
+        source = checked
         if suffix:
             # Both sides stand in the reply; the question is the one the model knows for it.
             ids, drafts = encode_prompt(engine.tokenizer, DEFAULT_PROMPT), False

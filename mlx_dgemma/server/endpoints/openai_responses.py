@@ -25,7 +25,12 @@ from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
 from mlx_dgemma.server.tool_kinds import Origin, call_item, responses_tools
 
-_UNSUPPORTED = ("conversation", "prompt", "background")
+# Fields that name what only a provider keeps, and what to send in their place.
+_ELSEWHERE = {
+    "conversation": "send the messages in input, or continue a response by previous_response_id",
+    "prompt": "send its text in instructions and input",
+    "background": "leave it out, and stream the response to see it grow",
+}
 
 
 def accepted(bounds: Bounds) -> dict[str, Accepts]:
@@ -55,21 +60,16 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
         "tools": Accepts("list", schema=tool),
         "max_output_tokens": Accepts("limit", 1),
         "text": Accepts("object", inside={"format": format_of("The reply")}),
-        **dict.fromkeys(_UNSUPPORTED, Accepts(schema={"enum": [None, False]})),
+        **dict.fromkeys(_ELSEWHERE, Accepts(schema={"enum": [None, False]})),
     }
 
 
 async def read_response(
     engine: Engine, fields: Fields, stored: StoredResponses
 ) -> tuple[ParsedRequest, Conversation]:
-    for name in _UNSUPPORTED:
+    for name, instead in _ELSEWHERE.items():
         if fields.raw(name):
-            raise ApiError(
-                400,
-                f"{name} is not supported: send the conversation in input, or continue a response "
-                "with previous_response_id.",
-                param=name,
-            )
+            raise ApiError(400, f"{name} is not supported: {instead}.", param=name)
     instructions = fields.text("instructions")
     conversation = read_conversation(fields, stored)
     messages = list(conversation.messages)
@@ -123,8 +123,7 @@ async def responses(
 
     def keep(whole: dict[str, Any]) -> None:
         if head["store"]:
-            added = [*conversation.items, *whole["output"]]
-            stored.put(head["id"], conversation.before, added)
+            stored.put(whole, conversation.before, conversation.items)
 
     return await respond(
         request,

@@ -1,0 +1,78 @@
+"""The life of every rank but 0: it loads its part of what rank 0 names, and computes for it."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import mlx.core as mx
+
+from mlx_dgemma.checkpoint.agreement import facts, own_shapes
+from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
+from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.distributed.link import measure
+from mlx_dgemma.distributed.team import Follower
+from mlx_dgemma.errors import DGemmaError
+from mlx_dgemma.kernels import dispatch
+from mlx_dgemma.machine.gpu_failures import explained
+from mlx_dgemma.machine.hardware import machine
+from mlx_dgemma.machine.memory import set_limits
+from mlx_dgemma.model.following import Following, spoken
+
+
+def serve(team: Follower) -> NoReturn:
+    """Does what rank 0 asks until that ends; then this process ends."""
+    try:
+        _serve(team)
+    except (DGemmaError, OSError, RuntimeError, MemoryError) as error:
+        team.fail(spoken(error))
+    sys.exit(0)
+
+
+def _serve(team: Follower) -> None:
+    following: Following | None = None
+    found: tuple[Path, dict[str, Any]] | None = None
+    for message in team.messages():
+        if message.op == "prepare":
+            following = None  # of a model before
+            folder, adapter = _prepare(**message.fields)
+            found = folder, {"adapter_path": adapter, "dtype": message.fields["dtype"]}
+            team.answer(**facts(folder, own_shapes(folder, message.fields["dtype"])))
+        elif message.op == "load":
+            assert found is not None
+            team.unequal = message.fields["unequal"]
+            dispatch.settle(message.fields["kernels"])
+            dtype = found[1]["dtype"]
+            with explained():
+                model = load_model(
+                    found[0],
+                    dtype=None if dtype is None else getattr(mx, dtype),
+                    adapter_path=found[1]["adapter_path"],
+                    unit=message.fields["unit"],
+                    team=team,
+                )
+            following = Following(model, team)
+        elif message.op == "loaded":
+            team.answer()
+        elif message.op == "measure":
+            measure(team, **message.fields)
+        elif following is not None:
+            with explained():
+                following.do(message)
+
+
+def _prepare(
+    model: str | None, revision: str | None, adapter_path: str | None, dtype: str | None
+) -> tuple[Path, str | None]:
+    """The folder of what rank 0 named, and the adapter's, once this machine can hold its part."""
+    folder, _ = prepare(
+        model,
+        revision=revision,
+        adapter_path=adapter_path,
+        context_tokens=LEAST_CONTEXT,
+        dtype=dtype,
+    )
+    set_limits(machine())
+    dispatch.prepare(own_shapes(folder, dtype))
+    return folder, adapter_path

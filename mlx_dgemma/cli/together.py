@@ -1,0 +1,44 @@
+"""A command that several processes run: rank 0 speaks and decides, the others compute for it."""
+
+from __future__ import annotations
+
+import json
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mlx_dgemma.checkpoint.serving import serve
+from mlx_dgemma.distributed import joining
+from mlx_dgemma.distributed.team import Follower, Leader
+from mlx_dgemma.errors import DGemmaError
+
+
+@contextmanager
+def together() -> Iterator[None]:
+    """Rank 0 comes through, and a process that is alone; a rank that serves only by its end."""
+    if not joining.launched():
+        yield
+        return
+    try:
+        team = joining.join()
+    except DGemmaError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    if isinstance(team, Follower):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # rank 0 decides when the work ends
+        serve(team)
+    if isinstance(team, Leader) and "--json" in sys.argv:
+        team.announce = _print_json
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(team, Leader) and "[" in str(error):  # "[ring] connection to a peer was lost"
+            team.wait_for_verdict()
+        raise
+    finally:
+        joining.leave()
+
+
+def _print_json(why: str) -> None:
+    print(json.dumps({"error": {"type": "ResourceError", "message": why}}, ensure_ascii=False))

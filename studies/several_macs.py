@@ -1,0 +1,41 @@
+"""Predicted denoising steps on one, two and four Macs, by chip and link. Nothing here is measured.
+
+    python -m studies.several_macs
+
+Floors: the largest part's arithmetic and bytes at the chip's ceilings, then the step's collectives
+one after another over an assumed link (`benchmark/together.py`). Their number and their bytes are
+those that two processes of the demo model really exchange (tests/distributed/test_same_ids.py).
+"""
+
+from __future__ import annotations
+
+from mlx_dgemma.benchmark.chips import CHIPS
+from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.benchmark.together import ASSUMED, ring, step_seconds, step_traffic
+from mlx_dgemma.model.config import ModelConfig
+
+SIZES = (2, 4)
+
+
+def main() -> None:
+    config = ModelConfig.from_dict(synthetic_config("26b-4bit"))
+    for size in SIZES:
+        traffic = step_traffic(config, size, config.canvas_length, 2)
+        print(
+            f"n = {size}: {traffic.collectives} collectives, {traffic.nbytes / 1e6:.0f} MB a step"
+        )
+    print("| chip | link | n = 1 | " + " | ".join(f"n = {size}" for size in SIZES) + " |")
+    print("| --- | --- | --- | " + " | ".join("---" for _ in SIZES) + " |")
+    for name in ("Apple M4 Max", "Apple M3 Ultra"):
+        chip = CHIPS[name]
+        alone = step_seconds(config, chip, 1, None)
+        for link, latency, bandwidth in ASSUMED:
+            cells = []
+            for size in SIZES:
+                seconds = step_seconds(config, chip, size, ring(link, latency, bandwidth, size))
+                cells.append(f"{1e3 * seconds:.0f} ms ({alone / seconds:.1f}x)")
+            print(f"| {name} | {link} | {1e3 * alone:.0f} ms | {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,220 @@
+"""What is asked of a model that several processes hold and of one that a single process holds.
+
+`python tasks.py OUT FOLDER [NAME ...]`, run on every rank of a group, writes rank 0's answers.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import threading
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+
+import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary in slices
+from mlx_dgemma import Constraint, infill, load, stream_generate
+from mlx_dgemma.context.prompt_cache import PromptCache
+from mlx_dgemma.decisions import decide
+from mlx_dgemma.decoding.canvas import CanvasRequest
+from mlx_dgemma.decoding.denoise import denoise_block
+from mlx_dgemma.decoding.draws import SeededDraws
+from mlx_dgemma.decoding.events import Commit, Draft, Finish
+from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.demo.tasks import held_out
+from mlx_dgemma.replaying import replay
+
+SLICE = 256  # of the demo's 896 ids, so that each rank has some of the vocabulary
+
+
+@contextmanager
+def narrow_slices():
+    """Within it the vocabulary is walked in slices of `SLICE`, which also decide what is drawn."""
+    before = []
+    for module in list(sys.modules.values()):
+        if getattr(module, "__name__", "").startswith("mlx_dgemma"):
+            for name, value in (("SLICE", SLICE), ("VOCABULARY_SLICE", SLICE), ("_COLUMNS", 128)):
+                if hasattr(module, name):
+                    before.append((module, name, getattr(module, name)))
+                    setattr(module, name, value)
+    try:
+        yield
+    finally:
+        for place in before:
+            setattr(*place)
+
+
+def reply(model, tokenizer, prompt, **options):
+    """Ids, text and how it ended."""
+    ids, text, finish = [], "", None
+    for event in stream_generate(model, tokenizer, prompt, **options):
+        if isinstance(event, Commit):
+            ids, text = ids + list(event.ids), text + event.text
+        elif isinstance(event, Finish):
+            finish = [event.reason, list(event.steps_per_block)]
+    return [ids, text, finish]
+
+
+def logits(model, tokenizer, folder):
+    """A prompt in two chunks, longer than the window; two canvases; with and without a signal."""
+    cache = model.make_cache()
+    model.prefill(np.arange(5, 155) % 800, cache, chunk_size=96)
+    canvas = mx.array(np.arange(64).reshape(2, 32) * 7 % 800)
+    hidden = model.hidden(canvas, cache)
+    soft = mx.random.normal(hidden.shape, key=mx.random.key(1))
+    found = [
+        model.softcap(model.raw_logits(one)) for one in (hidden, model.hidden(canvas, cache, soft))
+    ]
+    np.save(Path(folder) / ("one.npy" if model.team is None else "many.npy"), np.stack(found))
+    return None
+
+
+def text(model, tokenizer, folder):
+    return reply(model, tokenizer, "Count from 3 to 9.", seed=1, drafts=True)
+
+
+def long(model, tokenizer, folder):
+    """More than one block, and log-probabilities."""
+    events = stream_generate(
+        model, tokenizer, "Count from 1 to 40.", seed=4, logprobs=True, max_tokens=90, temp=0.7
+    )
+    commits = [event for event in events if isinstance(event, Commit)]
+    return [
+        [list(event.ids) for event in commits],
+        [round(number, 3) for event in commits for number in event.logprobs],
+    ]
+
+
+def sampler(model, tokenizer, folder):
+    return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sampler="confidence-threshold")
+
+
+def presets(model, tokenizer, folder):
+    """Some of a canvas' positions a step; alone, and in a batch whose rows end apart."""
+    found = [
+        reply(model, tokenizer, "Count from 1 to 40.", seed=4, preset=preset)
+        for preset in ("balanced", "turbo")
+    ]
+    cache = model.make_cache()
+    model.prefill(np.arange(5, 25), cache)
+    settings = DecodingSettings.from_defaults(model.config.generation, {"preset": "turbo"})
+    requests = [CanvasRequest(SeededDraws(seed)) for seed in (1, 2, 3)]
+    steps = denoise_block(model, cache, settings, requests)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return [found, [[row.ids.tolist(), row.steps] for row in ended.value]]
+
+
+def sliced(model, tokenizer, folder):
+    return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sliced_head=True)
+
+
+def packed(model, tokenizer, folder):
+    return reply(model, tokenizer, "Reverse the letters CANVAS", seed=2, kv_bits=8)
+
+
+def picture(model, tokenizer, folder):
+    example = held_out("picture", 1, 3)[0]
+    return reply(model, tokenizer, example.messages, images=[example.picture.draw()], seed=3)
+
+
+def fillings(model, tokenizer, folder):
+    """Holes, alternatives in one batch, pins."""
+    found = infill(
+        model,
+        tokenizer,
+        "the old <hole:1-2> sings in <hole:3>.",
+        n=2,
+        seed=1,
+        max_denoising_steps=9,
+    )
+    both = [found, *found.alternatives]
+    return [[one.text, one.steps, round(one.score, 3)] for one in both]
+
+
+def constrained(model, tokenizer, folder):
+    some = Constraint.choice(["yes", "perhaps", "no"])
+    schema = Constraint.json_schema({"type": "object", "properties": {"n": {"type": "integer"}}})
+    return [
+        reply(model, tokenizer, "Is it?", seed=1, constraint=some, max_denoising_steps=9),
+        reply(model, tokenizer, "A number.", seed=1, constraint=schema, max_denoising_steps=9),
+    ]
+
+
+def turns(model, tokenizer, folder):
+    """A conversation's context: kept, saved, loaded, frozen and copied."""
+    cache = PromptCache(model)
+    first = reply(model, tokenizer, "Count from 3 to 5.", seed=1, cache=cache)
+    said = [{"role": "user", "content": "Count from 3 to 5."}]
+    said += [{"role": "assistant", "content": first[1]}, {"role": "user", "content": "Again."}]
+    path = Path(folder) / ("one" if model.team is None else "many")
+    cache.save(path)
+    second = reply(model, tokenizer, said, seed=2, cache=cache, max_denoising_steps=9)
+    loaded = PromptCache.load(path, model)
+    third = reply(model, tokenizer, said, seed=2, cache=loaded, max_denoising_steps=9)
+    frozen = loaded.cache.freeze()
+    other = model.make_cache()
+    other.copy_in(frozen)
+    canvas = mx.array([[5] * 32])
+    same = mx.abs(model.hidden(canvas, other)).sum().item() > 0
+    return [first, second, third, len(cache.ids), len(loaded.ids), same]
+
+
+def traced(model, tokenizer, folder):
+    path = Path(folder) / f"{'one' if model.team is None else 'many'}.json"
+    found = reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, trace=path)
+    again = replay(model, tokenizer, path)
+    return [found, again.divergence, list(again.ids)]
+
+
+def decided(model, tokenizer, folder):
+    question = {"type": "choice", "criteria": ["red", "green", "blue"]}
+    found = decide(model, tokenizer, "The sky is blue.", {"colour": question}, orders=1)
+    return json.loads(json.dumps(found.to_json()), parse_float=lambda text: round(float(text), 3))
+
+
+def cancelled(model, tokenizer, folder):
+    """A request that is left in the middle, one that is cancelled, and one after them."""
+    events = stream_generate(model, tokenizer, "Count from 1 to 40.", seed=4, drafts=True)
+    first = next(event for event in events if isinstance(event, Draft))
+    events.close()
+    cancel = threading.Event()
+    reasons = []
+    for event in stream_generate(
+        model, tokenizer, "Count from 1 to 40.", seed=4, drafts=True, cancel=cancel
+    ):
+        cancel.set()
+        if isinstance(event, Finish):
+            reasons.append(event.reason)
+    return [first.ids.tolist(), reasons, text(model, tokenizer, folder)]
+
+
+def adapted(model, tokenizer, folder):
+    """A second model, with an adapter beside its weights."""
+    model, tokenizer = load(adapter_path=Path(folder) / "adapter")
+    return [reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, max_tokens=32)]
+
+
+TASKS = {
+    task.__name__: task
+    for task in (
+        *(logits, text, long, sampler, presets, sliced, packed, picture, fillings, constrained),
+        *(turns, traced, decided, cancelled, adapted),
+    )
+}
+
+
+def answers(model, tokenizer, folder, names):
+    return {name: TASKS[name](model, tokenizer, folder) for name in names}
+
+
+if __name__ == "__main__":
+    out, folder, *names = sys.argv[1:]
+    with narrow_slices():
+        model, tokenizer = load(group=mx.distributed.init())
+        found = answers(model, tokenizer, folder, names or TASKS)
+    Path(out).write_text(json.dumps(found))

@@ -1,0 +1,144 @@
+"""Whatever happens to one of the processes, all end within seconds, with one sentence of rank 0."""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import mlx.core as mx
+import pytest
+
+from mlx_dgemma.demo import CHECKPOINT
+from mlx_dgemma.distributed.channel import Channel
+from tests.distributed import working
+from tests.distributed.processes import finish, said, start
+
+PROGRAM = [sys.executable, working.__file__]
+LIMIT = 15.0
+
+
+def until_ready(process: subprocess.Popen[str], lines: int = 1) -> None:
+    assert process.stdout is not None
+    for _ in range(lines + 1):  # "joined", and then these
+        line = process.stdout.readline()
+        assert line, process.communicate()
+
+
+def ended(processes: list[subprocess.Popen[str]]) -> list[tuple[str, str]]:
+    """What they said; AssertionError where one is still there after `LIMIT`."""
+    started = time.monotonic()
+    found = finish(processes, timeout=60)
+    took = time.monotonic() - started
+    assert took < LIMIT, f"it took {took:.1f} s"
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["idle", "prefill", "denoising"])
+def test_a_killed_rank_ends_all(phase, tmp_path):
+    processes = start([*PROGRAM, phase], 2, tmp_path)
+    until_ready(processes[0], 1 if phase == "idle" else 4)
+    processes[1].kill()
+    (_, errors), *_ = ended(processes)
+    sentences = said(errors)
+    assert len(sentences) == 1, errors
+    assert sentences[0].startswith("error: Rank 1 (")
+    assert "ended" in sentences[0]
+    assert processes[0].returncode == 2
+
+
+@pytest.mark.slow
+def test_rank_0_takes_the_others_with_it(tmp_path):
+    processes = start([*PROGRAM, "denoising"], 4, tmp_path)
+    until_ready(processes[0], 3)
+    processes[0].kill()
+    _, *others = ended(processes)
+    assert [said(errors) for _, errors in others] == [[], [], []]
+
+
+@pytest.mark.slow
+def test_a_stopped_rank_counts_as_lost(tmp_path):
+    processes = start([*PROGRAM, "denoising"], 2, tmp_path)
+    until_ready(processes[0], 3)
+    processes[1].send_signal(signal.SIGSTOP)
+    (_, errors), _ = ended(processes)
+    sentences = said(errors)
+    assert len(sentences) == 1, errors
+    assert "Rank 1 (" in sentences[0]
+    assert "does not answer" in sentences[0]
+    assert processes[1].returncode == -signal.SIGKILL
+
+
+DIFFERENT = {
+    "version": "runs mlx_dgemma 0.0.1 with MLX",
+    "memory": "needs",
+    "trouble": "The memory ran out",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_a_rank_that_differs_is_named(what, tmp_path):
+    processes = start(PROGRAM, 2, tmp_path, arguments=[["denoising"], ["denoising", what]])
+    (_, errors), (_, silent) = ended(processes)
+    sentences = said(errors)
+    assert len(sentences) == 1, errors
+    assert sentences[0].startswith("error: Rank 1 (")
+    assert DIFFERENT[what] in sentences[0]
+    assert said(silent) == []
+    assert processes[0].returncode == 2
+
+
+@pytest.mark.slow
+def test_another_checkpoint_is_noticed(tmp_path):
+    """One number of one tensor is enough where it is looked at."""
+    for rank in (0, 1):
+        shutil.copytree(CHECKPOINT, tmp_path / str(rank) / "model")
+    path = tmp_path / "1" / "model" / "model.safetensors"
+    tensors, header = mx.load(str(path), return_metadata=True)
+    name = "model.decoder.layers.3.self_attn.q_proj.weight"
+    tensors[name] = tensors[name] * 1.5
+    mx.save_safetensors(str(path), tensors, header)
+    folders = [tmp_path / str(rank) for rank in (0, 1)]
+    processes = start([*PROGRAM, "idle", "checkpoint"], 2, tmp_path, folders=folders)
+    (_, errors), _ = ended(processes)
+    assert len(said(errors)) == 1, errors
+    assert "has another checkpoint" in errors
+
+
+@pytest.mark.slow
+def test_random_kills(tmp_path):
+    """The study `studies/kills.py` does the same two hundred times."""
+    from studies.kills import kill_once
+
+    generator = random.Random(int(os.environ.get("KILLS_SEED", "16")))
+    for _ in range(3):
+        outcome = kill_once(generator, tmp_path)
+        assert outcome.problem is None, outcome
+
+
+def test_silence_and_nonsense_end_a_connection():
+    import socket
+
+    from mlx_dgemma.distributed.channel import LostError
+
+    one, other = socket.socketpair(socket.AF_UNIX)
+    with pytest.raises(LostError, match="no answer"):
+        _channel(one).receive(0.05)
+    other.sendall(b"\xff" * 12)
+    with pytest.raises(LostError, match="none"):
+        _channel(one).receive(1.0)
+    other.close()
+    with pytest.raises(LostError):
+        _channel(one).receive(1.0)
+
+
+def _channel(opened) -> Channel:
+    found = Channel.__new__(Channel)
+    found._socket, found.heard = opened, 0.0
+    return found
