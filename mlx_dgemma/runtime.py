@@ -10,15 +10,14 @@ hands its requests to a Runtime, which serves them on a thread of its own, takin
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import logging
-import os
 import queue
 import threading
+import weakref
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Mapping
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, TypeVar, Unpack
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import numpy as np
 
@@ -31,53 +30,14 @@ from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
 from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.events import Commit, Event
-from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Options, Prompt, stream_generate
 from mlx_dgemma.machine.gpu_failures import explained
-from mlx_dgemma.machine.process import claim_process
 from mlx_dgemma.model import Model
+from mlx_dgemma.model_thread import ModelThread
 from mlx_dgemma.prompt import Tokenizer
 
 T = TypeVar("T")
 log = logging.getLogger("mlx_dgemma.runtime")
-
-
-class _Worker:
-    """A thread for one runtime after another.
-
-    It never ends before the process does: MLX keeps compiled functions by thread, and freeing
-    them as a thread dies takes the GIL, which aborts a program that is exiting.
-    """
-
-    idle: ClassVar[list[_Worker]] = []  # threads that wait for their next runtime
-
-    def __init__(self) -> None:
-        self.thread = threading.Thread(target=self._work, name="mlx_dgemma", daemon=True)
-        self._given: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self.thread.start()
-
-    @classmethod
-    def run(cls, function: Callable[[], None]) -> tuple[threading.Thread, threading.Event]:
-        """Runs a function on an idle thread or a new one; the event is set when it has returned."""
-        try:
-            worker = cls.idle.pop()
-        except IndexError:
-            worker = cls()
-        ended = threading.Event()
-
-        def whole() -> None:
-            try:
-                function()
-            finally:
-                cls.idle.append(worker)
-                ended.set()
-
-        worker._given.put(whole)
-        return worker.thread, ended
-
-    def _work(self) -> None:
-        while True:
-            self._given.get()()
 
 
 class _Raised(NamedTuple):
@@ -109,15 +69,9 @@ class Runtime:
         chat_template: str | Path | None = None,
     ) -> None:
         self._kv_bits = kv_bits
-        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()
-        self._waiting = 0
-        self._closed = False
-        self._running: list[threading.Event] = []  # once per request: several may share one
-        self._process = os.getpid()
-        claim_process()
-        self._thread, self._ended = _Worker.run(self._serve)
-        atexit.register(self.close)
+        self._thread = ModelThread()
+        # Where a runtime is no longer held its thread ends, and its weights are freed.
+        weakref.finalize(self, self._thread.end).atexit = False
         try:
             self.model: Model
             self.tokenizer: Tokenizer
@@ -145,7 +99,7 @@ class Runtime:
     @property
     def waiting(self) -> int:
         """Requests accepted and not finished, the running one included."""
-        return self._waiting
+        return self._thread.waiting
 
     def submit(
         self,
@@ -197,22 +151,22 @@ class Runtime:
         cancel: set when the runtime closes; the steps must end soon after. turn_ends: after
             which steps another request may take its turn.
         """
-        remaining = iter(steps)
+        remaining, thread = iter(steps), self._thread
 
         def advance() -> None:
             try:
                 for step in remaining:
                     deliver(step)
-                    if turn_ends(step) and self._requeue(advance):
+                    if turn_ends(step) and thread.requeue(advance):
                         return
             except BaseException as error:
-                self._running.remove(cancel)
+                thread.over(cancel)
                 deliver(error)
             else:
-                self._running.remove(cancel)
+                thread.over(cancel)
             deliver(None)
 
-        self._submit(advance, cancel)
+        thread.submit(advance, cancel)
 
     def stream(
         self,
@@ -227,7 +181,7 @@ class Runtime:
         The request is queued at once. Setting `cancel` or closing the generator ends it
         between two denoising steps. Errors are raised here, in the caller's thread.
         """
-        self._check_may_wait()
+        self._thread.check_may_wait()
         arrived: queue.SimpleQueue[Any] = queue.SimpleQueue()
         cancel = self.submit(prompt, arrived.put, drafts=drafts, cancel=cancel, **options)
         events = _receive(arrived, cancel)
@@ -243,7 +197,7 @@ class Runtime:
         **options: Unpack[Options],
     ) -> AsyncGenerator[Event, None]:
         """`stream` for asyncio: waiting for the next event leaves the loop free."""
-        self._check_may_wait()
+        self._thread.check_may_wait()
         cancel = cancel or threading.Event()
 
         def start(deliver: Deliver) -> None:
@@ -280,7 +234,7 @@ class Runtime:
     def call(self, function: Callable[[], T]) -> T:
         """Runs any function on the model's thread and returns its result; InputError on that
         thread itself, as from `stream`, `astream` and `generate`."""
-        self._check_may_wait()
+        self._thread.check_may_wait()
         outcome: queue.SimpleQueue[T | _Raised] = queue.SimpleQueue()
 
         def run() -> None:
@@ -291,7 +245,7 @@ class Runtime:
             except BaseException as error:
                 outcome.put(_Raised(error))
 
-        self._submit(run)
+        self._thread.submit(run)
         value = outcome.get()
         if isinstance(value, _Raised):
             raise value.error
@@ -299,62 +253,15 @@ class Runtime:
 
     def close(self) -> None:
         """Cancels what runs and waits until the model's thread is done. Safe to call twice; in a
-        forked process, which has no such thread, it does nothing."""
-        if os.getpid() != self._process:
-            return
-        self._check_may_wait()
-        with self._lock:
-            if self._closed:
-                return
-            self._closed = True
-        for cancel in list(self._running):
-            cancel.set()
-        self._jobs.put(None)
-        self._ended.wait()
-        atexit.unregister(self.close)
+        forked process, which has no such thread, it does nothing. A runtime that is no longer held
+        closes without waiting."""
+        self._thread.close()
 
     def __enter__(self) -> Runtime:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-    def _check_may_wait(self) -> None:
-        """Refuses to wait on the model's thread for what only that thread can do."""
-        if threading.current_thread() is self._thread:
-            raise InputError(
-                "The model's own thread cannot wait for the runtime, as in a function given to "
-                "runtime.call: use stream_generate there, or ask from another thread."
-            )
-
-    def _submit(self, job: Callable[[], None], cancel: threading.Event | None = None) -> None:
-        """Queues a job; `close` sets its `cancel`."""
-        claim_process()
-        with self._lock:
-            if self._closed:
-                raise InputError("This runtime is closed: make a new one.")
-            if cancel is not None:
-                self._running.append(cancel)
-            self._waiting += 1
-            self._jobs.put(job)
-
-    def _requeue(self, job: Callable[[], None]) -> bool:
-        """Queues a job after those that wait; False when none does, or when closing."""
-        with self._lock:
-            if self._closed or self._jobs.empty():
-                return False
-            self._waiting += 1
-            self._jobs.put(job)
-            return True
-
-    def _serve(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            try:
-                job()
-            except BaseException:  # of `deliver`: other requests must not suffer for it
-                log.exception("What receives a request's events raised; the request ends here.")
-            with self._lock:
-                self._waiting -= 1
 
 
 def _find(

@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from mlx_dgemma.benchmark.chips import Chip
 from mlx_dgemma.checkpoint.sizes import ITEM_SIZE, key_bytes
 from mlx_dgemma.model import Model
-from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.config import ModelConfig, TextConfig
 from mlx_dgemma.model.parameters import parameter_shapes
 
 Conditioning = Literal["none", "dense", "sparse"]
@@ -43,6 +43,8 @@ def step_costs(
     context_tokens: int,
     *,
     canvases: int = 1,
+    positions: int | None = None,
+    tile: int = 1,
     conditioning: Conditioning = "dense",
     item_size: int | None = None,
     stored: Mapping[str, int] | None = None,
@@ -50,16 +52,19 @@ def step_costs(
 ) -> dict[str, Cost]:
     """Component -> cost of one denoising step, the sampler with it.
 
+    positions: of each canvas that the step computes; None is all. tile: rows that an expert's
+        products come in, so that it multiplies as if it had a multiple of them: MLX's kernels 16,
+        ours 8. With 1, rows are only counted.
     conditioning: "none" on a block's first step; "sparse" once few tokens carry the probability,
         where the table's part is too small to count. item_size: bytes of an activation. stored:
         bytes of the weights by component, by default in the precision that the config names.
         kv_bits: 8 for a context in 8 bits.
     """
     text = config.text
-    rows = canvases * config.canvas_length
+    rows = canvases * (config.canvas_length if positions is None else positions)
     size = ITEM_SIZE[text.dtype] if item_size is None else item_size
     stored = stored_bytes(config) if stored is None else stored
-    costs = _layer_costs(config, rows, context_tokens, size, stored, kv_bits=kv_bits)
+    costs = _layer_costs(config, rows, context_tokens, size, stored, kv_bits=kv_bits, tile=tile)
     logits = rows * text.vocab_size
     product = 2.0 * logits * text.hidden_size
     costs["head"] = Cost(product, stored["table"] + logits * size)
@@ -124,6 +129,7 @@ def _layer_costs(
     *,
     causal: bool = False,
     kv_bits: int | None = None,
+    tile: int = 1,
 ) -> dict[str, Cost]:
     text = config.text
     projections = mixing = kv_bytes = 0.0
@@ -141,7 +147,7 @@ def _layer_costs(
         kept = key_bytes(text, layer, size, kv_bits)  # of what is committed, in one head
         kv_bytes += 2.0 * kv_heads * (before * kept + own * dim * size)
     layers = text.num_hidden_layers
-    routed = rows * text.top_k_experts
+    routed = text.num_experts * expert_rows(text, rows, tile)
     touched = 1.0 - (1.0 - text.top_k_experts / text.num_experts) ** rows
     expert = 6.0 * routed * text.hidden_size * text.moe_intermediate_size
     return {
@@ -152,6 +158,21 @@ def _layer_costs(
         "router": Cost(2.0 * layers * rows * text.hidden_size * text.num_experts, stored["router"]),
         "experts": Cost(layers * expert, touched * stored["experts"]),
     }
+
+
+def expert_rows(text: TextConfig, rows: int, tile: int) -> float:
+    """Rows that an expert multiplies on average when `rows` positions are routed evenly, each
+    expert's share rounded up to whole tiles: of few rows, most of a tile is empty."""
+    share = text.top_k_experts / text.num_experts
+    if tile == 1:
+        return rows * share
+    if share == 1:
+        return float(-(-rows // tile) * tile)
+    chance, mean = (1.0 - share) ** rows, 0.0
+    for count in range(rows + 1):  # of a binomial distribution
+        mean += chance * (-(-count // tile) * tile)
+        chance *= (rows - count) / (count + 1) * share / (1.0 - share)
+    return mean
 
 
 def _summed(sizes: Mapping[str, int]) -> dict[str, int]:

@@ -1,8 +1,8 @@
 """Is it right, and in how many decoder passes: fixed questions that a program can judge.
 
-The questions are the demo's held-out ones, drawn from one seed, so that two machines, models,
-presets or precisions answer the same. The demo knows their forms; a large model may know the answer
-and miss the form, which counts as wrong here.
+The questions are the demo's held-out ones, or those of `questions` for a large model, drawn from
+one seed, so that two machines, models, presets or precisions answer the same. The demo knows the
+forms of its own; a large model may know the answer and miss the form, which counts as wrong here.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
+from mlx_dgemma.benchmark.questions import QUESTIONS, questions
 from mlx_dgemma.decoding.events import Commit, Finish
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.errors import InputError
@@ -84,25 +85,30 @@ def measure(
     prompts: questions per task. tasks: all by default. track: wraps the tasks, to show progress.
     options: keywords of `stream_generate`. Raises InputError for an unknown task.
     """
-    chosen = list(TASKS) if tasks is None else list(tasks)
-    for task in chosen:
-        if task not in TASKS:
-            raise InputError(f"There is no task {task!r}; the tasks are {', '.join(TASKS)}.")
     found: dict[str, Any] = {}
-    for task in track(chosen):
-        found[task] = figures(answers(model, tokenizer, task, prompts, **options))
+    for task in track(known_tasks(tasks)):
+        answers = [
+            ask(model, tokenizer, example, seed=seed, max_tokens=MAX_TOKENS, **options)
+            for seed, example in enumerate(examples(task, prompts))
+        ]
+        found[task] = figures(answers)
     return found
 
 
-def answers(
-    model: Model, tokenizer: Tokenizer, task: str, prompts: int, **options: Any
-) -> list[Answer]:
-    """The held-out questions of a task, each with a seed of its own."""
-    questions = held_out(task, prompts, seed=SEED)
-    return [
-        ask(model, tokenizer, example, seed=seed, max_tokens=MAX_TOKENS, **options)
-        for seed, example in enumerate(questions)
-    ]
+def known_tasks(tasks: Sequence[str] | None) -> list[str]:
+    """The tasks, the demo's by default; InputError for one that is none."""
+    for task in tasks or ():
+        if task not in TASKS and task not in QUESTIONS:
+            names = ", ".join([*TASKS, *QUESTIONS])
+            raise InputError(f"There is no task {task!r}; the tasks are {names}.")
+    return list(TASKS) if tasks is None else list(tasks)
+
+
+def examples(task: str, prompts: int) -> list[Example]:
+    """The first questions of a task, the same everywhere."""
+    if task in QUESTIONS:
+        return questions(task, prompts, SEED)
+    return list(held_out(task, prompts, seed=SEED))
 
 
 def overall(figures: dict[str, Any]) -> dict[str, float]:
@@ -110,10 +116,17 @@ def overall(figures: dict[str, Any]) -> dict[str, float]:
     count = len(figures)
     means = {
         name: statistics.fmean(task[name] for task in figures.values())
-        for name in ("right", "steps", "tokens_per_forward", "positions_per_token")
+        for name in (
+            "right",
+            "steps",
+            "tokens_per_forward",
+            "positions_per_token",
+            "ms_per_token",
+        )
     }
     error = sum(task["error"] ** 2 for task in figures.values()) ** 0.5 / count
-    return {**means, "error": error, "n": sum(task["n"] for task in figures.values())}
+    sums = {name: sum(task[name] for task in figures.values()) for name in ("fell_back", "n")}
+    return {**means, "error": error, **sums}
 
 
 def figures(answers: Sequence[Answer]) -> dict[str, float]:
@@ -131,5 +144,6 @@ def figures(answers: Sequence[Answer]) -> dict[str, float]:
         "positions_per_token": computed / max(1, tokens),
         "fell_back": sum(answer.fell_back for answer in answers),
         "seconds": sum(answer.seconds for answer in answers),
+        "ms_per_token": sum(answer.seconds for answer in answers) / max(1, tokens) * 1e3,
         "n": count,
     }

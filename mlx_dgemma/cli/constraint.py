@@ -1,4 +1,4 @@
-"""`--regex`, `--choice` and `--json-schema`: what a reply must be."""
+"""`--regex`, `--choice` and `--json-schema`: what a reply or a hole must be."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ if TYPE_CHECKING:
     from mlx_dgemma.constraints import Constraint
 
 
-def add_constraint(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what the reply must be").add_mutually_exclusive_group()
+def add_constraint(parser: argparse.ArgumentParser, what: str = "the reply") -> None:
+    """what: is held to the constraint."""
+    group = parser.add_argument_group(f"what {what} must be").add_mutually_exclusive_group()
     group.add_argument(
         "--regex", metavar="PATTERN", help="text that the pattern matches as a whole"
     )

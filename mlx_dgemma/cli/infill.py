@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import exp
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,11 +17,13 @@ from rich.text import Text
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.canvas import printable
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
 
 if TYPE_CHECKING:
+    from mlx_dgemma.constraints import Constraint
     from mlx_dgemma.infilling import Infill
 
 ADDED, REMOVED, DOUBTFUL = "green", "red strike", "yellow underline"
@@ -65,6 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--open-end", action="store_true", help="the text continues after what is given"
     )
     flags.add_model(parser)
+    add_constraint(parser, "each hole")
     decoding = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
     decoding.add_argument("--n", type=int, default=1, help="alternatives (default: 1)")
     decoding.add_argument("--seed", type=int, metavar="N", help="repeats a filling")
@@ -122,6 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.length is not None and not (arguments.edit or sided):
         raise InputError("--length is for --edit, --prefix and --suffix: write <hole:N> instead.")
 
+    constraint = read_constraint(arguments)
+    if constraint is not None and (arguments.edit or arguments.refine is not None):
+        raise InputError("--regex, --choice and --json-schema are for holes, not for rewriting.")
+
     from mlx_dgemma.infilling import refine
 
     session = open_session(arguments, messages, context=len(text))
@@ -134,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with stop_on_interrupt() as cancel:
         options["cancel"] = cancel
         try:
-            result = _run(session, text, arguments, options)
+            result = _run(session, text, arguments, options, constraint)
             if arguments.refine is not None:
                 result = refine(
                     session.model,
@@ -193,11 +200,22 @@ def _hole(asked: int | tuple[int, int] | None) -> str:
     return f"<hole:{asked}>" if isinstance(asked, int) else f"<hole:{asked[0]}-{asked[1]}>"
 
 
-def _run(session: Any, text: str, arguments: argparse.Namespace, options: dict[str, Any]) -> Infill:
+def _run(
+    session: Any,
+    text: str,
+    arguments: argparse.Namespace,
+    options: dict[str, Any],
+    constraint: Constraint | None,
+) -> Infill:
     from mlx_dgemma.infilling import edit, infill
+    from mlx_dgemma.prompt.holes import Hole, parse_holes
 
     if not arguments.edit:
-        return infill(session.model, session.tokenizer, text, **options)
+        parts = [
+            replace(part, constraint=constraint) if isinstance(part, Hole) else part
+            for part in parse_holes(text)
+        ]
+        return infill(session.model, session.tokenizer, parts, **options)
     return edit(
         session.model,
         session.tokenizer,

@@ -13,6 +13,9 @@ DEAD, END = 0, 1  # states: nothing can follow; everything may
 # Transitions kept, states times ids: two bytes each.
 _MOST_KEPT = 8_000_000
 _MOST_STATES = 20_000
+# A vocabulary of at most so many ids is looked at whole.
+WHOLE = 2048
+_MOST_TRACED = 256  # states that lengths are counted through
 _WORD = 16  # symbols of a literal that are looked at together
 _FEW = 16  # symbols that a kept-alive move may have
 _MOST_ALIVE = 96  # ids that keep one state alive
@@ -70,6 +73,22 @@ class Automaton:
         for id_ in ids:
             state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
         return state
+
+    def lengths(self, most: int) -> list[int]:
+        """Numbers of ids, 1 to `most`, in which a text of the language can surely be written."""
+        states, found, last = np.array([self.start]), [], self.vocabulary.size <= WHOLE
+        ids = np.flatnonzero(~self.vocabulary.is_stop) if last else np.zeros(0, dtype=np.int64)
+        for count in range(1, most + 1):
+            if not last:
+                ids = self.alive_ids[self.keep_alive(states)]
+                ids = ids[~self.vocabulary.is_stop[ids]]
+            states = np.unique(self.table(states, ids))[:_MOST_TRACED].astype(np.int64)
+            states = states[states != DEAD]
+            if self.accepting[states].any():
+                found.append(count)
+            if not states.size:
+                break
+        return found
 
     def table(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """int16 [s, n]: where each id leads from each state."""

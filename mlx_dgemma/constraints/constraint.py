@@ -82,18 +82,23 @@ class Constraint:
         """No constraint; for tests of what a constraint must not change."""
         return cls("everything", True)
 
-    def language(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
-        """Compiles it; LanguageError for one that is malformed, empty or too large."""
+    def language(
+        self, tokenizer: Tokenizer, vocab_size: int, *, before: str = "", after: str = ""
+    ) -> Language:
+        """Compiles it; LanguageError for one that is malformed, empty or too large.
+
+        before, after: texts that every text of it stands between."""
         try:
-            return self._compiled(tokenizer, vocab_size)
+            return self._compiled(tokenizer, vocab_size, before, after)
         except RecursionError:
             raise LanguageError(
                 "The constraint is nested too deeply: take some of its levels out."
             ) from None
 
-    def _compiled(self, tokenizer: Tokenizer, vocab_size: int) -> Language:
+    def _compiled(self, tokenizer: Tokenizer, vocab_size: int, before: str, after: str) -> Language:
         space = Space()
         node, unchecked = self._node(space)
+        node = space.sequence([space.text(before), node, space.text(after)])
         least = shortest_length(space, node)
         if least >= NEVER:
             raise LanguageError("No text satisfies the constraint: take one of its rules out.")

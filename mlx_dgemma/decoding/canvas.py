@@ -14,7 +14,7 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.errors import InputError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint
+    from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint, Span
 
 # What a batch pins: ids int32 [B, C] and a mask bool [B, C].
 PinArrays = tuple[mx.array, mx.array]
@@ -100,7 +100,7 @@ class CanvasRequest:
     allowed: canvas position -> ids int32 [n], the only ones that position may take in draft
         and sample. The self-conditioning signal is not restricted.
     constraint: the language that the canvas' text must belong to; pins may lie in it, `allowed`
-        does not go with it.
+        does not go with it. spans: parts of the canvas with a language each, in place of one.
     """
 
     draws: Draws
@@ -108,6 +108,12 @@ class CanvasRequest:
     start: Start | None = None
     allowed: Mapping[int, np.ndarray] = field(default_factory=dict)
     constraint: CanvasConstraint | None = None
+    spans: tuple[Span, ...] = ()
+
+    @property
+    def held(self) -> bool:
+        """Whether anything on the canvas is held to a language."""
+        return self.constraint is not None or bool(self.spans)
 
     def initial(self, place: Place, length: int, vocab_size: int) -> mx.array:
         """int32 [length]: noise, or the draft with some positions noised; pins laid on top.

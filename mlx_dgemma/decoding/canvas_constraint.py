@@ -41,6 +41,15 @@ class CanvasConstraint:
 
 
 @dataclass(frozen=True)
+class Span:
+    """Canvas positions [start, end) that must hold one whole text of a language."""
+
+    language: Language
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
 class Mixture:
     """Marginals: `plain` float32 [b, C] times the network's distribution, plus `weights` float32
     [b, C, n] of `ids` int32 [b, C, n]."""

@@ -125,17 +125,20 @@ def condition(
     ends_by: int | None = None,
     room: int = 0,
     temp: float = 1.0,
+    whole: bool = False,
     most_states: int = MOST_STATES,
 ) -> Conditioned:
     """Conditions one canvas on the texts that lead on from the state `start`.
 
     uniforms: float64 [C] in [0, 1). ends_by: positions within which the text must end if it can;
         None where another block may follow, with `room` tokens after this canvas. temp: of the
-        sample, 0 takes the draft.
+        sample, 0 takes the draft. whole: the positions must hold a text and no end.
     """
     layers, final = _forward(automaton, seen, start, most_states)
     ended = final == END
     goals = [(ended, ends_by)] if ends_by is not None else [(automaton.least[final] <= room, None)]
+    if whole:
+        goals = [(automaton.accepting[final] & ~ended, None)]
     feasible = True
     sure = [layer.sure() for layer in layers]
     for allowed, by in (*goals, (np.ones(final.size, dtype=bool), None)):

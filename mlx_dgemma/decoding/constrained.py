@@ -7,13 +7,12 @@ from dataclasses import replace
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.constraints.automaton import WHOLE
 from mlx_dgemma.decoding.canvas_constraint import Mixture
 from mlx_dgemma.decoding.canvas_state import CanvasState
 from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
 from mlx_dgemma.decoding.predicted import Prediction
 
-# A vocabulary of at most so many ids is summed whole.
-WHOLE = 2048
 # Candidates below this probability are left out, beyond the first few of a position.
 _LEAST = 1e-4
 _ALWAYS = 8
@@ -27,7 +26,7 @@ def constrain(seen: Prediction, state: CanvasState, uniforms: mx.array, temp: fl
     uniforms: float32 [b, C, 2], the draws of the sample. A row whose logits are not finite stays
     as it is, for the check of the step.
     """
-    lines = [n for n, request in enumerate(state.requests) if request.constraint is not None]
+    lines = [n for n, request in enumerate(state.requests) if request.held]
     if not lines:
         return seen
     mx.eval(seen.entropy, seen.draft, seen.sample)
@@ -68,11 +67,12 @@ def _condition(
     """None where the row stays as it is."""
     request = state.requests[line]
     constraint = request.constraint
-    assert constraint is not None
+    if constraint is None:
+        return _condition_spans(seen, state, line, uniforms, temp)
     opener, begun = constraint.opener, None
     if opener is not None and (begun := _begun(seen, state, line, opener)) is None:
         return None
-    entropy = np.array(seen.entropy[line], dtype=np.float64)
+    entropy = np.array(seen.entropy)[line]
     if not np.isfinite(entropy).all():
         return None
     automaton = constraint.language.automaton
@@ -83,25 +83,51 @@ def _condition(
     if begun is not None and opener is not None:  # what the model has begun, it goes through with
         known[begun], certain[begun] = opener, True
     view = _View(seen, line, (known, certain) if certain.any() else None)
-    ids, probabilities = view.candidates(automaton.vocabulary.size)
-    draws = uniforms[line, :, 0]
     return condition(
         automaton,
-        Distributions(
-            ids,
-            probabilities,
-            view.probabilities,
-            entropy,
-            np.array(seen.draft[line]),
-            np.array(seen.sample[line]),
-            whole=automaton.vocabulary.size <= WHOLE,
-        ),
+        view.distributions(automaton.vocabulary.size, slice(0, length)),
         start=constraint.state,
-        uniforms=np.array(draws, dtype=np.float64),
+        uniforms=np.array(uniforms)[line, :, 0].astype(np.float64),
         ends_by=constraint.ends_by(length),
         room=constraint.left - length,
         temp=temp,
     )
+
+
+def _condition_spans(
+    seen: Prediction, state: CanvasState, line: int, uniforms: mx.array, temp: float
+) -> Conditioned | None:
+    """Every span by itself; the rest of the row stays the network's."""
+    if not np.isfinite(np.array(seen.entropy)[line]).all():
+        return None
+    view, draws = _View(seen, line, None), np.array(uniforms)[line, :, 0].astype(np.float64)
+    found = []
+    for span in state.requests[line].spans:
+        automaton, places = span.language.automaton, slice(span.start, span.end)
+        part = view.distributions(automaton.vocabulary.size, places)
+        one = condition(
+            automaton, part, start=automaton.start, uniforms=draws[places], temp=temp, whole=True
+        )
+        found.append((places, one))
+    length = seen.draft.shape[1]
+    width = max(one.ids.shape[1] for _, one in found)
+    row = Conditioned(
+        draft=np.array(seen.draft)[line],
+        sample=np.array(seen.sample)[line],
+        entropy=np.array(seen.entropy)[line],
+        certainty=np.full(length, np.nan, dtype=np.float32),
+        plain=np.ones(length, dtype=np.float32),
+        ids=np.zeros((length, width), dtype=np.int32),
+        weights=np.zeros((length, width), dtype=np.float32),
+        feasible=all(one.feasible for _, one in found),
+        left_out=max(one.left_out for _, one in found),
+    )
+    for places, one in found:
+        for name in ("draft", "sample", "entropy", "certainty", "plain"):
+            getattr(row, name)[places] = getattr(one, name)
+        row.ids[places, : one.ids.shape[1]] = one.ids
+        row.weights[places, : one.ids.shape[1]] = one.weights
+    return row
 
 
 class _View:
@@ -109,9 +135,26 @@ class _View:
 
     def __init__(self, seen: Prediction, line: int, pinned: tuple[np.ndarray, ...] | None) -> None:
         length = seen.draft.shape[1]
-        self._seen = seen
+        self._seen, self._line = seen, line
         self._rows = slice(line * length, (line + 1) * length)
         self._pinned = pinned
+
+    def distributions(self, size: int, places: slice) -> Distributions:
+        """Of some canvas positions."""
+        ids, probabilities = self.candidates(size)
+        entropy, draft, sample = (
+            np.array(of)[self._line, places]
+            for of in (self._seen.entropy, self._seen.draft, self._seen.sample)
+        )
+        return Distributions(
+            ids[places],
+            probabilities[places],
+            lambda some: self.probabilities(some)[places],
+            entropy,
+            draft,
+            sample,
+            whole=size <= WHOLE,
+        )
 
     def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
         """int64 [C, K] ids and float64 [C, K] probabilities."""

@@ -108,7 +108,7 @@ def predict(
 def free_positions(state: CanvasState) -> np.ndarray:
     """int64 [R], of [b * C]: what is predicted, where pins replace the prediction: all beside a
     constraint, which reads whole canvases, and one where all is pinned."""
-    if any(request.constraint is not None for request in state.requests):
+    if any(request.held for request in state.requests):
         return np.arange(state.pinned.size)
     free = np.flatnonzero(~state.pinned)
     return free if free.size else np.zeros(1, dtype=np.int64)

@@ -72,7 +72,13 @@ class Plan:
         self.tokenizer = job.tokenizer
         self.limit = job.model.config.canvas_length
         self.pad = self._pad()
-        self.layout = Layout(job.tokenizer, job.literals, job.holes, right=self.pad is None)
+        self.layout = Layout(
+            job.tokenizer,
+            job.literals,
+            job.holes,
+            right=self.pad is None,
+            vocabulary=job.model.config.text.vocab_size,
+        )
         self.old = self._old_ids()
         self.ranges = [self._possible(hole) for hole in range(len(job.holes))]
 
@@ -105,7 +111,10 @@ class Plan:
 
     def _pad(self) -> int | None:
         """The id that ends a hole early, if that is how holes find their length."""
-        restricted = any(hole.choices or hole.alphabet is not None for hole in self.job.holes)
+        restricted = any(
+            hole.choices or hole.alphabet is not None or hole.constraint is not None
+            for hole in self.job.holes
+        )
         if self.job.lengths == "try" or restricted:
             return None
         return self.tokenizer.ids.get("pad", self.job.model.config.generation.pad_token_id)
@@ -143,9 +152,28 @@ class Plan:
     def _possible(self, hole: int) -> list[int]:
         """The lengths to try, without those for which the vocabulary has no tokens."""
         lengths = self._lengths(hole)
+        if hole in self.layout.languages:
+            return self._held_lengths(hole, lengths)
         if self.job.holes[hole].alphabet is None:
             return lengths
         return [length for length in lengths if self.layout.possible(hole, length)] or lengths
+
+    def _held_lengths(self, hole: int, lengths: list[int]) -> list[int]:
+        """Those in which a text of the hole's language can be written."""
+        asked = self.job.holes[hole]
+        found = self.layout.languages[hole].automaton.lengths(self.limit)
+        if not found:
+            raise InputError(
+                f"No text of hole {hole + 1}'s constraint fits the canvas of {self.limit} tokens: "
+                "make it shorter."
+            )
+        common = sorted({*lengths} & {*found})
+        if not common and asked.low is not None:
+            raise InputError(
+                f"No text of hole {hole + 1}'s constraint has {lengths[0]} to {lengths[-1]} "
+                f"tokens: it takes {found[0]} to {found[-1]}."
+            )
+        return common or found[:1]
 
     def _choice_lengths(self, hole: int) -> list[int]:
         lengths = sorted({len(ids) for ids in self.layout.choices[hole]})

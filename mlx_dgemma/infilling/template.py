@@ -15,7 +15,10 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from mlx_dgemma.constraints import Constraint, Language
 from mlx_dgemma.decoding.canvas import Pins
+from mlx_dgemma.decoding.canvas_constraint import Span
+from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.prompt.tokenizer import Tokenizer
 
@@ -33,7 +36,8 @@ class Template:
     """One canvas before denoising.
 
     ids: a token, or None where it is to be found. slots: the holes. allowed: canvas position
-    -> the only ids it may take. filler: pinned after the ids; None cuts the canvas there.
+    -> the only ids it may take. spans: holes that are held to a language, edges included. filler:
+    pinned after the ids; None cuts the canvas there.
     unseen: tokens of right context that the canvas had no room for.
     """
 
@@ -42,6 +46,7 @@ class Template:
     allowed: dict[int, np.ndarray] = field(default_factory=dict)
     filler: int | None = None
     unseen: int = 0
+    spans: tuple[Span, ...] = ()
 
     def length(self, canvas_length: int) -> int:
         """Positions to denoise: the whole canvas with filler, else just what is needed."""
@@ -57,6 +62,7 @@ class Layout:
 
     before[i], after[i]: the text of the tokens that hole i took over on its left and right.
     A hole that may end early, with pads, takes over none on its right (`right` False).
+    vocabulary: ids of the network, where they are more than the tokenizer's.
     """
 
     def __init__(
@@ -66,6 +72,7 @@ class Layout:
         holes: Sequence[Hole] = (),
         *,
         right: bool = True,
+        vocabulary: int | None = None,
     ) -> None:
         self.texts = token_texts(tokenizer)
         self.literals = [tokenizer.encode(literal) for literal in literals]
@@ -82,6 +89,17 @@ class Layout:
             for before, hole, after in edges
         ]
         self.alphabets = [hole.alphabet for hole in holes]
+        self.languages = {
+            index: _language(
+                tokenizer,
+                vocabulary or len(tokenizer),
+                hole.constraint,
+                self.before[index],
+                self.after[index],
+            )
+            for index, hole in enumerate(holes)
+            if hole.constraint is not None
+        }
 
     def least(self, hole: int) -> int:
         """The fewest tokens a hole can have: its two edges may not fit into one token."""
@@ -96,6 +114,8 @@ class Layout:
         """What the edges of a hole may hold, so that the literals' text survives."""
         before, after = self.before[hole], self.after[hole]
         last = slot.end - 1
+        if hole in self.languages:
+            return {}
         if self.choices and self.choices[hole]:
             rows = [row for row in self.choices[hole] if len(row) == slot.end - slot.start]
             columns = enumerate(zip(*rows, strict=True), start=slot.start)
@@ -158,9 +178,15 @@ class Layout:
         if not after:
             ids += tail
         unseen = max(len(ids) - limit, 0) + sum(map(len, after))
+        spans = [
+            Span(self.languages[hole], slot.start, slot.end)
+            for hole, slot in enumerate(slots, start=first)
+            if hole in self.languages
+        ]
         return Template(
-            tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen
-        )
+            tuple(ids[:limit]), tuple(slots), allowed, None if unseen else filler, unseen,
+            tuple(spans),
+        )  # fmt: skip
 
     def _take_last(self, ids: list[int], literal: str) -> str:
         """Moves a literal's last token into the hole after it, if one could continue it."""
@@ -180,6 +206,18 @@ class Layout:
             return ""
         ids.pop(at)
         return text
+
+
+def _language(
+    tokenizer: Tokenizer, vocabulary: int, constraint: object, before: str, after: str
+) -> Language:
+    """What a hole may become, the text of its edges included."""
+    if not isinstance(constraint, Constraint):
+        raise InputError(
+            f"A hole's constraint={constraint!r:.60} is not possible: use Constraint.regex(...), "
+            "Constraint.choice(...) or Constraint.json_schema(...)."
+        )
+    return constraint.language(tokenizer, vocabulary, before=before, after=after)
 
 
 class TokenTexts:

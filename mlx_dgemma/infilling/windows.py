@@ -220,7 +220,7 @@ class Filler:
             for hole, slot in enumerate(template.slots, start=window.first):
                 ids[slot.start : slot.end] = self.plan.old[hole]
             start = Start(ids, self.job.strength)
-        return CanvasRequest(SeededDraws(seed), pins, start, template.allowed)
+        return CanvasRequest(SeededDraws(seed), pins, start, template.allowed, spans=template.spans)
 
     def _run(
         self,

@@ -23,12 +23,14 @@ class Hole:
 
     choices: the only texts it may become, as far as single tokens can say so; they give the
         lengths. alphabet: a regular expression that every token's text must match as a whole.
+    constraint: a Constraint that the whole filling is held to.
     """
 
     low: int | None = None
     high: int | None = None
     choices: tuple[str, ...] = ()
     alphabet: str | None = None
+    constraint: object | None = None
 
     def __post_init__(self) -> None:
         if self.low is None:

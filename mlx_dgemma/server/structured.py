@@ -181,14 +181,14 @@ def _breach(
     return None if wrong is None else f"the reply breaks the schema: {wrong}"
 
 
-def between(prompt: str, suffix: str) -> Source:
-    """What belongs between two texts, which both stay as they are."""
+def between(prompt: str, suffix: str, constraint: Constraint | None) -> Source:
+    """What belongs between two texts, which both stay as they are, held to a constraint."""
 
     async def source(
         engine: Engine, call: Call, deadline: float
     ) -> AsyncGenerator[Draft | Commit | Ended, None]:
-        started = time.monotonic()
-        result = await engine.fill(call, [prompt, Hole(), suffix], call.options["seed"], deadline)
+        started, hole = time.monotonic(), Hole(constraint=constraint)
+        result = await engine.fill(call, [prompt, hole, suffix], call.options["seed"], deadline)
         (filling,) = result.fillings
         yield Commit(ids=tuple(engine.tokenizer.encode(filling.text)), text=filling.text, block=0)
         yield _ended(engine, call, result, filling.text, time.monotonic() - started)

@@ -183,8 +183,10 @@ def test_completions_take_structured_outputs(server: Any) -> None:
     chunks = [json.loads(x[6:]) for x in lines.split("\n\n") if x.startswith("data: {")]
     streamed = "".join(choice["text"] for chunk in chunks for choice in chunk["choices"])
     assert streamed == got["choices"][0]["text"]
-    wrong = {"prompt": "a", "suffix": "b", "structured_outputs": {"choice": ["x"]}}
-    assert server.post("/v1/completions", json=wrong).status_code == 400
+    sides = {"prompt": "the small cat ", "suffix": " the dog in the garden.", "seed": 1}
+    body = {**sides, "structured_outputs": {"choice": ["helps", "never sees"]}}
+    between = server.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    assert between in ("helps", "never sees")
 
 
 @pytest.mark.parametrize("value", ["{", "[" * 5000, "nan"])

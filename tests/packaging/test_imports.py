@@ -27,6 +27,7 @@ LINES = (
     ("model",),
     ("distributed",),
     ("kernels",),
+    ("model_thread",),
     ("machine",),
     ("headers",),
     ("files",),

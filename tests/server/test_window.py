@@ -16,7 +16,7 @@ import pytest
 from mlx_dgemma.runtime import Runtime
 
 tkinter = pytest.importorskip("tkinter", reason="this Python was built without tkinter")
-EXAMPLE = Path(__file__).parents[2] / "examples" / "window.py"
+EXAMPLE = Path(__file__).parents[2] / "examples/desktop/canvas_app/__main__.py"
 PATIENCE = 120.0
 # Tcl aborts the process when a root is freed on another thread than its own, and the collector may
 # run on any: so none is freed.
@@ -71,6 +71,24 @@ def until(window: Any, done: Callable[[], bool]) -> None:
         assert time.monotonic() < end, window.status["text"]
         window.root.update()
         time.sleep(0.01)
+
+
+def test_it_fills_the_holes_of_a_line(window: Any) -> None:
+    window.entry.delete(0, "end")
+    window.entry.insert(0, "the small cat <hole:1> the dog in the garden.")
+    window.button.invoke()
+    until(window, lambda: window.cancel is None)
+    before, after = "the small cat ", " the dog in the garden."
+    assert window.answer.startswith(before)
+    assert window.answer.endswith(after)
+    assert len(window.answer) > len(before + after)
+    assert window.text.get("1.0", "end-1c") == window.answer
+    assert window.status["text"].startswith("filled: seed ")
+    window.entry.delete(0, "end")
+    window.entry.insert(0, "a <hole:0> b")
+    window.button.invoke()
+    until(window, lambda: window.cancel is None)
+    assert "<hole" in window.status["text"]
 
 
 def test_it_draws_the_canvas_and_can_be_stopped(window: Any) -> None:

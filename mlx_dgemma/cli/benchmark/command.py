@@ -15,6 +15,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import check_writable
+from mlx_dgemma.decoding.settings import PRESETS
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.reports import report, write_report
@@ -84,6 +85,13 @@ def build_parser() -> argparse.ArgumentParser:
         help="a task of --quality (repeatable; default: all)",
     )
     flags.add_preset(group)
+    group.add_argument(
+        "--against",
+        choices=tuple(PRESETS),
+        metavar="PRESET",
+        help="ask --quality's questions with this preset as well, question by question, and say "
+        "how the two agree: --quality --preset turbo --against reference",
+    )
     flags.add_setting(group, "kv_bits")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one JSON object, nothing else")
@@ -147,6 +155,10 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("--layers shortens a synthetic model: name one with --synthetic.")
     if arguments.quality and arguments.synthetic:
         raise InputError("Random weights answer nothing: --quality needs a checkpoint.")
+    if arguments.against and not arguments.quality:
+        raise InputError("--against compares two presets' answers: give --quality with it.")
+    if arguments.against and arguments.against == (arguments.preset or "reference"):
+        raise InputError("--against names another preset: give one with --preset, such as turbo.")
     if arguments.kv_bits is not None and arguments.compare:
         raise InputError("--compare runs the exact context: leave --kv-bits out.")
     if arguments.plot is not None and chosen:
@@ -162,6 +174,9 @@ def show(found: dict[str, Any], console: Console) -> None:
     elif "compare" in found:
         comparison.show(found["compare"], console)
     elif "quality" in found:
-        quality.show(found["quality"], console)
+        if "against" in found["quality"]:
+            quality.show_against(found["quality"], found["preset"], console)
+        else:
+            quality.show(found["quality"], console)
     else:
         times.show(found, console)

@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
 from rich.progress import Progress
 
+from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli.benchmark.tables import figures
 
 
 def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
-    from mlx_dgemma.benchmark.quality import measure, overall
+    from mlx_dgemma.benchmark.against import side_by_side, summary
+    from mlx_dgemma.benchmark.quality import known_tasks, measure, overall
+    from mlx_dgemma.benchmark.questions import QUESTIONS
     from mlx_dgemma.checkpoint.loading import load
+    from mlx_dgemma.demo import CHECKPOINT
+    from mlx_dgemma.evaluation.significance import compare
 
+    known_tasks(arguments.task)
     model, tokenizer = load(
         arguments.model,
         revision=arguments.revision,
@@ -22,18 +29,57 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
         dtype=arguments.dtype,
         chat_template=arguments.chat_template,
     )
+    # The demo is asked what it was trained on, other models what any may know.
+    own = arguments.model in (None, DEMO_NAME, str(CHECKPOINT))
+    preset = arguments.preset or "reference"
+    options: dict[str, Any] = {
+        "prompts": arguments.prompts,
+        "tasks": arguments.task or (None if own else list(QUESTIONS)),
+        "kv_bits": arguments.kv_bits,
+    }
     quiet = not messages.is_terminal
     with Progress(console=messages, transient=True, disable=quiet) as progress:
-        tasks = measure(
-            model,
-            tokenizer,
-            prompts=arguments.prompts,
-            tasks=arguments.task,
-            track=lambda names: progress.track(names, description="tasks"),
-            preset=arguments.preset or "reference",
-            kv_bits=arguments.kv_bits,
-        )
-    return {"tasks": tasks, "overall": overall(tasks)}
+        options["track"] = lambda names: progress.track(names, description="tasks")
+        if arguments.against is None:
+            tasks = measure(model, tokenizer, preset=preset, **options)
+            return {"tasks": tasks, "overall": overall(tasks)}
+        pairs = side_by_side(model, tokenizer, (arguments.against, preset), **options)
+    right = [float(pair.first.right) for pair in pairs], [float(p.second.right) for p in pairs]
+    return {
+        "against": arguments.against,
+        **summary(pairs),
+        "difference": asdict(compare(*right)),
+    }
+
+
+def show_against(found: dict[str, Any], preset: str, console: Console) -> None:
+    """Each task and all together, the reference side first."""
+    sides = {"first": found["against"], "second": preset}
+    table = figures(
+        "task", "preset", "right", "steps per block", "positions per token", "ms per token",
+        "fell back", "same text", "n",
+    )  # fmt: skip
+    for task, values in {**found["tasks"], "all": found["all"]}.items():
+        for side, name in sides.items():
+            own = values[side]
+            table.add_row(
+                task if side == "first" else "",
+                name,
+                f"{own['right']:.3f} ± {own['error']:.3f}",
+                f"{own['steps']:.1f}",
+                f"{own['positions_per_token']:.1f}",
+                f"{own['ms_per_token']:.1f}",
+                f"{own['fell_back']:.0f}",
+                str(values["same_text"]) if side == "second" else "",
+                str(own["n"]),
+            )
+    console.print(table)
+    both = found["difference"]
+    console.print(
+        f"{preset} beside {found['against']}: {both['b'] - both['a']:+.3f} right (95 % interval "
+        f"{both['low']:+.3f} to {both['high']:+.3f}), better in {both['better']} questions and "
+        f"worse in {both['worse']}, p = {both['p']:.2g} ({both['test']})."
+    )
 
 
 def show(found: dict[str, Any], console: Console) -> None:

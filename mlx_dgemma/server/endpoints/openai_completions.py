@@ -86,10 +86,8 @@ async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
     if echo and alternatives is not None and limit == 1 and wanted is None:
         options = _single_token(engine, options)
     warnings = read_warnings(engine, fields, limit)
-    free = alternatives is None and wanted is None and not options["stop"]
-    if suffix and (not free or len(prompts) > 1):
-        others = "stop, logprobs and structured_outputs"
-        raise fields.fail("suffix", f"given with one prompt, without {others}")
+    if suffix and (options["stop"] or alternatives is not None or len(prompts) > 1):
+        raise fields.fail("suffix", "given with one prompt, without stop and logprobs")
     language, checked, _ = await held(engine, wanted, ToolUse())
     if language is not None:
         options["constraint"] = language
@@ -100,7 +98,7 @@ async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
         if suffix:
             # Both sides stand in the reply; the question is the one the model knows for it.
             ids, drafts = encode_prompt(engine.tokenizer, DEFAULT_PROMPT), False
-            source = between(prompt.text, suffix)
+            source = between(prompt.text, suffix, None if wanted is None else wanted.constraint)
         if echo or nothing:
             shown = Echo(prompt.text, prompt.hidden, alternatives) if echo else None
             source = beginning_with(shown, None if nothing else source or Engine.stream)

@@ -1,0 +1,1 @@
+"""A desktop app: ask, watch the canvas resolve, fill the holes of a text."""
