@@ -2,6 +2,7 @@
 
     python studies/presets.py --answers answers.jsonl          # 506 prompts each, minutes
     python studies/presets.py --answers answers.jsonl --table  # the table from what was measured
+    python studies/presets.py --infill 150                     # texts with holes instead
 
 One-answer tasks have one right reply, open-ended ones many. A run that is stopped goes on where it
 was: every answer is a line of the file.
@@ -15,12 +16,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import numpy as np
+from infill import examples as texts
+from infill import fill
 from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.quality import MAX_TOKENS, SEED, ask
+from mlx_dgemma.decoding.active_positions import ActivePositions
+from mlx_dgemma.decoding.settings import PRESETS
 from mlx_dgemma.demo.tasks import held_out
 
 OPEN = ("grid", "list", "sentence", "json")
@@ -38,6 +45,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "turbo, always checked": {"preset": "turbo", "check_share": 1.0},
     "canvas of 24": {"canvas_length": 24},
     "turbo, canvas of 24": {"preset": "turbo", "canvas_length": 24},
+    "canvas of 48": {"canvas_length": 48},
+    "turbo, canvas of 48": {"preset": "turbo", "canvas_length": 48},
 }
 
 
@@ -143,14 +152,52 @@ def show(found: dict[str, dict[str, dict[str, float]]], console: Console) -> Non
         console.print(table)
 
 
+def infilled(count: int) -> dict[str, dict[str, float]]:
+    """Preset -> share of right texts with one to three holes of known length, and computed canvas
+    positions as a share of all: the known text is pinned."""
+    model, tokenizer = load()
+    found = {}
+    for preset in PRESETS:
+        right, computed, whole = [], 0, 0
+
+        def watched(self: ActivePositions, chosen: Any = ActivePositions.chosen) -> np.ndarray:
+            some: np.ndarray = chosen(self)
+            nonlocal computed, whole
+            computed, whole = computed + int(some.sum()), whole + some.size
+            return some
+
+        with mock.patch.object(ActivePositions, "chosen", watched):
+            for seed, example in enumerate(texts("fixed", count, model, tokenizer)):
+                result = fill(model, tokenizer, example, seed, preset=preset)
+                right.append(example.verify(result.text))
+        share = sum(right) / count
+        found[preset] = {
+            "right": share,
+            "error": (share * (1 - share) / count) ** 0.5,
+            "n": count,
+            "computed": computed / whole if whole else 1.0,
+        }
+    return found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--answers", type=Path, required=True, help="JSON lines, continued")
+    parser.add_argument("--answers", type=Path, help="JSON lines, continued")
+    parser.add_argument("--infill", type=int, metavar="N", help="fill so many texts by each preset")
     parser.add_argument("--variant", action="append", choices=tuple(VARIANTS))
     parser.add_argument("--scale", type=float, default=1.0, help="of the prompts per task")
     parser.add_argument("--table", action="store_true", help="measure nothing, show the table")
     parser.add_argument("--json", type=Path, help="also write the figures to a file")
     arguments = parser.parse_args()
+    if arguments.infill:
+        for preset, one in infilled(arguments.infill).items():
+            print(
+                f"{preset:<10} {one['right']:.3f} ± {one['error']:.3f} right of {one['n']}, "
+                f"{one['computed']:.2f} of the positions computed"
+            )
+        return
+    if arguments.answers is None:
+        parser.error("name a file with --answers")
     if not arguments.table:
         run(arguments.answers, arguments.variant or list(VARIANTS), arguments.scale)
     found = summary(read(arguments.answers))

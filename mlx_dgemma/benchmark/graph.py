@@ -92,7 +92,7 @@ def count_step(config: ModelConfig) -> dict[str, dict[str, Any]]:
 
 def enabled_here(config: ModelConfig) -> set[str]:
     """The operations whose kernels run here at every shape that a canvas of this config needs."""
-    names = set(operations())
+    names = {name for name, one in operations().items() if one.kernels}  # no step sees a picture
     if not dispatch.available() or dispatch.mode() == "off":
         return set()
     if dispatch.mode() == "auto":

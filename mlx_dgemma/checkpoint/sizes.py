@@ -121,8 +121,10 @@ def working_bytes(
     """An upper estimate of what a denoising step or a prefill chunk adds to weights and context.
 
     A step holds the raw logits, or a slice of them, and while statistics are taken one float32
-    array of their size; the widest layer needs its experts' rows and the attention scores over
-    the context. Of a context in 8 bits, one chunk of keys and values is whole at a time.
+    array of their size. When that is gone the tokens of a sparse signal come, at most a sixteenth
+    of it; so do the first layers of the next step, which need no more than these. The widest layer
+    needs its experts' rows and the attention scores over the context. Of a context in 8 bits, one
+    chunk of keys and values is whole at a time.
     """
     text = config.text
     rows = canvases * config.canvas_length

@@ -22,7 +22,6 @@ import numpy as np
 from mlx_dgemma.distributed.team import Leader
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.row_statistics import (
-    ROW_BLOCK,
     SLICE,
     Exponentials,
     RowStatistics,
@@ -42,6 +41,8 @@ T = TypeVar("T", mx.array, float | mx.array)
 if TYPE_CHECKING:
     from mlx_dgemma.decoding.settings import DecodingSettings
     from mlx_dgemma.model import Model
+
+_ROWS = 64  # that `ExponentialLogits` takes at a time, beside all that it keeps
 
 
 class Logits(Protocol):
@@ -268,7 +269,7 @@ class ExponentialLogits(SlicedLogits):
 
     def _row_blocks(self) -> list[slice]:
         rows = self._hidden.shape[0]
-        return [slice(first, first + ROW_BLOCK) for first in range(0, rows, ROW_BLOCK)]
+        return [slice(first, first + _ROWS) for first in range(0, rows, _ROWS)]
 
 
 _numbers = itertools.count()

@@ -13,7 +13,7 @@ from typing import Any, TypedDict, Unpack
 
 from mlx_dgemma.checkpoint.plan import canvases_together, slices_head
 from mlx_dgemma.decoding.draws import check_seed, fresh_seed
-from mlx_dgemma.decoding.settings import DecodingSettings, SamplerName
+from mlx_dgemma.decoding.settings import DecodingSettings, PresetName, SamplerName
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Prompt
 from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
@@ -33,7 +33,7 @@ class InfillOptions(TypedDict, total=False):
 
     prompt: what the user asked for, as in `generate`; system_prompt and images with it.
     n: alternatives, from seed, seed + 1, ...; seed: drawn when None.
-    temp, sampler, max_denoising_steps, entropy_bound, kv_bits: as in `stream_generate`.
+    temp, preset, sampler, max_denoising_steps, entropy_bound, kv_bits: as in `stream_generate`.
     lengths: how a hole without a fixed length finds its own: candidates are tried ("try"), or
         the network ends it with pads ("pad"), for networks trained to, as the demo is.
     final: whether the text ends the reply; then the stop id and filler after it are pinned.
@@ -46,6 +46,7 @@ class InfillOptions(TypedDict, total=False):
     n: int
     seed: int | None
     temp: float
+    preset: PresetName
     sampler: SamplerName
     max_denoising_steps: int | None
     entropy_bound: float | None
@@ -184,6 +185,7 @@ def _fill(
             model.config.generation,
             {
                 "temp": options.get("temp"),
+                "preset": options.get("preset"),
                 "sampler": options.get("sampler"),
                 "max_denoising_steps": options.get("max_denoising_steps"),
                 "entropy_bound": options.get("entropy_bound"),

@@ -31,6 +31,7 @@ ROW_CLASSES = {
     "tokens": (32, 63, 256, 2048),
     "length": (32, 256, 2048),
     "rows": (32, 256, 2048),
+    "patches": (640, 2560),  # of a picture: a video's frame, and the usual 280 soft tokens
 }
 
 

@@ -2,6 +2,7 @@
 
 from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
 from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
+from mlx_dgemma.kernels.fused_attention import OPERATION as FUSED_ATTENTION
 from mlx_dgemma.kernels.moe import COMBINE
 from mlx_dgemma.kernels.moe import OPERATION as MOE
 from mlx_dgemma.kernels.qkv import OPERATION as NORMED_HEADS
@@ -26,5 +27,6 @@ def operations() -> dict[str, Operation]:
         ACCEPT,
         SELECT,
         GATHER,
+        FUSED_ATTENTION,
     )
     return {operation.name: operation for operation in found}

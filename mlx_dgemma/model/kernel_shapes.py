@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from mlx_dgemma.kernels.accept import OPERATION as ACCEPT
 from mlx_dgemma.kernels.attention import OPERATION as ATTENTION
 from mlx_dgemma.kernels.dispatch import ROW_CLASSES
+from mlx_dgemma.kernels.fused_attention import OPERATION as FUSED_ATTENTION
 from mlx_dgemma.kernels.matrix import DENSE
 from mlx_dgemma.kernels.moe import COMBINE
 from mlx_dgemma.kernels.moe import OPERATION as MOE
@@ -33,6 +34,8 @@ def kernel_shapes(config: ModelConfig, dtype: str | None = None) -> list[Request
     asked = _vocabulary(config, dtype or config.text.dtype)
     requests = [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
     asked = _layers(config, dtype or config.text.dtype)
+    requests += [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
+    asked = _pictures(config, dtype or config.text.dtype)
     requests += [Request(operation, operation.shape(*sizes)) for operation, *sizes in asked]
     return requests
 
@@ -72,6 +75,14 @@ def _layers(config: ModelConfig, dtype: str) -> Calls:
             if length <= max(QUERY_BLOCK, config.canvas_length):
                 heads = (text.num_attention_heads, kv_heads, head_dim)
                 yield ATTENTION, dtype, length, *heads, KEY_CHUNK
+
+
+def _pictures(config: ModelConfig, dtype: str) -> Calls:
+    """What the vision tower asks."""
+    vision = config.vision
+    if vision is not None and vision.num_attention_heads == vision.num_key_value_heads:
+        for patches in ROW_CLASSES["patches"]:
+            yield FUSED_ATTENTION, dtype, patches, vision.num_attention_heads, vision.head_dim
 
 
 def _kinds(text: TextConfig) -> set[tuple[int, int]]:

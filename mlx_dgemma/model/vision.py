@@ -12,6 +12,9 @@ import mlx.nn as nn
 import numpy as np
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels import dispatch
+from mlx_dgemma.kernels.fused_attention import OPERATION as FUSED_ATTENTION
+from mlx_dgemma.kernels.fused_attention import fused
 from mlx_dgemma.kernels.moe import geglu
 from mlx_dgemma.kernels.qkv import rotate
 from mlx_dgemma.model.attention import attend
@@ -109,7 +112,16 @@ class VisionAttention(nn.Module):
         queries = self._rotated(self.q_norm(self._split(self.q_proj(x), self.heads)), rope)
         keys = self._rotated(self.k_norm(self._split(self.k_proj(x), self.kv_heads)), rope)
         values = mx.fast.rms_norm(self._split(self.v_proj(x), self.kv_heads), None, self.eps)
-        return self.o_proj(attend(queries, [(keys, values.transpose(0, 2, 1, 3))]))
+        values = values.transpose(0, 2, 1, 3)
+        return self.o_proj(self._attend(queries, keys, values))
+
+    def _attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """[1, L, heads * D] of queries [1, heads, L, D], keys and values [1, kv_heads, L, D]."""
+        _, heads, patches, head_dim = queries.shape
+        sizes = (queries.dtype, patches, heads, head_dim)
+        if keys.shape == queries.shape and dispatch.use(FUSED_ATTENTION, *sizes):
+            return fused(queries, keys, values).swapaxes(1, 2).reshape(1, patches, -1)
+        return attend(queries, [(keys, values)])
 
     def _split(self, x: mx.array, heads: int) -> mx.array:
         return x.reshape(*x.shape[:-1], heads, self.head_dim)

@@ -105,7 +105,7 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         ),
         "/v1/messages": (anthropic_messages.messages, anthropic_messages.accepted),
         "/v1/messages/count_tokens": (anthropic_messages.count_tokens, anthropic_messages.counted),
-        "/v1/systemone": (systemone.system_one, systemone.accepted),
+        systemone.PATH: (systemone.system_one, systemone.accepted),
     }
     bounds = Bounds(
         settings.max_choices, runtime.model.config.canvas_length, len(runtime.tokenizer)
@@ -122,7 +122,11 @@ def create_app(runtime: Model, settings: ServerSettings | None = None) -> Starle
         Route("/v1/models/{name:path}", guard(model)),
         Route("/openapi.json", guard(describe, open_to_all=True)),
         *(
-            Route(path, guard.json(handler, known[path]), methods=["POST"])
+            Route(
+                path,
+                guard.json(handler, known[path], forms=path == systemone.PATH),
+                methods=["POST"],
+            )
             for path, (handler, _) in endpoints.items()
         ),
         *(
@@ -250,14 +254,18 @@ class _Guard:
 
         return guarded
 
-    def json(self, handler: Handler, known: Known) -> Callable[[Request], Awaitable[Any]]:
-        """An endpoint that takes a JSON object; it has a place from before its body is read."""
+    def json(
+        self, handler: Handler, known: Known, *, forms: bool
+    ) -> Callable[[Request], Awaitable[Any]]:
+        """An endpoint that takes a JSON object; it has a place from before its body is read.
+
+        forms: whether the object may be a part of a form, with files beside it."""
 
         async def endpoint(request: Request) -> Any:
             place = self._engine.door.admit()
             request.state.place = place
             try:
-                body = await self._bodies.read(request, place)
+                body = await self._bodies.read(request, place, forms=forms)
                 if self._engine.settings.log_prompts:
                     log.info(json.dumps({"event": "body", "path": request.url.path, "body": body}))
                 fields = Fields(body, known=known, hold=place.hold)

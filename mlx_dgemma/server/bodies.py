@@ -11,6 +11,7 @@ from starlette.requests import Request
 
 from mlx_dgemma.server.admission import Place, shutting_down
 from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.multipart import joined
 from mlx_dgemma.untrusted_json import Limits, UntrustedJSONError, parse
 
 _PATIENCE = 4  # how many times the limit a client may send before it is cut off
@@ -32,19 +33,29 @@ class Bodies:
         self._closing = False
         self._arriving: set[asyncio.Timeout] = set()
 
-    async def read(self, request: Request, place: Place) -> Any:
+    async def read(self, request: Request, place: Place, *, forms: bool = False) -> Any:
         """The JSON value of a request's body, held in `place`.
+
+        forms: whether it may come as a form with files.
 
         ApiError 415 for another content type, 413 for too much, 408 for a client that sends too
         slowly, 400 for what is not JSON, and 503 when bodies hold too much memory already.
         """
         # A browser sends this type to another origin only after asking, and CORS says no.
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        if kind != "application/json":
+        whole = request.headers.get("content-type", "")
+        kind = whole.partition(";")[0].strip().lower()
+        form = forms and kind == "multipart/form-data"
+        if kind != "application/json" and not form:
             raise ApiError(415, "The content type must be application/json.")
+        if form and "origin" in request.headers:  # which it sends without asking
+            raise ApiError(415, "From a browser's page the content type must be application/json.")
         received = await self._receive(request, place)
-        place.hold(_parsed_bytes(received))
         loop = asyncio.get_running_loop()
+        if form:
+            place.hold(2 * len(received))
+            content = bytes(received)
+            return await loop.run_in_executor(_parser, joined, whole, content, self._limits)
+        place.hold(_parsed_bytes(received))
         try:
             return await loop.run_in_executor(_parser, parse, bytes(received), self._limits)
         except UntrustedJSONError as error:

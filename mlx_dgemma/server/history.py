@@ -72,10 +72,10 @@ def _message(
         mended["content"] = ""
         if role != "tool":
             warnings.append(f"{where}.content is null and was read as empty")
-    elif role == "tool" and not isinstance(content, str):
+    elif role in ("tool", "assistant") and not isinstance(content, str | None):
         mended["content"] = json.dumps(content, ensure_ascii=False)
-    if role == "assistant" and isinstance(mended.get("tool_calls"), list):
-        mended["tool_calls"] = [_call(call) for call in mended["tool_calls"]]
+    if role == "assistant":
+        _read_calls(mended, where, warnings)
     for name in ("name", "tool_call_id"):
         if name in mended and not isinstance(mended[name], str | None):
             mended[name] = str(mended[name])
@@ -126,17 +126,31 @@ def _text(content: Any) -> str:
     return "\n".join(text for text in texts if isinstance(text, str))
 
 
-def _call(call: Any) -> Any:
-    """A call with a textual id; one of a custom tool as that of a function with one string."""
-    if not isinstance(call, Mapping):
-        return call
-    if not isinstance(call.get("id"), str | None):
-        call = {**call, "id": str(call["id"])}
-    inner = call.get("custom")
-    if not isinstance(inner, Mapping):
-        return call
-    function = {"name": inner.get("name"), "arguments": {"input": inner.get("input") or ""}}
-    return {"id": call.get("id"), "type": "function", "function": function}
+def _read_calls(message: Message, where: str, warnings: list[str]) -> None:
+    """The calls of an assistant's message, in place, each a function's with a name."""
+    older = message.pop("function_call", None)  # the only call, before there were tools
+    calls = message.get("tool_calls") or ([{"function": older}] if older else [])
+    message.pop("tool_calls", None)
+    read = []
+    for call in calls if isinstance(calls, list) else [calls]:
+        inner = call.get("function") or call.get("custom") if isinstance(call, Mapping) else None
+        if not isinstance(inner, Mapping):
+            warnings.append(f"{where}.tool_calls has a call without a function, which was left out")
+            continue
+        name, arguments = inner.get("name"), inner.get("arguments")
+        if call.get("custom") is inner:
+            arguments = {"input": inner.get("input") or ""}
+        elif not isinstance(arguments, str | Mapping | None):
+            arguments = json.dumps(arguments, ensure_ascii=False)
+        if not isinstance(name, str) or not name:
+            warnings.append(f"{where}.tool_calls has a call without a name")
+            name = "unnamed"
+        one: Message = {"type": "function", "function": {"name": name, "arguments": arguments}}
+        if call.get("id") is not None:
+            one["id"] = str(call["id"])
+        read.append(one)
+    if read:
+        message["tool_calls"] = read
 
 
 def _asked_in(groups: list[list[Any]], result: Message) -> list[Any] | None:

@@ -53,7 +53,7 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
         _read(found, Fields(item, "previous_response_id"))
     for i, item in enumerate(items):
         entry = Fields(item, f"input[{i}]")
-        if entry.text("type") == "item_reference":
+        if entry.text("type") == "item_reference" or set(entry.body) == {"id"}:
             known = stored.item(entry.text("id") or "")
             if known is None:
                 found.warnings.append(f"input[{i}] refers to an item that is not kept any more")

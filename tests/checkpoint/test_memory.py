@@ -23,6 +23,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
 )
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.errors import CheckpointError, ResourceError
+from mlx_dgemma.kernels.sparse_embeddings import CAPACITY
 from mlx_dgemma.machine import memory
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.model.config import ModelConfig
@@ -319,6 +320,11 @@ def test_eight_bits_are_offered_where_they_make_it_fit(real: ModelConfig) -> Non
     assert plan.check_fits(packed, replace(this, metal=False)) is None
     with pytest.raises(ResourceError, match=r"a context of .* tokens fits"):
         plan.check_fits(packed, mac(20))
+
+
+def test_a_sparse_signal_takes_less_than_what_the_plan_holds_before_it(real: ModelConfig) -> None:
+    """An id and a probability, 4 bytes each, of every token that it may be summed over."""
+    assert real.text.vocab_size * 4 / 16 >= CAPACITY * 8
 
 
 def test_the_longest_contexts_are_those_of_the_shapes() -> None:

@@ -11,7 +11,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from mlx_dgemma import load, replay, stream_generate
+from mlx_dgemma import infill, load, replay, stream_generate
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.constraints import Constraint
 from mlx_dgemma.decoding import active_positions
@@ -411,6 +411,25 @@ def test_an_answer_of_several_blocks_and_a_constraint(demo, preset):
     ids, finish = events_of(demo, "Write a sentence about the fox.", **options)
     assert re.fullmatch("(cat|dog) [a-z]+ (house|tree)", demo[1].decode(ids))
     assert finish.reason == "stop"
+
+
+def test_texts_with_holes_are_filled_with_fewer_positions(demo):
+    text = "the small cat <hole:2> the dog in the garden."
+    computed, whole = [], []
+    chosen = ActivePositions.chosen
+
+    def watched(self):
+        some = chosen(self)
+        computed.append(int(some.sum()))
+        whole.append(some.size)
+        return some
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ActivePositions, "chosen", watched)
+        result = infill(*demo, text, seed=1, preset="turbo")
+    assert result.text.startswith("the small cat ")
+    assert result.text.endswith(" the dog in the garden.")
+    assert sum(computed) < sum(whole)
 
 
 def test_early_commit_saves_the_confirming_step(demo):

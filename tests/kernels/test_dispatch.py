@@ -1,11 +1,14 @@
 """The program's own calls reach the kernels, and a block comes out the same as from the twins."""
 
+from functools import partial
+
 import mlx.core as mx
 import numpy as np
 import pytest
 from harness import emulated, emulator_only
 
 from mlx_dgemma import load, stream_generate
+from mlx_dgemma.benchmark.synthetic import published_config
 from mlx_dgemma.kernels import (
     Matrix,
     gather_soft_embeddings,
@@ -14,7 +17,9 @@ from mlx_dgemma.kernels import (
 )
 from mlx_dgemma.kernels.row_statistics import SLICE
 from mlx_dgemma.model import attention as network_attention
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.packed_context import PackedLayerContext
+from mlx_dgemma.model.vision import VisionAttention
 
 pytestmark = emulator_only
 
@@ -76,6 +81,33 @@ def test_a_long_context_takes_the_attention_kernels(monkeypatch):
     names = [launch.body.name for launch in launched]
     assert names == ["dgemma_chunk_softmax", "dgemma_merge_attention"] * 3
     assert mx.allclose(found, expected, atol=1e-5).item()
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+def test_a_picture_is_attended_to_at_once(monkeypatch, dtype):
+    """The published tower's attention, 72 wide, through MLX's own kernel and by the twin."""
+    config = ModelConfig.from_dict(published_config()).vision
+    attention = VisionAttention(config)
+    draw = partial(mx.random.normal, dtype=dtype)
+    attention.apply(lambda tensor: draw(tensor.shape) * tensor.shape[-1] ** -0.5)
+    x = draw((1, 30, config.hidden_size))
+    angles = mx.arange(30 * 18).reshape(30, 18) / 40
+    rope = ((mx.cos(angles).astype(dtype), mx.sin(angles).astype(dtype)),) * 2
+    asked = []
+    real = mx.fast.scaled_dot_product_attention
+    monkeypatch.setattr(
+        mx.fast,
+        "scaled_dot_product_attention",
+        lambda *given, **how: (asked.append(given[0].shape), real(*given, **how))[1],
+    )
+    expected = attention(x, rope)
+    monkeypatch.setenv("MLX_DGEMMA_KERNELS", "force")
+    assert asked == []
+    with emulated():
+        found = attention(x, rope)
+    assert asked == [(1, 16, 30, 72)]
+    bound = 1e-4 if dtype == mx.float32 else 5e-3
+    assert mx.abs(found - expected).max().item() < bound * mx.abs(expected).max().item()
 
 
 def test_what_a_kernel_does_not_take_goes_to_its_twin(monkeypatch):

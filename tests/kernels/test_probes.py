@@ -16,7 +16,7 @@ import pytest
 from harness import emulated, emulator_only, mutated
 
 import mlx_dgemma
-from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.benchmark.synthetic import published_config, synthetic_config
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.kernels import checking, dispatch, verdicts
 from mlx_dgemma.kernels.table import operations
@@ -25,11 +25,12 @@ from mlx_dgemma.model.kernel_shapes import kernel_shapes
 
 LAYOUTS = ("4bit", "8bit", "mxfp4", "bf16")
 DTYPES = ("float32", "float16", "bfloat16")
-ROWS = {"tokens": (3,), "length": (5,), "rows": (2,)}
+ROWS = {"tokens": (3,), "length": (5,), "rows": (2,), "patches": (20,)}
 
 
 def published(layout):
-    config = ModelConfig.from_dict(synthetic_config(f"26b-{layout}"))
+    raw = synthetic_config(f"26b-{layout}") | {"vision_config": published_config()["vision_config"]}
+    config = ModelConfig.from_dict(raw)
     text = replace(config.text, num_experts=2, top_k_experts=1, layer_types=(SLIDING, FULL))
     return replace(config, text=text, canvas_length=2)
 
@@ -47,7 +48,7 @@ def demo(layout):
 
 def cases():
     """(operation, shape), each once: both models, every layout, every dtype."""
-    everywhere = {dtype: {"normed_heads", "attention"} for dtype in DTYPES}
+    everywhere = {dtype: {"normed_heads", "attention", "fused_attention"} for dtype in DTYPES}
     everywhere["float16"] |= {"combine", "after_attention", "after_branches"}
     with pytest.MonkeyPatch.context() as patch:
         for name, most in ROWS.items():

@@ -201,10 +201,14 @@ def test_responses_are_continued_and_quoted(serve: Open, conversations: list[Any
         "output": "x",
     }
     # As the AI SDK does: items of the last step by their ids.
-    items = [{"type": "item_reference", "id": third["output"][0]["id"]}, output]
-    fourth = client.post(RESPONSES, json={"input": [*user("b"), *items]}).json()
-    assert fourth["output"][0]["content"][0]["text"] == "four"
+    reference = {"type": "item_reference", "id": third["output"][0]["id"]}
+    short = {"id": reference["id"]}  # what the dialect allows, too
+    items = [user("b")[0], reference, output]
+    client.post(RESPONSES, json={"input": [user("b")[0], short, output]})
     assert [m["role"] for m in conversations[3]] == ["user", "assistant", "tool"]
+    fourth = client.post(RESPONSES, json={"input": items}).json()
+    assert fourth["output"][0]["content"][0]["text"] == "four"
+    assert [m["role"] for m in conversations[4]] == ["user", "assistant", "tool"]
     assert fourth["x_warnings"] == []
 
 
@@ -310,6 +314,7 @@ BLOCKS = [
      "content": [{"type": "text", "text": "found"}]},
     {"type": "tool_reference", "tool_name": "look"},
     {"type": "container_upload", "file_id": "f"},
+    {"type": "image", "source": {"type": "file", "file_id": "f"}},
 ]  # fmt: skip
 SERVER_BLOCKS = [
     {"type": "server_tool_use", "id": "s", "name": "web_search", "input": {"query": "q"}},

@@ -82,6 +82,15 @@ def test_the_old_function_role_answers_by_name() -> None:
     assert (mended[2]["role"], mended[2]["name"]) == ("tool", "look")
 
 
+def test_the_old_call_is_one() -> None:
+    function = {"name": "look", "arguments": "{}"}
+    old = {"role": "assistant", "content": None, "function_call": function}
+    answered = {"role": "function", "name": "look", "content": "r"}
+    mended, warnings = mend([*user(), old, answered])
+    assert mended[1]["tool_calls"] == [{"type": "function", "function": function}]
+    assert (mended[2]["role"], warnings) == ("tool", ())
+
+
 def test_a_call_nobody_answered_gets_an_empty_result() -> None:
     mended, warnings = mend([*user("a"), call("1", "2"), result("1"), *user("b")])
     assert order(mended) == ["user:a", "assistant:", "tool:1", "tool:2", "user:b"]
@@ -115,6 +124,17 @@ ODD: list[tuple[str, list[Any]]] = [
         *user(), {"role": "assistant", "tool_calls": [
             {"id": "1", "type": "function", "function": {"name": "f", "arguments": None}}]},
         result("1")]),
+    ("arguments that are a list", [
+        *user(), {"role": "assistant", "tool_calls": [
+            {"id": "1", "type": "function", "function": {"name": "f", "arguments": [1]}}]},
+        result("1")]),
+    ("a call without a function", [
+        *user(), {"role": "assistant", "tool_calls": [{"id": "1", "type": "function"}]},
+        result("1")]),
+    ("a call without a name", [*user(), call("1", name=""), result("1")]),
+    ("a call that is text", [*user(), {"role": "assistant", "tool_calls": ["look()"]}]),
+    ("calls that are an object", [*user(), {"role": "assistant", "tool_calls": {"id": "1"}}]),
+    ("an assistant's object", [*user(), {"role": "assistant", "content": {"a": 1}}, *user()]),
     ("null result", [*user(), call("1"), result("1", None)]),
     ("result object", [*user(), call("1"), result("1", {"a": [1]})]),
     ("empty strings", [{"role": "system", "content": ""}, *user(""), call(""), result("", "")]),

@@ -176,3 +176,71 @@ def test_many_clients_at_once_get_their_own_answers(url):
         assert response.status_code == 200
         expected = decide(model, tokenizer, state, {"q": Noul(ASKED["money"]["instructions"])})
         assert response.json()["answers"]["q"]["noul"] == expected.answers["q"].p
+
+
+def form(value, files, boundary="b0undary"):
+    """A multipart body and its content type."""
+    parts = [("request", "application/json", json.dumps(value).encode()), *files]
+    lines = b"".join(
+        f'--{boundary}\r\nContent-Disposition: form-data; name="{name}"\r\n'
+        f"Content-Type: {kind}\r\n\r\n".encode()
+        + content
+        + b"\r\n"
+        for name, kind, content in parts
+    )
+    return lines + f"--{boundary}--\r\n".encode(), f'multipart/form-data; boundary="{boundary}"'
+
+
+def send(url, body, kind, **headers):
+    return httpx2.post(
+        f"{url}/v1/systemone", content=body, headers={"content-type": kind, **headers}, timeout=60
+    )
+
+
+UPLOADED = {
+    "state": "<image:1> See.",
+    "questions": {"q": ASKED["money"]},
+    "assets": {"<image:1>": {"type": "image", "part": "asset-0"}},
+}
+
+
+def test_a_picture_is_uploaded_beside_the_request(url):
+    """Bytes with line breaks and dashes in them, as the same answer as in base64."""
+    raw = base64.b64decode(picture("red"))
+    sent = send(url, *form(UPLOADED, [("asset-0", "image/png", raw)]))
+    assert sent.status_code == 200, sent.text
+    inline = {"type": "image", "format": "png", "data_base64": picture("red")}
+    placed = post(url, {**UPLOADED, "assets": {"<image:1>": inline}})
+    assert sent.json()["answers"] == placed.json()["answers"]
+
+
+def test_the_sdk_uploads_a_picture(url, tmp_path):
+    path = tmp_path / "red.jpeg"
+    Image.new("RGB", (64, 64), "red").save(path)
+    with typesafe_sdk.TypeSafeClient(api_key="none", base_url=url, timeout=60) as client:
+        found = client.system_one(
+            state=["See.", typesafe_sdk.Image(path)],
+            questions={"q": typesafe_sdk.Noul(instructions="Is it red?")},
+        )
+    assert 0 <= found.nouls["q"].noul <= 1
+
+
+def test_a_form_that_does_not_fit_is_refused(url):
+    one, other = ("asset-0", "image/png", b"x"), ("other", "image/png", b"x")
+    for value, files in (
+        (UPLOADED, []),
+        (UPLOADED, [one, other]),
+        (UPLOADED, [one]),
+        ({**UPLOADED, "assets": {}}, [one]),
+        (UPLOADED, [one, one]),
+        ([], [one]),
+        (UPLOADED, [(f"p{i}", "image/png", b"x") for i in range(70)]),
+    ):
+        assert send(url, *form(value, files)).status_code == 422
+    body, kind = form(UPLOADED, [one])
+    assert send(url, body[:-4], kind).status_code == 422
+    assert send(url, body, "multipart/form-data").status_code == 422
+    assert send(url, b"", kind).status_code == 422
+    assert send(url, body, kind, origin="http://evil.example").status_code == 415
+    chat = httpx2.post(f"{url}/v1/chat/completions", content=body, headers={"content-type": kind})
+    assert chat.status_code == 415

@@ -17,6 +17,7 @@ from mlx_dgemma.server.sampling import check_length, check_model
 from mlx_dgemma.server.sse import unless_gone
 from mlx_dgemma.server.wire import JsonResponse
 
+PATH = "/v1/systemone"
 _FORMATS = ("png", "jpg", "jpeg")
 ALIASES = ("jev-latest",)  # what clients of this interface call the model by default
 
@@ -45,7 +46,7 @@ def accepted(_: Bounds) -> dict[str, Accepts]:
         "assets": Accepts(
             "object",
             schema={"type": "object", "properties": image, "required": ["data_base64"]},
-            about="Images, by the placeholder in the state.",
+            about="Images, by the placeholder in the state; in a form, `part` names the file's.",
         ),
         "x_orders": Accepts("integer", 1, 20, about="In how many orders options are shown."),
     }

@@ -1,0 +1,71 @@
+"""The one script for a lent GPU: every line of it runs here, on a narrow network."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+if (folder := str(Path(__file__).parents[2] / "studies")) not in sys.path:
+    sys.path.insert(0, folder)
+
+import gpu_step
+
+from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.benchmark.versus import OURS, SLICED, THEIRS
+
+RUN = {"step_seconds": 0.2, "weights_bytes": 10.0, "bytes_above_weights": 5.0}
+
+
+@pytest.mark.slow
+def test_a_rehearsal_runs_every_line(capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("mlx_vlm", reason="mlx-vlm, which it compares with, is not installed")
+    gpu_step.main(["--rehearse", "--prompt-tokens", "8", "--steps", "1", "--minutes", "0"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert set(found["runtimes"]) == {OURS, SLICED, THEIRS}
+    for one in found["runtimes"].values():
+        assert one["ms_per_step"] > 0
+        assert one["peak_bytes"] > one["bytes_above_weights"] > 0
+    assert found["rounds"] == 1  # what began is finished, though the time was over
+    assert "moe" in found["kernels"]
+    steps = [line.split("s  ")[1] for line in printed.err.splitlines() if " s  " in line]
+    assert steps == ["checking the kernels", "writing the checkpoint", "round 1"]
+
+
+def test_it_rehearses_the_published_packing() -> None:
+    raw = synthetic_config("26b-4bit")
+    small = gpu_step.rehearsal(raw)
+    assert small["quantization"] == raw["quantization"]
+    assert small["text_config"]["layer_types"] == ["sliding_attention", "full_attention"]
+
+
+class Clock:
+    """Each look at a round takes `seconds`."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+def test_no_round_begins_that_would_not_end_in_time(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, lengths = Clock(), [100.0, 120.0, 100.0, 100.0, 100.0]
+
+    def compare(*_: object, **__: object) -> dict[str, dict[str, float]]:
+        clock.now += lengths.pop(0)
+        return {OURS: {**RUN, "step_seconds": clock.now}}
+
+    monkeypatch.setattr(gpu_step, "time", clock)
+    monkeypatch.setattr(gpu_step, "compare", compare)
+    monkeypatch.setattr(gpu_step, "write_checkpoint", lambda *_: None)
+    gpu_step.main(["--rehearse", "--minutes", "7.5"])
+    found = json.loads(capsys.readouterr().out)
+    assert clock.now == 320  # a fourth could have ended at 320 + 1.3 * 120 > 450
+    assert found["rounds"] == 3
+    assert found["runtimes"][OURS]["ms_per_step"] == 220_000
