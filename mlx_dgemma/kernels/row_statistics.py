@@ -26,7 +26,6 @@ import mlx.core as mx
 from mlx_dgemma.kernels import dispatch, registry
 from mlx_dgemma.kernels.fuse import fused
 from mlx_dgemma.kernels.samples import dtype_named
-from mlx_dgemma.kernels.tanh import tanh
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend
 _LEAF = 512  # columns per partial sum inside a slice of the twin
@@ -160,7 +159,7 @@ tempered = fused(temper)
 
 def softcapped(x: mx.array, softcap: float | mx.array) -> mx.array:
     """softcap * tanh(x / softcap), elementwise in float32, so that none passes the softcap."""
-    return softcap * tanh(x / softcap)
+    return softcap * mx.tanh(x / softcap)
 
 
 @fused
