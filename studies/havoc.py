@@ -128,7 +128,8 @@ def _any_value(rng: random.Random, tokens: Sequence[bytes]) -> int:
     """Where a value begins: behind a colon, which most are; a few tries."""
     for _ in range(9):
         at = rng.randrange(len(tokens))
-        if (tokens[at - 1].strip() == b"" and tokens[at - 2] == b":") or tokens[at - 1] == b":":
+        before = [token for token in tokens[max(at - 2, 0) : at] if not token.isspace()]
+        if before[-1:] == [b":"]:
             return at
     return rng.randrange(len(tokens))
 

@@ -21,7 +21,7 @@ settings.load_profile("project")
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
 # What tests compare with or drive; all of it comes with the dev extra.
-ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright")
+ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright", "lm_eval")
 
 
 def pytest_sessionstart() -> None:

@@ -26,6 +26,7 @@ from mlx_dgemma.machine.reports import read_report, report, write_report
 
 SEED = 123  # mlx-lm's
 ABSENT = "-"
+COSTS = ("steps per block", "tokens per forward", "seconds", "cut")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -243,16 +244,15 @@ def _summary(path: str, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def show_result(found: dict[str, Any], console: Console) -> None:
-    table = figures(
-        "task", "metric", "value", "n", "steps per block", "tokens per forward", "seconds", "cut"
-    )
+    scores = figures("task", "metric", "value", "n")
+    costs = figures("cost", *COSTS)
     for task, values in found["tasks"].items():
-        cost = _cost(values["cost"])
+        costs.add_row(task, *_cost(values["cost"]))
         for name, metric in values["metrics"].items():
             error = "" if metric["error"] is None else f" ± {metric['error']:.3f}"
-            shown = f"{metric['value']:.3f}{error}"
-            table.add_row(task, name, shown, str(values["questions"]), *cost)
-    console.print(table)
+            scores.add_row(task, name, f"{metric['value']:.3f}{error}", str(values["questions"]))
+    console.print(scores)
+    console.print(costs)
     seeds = "" if found["seeds"] == 1 else f", mean of {found['seeds']} seeds"
     note = f"± standard error over questions{seeds}; cut: replies that ended at their token limit"
     console.print(Text(note, "dim"), soft_wrap=True)
@@ -271,24 +271,23 @@ def _cost(cost: dict[str, Any] | None) -> list[str]:
 
 
 def show_comparison(found: dict[str, Any], console: Console) -> None:
-    table = figures("task", "metric", "A", "B", "B - A", "95 %", "better, worse", "p", "n")
+    table = figures("task, metric", "A", "B", "B - A (95 %)", "better", "worse", "p", "n")
     for one in found["differences"]:
         table.add_row(
-            one["task"],
-            one["metric"],
+            f"{one['task']} {one['metric']}",
             f"{one['a']:.3f}",
             f"{one['b']:.3f}",
-            f"{one['b'] - one['a']:+.3f}",
-            f"{one['low']:+.3f} to {one['high']:+.3f}",
-            f"{one['better']}, {one['worse']}",
-            f"{one['p']:.3g}",
+            f"{one['b'] - one['a']:+.3f} ({one['low']:+.2f}, {one['high']:+.2f})",
+            str(one["better"]),
+            str(one["worse"]),
+            f"{one['p']:.2g}",
             str(one["n"]),
         )
     console.print(table)
-    costs = figures("cost", "task", "steps per block", "tokens per forward", "seconds", "cut")
+    costs = figures("cost", *COSTS)
     for side in ("a", "b"):
         for task, cost in found[side]["costs"].items():
-            costs.add_row(side.upper(), task, *_cost(cost))
+            costs.add_row(f"{side.upper()}: {task}", *_cost(cost))
     console.print(costs)
     for side in ("a", "b"):
         about = found[side]

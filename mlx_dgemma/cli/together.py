@@ -33,8 +33,8 @@ def together() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if isinstance(team, Leader) and "[" in str(error):  # "[ring] connection to a peer was lost"
-            team.wait_for_verdict()
+        if isinstance(team, Leader):
+            team.wait_for_verdict(error)
         raise
     finally:
         joining.leave()

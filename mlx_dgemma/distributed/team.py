@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 import queue
+import re
 import signal
 import socket
 import sys
@@ -20,6 +21,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from types import TracebackType
 from typing import Any, NoReturn
 
 import mlx.core as mx
@@ -27,10 +29,11 @@ import mlx.core as mx
 from mlx_dgemma.distributed.channel import BEAT, Channel, LostError, Message
 from mlx_dgemma.errors import ResourceError
 
-SILENCE = 10.0  # seconds after which a silent process counts as lost
+SILENCE = 8.0  # seconds after which a silent process counts as lost
 _BETWEEN_BEATS = 1.0
 _LEAVING = 3.0  # seconds that a process has to end by itself once it was asked to
 FAILED = 2  # exit code
+_COLLECTIVES = re.compile(r"\[(ring|jaccl|mpi)\]|peer")
 
 
 class Team:
@@ -105,6 +108,8 @@ class Leader(Team):
         for rank, channel in channels.items():
             threading.Thread(target=self._listen, args=(rank, channel), daemon=True).start()
         threading.Thread(target=_beat, args=(list(channels.values()),), daemon=True).start()
+        self._shown = sys.excepthook
+        sys.excepthook = self._show  # of a program that uses the model in Python
 
     def tell(self, op: str, payload: bytes = b"", *, to: int | None = None, **fields: Any) -> None:
         """Asks all others, or the rank `to`, for something that has no answer but what collectives
@@ -146,7 +151,7 @@ class Leader(Team):
         self._ended.set()
         for channel in self._channels.values():
             with suppress(LostError):
-                channel.send("end")
+                channel.send("end", at_once=False)
 
     def fail(self, why: str) -> NoReturn:
         """Says why in one sentence and ends all processes, this one included."""
@@ -158,17 +163,18 @@ class Leader(Team):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self.announce(why)
             for rank, channel in self._channels.items():
-                with suppress(LostError):
-                    channel.send("end")
                 self._end_here(rank)
+                channel.last_word("end", at_once=True)
             for stream in (sys.stdout, sys.stderr):
                 with suppress(Exception):
                     stream.flush()
             os._exit(FAILED)
 
-    def wait_for_verdict(self) -> None:
+    def wait_for_verdict(self, error: BaseException) -> None:
         """After an error of MLX's collectives: who is missing is known within `SILENCE`, and is the
-        better sentence. Returns where nobody is."""
+        better sentence. Returns where nobody is, and for any other error."""
+        if not isinstance(error, RuntimeError) or not _COLLECTIVES.search(str(error)):
+            return
         time.sleep(_BETWEEN_BEATS)
         deadline = time.monotonic() + SILENCE
         while time.monotonic() < deadline:
@@ -176,6 +182,12 @@ class Leader(Team):
             if all(now - channel.heard < 2 * _BETWEEN_BEATS for channel in self._channels.values()):
                 return
             time.sleep(_BETWEEN_BEATS / 4)
+
+    def _show(
+        self, kind: type[BaseException], error: BaseException, trace: TracebackType | None
+    ) -> None:
+        self.wait_for_verdict(error)
+        self._shown(kind, error, trace)
 
     def _send(self, to: int | None, op: str, payload: bytes = b"", **fields: Any) -> None:
         for rank, channel in self._channels.items():
@@ -248,8 +260,9 @@ class Follower(Team):
             except LostError:
                 os._exit(FAILED)  # rank 0 says why, where it still can
             if message.op == "end":
-                self._messages.put(None)
-                time.sleep(_LEAVING)  # the main thread may be in a collective for ever
+                if not message.fields["at_once"]:
+                    self._messages.put(None)
+                    time.sleep(_LEAVING)  # the main thread may be in a collective for ever
                 os._exit(0)
             self._messages.put(message)
 

@@ -111,10 +111,7 @@ class Plan:
 
     def _pad(self) -> int | None:
         """The id that ends a hole early, if that is how holes find their length."""
-        restricted = any(
-            hole.choices or hole.alphabet is not None or hole.constraint is not None
-            for hole in self.job.holes
-        )
+        restricted = any(hole.constraint is not None for hole in self.job.holes)
         if self.job.lengths == "try" or restricted:
             return None
         return self.tokenizer.ids.get("pad", self.job.model.config.generation.pad_token_id)
@@ -128,8 +125,6 @@ class Plan:
         """The numbers of tokens to try in a hole."""
         asked, least = self.job.holes[hole], self.layout.least(hole)
         joined = self.layout.joined(hole)
-        if asked.choices:
-            return self._choice_lengths(hole)
         if asked.low is not None and asked.high is not None:
             if asked.low > self.limit:
                 raise InputError(
@@ -154,9 +149,7 @@ class Plan:
         lengths = self._lengths(hole)
         if hole in self.layout.languages:
             return self._held_lengths(hole, lengths)
-        if self.job.holes[hole].alphabet is None:
-            return lengths
-        return [length for length in lengths if self.layout.possible(hole, length)] or lengths
+        return lengths
 
     def _held_lengths(self, hole: int, lengths: list[int]) -> list[int]:
         """Those in which a text of the hole's language can be written."""
@@ -174,12 +167,3 @@ class Plan:
                 f"tokens: it takes {found[0]} to {found[-1]}."
             )
         return common or found[:1]
-
-    def _choice_lengths(self, hole: int) -> list[int]:
-        lengths = sorted({len(ids) for ids in self.layout.choices[hole]})
-        if lengths[-1] > self.limit:
-            raise InputError(
-                f"A choice of {lengths[-1]} tokens is longer than the canvas of {self.limit}: "
-                "make it shorter."
-            )
-        return lengths

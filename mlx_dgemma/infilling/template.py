@@ -8,7 +8,6 @@ the same characters whatever is filled in.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -82,13 +81,6 @@ class Layout:
             self.before.append(self._take_last(self.literals[index], literals[index]))
             following = self.literals[index + 1]
             self.after.append(self._take_first(following, literals[index + 1]) if right else "")
-        edges = zip(self.before, holes, self.after, strict=False)
-        # The choices of each hole as ids, edges included.
-        self.choices = [
-            [tokenizer.encode(f"{before}{choice}{after}") for choice in hole.choices]
-            for before, hole, after in edges
-        ]
-        self.alphabets = [hole.alphabet for hole in holes]
         self.languages = {
             index: _language(
                 tokenizer,
@@ -116,13 +108,6 @@ class Layout:
         last = slot.end - 1
         if hole in self.languages:
             return {}
-        if self.choices and self.choices[hole]:
-            rows = [row for row in self.choices[hole] if len(row) == slot.end - slot.start]
-            columns = enumerate(zip(*rows, strict=True), start=slot.start)
-            return {position: np.array(sorted(set(ids)), np.int32) for position, ids in columns}
-        if self.alphabets and self.alphabets[hole] is not None:
-            fitting = self._fitting(hole, slot)
-            return {position: ids for position, ids in fitting.items() if ids.size}
         if slot.start == last and before and after:
             return {slot.start: self.texts.spanning(before, after)}
         edges = {}
@@ -131,25 +116,6 @@ class Layout:
         if after:
             edges[last] = self.texts.ending(after)
         return edges
-
-    def possible(self, hole: int, length: int) -> bool:
-        """Whether a hole's alphabet has a token for every position of such a length."""
-        return all(ids.size for ids in self._fitting(hole, Slot(0, length)).values())
-
-    def _fitting(self, hole: int, slot: Slot) -> dict[int, np.ndarray]:
-        """What each position of a hole may hold by its alphabet, edges included."""
-        alphabet = self.alphabets[hole]
-        assert alphabet is not None
-        last = slot.end - 1
-        return {
-            position: self.texts.fitting(
-                alphabet,
-                self.before[hole] if position == slot.start else "",
-                self.after[hole] if position == last else "",
-                slot.start < last,
-            )
-            for position in range(slot.start, slot.end)
-        }
 
     def template(
         self,
@@ -225,7 +191,6 @@ class TokenTexts:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self.fitting = lru_cache(maxsize=64)(self._fitting)
 
     def __getitem__(self, token: int) -> str:
         return self._texts[token]
@@ -254,22 +219,6 @@ class TokenTexts:
         shortest = len(prefix) + len(suffix)
         return self._where(
             lambda text: len(text) >= shortest and text.startswith(prefix) and text.endswith(suffix)
-        )
-
-    def _fitting(self, alphabet: str, prefix: str, suffix: str, bare: bool) -> np.ndarray:
-        """Tokens that hold nothing but the alphabet between one text and another; those that
-        hold nothing there at all if `bare`."""
-        inside = re.compile(alphabet, re.ASCII)
-        return self._where(
-            lambda text: (
-                len(text) >= len(prefix) + len(suffix)
-                and text.startswith(prefix)
-                and text.endswith(suffix)
-                and (
-                    (bare and text == prefix + suffix)
-                    or inside.fullmatch(text, len(prefix), len(text) - len(suffix)) is not None
-                )
-            )
         )
 
     def _where(self, test: Callable[[str], bool]) -> np.ndarray:

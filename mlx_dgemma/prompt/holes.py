@@ -21,15 +21,11 @@ _HOLE = re.compile(r"\\<hole|<hole(?::(?P<low>\d+)(?:-(?P<high>\d+))?)?>|<hole:[
 class Hole:
     """What is missing between two literals: low to high tokens; None leaves it to the model.
 
-    choices: the only texts it may become, as far as single tokens can say so; they give the
-        lengths. alphabet: a regular expression that every token's text must match as a whole.
     constraint: a Constraint that the whole filling is held to.
     """
 
     low: int | None = None
     high: int | None = None
-    choices: tuple[str, ...] = ()
-    alphabet: str | None = None
     constraint: object | None = None
 
     def __post_init__(self) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from mlx_dgemma.decoding.events import Commit, Draft, Finish, listed
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source
+from mlx_dgemma.server.replies import FIRST_BLOCK
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,12 @@ class Echo:
 
     async def commit(self, engine: Engine, call: Call, deadline: float) -> Commit:
         if self.alternatives is None:
-            return Commit(ids=(), text=self.text, block=0)
+            return Commit(ids=(), text=self.text, block=FIRST_BLOCK - 1)
         found = await engine.score(call.prompt_ids, self.alternatives, deadline)
         return Commit(
             ids=tuple(call.prompt_ids[self.hidden :]),
             text=self.text,
-            block=0,
+            block=FIRST_BLOCK - 1,
             logprobs=tuple(found.logprobs[self.hidden :].tolist()),
             alternatives=listed(found, len(call.prompt_ids))[self.hidden :],
         )

@@ -13,20 +13,24 @@ from mlx_dgemma.decoding.events import Alternatives, Commit, Draft
 from mlx_dgemma.server.admission import shutting_down
 from mlx_dgemma.server.engine import Call, Ended, Engine
 
+FIRST_BLOCK = 0  # an echoed prompt stands before it
+
 
 class Scored(NamedTuple):
-    """A committed token, its log-probability (nats; NaN where none is known), and the likeliest
-    tokens there, if they were asked for."""
+    """A token, its log-probability (nats; NaN where none is known), and the likeliest tokens there,
+    if they were asked for. of_prompt: whether it is of an echoed prompt, not of the reply."""
 
     id: int
     logprob: float
     alternatives: Alternatives
+    of_prompt: bool = False
 
 
 def scored(event: Commit) -> list[Scored]:
     """What a Commit says of its ids; nothing where they were not scored."""
     alternatives = event.alternatives or ((),) * len(event.logprobs)
-    return [Scored(*one) for one in zip(event.ids, event.logprobs, alternatives, strict=False)]
+    listed = zip(event.ids, event.logprobs, alternatives, strict=False)
+    return [Scored(*one, event.block < FIRST_BLOCK) for one in listed]
 
 
 @dataclass

@@ -5,8 +5,9 @@ An endpoint reads what only its dialect has; the rest is read, refused and answe
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from starlette.requests import Request
@@ -15,6 +16,7 @@ from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.history import mend
 from mlx_dgemma.server.sampling import (
+    check_length,
     check_model,
     decoding_options,
     make_call,
@@ -22,7 +24,7 @@ from mlx_dgemma.server.sampling import (
     read_warnings,
 )
 from mlx_dgemma.server.sse import EventStream, unless_gone
-from mlx_dgemma.server.structured import Wanted, held, read_outputs
+from mlx_dgemma.server.structured import Form, held, read_outputs, settled
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.tool_kinds import Origin
 from mlx_dgemma.server.wire import JsonResponse
@@ -64,65 +66,97 @@ def read_streaming(fields: Fields) -> Streaming:
     return Streaming(stream, stream and drafts, bool(options.flag("include_usage")))
 
 
-async def read_request(
-    engine: Engine,
-    fields: Fields,
-    messages: list[Any],
-    tools: ToolUse,
-    *,
-    max_tokens: int | None,
-    stop: str | None,
-    thinking: bool,
-    wanted: Wanted | None = None,
-    choices: int = 1,
-    logprobs: int | None = None,
-    notes: Sequence[str] = (),
-) -> ParsedRequest:
-    """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
+@dataclass(frozen=True)
+class Chat:
+    """What an endpoint has read of a chat in its dialect.
 
     stop: the name of the field with stop strings. logprobs: score the reply's tokens, and list so
-    many likely ones beside each; None scores none. notes: warnings so far. Call it last: it warns
-    of every field that was not read.
+    many likely ones beside each; None scores none. notes: warnings so far.
     """
+
+    messages: list[Any]
+    tools: ToolUse
+    max_tokens: int | None
+    stop: str | None
+    thinking: bool
+    wanted: Form | None = None
+    choices: int = 1
+    logprobs: int | None = None
+    notes: Sequence[str] = ()
+
+
+async def read_request(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> ParsedRequest:
+    """Checks and encodes a chat; raises ApiError or InputError for what cannot be served.
+
+    read: reads what only the dialect has; a long conversation takes its time, so it is called off
+    the event loop.
+    """
+    started = await asyncio.to_thread(_read_fields, engine, fields, read)
+    return await _encode(engine, fields, *started)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """What every dialect asks in the same words."""
+
+    model: str
+    decoding: dict[str, Any]
+    streaming: Streaming
+    seed: int
+    image_tokens: int | None
+    warnings: tuple[str, ...]
+
+
+def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tuple[Chat, _Options]:
+    """The chat mended, and its options; at the end it warns of every field that was not read."""
+    chat = read()
     model = check_model(engine, fields)
-    options = decoding_options(engine, fields, max_tokens)
-    if stop is not None:
-        options["stop"] = fields.strings(stop)
-    if logprobs is not None:
-        options |= {"logprobs": True, "top_logprobs": logprobs}
+    decoding = decoding_options(engine, fields, chat.max_tokens)
+    if chat.stop is not None:
+        decoding["stop"] = fields.strings(chat.stop)
+    if chat.logprobs is not None:
+        decoding |= {"logprobs": True, "top_logprobs": chat.logprobs}
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     image_tokens = fields.integer("image_tokens")
-    messages, mended = mend(messages)
-    wanted = wanted or read_outputs(fields)
-    warnings = (*notes, *tools.warnings, *mended, *read_warnings(engine, fields, max_tokens))
-    language, source, unchecked = await held(engine, wanted, tools)
+    messages, mended = mend(chat.messages)
+    chat = replace(chat, messages=messages, wanted=chat.wanted or read_outputs(fields))
+    check_length(engine, [messages, chat.tools.declared], "messages")
+    unknown = read_warnings(engine, fields, chat.max_tokens)
+    warnings = (*chat.notes, *chat.tools.warnings, *mended, *unknown)
+    return chat, _Options(model, decoding, streaming, seed, image_tokens, warnings)
+
+
+async def _encode(engine: Engine, fields: Fields, chat: Chat, options: _Options) -> ParsedRequest:
+    tools, thinking, warnings = chat.tools, chat.thinking, options.warnings
+    decoding = dict(options.decoding)
+    language, source, unchecked = await held(engine, await settled(chat.wanted), tools)
     warnings += unchecked
     if language is not None:
-        options["constraint"] = language
-    if thinking and (tools.forced or wanted is not None):
+        decoding["constraint"] = language
+    if thinking and (tools.forced or chat.wanted is not None):
         what = "a forced tool_choice" if tools.forced else "response_format"
         thinking, warnings = False, (*warnings, f"thinking was left out for {what}")
     call = await make_call(
         engine,
-        messages,
+        chat.messages,
         tools.declared,
-        options,
+        decoding,
         thinking=thinking,
-        drafts=streaming.drafts,
-        seed=seed,
+        drafts=options.streaming.drafts,
+        seed=options.seed,
         warnings=warnings,
         source=source,
-        image_tokens=image_tokens,
+        image_tokens=options.image_tokens,
         hold=fields.hold,
     )
     return ParsedRequest(
-        model=model,
-        calls=[call.with_seed(seed + i) for i in range(choices)],
-        stream=streaming.stream,
-        include_usage=streaming.include_usage,
-        logprobs=logprobs is not None,
-        choices=choices,
+        model=options.model,
+        calls=[call.with_seed(options.seed + i) for i in range(chat.choices)],
+        stream=options.streaming.stream,
+        include_usage=options.streaming.include_usage,
+        logprobs=chat.logprobs is not None,
+        choices=chat.choices,
         one_call=tools.one_call,
         origins=tools.origins,
     )
@@ -139,4 +173,5 @@ async def respond(
     request.state.place.widen(len(asked.calls))
     if asked.stream:
         return EventStream(events())
-    return JsonResponse(await unless_gone(request, whole()))
+    # A request's own words may come back, and writing megabytes of them takes its time.
+    return await asyncio.to_thread(JsonResponse, await unless_gone(request, whole()))

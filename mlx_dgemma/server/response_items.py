@@ -51,10 +51,12 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
         raise fields.fail("input", "a string or a list of items")
     for item in found.before:
         _read(found, Fields(item, "previous_response_id"))
+    kept: dict[str, Any] | None = None
     for i, item in enumerate(items):
         entry = Fields(item, f"input[{i}]")
         if entry.text("type") == "item_reference" or set(entry.body) == {"id"}:
-            known = stored.item(entry.text("id") or "")
+            kept = stored.items() if kept is None else kept
+            known = kept.get(entry.text("id") or "")
             if known is None:
                 found.warnings.append(f"input[{i}] refers to an item that is not kept any more")
                 continue

@@ -99,7 +99,6 @@ async def make_call(
 ) -> Call:
     """A chat call, encoded once here so that a bad request fails before it waits."""
     keywords: dict[str, Any] = {"tools": tools or None, "enable_thinking": thinking}
-    check_length(engine, [messages, tools], "messages")
     if count_images(messages):
         prompt, left_out = await prepare_images(engine, messages, image_tokens, keywords, hold)
         ids, warnings = prompt.ids, (*warnings, *left_out)

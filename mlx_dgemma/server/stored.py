@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -30,7 +31,8 @@ class Stored:
 class StoredResponses:
     """The last responses: at most `most` of them, `max_bytes` together, `seconds` old.
 
-    Conversations share the items of their earlier turns; a response counts for what it added.
+    Conversations share the items of their earlier turns; a response counts for what it added. For
+    any thread.
     """
 
     def __init__(
@@ -39,35 +41,37 @@ class StoredResponses:
         self._most, self._max_bytes, self._seconds = most, max_bytes, seconds
         self._kept: OrderedDict[str, Stored] = OrderedDict()
         self._size = 0
+        self._lock = threading.Lock()
 
     def put(self, body: dict[str, Any], before: Sequence[Item], added: Sequence[Item]) -> None:
         """Keeps a response by its id. before: what an earlier one holds. added: its own input."""
         size = sum(len(json.dumps(item, default=str)) for item in (body, *added))
         if size > self._max_bytes:
             return
-        self._kept[body["id"]] = Stored((*before, *added), body, size, time.monotonic())
-        self._size += size
-        self._forget()
+        with self._lock:
+            self._kept[body["id"]] = Stored((*before, *added), body, size, time.monotonic())
+            self._size += size
+            self._forget()
 
     def get(self, identity: str) -> Stored | None:
         """None when it is not kept any more."""
-        self._forget()
-        return self._kept.get(identity)
+        with self._lock:
+            self._forget()
+            return self._kept.get(identity)
 
     def delete(self, identity: str) -> bool:
         """Whether there was such a response. Those that continue it keep what they took over."""
-        stored = self._kept.pop(identity, None)
-        self._size -= 0 if stored is None else stored.size
+        with self._lock:
+            stored = self._kept.pop(identity, None)
+            self._size -= 0 if stored is None else stored.size
         return stored is not None
 
-    def item(self, identity: str) -> Item | None:
-        """An item of a kept conversation by its id, the newest first."""
-        self._forget()
-        for stored in reversed(self._kept.values()):
-            for item in reversed(stored.items):
-                if item.get("id") == identity:
-                    return item
-        return None
+    def items(self) -> dict[str, Item]:
+        """Every item of the kept conversations by its id, the newest of an id."""
+        with self._lock:
+            self._forget()
+            kept = list(self._kept.values())
+        return {item["id"]: item for stored in kept for item in stored.items if "id" in item}
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self._seconds

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from mlx_dgemma import untrusted_json
 from mlx_dgemma.constraints import Constraint, Language, LanguageError, ToolCalls
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.infilling import Infill
@@ -24,6 +23,7 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.tool_choice import ToolUse
 from mlx_dgemma.server.validation import Rules
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,12 @@ class Wanted:
         return cls(Constraint.json_schema(rules.root), where, rules)
 
 
-def read_format(fields: Fields | None, name: str = "response_format") -> Wanted | None:
+# A schema is checked only when this is called, which takes long enough to be done elsewhere than on
+# the event loop.
+Form = Callable[[], Wanted]
+
+
+def read_format(fields: Fields | None, name: str = "response_format") -> Form | None:
     """None for plain text; ApiError 400 for a format that is none."""
     wanted = None if fields is None else fields.object(name)
     if fields is None or wanted is None:
@@ -50,16 +55,16 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Wanted 
     if kind in (None, "text"):
         return None
     if kind == "json_object":
-        return Wanted(Constraint.json_object(), fields.path(name))
+        return partial(Wanted, Constraint.json_object(), fields.path(name))
     # Chat completions nest the schema, the responses endpoint does not.
     inner = wanted.object("json_schema") or wanted
     schema = inner.raw("schema")
     if schema is None:
         raise inner.fail("schema", "given as a JSON schema")
-    return Wanted.schema(schema, inner.path("schema"))
+    return partial(Wanted.schema, schema, inner.path("schema"))
 
 
-def read_outputs(fields: Fields) -> Wanted | None:
+def read_outputs(fields: Fields) -> Form | None:
     """vLLM's `structured_outputs`: one of regex, choice and json."""
     wanted = fields.object("structured_outputs")
     if wanted is None:
@@ -71,13 +76,20 @@ def read_outputs(fields: Fields) -> Wanted | None:
     ((name, value),) = given.items()
     where = wanted.path(name)
     if name == "json":
-        if isinstance(value, str):
-            try:
-                value = untrusted_json.parse(value)
-            except untrusted_json.UntrustedJSONError:
-                raise wanted.fail("json", "a JSON schema, or one written as a string") from None
-        return Wanted.schema(value, where)
-    return Wanted(Constraint.regex(value) if name == "regex" else Constraint.choice(value), where)
+        return partial(_written, value, where)
+    kind = Constraint.regex if name == "regex" else Constraint.choice
+    return partial(Wanted, kind(value), where)
+
+
+def _written(schema: Any, where: str) -> Wanted:
+    """A schema that may be a text."""
+    if isinstance(schema, str):
+        try:
+            schema = parse(schema)
+        except UntrustedJSONError as error:
+            why = f"{where} must be a JSON schema, or one written as a string: it {error}."
+            raise ApiError(400, why, param=where) from error
+    return Wanted.schema(schema, where)
 
 
 async def compiled(engine: Engine, constraint: Constraint, where: str) -> Language:
@@ -87,6 +99,11 @@ async def compiled(engine: Engine, constraint: Constraint, where: str) -> Langua
         return await asyncio.to_thread(constraint.language, engine.tokenizer, size)
     except LanguageError as error:
         raise ApiError(400, f"{where}: {error}", param=where) from None
+
+
+async def settled(form: Form | None) -> Wanted | None:
+    """What a reply must be, its schema checked off the event loop; ApiError 400."""
+    return None if form is None else await asyncio.to_thread(form)
 
 
 async def held(
@@ -113,15 +130,7 @@ async def held(
         return None, None, ()
     chosen = [t["function"] for t in tools.declared
               if not tools.forced or t["function"]["name"] in tools.forced]  # fmt: skip
-    rules, warnings = [], []
-    for function in chosen:
-        try:
-            one = Rules(function.get("parameters") or True, "parameters")
-        except ApiError as unknown:
-            one = Rules(True, "parameters")
-            why = unknown.message.partition(":")[0]
-            warnings.append(f"the arguments of {function['name']} are not checked: {why}")
-        rules.append((function["name"], one))
+    rules, warnings = await asyncio.to_thread(_parameters, chosen)
     format_ = wanted if wanted is not None and not tools.forced else None
     calls = ToolCalls(
         tuple((name, {} if one.root is True else one.root) for name, one in rules),
@@ -136,6 +145,20 @@ async def held(
             raise
         return None, None, (*warnings, f"calls are not held to the tools: {error.message}")
     return language, _checked(language, format_, rules), tuple(warnings)
+
+
+def _parameters(functions: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Rules]], list[str]]:
+    """The rules of every function's arguments, and warnings of those that have none."""
+    rules, warnings = [], []
+    for function in functions:
+        try:
+            one = Rules(function.get("parameters") or True, "parameters")
+        except ApiError as unknown:
+            one = Rules(True, "parameters")
+            why = unknown.message.partition(":")[0]
+            warnings.append(f"the arguments of {function['name']} are not checked: {why}")
+        rules.append((function["name"], one))
+    return rules, warnings
 
 
 def _checked(
@@ -156,7 +179,7 @@ def _checked(
                     text += event.text
                     calls += event.tool_calls
                 if isinstance(event, Ended) and event.finish.reason == "stop":
-                    wrong = _breach(text, calls, wanted, dict(tools))
+                    wrong = await asyncio.to_thread(_breach, text, calls, wanted, dict(tools))
                     if wrong is not None:
                         event = replace(event, notes=(*event.notes, wrong))
                 yield event
@@ -175,7 +198,7 @@ def _breach(
     if calls or wanted is None or wanted.rules is None:
         return None
     try:
-        wrong = wanted.rules.violation(json.loads(text))
+        wrong = wanted.rules.violation(parse(text))
     except ValueError:
         wrong = "it is not valid JSON"
     return None if wrong is None else f"the reply breaks the schema: {wrong}"

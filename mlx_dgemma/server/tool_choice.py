@@ -10,7 +10,7 @@ from mlx_dgemma.prompt.messages import check_tools
 from mlx_dgemma.prompt.tools import is_tool_name
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.tool_kinds import Declare, Origin
+from mlx_dgemma.server.tool_kinds import Declare, Origin, check_count
 
 
 @dataclass(frozen=True)
@@ -33,6 +33,7 @@ def read_tools(fields: Fields, declare: Declare, more: Sequence[Any] = ()) -> To
     declare: brings tools to the nested form of chat completions. more: tools of other fields.
     """
     found = declare([*(fields.items("tools") or []), *more])
+    check_count(found)
     use = _chosen(fields, check_tools(found.functions), found.skipped)
     return replace(use, origins=found.origins, warnings=(*found.warnings, *use.warnings))
 

@@ -12,8 +12,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 
+MAX_TOOLS = 1024
 _STRING = {"type": "string"}
 
 
@@ -94,6 +96,13 @@ class Declared:
         self.warnings.append(
             f"a tool of type {kind} was left out: this server runs no tools itself"
         )
+
+
+def check_count(found: Declared) -> None:
+    """ApiError 400 for more functions than anyone reads."""
+    if len(found.functions) > MAX_TOOLS:
+        why = f"The request has {len(found.functions)} tools; {MAX_TOOLS} are the most."
+        raise ApiError(400, why, param="tools")
 
 
 Declare = Callable[[list[Any]], Declared]

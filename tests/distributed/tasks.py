@@ -16,11 +16,13 @@ import numpy as np
 
 import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary in slices
 from mlx_dgemma import Constraint, infill, load, stream_generate
+from mlx_dgemma.benchmark.together import step_traffic
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import decide
 from mlx_dgemma.decoding.canvas import CanvasRequest
-from mlx_dgemma.decoding.denoise import denoise_block
-from mlx_dgemma.decoding.draws import SeededDraws
+from mlx_dgemma.decoding.canvas_state import CanvasState
+from mlx_dgemma.decoding.denoise import advance, denoise_block, step
+from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.demo.tasks import held_out
@@ -89,6 +91,19 @@ def long(model, tokenizer, folder):
 
 def sampler(model, tokenizer, folder):
     return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sampler="confidence-threshold")
+
+
+def few_steps(model, tokenizer, folder):
+    """Of a network that means nothing by what it says."""
+    return reply(
+        model,
+        tokenizer,
+        [2, 5, 6, 7],
+        seed=1,
+        max_tokens=40,
+        max_denoising_steps=3,
+        empty_reply="allow",
+    )
 
 
 def presets(model, tokenizer, folder):
@@ -199,11 +214,53 @@ def adapted(model, tokenizer, folder):
     return [reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, max_tokens=32)]
 
 
+def counted(model, tokenizer, folder):
+    """What a pass and a step exchange: counted on two processes, and as it is predicted."""
+    config, rows = model.config, model.config.canvas_length
+    layers = config.text.num_hidden_layers
+    if model.team is None:
+        traffic = step_traffic(config, 2, rows, 4)
+        return [2 * layers, 2 * (layers - 1), traffic.collectives, traffic.nbytes]
+    team, cache = model.team, model.make_cache()
+
+    def after(work):
+        before = team.sums, team.collectives, team.nbytes
+        work()
+        return [
+            now - then
+            for now, then in zip((team.sums, team.collectives, team.nbytes), before, strict=True)
+        ]
+
+    prefill = after(lambda: model.prefill(np.arange(5, 25), cache))
+    decode = after(lambda: mx.eval(model.hidden(mx.array(np.arange(rows)[None]), cache)))
+    settings = DecodingSettings.from_defaults(config.generation, {})
+    state = CanvasState.initial([CanvasRequest(SeededDraws(1))], Place(0, 0, 0), rows, 800, 48)
+
+    def whole_step():
+        outcome = step(model, cache, settings, state)
+        advance(model, state, outcome, outcome.report.read())
+
+    _, *whole = after(whole_step)
+    return [decode[0], prefill[0], *whole]
+
+
 TASKS = {
     task.__name__: task
     for task in (
-        *(logits, text, long, sampler, presets, sliced, packed, picture, fillings, constrained),
-        *(turns, traced, decided, cancelled, adapted),
+        *(
+            logits,
+            text,
+            long,
+            sampler,
+            few_steps,
+            presets,
+            sliced,
+            packed,
+            picture,
+            fillings,
+            constrained,
+        ),
+        *(turns, traced, decided, cancelled, adapted, counted),
     )
 }
 
@@ -214,7 +271,8 @@ def answers(model, tokenizer, folder, names):
 
 if __name__ == "__main__":
     out, folder, *names = sys.argv[1:]
+    own = Path(folder) / "model"
     with narrow_slices():
-        model, tokenizer = load(group=mx.distributed.init())
+        model, tokenizer = load(own if own.exists() else None, group=mx.distributed.init())
         found = answers(model, tokenizer, folder, names or TASKS)
     Path(out).write_text(json.dumps(found))

@@ -6,15 +6,17 @@ import os
 import random
 import shutil
 import signal
+import socket
 import subprocess
 import sys
+import threading
 import time
 
 import mlx.core as mx
 import pytest
 
 from mlx_dgemma.demo import CHECKPOINT
-from mlx_dgemma.distributed.channel import Channel
+from mlx_dgemma.distributed.channel import Channel, LostError
 from tests.distributed import working
 from tests.distributed.processes import finish, said, start
 
@@ -123,10 +125,6 @@ def test_random_kills(tmp_path):
 
 
 def test_silence_and_nonsense_end_a_connection():
-    import socket
-
-    from mlx_dgemma.distributed.channel import LostError
-
     one, other = socket.socketpair(socket.AF_UNIX)
     with pytest.raises(LostError, match="no answer"):
         _channel(one).receive(0.05)
@@ -138,7 +136,16 @@ def test_silence_and_nonsense_end_a_connection():
         _channel(one).receive(1.0)
 
 
+def test_a_last_word_waits_for_nobody():
+    one, _other = socket.socketpair(socket.AF_UNIX)
+    channel = _channel(one)
+    started = time.monotonic()
+    channel.last_word("end", why="x" * (4 << 20))  # more than the socket holds
+    channel.last_word("end")  # while another thread would still be sending
+    assert time.monotonic() - started < 5
+
+
 def _channel(opened) -> Channel:
     found = Channel.__new__(Channel)
-    found._socket, found.heard = opened, 0.0
+    found._socket, found.heard, found._sending = opened, 0.0, threading.Lock()
     return found

@@ -57,8 +57,7 @@ def evaluated(kind: str, tasks: Path, name: str, chat: bool, **options: Any) -> 
     return lm_eval.evaluate(model, loaded, apply_chat_template=chat, bootstrap_iters=0)
 
 
-@pytest.mark.parametrize("batch", [1, 3])
-@pytest.mark.parametrize("ids", [True, False], ids=["ids", "texts"])
+@pytest.mark.parametrize(("batch", "ids"), [(3, True), (1, False)], ids=["ids", "texts"])
 def test_local_completions_scores_multiple_choice(
     url: str, runtime: Runtime, tasks: Path, batch: int, ids: bool
 ) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 
 import numpy as np
@@ -264,16 +263,3 @@ def test_pins_cover_all_but_the_holes(demo):
     (slot,) = template.slots
     assert np.flatnonzero(~pins.mask).tolist() == list(range(slot.start, slot.end))
     assert pins.ids[-1] == 1
-
-
-def test_a_hole_takes_nothing_but_what_it_may(demo):
-    """Choices, digits, single characters: whatever the network would like better."""
-    parts = ["{", Hole(choices=("cat", "blue whale")), ": ", Hole(1, 3, alphabet=r"\d+"), ", x",
-             Hole(2, 2, alphabet="[A-C]"), "-}"]  # fmt: skip
-    for seed in range(2):
-        filled = infill(*demo, parts, prompt="Go.", seed=seed, max_denoising_steps=2)
-        assert re.fullmatch(r"\{(cat|blue whale): \d+, x[A-C]{1,2}-\}", filled.text)
-        assert filled.text == "".join(
-            part if isinstance(part, str) else filled.fillings[i // 2].text
-            for i, part in enumerate(parts)
-        )

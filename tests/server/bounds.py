@@ -7,6 +7,7 @@ pause is measured.
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import resource
 import sys
@@ -45,8 +46,8 @@ Request = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
 class Stopwatch:
     """Seconds since it was made, less those in which the machine had no processor for us.
 
-    That is, what a thread waited for one while no thread of this process ran. Where the system
-    does not say how long threads waited, all seconds count.
+    That is, what threads waited for one, as far as no thread of this process ran meanwhile. Where
+    the system does not say how long threads waited, all seconds count.
     """
 
     def __init__(self) -> None:
@@ -56,8 +57,8 @@ class Stopwatch:
         wall = time.monotonic() - self._wall
         idle = max(wall - (time.process_time() - self._processor), 0)
         after = _waited()
-        waited = (after[thread] - self._waited.get(thread, 0) for thread in after)
-        return wall - min(idle, max(waited, default=0))
+        waited = sum(after[thread] - self._waited.get(thread, 0) for thread in after)
+        return wall - min(idle, waited)
 
 
 def _waited() -> dict[str, float]:
@@ -191,6 +192,9 @@ async def run(
 ) -> Seen:
     """Sends the requests and holds every answer to the bounds."""
     seen = Seen()
+    requests = list(requests)  # made before the loop's pauses and its memory are measured
+    gc.collect()
+    gc.freeze()  # nor does the server pay for collecting what the tests have loaded
     before = _begin_peak()
     async with Pauses() as pauses:
         for number, (method, path, headers, body) in enumerate(requests):
@@ -210,6 +214,7 @@ async def run(
                 status, answer = await ask(app, "POST", path, JSON, sound)
                 if status != 200 or held not in answer:
                     seen.problems.append(f"after {number}: a sound request got {status} {answer!r}")
+    gc.unfreeze()
     seen.blocked = pauses.longest
     seen.memory = _peak() - before
     return seen

@@ -83,7 +83,7 @@ def requests(seed: int) -> Iterator[tuple[str, str, dict[str, str], bytes]]:
     rng = random.Random(seed)
     while True:
         # Decisions are those of a model, which takes its time.
-        path, sound = SOUND[-1] if rng.random() < 0.03 else rng.choice(SOUND[:-1])
+        path, sound = SOUND[-1] if rng.random() < 0.01 else rng.choice(SOUND[:-1])
         body = copy.deepcopy(sound)
         for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
             _damage(rng, body)

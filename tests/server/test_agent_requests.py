@@ -229,8 +229,8 @@ def test_the_store_forgets_by_number_size_and_age(monkeypatch: pytest.MonkeyPatc
     for name in "abc":
         store.put(response(name), (), [])
     assert [store.get(name) is None for name in "abc"] == [True, False, False]
-    assert store.item("ma") is None
-    assert (store.item("mc") or {})["id"] == "mc"
+    assert "ma" not in store.items()
+    assert store.items()["mc"]["id"] == "mc"
     store.put(response("big", 9_900), (), [])
     assert store.get("c") is None
     store.put(response("too big", 11_000), (), [])

@@ -71,7 +71,12 @@ def test_a_prompt_is_scored_and_nothing_is_generated(client: TestClient, runtime
 def test_ids_are_listed_one_for_one_and_the_first_has_no_score(
     client: TestClient, runtime: Runtime
 ) -> None:
-    ids = [runtime.tokenizer.ids["bos"], *runtime.tokenizer.encode("abc def")]
+    tokenizer = runtime.tokenizer
+    padded = [tokenizer.ids["bos"], tokenizer.ids["pad"], *tokenizer.encode("abc")]
+    asked: dict[str, Any] = {"prompt": padded, "max_tokens": 0, "echo": True, "logprobs": 1}
+    listed = client.post(URL, json=asked).json()["choices"][0]["logprobs"]
+    assert len(listed["tokens"]) == len(padded)
+    ids = [tokenizer.ids["bos"], *tokenizer.encode("abc def")]
     asked = {"prompt": ids, "max_tokens": 0, "echo": True, "logprobs": 1}
     listed = client.post(URL, json=asked).json()["choices"][0]["logprobs"]
     assert len(listed["tokens"]) == len(ids)

@@ -130,9 +130,9 @@ def test_references_that_multiply_are_refused_at_once() -> None:
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|aa)+$", "(x{1000}){1000}", "^(\\w+\\s?)*!$"])
 def test_a_hostile_pattern_costs_a_moment(pattern: str) -> None:
-    started = time.perf_counter()
+    started = time.thread_time()
     Rules({"pattern": pattern}, "here").violation("a" * 5000 + "?")
-    assert time.perf_counter() - started < 1
+    assert time.thread_time() - started < 1
 
 
 UUID = "123e4567-e89b-42d3-a456-426614174000"

@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -27,11 +28,11 @@ from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
+from mlx_dgemma.server.requests import Chat, ParsedRequest, read_request, respond
 from mlx_dgemma.server.sse import data
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import ToolUse, force
-from mlx_dgemma.server.tool_kinds import anthropic_tools
+from mlx_dgemma.server.tool_kinds import anthropic_tools, check_count
 from mlx_dgemma.server.wire import JsonResponse
 
 _MESSAGE = {**MESSAGE, "properties": {"role": {"enum": list(MESSAGE_ROLES)}, "content": CONTENT}}
@@ -81,16 +82,14 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     return {**counted(bounds), "max_tokens": Accepts("limit", 1, required=True)}
 
 
-async def read_messages(engine: Engine, fields: Fields) -> ParsedRequest:
+def read_messages(fields: Fields) -> Chat:
     messages, warnings = openai_messages(fields)
     max_tokens = fields.limit("max_tokens")
     thinking = fields.object("thinking")
     mode = thinking.text("type") if thinking else None
     for silent in SILENT:
         fields.raw(silent)
-    return await read_request(
-        engine,
-        fields,
+    return Chat(
         messages,
         _tools(fields),
         max_tokens=max_tokens,
@@ -103,12 +102,12 @@ async def read_messages(engine: Engine, fields: Fields) -> ParsedRequest:
 
 
 async def count_tokens(engine: Engine, fields: Fields, _: Request) -> Any:
-    asked = await read_messages(engine, fields)
+    asked = await read_request(engine, fields, partial(read_messages, fields))
     return JsonResponse({"input_tokens": len(asked.call.prompt_ids)})
 
 
 async def messages(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked = await read_messages(engine, fields)
+    asked = await read_request(engine, fields, partial(read_messages, fields))
     return await respond(
         request,
         asked,
@@ -213,6 +212,7 @@ def _tools(fields: Fields) -> ToolUse:
     choice = fields.object("tool_choice")
     kind = choice.text("type") if choice else "auto"
     found = anthropic_tools(fields.items("tools") or [])
+    check_count(found)
     use = ToolUse(check_tools(found.functions))
     if choice is not None:
         use = _chosen(choice, kind, use.declared, found.skipped)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -25,7 +26,7 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.openai_choices import answer
 from mlx_dgemma.server.replies import Reply, Scored, scored
-from mlx_dgemma.server.requests import ParsedRequest, read_request
+from mlx_dgemma.server.requests import Chat, read_request
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.structured import read_format
 from mlx_dgemma.server.tool_choice import read_tools
@@ -52,7 +53,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
     }
 
 
-async def read_chat(engine: Engine, fields: Fields) -> ParsedRequest:
+def read_chat(fields: Fields) -> Chat:
     messages = fields.items("messages") or []
     for legacy in _LEGACY:
         if fields.raw(legacy) is not None:
@@ -61,9 +62,7 @@ async def read_chat(engine: Engine, fields: Fields) -> ParsedRequest:
         raise fields.fail("modalities", "['text']")
     limit = fields.limit("max_completion_tokens")
     older = fields.limit("max_tokens")
-    return await read_request(
-        engine,
-        fields,
+    return Chat(
         messages,
         read_tools(fields, chat_tools),
         max_tokens=older if limit is None else limit,
@@ -83,7 +82,7 @@ def _read_logprobs(fields: Fields) -> int | None:
 
 
 async def chat_completions(engine: Engine, fields: Fields, request: Request) -> Any:
-    asked = await read_chat(engine, fields)
+    asked = await read_request(engine, fields, partial(read_chat, fields))
 
     def listed(tokens: list[Scored]) -> dict[str, Any] | None:
         return logprobs(engine.tokenizer, tokens) if asked.logprobs else None
@@ -155,8 +154,8 @@ def logprobs(tokenizer: Tokenizer, tokens: list[Scored]) -> dict[str, Any]:
         return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
 
     content = [
-        {**entry(id_, logprob), "top_logprobs": [entry(*other) for other in alternatives]}
-        for id_, logprob, alternatives in tokens
-        if id_ != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
+        {**entry(one.id, one.logprob), "top_logprobs": [entry(*two) for two in one.alternatives]}
+        for one in tokens
+        if one.id != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
     ]
     return {"content": content, "refusal": None}

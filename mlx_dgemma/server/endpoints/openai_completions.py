@@ -32,7 +32,7 @@ from mlx_dgemma.server.sampling import (
     read_seed,
     read_warnings,
 )
-from mlx_dgemma.server.structured import between, held, read_outputs
+from mlx_dgemma.server.structured import between, held, read_outputs, settled
 from mlx_dgemma.server.tool_choice import ToolUse
 
 DEFAULT_MAX_TOKENS = 256
@@ -82,7 +82,7 @@ async def read_completion(engine: Engine, fields: Fields) -> ParsedRequest:
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     echo = fields.flag("echo") or False
-    wanted = read_outputs(fields)
+    wanted = await settled(read_outputs(fields))
     if echo and alternatives is not None and limit == 1 and wanted is None:
         options = _single_token(engine, options)
     warnings = read_warnings(engine, fields, limit)
@@ -196,7 +196,7 @@ class _Scores:
     """Log-probabilities of one reply, whole or in parts; alternatives: whether any are listed.
 
     Tokens are the pieces of text they add: one that holds part of a character adds nothing, the
-    last of its parts adds it. What fills a canvas is not listed.
+    last of its parts adds it. What fills a canvas is not listed; a prompt's ids are, one for one.
     """
 
     def __init__(self, tokenizer: Tokenizer, alternatives: bool) -> None:
@@ -207,7 +207,7 @@ class _Scores:
 
     def write(self, listed: Iterable[Scored]) -> dict[str, Any]:
         pad, control = self._tokenizer.ids.get("pad"), self._tokenizer.control_ids
-        shown = [one for one in listed if one.id != pad]
+        shown = [one for one in listed if one.of_prompt or one.id != pad]
         tokens = ["" if one.id in control else self._reader.feed([one.id]) for one in shown]
         ends = list(itertools.accumulate(map(len, tokens), initial=self._at))
         self._at = ends[-1]

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -16,7 +18,7 @@ from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.replies import Reply, new_id
-from mlx_dgemma.server.requests import ParsedRequest, read_request, respond
+from mlx_dgemma.server.requests import Chat, ParsedRequest, read_request, respond
 from mlx_dgemma.server.response_items import MESSAGE_ROLES, Conversation, read_conversation
 from mlx_dgemma.server.sampling import read_thinking
 from mlx_dgemma.server.sse import data
@@ -31,6 +33,7 @@ _ELSEWHERE = {
     "prompt": "send its text in instructions and input",
     "background": "leave it out, and stream the response to see it grow",
 }
+MOST_METADATA = 64
 
 
 def accepted(bounds: Bounds) -> dict[str, Accepts]:
@@ -59,25 +62,24 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
         "previous_response_id": Accepts("text"),
         "tools": Accepts("list", schema=tool),
         "max_output_tokens": Accepts("limit", 1),
+        "metadata": Accepts("object", about=f"It comes back; at most {MOST_METADATA} pairs."),
         "text": Accepts("object", inside={"format": format_of("The reply")}),
         **dict.fromkeys(_ELSEWHERE, Accepts(schema={"enum": [None, False]})),
     }
 
 
-async def read_response(
-    engine: Engine, fields: Fields, stored: StoredResponses
-) -> tuple[ParsedRequest, Conversation]:
+def read_response(fields: Fields, conversation: Conversation) -> Chat:
+    metadata = fields.object("metadata")
+    if metadata is not None and len(metadata.body) > MOST_METADATA:
+        raise fields.fail("metadata", f"an object of at most {MOST_METADATA} pairs")
     for name, instead in _ELSEWHERE.items():
         if fields.raw(name):
             raise ApiError(400, f"{name} is not supported: {instead}.", param=name)
     instructions = fields.text("instructions")
-    conversation = read_conversation(fields, stored)
     messages = list(conversation.messages)
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
-    asked = await read_request(
-        engine,
-        fields,
+    return Chat(
         messages,
         read_tools(fields, responses_tools, conversation.tools),
         max_tokens=fields.limit("max_output_tokens"),
@@ -86,17 +88,17 @@ async def read_response(
         wanted=read_format(fields.object("text"), "format"),
         notes=conversation.warnings,
     )
-    return asked, conversation
 
 
 def _echoed(asked: ParsedRequest, fields: Fields) -> dict[str, Any]:
     """What the response object repeats of the request."""
     temperature = fields.raw("temperature")
+    metadata = fields.object("metadata")
     return {
         "model": asked.model,
         "instructions": fields.raw("instructions"),
         "max_output_tokens": fields.raw("max_output_tokens"),
-        "metadata": fields.raw("metadata") or {},
+        "metadata": {} if metadata is None else metadata.body,
         "parallel_tool_calls": not asked.one_call,
         "temperature": 1.0 if temperature is None else temperature,
         "text": fields.raw("text") or {"format": {"type": "text"}},
@@ -111,7 +113,9 @@ def _echoed(asked: ParsedRequest, fields: Fields) -> dict[str, Any]:
 async def responses(
     stored: StoredResponses, engine: Engine, fields: Fields, request: Request
 ) -> Any:
-    asked, conversation = await read_response(engine, fields, stored)
+    conversation = await asyncio.to_thread(read_conversation, fields, stored)
+    read = partial(read_response, fields, conversation)
+    asked = await read_request(engine, fields, read)
     head = {
         "id": new_id("resp"),
         "object": "response",
@@ -143,7 +147,7 @@ async def _response(
     async for _ in follow(engine, asked.call, reply, segments):
         pass
     whole = {**head, **_finished(engine, asked, reply, segments, items)}
-    keep(whole)
+    await asyncio.to_thread(keep, whole)
     return whole
 
 
@@ -200,7 +204,7 @@ async def _events(
                     for kind, body in _item_events(step, step.segment, items):
                         yield event(kind, **body)
         whole = {**head, **_finished(engine, asked, reply, segments, items)}
-        keep(whole)
+        await asyncio.to_thread(keep, whole)
         yield event(f"response.{whole['status']}", response=whole)
     except Exception as error:
         engine.report(error)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from typing import Any
 
@@ -12,7 +13,7 @@ from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.images import count_images
+from mlx_dgemma.server.images import MAX_IMAGES, count_images
 from mlx_dgemma.server.sampling import check_length, check_model
 from mlx_dgemma.server.sse import unless_gone
 from mlx_dgemma.server.wire import JsonResponse
@@ -74,7 +75,7 @@ async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonRe
     if not isinstance(state, str | dict | list):
         raise ApiError(422, "state must be a string, an object or an array.", param="state")
     questions = read_questions(fields.raw("questions"))
-    state = with_assets(state, fields.object("assets"))
+    state = await asyncio.to_thread(with_assets, state, fields.object("assets"))
     count_images([{"content": state}])
     check_length(engine, state, "state")
     decision = await unless_gone(
@@ -94,6 +95,9 @@ def with_assets(state: Any, assets: Fields | None) -> Any:
     """A state as message parts, in which every asset's placeholder is replaced by its image."""
     if assets is None or not assets.body:
         return state
+    if len(assets.body) > MAX_IMAGES:
+        why = f"The request has {len(assets.body)} assets; {MAX_IMAGES} are the most."
+        raise ApiError(422, why, param="assets")
     images = {}
     for name in assets.body:
         asset = assets.object(name)
