@@ -51,7 +51,7 @@ class Audit:
     def unit(self) -> int:
         """The power of two that the branches' products must be divided by."""
         unit = 1
-        while self.branches / unit > LIMIT / UNIT_HEADROOM:
+        while unit <= MOST_UNIT and self.branches / unit > LIMIT / UNIT_HEADROOM:
             unit *= 2
         return unit
 
@@ -94,9 +94,15 @@ def everything() -> dict[str, Audit]:
     """Every audit that is remembered; a file that cannot be read counts as empty."""
     try:
         stored = json.loads(audit_file().read_text())
-        return {key: Audit(**value) for key, value in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
+        return {key: Audit(**value) for key, value in stored.items() if _is_audit(value)}
+    except (OSError, ValueError, TypeError, AttributeError, KeyError):
         return {}
+
+
+def _is_audit(value: dict[str, object]) -> bool:
+    """Whether the fields that are computed with are numbers."""
+    numbers = ("largest", "branches", "loss", "replies", "when")
+    return all(type(value[name]) in (int, float) for name in numbers)
 
 
 def remember(folder: Path, audit: Audit) -> None:

@@ -93,7 +93,7 @@ def _part(block: Fields, warnings: list[str]) -> dict[str, Any]:
     kind = block.text("type")
     if kind == "text":
         return {"type": "text", "text": block.text("text") or ""}
-    if kind == "image" and _is_sent(block):
+    if kind == "image" and not _is_kept_elsewhere(block):
         return _image(block)
     if kind is None:
         raise block.fail("type", "given as a string")
@@ -108,16 +108,19 @@ def _part(block: Fields, warnings: list[str]) -> dict[str, Any]:
     return placeholder(block.body)
 
 
-def _is_sent(block: Fields) -> bool:
-    """Whether an image comes with the request, and is not a file that a provider keeps."""
+def _is_kept_elsewhere(block: Fields) -> bool:
+    """Whether an image is a file that a provider keeps, and not a part of the request."""
     source = block.raw("source")
-    return isinstance(source, dict) and source.get("type") in ("base64", "url")
+    kind = source.get("type") if isinstance(source, dict) else None
+    return isinstance(kind, str) and kind not in ("base64", "url")
 
 
 def _image(block: Fields) -> dict[str, Any]:
     source = block.object("source")
-    assert source is not None
-    if source.text("type") == "url":
+    kind = None if source is None else source.text("type")
+    if source is None or kind is None:
+        raise block.fail("source", "given as {'type': 'base64', ...} or {'type': 'url', ...}")
+    if kind == "url":
         return {"type": "image", "url": source.text("url") or ""}
-    kind = source.text("media_type") or "image/png"
-    return {"type": "image", "url": f"data:{kind};base64,{source.text('data') or ''}"}
+    media = source.text("media_type") or "image/png"
+    return {"type": "image", "url": f"data:{media};base64,{source.text('data') or ''}"}

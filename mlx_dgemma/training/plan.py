@@ -5,7 +5,7 @@ trained      float32 parameters, their gradient and the optimizer's two moments
 context      keys and values of the encoder pass, held for the decoder's gradient
 activations  what a layer's gradient needs: of every layer, or with `checkpoint` of one beside
              what enters each
-head         logits and their gradient, of ROWS rows at a time
+head         logits and their gradient, of HEAD_BYTES of float32 at a time
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from mlx_dgemma.errors import ResourceError
 from mlx_dgemma.machine.hardware import Machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.training.loss import ROWS
+from mlx_dgemma.training.loss import HEAD_BYTES
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,11 @@ def plan_training(
     seq_length: int,
     checkpoint: bool,
     itemsize: int,
+    encoder_loss: bool = True,
 ) -> TrainingPlan:
     """weights: bytes stored. trained: parameters. seq_length: prompt and response tokens.
-    itemsize: bytes of an activation."""
+    itemsize: bytes of an activation. encoder_loss: whether the encoder pass has one of its own;
+    else it reads the prompt alone."""
     text = config.text
     layers = text.num_hidden_layers
     encoded = batch_size * seq_length
@@ -66,7 +68,7 @@ def plan_training(
         trained=16 * trained,
         context=2 * encoded * keys * itemsize,
         activations=entering + most if checkpoint else whole,
-        head=3 * 4 * ROWS * text.vocab_size,
+        head=3 * HEAD_BYTES,
     )
 
 

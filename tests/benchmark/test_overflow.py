@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -83,6 +83,7 @@ def test_the_demo_passes_and_is_remembered(capsys, monkeypatch) -> None:
         ({"units": False, "branches": 100.0}, 1, None),
         ({"loss": 0.1}, 8, "a stored tensor loses 1.0e-01 of its norm"),
         ({"largest": float("nan")}, 8, "attention scores reaches nan"),
+        ({"branches": float("inf")}, 128, "down_proj reaches inf"),
     ],
 )
 def test_what_passes(change, unit, failure) -> None:
@@ -141,6 +142,7 @@ def test_another_training_is_another_checkpoint(tmp_path) -> None:
 
 def test_a_file_that_is_no_record_counts_as_empty() -> None:
     audits.audit_file().parent.mkdir(parents=True)
-    for text in ("", "[]", '{"a": {"largest": 1}}', '{"a": 3}'):
+    wrong = json.dumps({"a": {**asdict(HARMLESS), "branches": "many"}})
+    for text in ("", "[]", '{"a": {"largest": 1}}', '{"a": 3}', wrong):
         audits.audit_file().write_text(text)
         assert audits.everything() == {}

@@ -11,6 +11,7 @@ import pytest
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.graph import launches
 from mlx_dgemma.decoding import (
+    active_steps,
     block_result,
     blocks,
     canvas_state,
@@ -59,18 +60,29 @@ class CountingNumPy:
 
 @pytest.mark.parametrize("conditioning", ["dense", "sparse"])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_a_step_is_read_once(model, monkeypatch, conditioning, rows):
+@pytest.mark.parametrize("positions", ["all", "active"])
+def test_a_step_is_read_once(model, monkeypatch, positions, conditioning, rows):
     """One vector a step, and three where blocks are done; evaluation waits once as well."""
     numpy, waits = CountingNumPy(), []
     core = SimpleNamespace(**vars(mx))
     core.eval = lambda *arrays: (waits.append(1), mx.eval(*arrays))
-    for module in (block_result, canvas_state, denoise, prediction, report, self_conditioning):
+    for module in (
+        active_steps,
+        block_result,
+        canvas_state,
+        denoise,
+        prediction,
+        report,
+        self_conditioning,
+    ):
         monkeypatch.setattr(module, "mx", core)
         if hasattr(module, "np"):
             monkeypatch.setattr(module, "np", numpy)
     monkeypatch.setattr(mx.array, "item", lambda _: pytest.fail("a read by item()"))
     monkeypatch.setattr(mx.array, "tolist", lambda _: pytest.fail("a read by tolist()"))
-    results, steps = run(model, rows, conditioning=conditioning, stability_threshold=99)
+    results, steps = run(
+        model, rows, conditioning=conditioning, stability_threshold=99, positions=positions
+    )
     assert len(results) == rows
     assert steps == 8
     assert numpy.reads == steps + 3

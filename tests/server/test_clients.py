@@ -114,6 +114,19 @@ def test_openai_responses(scripted: Any) -> None:
     assert {"response.created", "response.output_text.delta", "response.completed"} <= kinds
 
 
+def test_openai_responses_are_kept(scripted: Any) -> None:
+    client, _ = scripted(Script("one", "two"))
+    first = client.responses.create(model="default", input="a")
+    second = client.responses.create(model="default", input="b", previous_response_id=first.id)
+    again = client.responses.retrieve(second.id)
+    assert (again.output_text, again.previous_response_id) == ("two", first.id)
+    listed = client.responses.input_items.list(second.id, order="asc", limit=1)  # page by page
+    assert [item.content[0].text for item in listed] == ["a", "one", "b"]
+    client.responses.delete(second.id)
+    with pytest.raises(openai.NotFoundError):
+        client.responses.retrieve(second.id)
+
+
 def test_openai_completions(scripted: Any) -> None:
     client, _ = scripted(Script("and so on"))
     whole = client.completions.create(model="default", prompt="Once", logprobs=1)
