@@ -134,7 +134,7 @@ class Joined:
 
 @dataclass(frozen=True)
 class Merged:
-    """Another tensor with an adapter's delta added, in float32."""
+    """Another tensor as an adapter changes it."""
 
     tensor: Tensor
     name: str
@@ -171,11 +171,11 @@ class Source:
         return any(isinstance(tensor, Packed) for tensor in self.tensors.values())
 
     def with_adapter(self, adapter: Adapter | None) -> dict[str, Tensor]:
-        """The parameters, with an adapter's deltas merged into those it adapts."""
+        """The parameters, with those that an adapter changes merged or replaced."""
         if adapter is None:
             return self.tensors
         return {
-            name: Merged(tensor, name, adapter) if name in adapter.deltas else tensor
+            name: Merged(tensor, name, adapter) if adapter.changes(name) else tensor
             for name, tensor in self.tensors.items()
         }
 

@@ -8,6 +8,8 @@ from __future__ import annotations
 import json
 import os
 import random
+import socket
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -210,8 +212,16 @@ def _damage_entries(header: dict[str, Any], chance: random.Random) -> str:
 def replace_by_special(path: Path, chance: random.Random) -> None:
     """A pipe, a folder, a socket or a device under a file's name."""
     path.unlink()
-    kind = chance.randrange(6)
-    if kind == 0:
+    kind = chance.randrange(7)
+    if kind == 6:
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            with socket.socket(socket.AF_UNIX) as bound:
+                before = os.getcwd()
+                os.chdir(folder)  # a socket's whole path may have a hundred characters
+                bound.bind("s")
+                os.chdir(before)
+            os.rename(Path(folder) / "s", path)
+    elif kind == 0:
         os.mkfifo(path)
     elif kind == 1:
         path.mkdir()

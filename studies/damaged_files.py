@@ -4,7 +4,8 @@
 
 Each case must end in success or in one sentence (a DGemmaError), within SECONDS of computing and
 MEGABYTES of memory. Cases run in a process of their own that the study restarts when it dies or
-hangs. `structure` knows what the files mean (damage.py), `havoc` does not (havoc.py). Prints counts
+hangs. `structure` knows what the files mean (damage.py), `havoc` does not (havoc.py),
+`special` puts a pipe, a folder, a socket or a device in a file's place. Prints counts
 per kind, and everything that broke a bound with the number that repeats it (`--only NUMBER`).
 """
 
@@ -29,7 +30,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from damage import Damage, damage_file
+from damage import Damage, damage_file, replace_by_special
 from havoc import Havoc
 from whole_files import build
 
@@ -65,7 +66,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--cases", type=int, default=2500)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--mutator", choices=("structure", "havoc"), default="structure")
+    parser.add_argument("--mutator", choices=("structure", "havoc", "special"), default="structure")
     parser.add_argument("--only", type=int, help="run this one case and show what it raised")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -212,6 +213,8 @@ def _work(scratch: Path, mutator: str) -> int:
         texts = [whole / name for name, _ in KINDS.values() if not name.endswith(".safetensors")]
         havoc = Havoc(path.read_bytes() for path in texts)
         damage = havoc.file
+    elif mutator == "special":
+        damage = replace_by_special
     for line in sys.stdin:
         number, seed = map(int, line.split())
         print(json.dumps(_case(scratch, models, damage, number, seed)), file=answers, flush=True)

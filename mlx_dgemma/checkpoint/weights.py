@@ -58,7 +58,7 @@ def load_model(
         read now, and q/k/v and gate/up are joined.
     dtype: of activations; by default the checkpoint's, and float32 on MLX's CPU backend, where a
         model under EXPAND_BYTES is also expanded to float32 weights.
-    adapter_path: a LoRA adapter of PEFT's or mlx-lm's form, which stays beside the weights.
+    adapter_path: an adapter of PEFT's or mlx-lm's form, whose deltas stay beside the weights.
     unit: in which both branches of a layer compute, see `model.float16`.
     team: the processes that hold the model together; of what they divide this one reads its part
         alone, also with `lazy`.
@@ -84,6 +84,8 @@ def load_model(
         with reading_weights(folder):
             parameters = own_parts(model.share, config, parameters, sources, headers)
         drop_absent(model, parameters)
+    if adapter is not None:
+        parameters |= adapter.own_parameters(model.share, config)
     fill(model, parameters)
     if unit > 1:
         with mx.stream(unbound):

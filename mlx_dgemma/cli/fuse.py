@@ -16,7 +16,7 @@ from mlx_dgemma.machine.memory import gigabytes
 def build_parser() -> argparse.ArgumentParser:
     parser = Parser(
         prog="mlx_dgemma.fuse",
-        description="Merges a LoRA adapter into the weights it was trained beside. A quantized "
+        description="Merges an adapter into the weights it was trained beside. A quantized "
         "matrix is merged in full precision and quantized again as it was.",
     )
     flags.add_source(parser)

@@ -18,7 +18,7 @@ from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.errors import InputError, ResourceError
 
 if TYPE_CHECKING:
-    from mlx_dgemma.training.run import Settings
+    from mlx_dgemma.training.settings import Settings
 
 TRAINABLE = ("attention", "dense", "experts", "self-conditioning")
 
@@ -78,10 +78,25 @@ def build_parser() -> argparse.ArgumentParser:
         help="leave the prompt out of the encoder's loss; the canvas never counts it",
     )
     steps.add_argument(
+        "--objective",
+        choices=("diffusion", "few-steps"),
+        help="few-steps: learn to arrive at the model's own answers to the prompts in fewer "
+        "denoising steps; answers in the data are not read (default: diffusion)",
+    )
+    steps.add_argument(
+        "--answers-per-prompt", type=int, metavar="N", help="for few-steps (default: 1)"
+    )
+    steps.add_argument(
+        "--certainty-weight",
+        type=float,
+        metavar="W",
+        help="of the entropy where the likeliest token is right, for few-steps (default: 2)",
+    )
+    steps.add_argument(
         "--encoder-weight",
         type=float,
         metavar="W",
-        help="of the encoder's next-token loss beside the canvas' loss (default: 1)",
+        help="of the encoder's next-token loss beside the canvas' loss (default: 1; few-steps: 0)",
     )
     steps.add_argument(
         "--detach-context",
@@ -144,7 +159,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:
-    from mlx_dgemma.training.run import Settings
+    from mlx_dgemma.training.settings import Settings
 
     values = {} if arguments["config"] is None else _read_config(arguments["config"])
     known = Settings.__annotations__
@@ -192,7 +207,7 @@ class _shown:  # noqa: N801  (a context manager that reads as a verb)
         self._progress.stop()
 
     def show(self, event: Any) -> None:
-        from mlx_dgemma.training.loop import Evaluated, Report
+        from mlx_dgemma.training.events import Answered, Evaluated, Report
 
         self._progress.update(self._task, completed=event.step)
         if isinstance(event, Report):
@@ -204,6 +219,8 @@ class _shown:  # noqa: N801  (a context manager that reads as a verb)
         elif isinstance(event, Evaluated):
             facts = "".join(f", {name} {value:.2f}" for name, value in event.facts.items())
             line = f"step {event.step}: validation loss {event.loss:.3f}{facts}"
+        elif isinstance(event, Answered):
+            line = f"the model's own answers: {event.groups} of {event.of} groups"
         else:
             line = f"step {event.step}: saved {event.path}"
         if self._console.is_terminal:

@@ -24,7 +24,7 @@ from mlx_dgemma.distributed.team import Follower, Leader, Team, machine_name
 from mlx_dgemma.errors import ResourceError
 
 _ROOM = 4096  # bytes of rank 0's introduction
-_CONNECTING = 20.0  # seconds for all to come
+_CONNECTING = 10.0  # seconds for all to come
 _current: Team | None = None
 
 
@@ -93,7 +93,7 @@ def _admit(
             ) from None
         channel = Channel(opened)
         try:
-            hello = channel.receive(5.0)
+            hello = channel.receive(3.0)
         except LostError:
             channel.close()
             continue
@@ -123,7 +123,7 @@ def _follow(group: mx.distributed.Group) -> Follower:
     }
     for address in told["addresses"]:
         try:
-            channel = Channel(socket.create_connection((address, told["port"]), timeout=5.0))
+            channel = Channel(socket.create_connection((address, told["port"]), timeout=3.0))
             channel.send("hello", **hello)
         except (OSError, LostError):
             continue
@@ -139,6 +139,13 @@ def _introduce(group: mx.distributed.Group, card: Mapping[str, Any] | None) -> d
     text = b"" if card is None else json.dumps(card).encode()
     own = mx.array(list(text.ljust(_ROOM)) if card is not None else [0] * _ROOM, dtype=mx.int32)
     found = mx.distributed.all_sum(own, group=group)
+    try:
+        mx.eval(found)
+    except RuntimeError as error:
+        raise ResourceError(
+            "One of the processes ended before all had met: see what its machine says, and start "
+            "all again."
+        ) from error
     told: dict[str, Any] = json.loads(bytes(found.tolist()))  # type: ignore[arg-type]
     return told
 

@@ -72,7 +72,7 @@ def twin(
 def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.array:
     """GeGLU rows [N, F] in sorted order."""
     top_k = routing.experts.shape[1]
-    rows = x[routing.order // top_k][:, None, :]
+    rows = _apart(x[routing.order // top_k])
     both = gate_up.apply_gathered(rows, _sorted_experts(routing))[:, 0]
     width = both.shape[1] // 2
     return geglu(both[:, :width], both[:, width:])
@@ -80,7 +80,13 @@ def gate_up_twin(x: mx.array, routing: Routing, gate_up: ExpertMatrices) -> mx.a
 
 def down_twin(hidden: mx.array, routing: Routing, down: ExpertMatrices) -> mx.array:
     """Expert outputs [N, H] from GeGLU rows [N, F], both in sorted order."""
-    return down.apply_gathered(hidden[:, None, :], _sorted_experts(routing))[:, 0]
+    return down.apply_gathered(_apart(hidden), _sorted_experts(routing))[:, 0]
+
+
+def _apart(rows: mx.array) -> mx.array:
+    """[N, 1, W] of [N, W]. As a reshape: MLX's CPU backend multiplies a new axis' view five times
+    as slowly."""
+    return rows.reshape(rows.shape[0], 1, -1)
 
 
 def combine_twin(rows: mx.array, places: mx.array, weights: mx.array) -> mx.array:

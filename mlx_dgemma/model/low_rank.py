@@ -26,6 +26,7 @@ from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.parameters import matrices
 
 LAYERS = f"{DECODER}layers."
+_ROWS = 1024  # of a weight whose norms are computed at once
 # What `Model.prepare` joins: the joint matrix, and its parts in their order.
 _JOINED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
@@ -36,15 +37,39 @@ _JOINED = {
 @dataclass(frozen=True)
 class Factors:
     """scale * (a @ b).T of a weight [out, in]: a [in, r], b [r, out]; of weights [E, out, in]:
-    a [E, in, r], b [E, r, out]."""
+    a [E, in, r], b [E, r, out].
+
+    magnitude: float32 [out], to which DoRA brings the norm of each row of weight and delta
+    together; None where it stays as it is.
+    """
 
     a: mx.array
     b: mx.array
     scale: float | mx.array
+    magnitude: mx.array | None = None
+
+    def rows(self, start: int, stop: int) -> mx.array:
+        """float32 rows (or experts) [start, stop) of the delta [out, in] or [E, out, in]."""
+        a, b = self.a, self.b
+        if a.ndim == 3:
+            a, b = a[start:stop], b[start:stop]
+        else:
+            b = b[:, start:stop]
+        product = b.swapaxes(-1, -2).astype(mx.float32) @ a.swapaxes(-1, -2).astype(mx.float32)
+        return self.scale * product
+
+    def merged(self, weight: mx.array, start: int) -> mx.array:
+        """float32 rows beginning at `start`, of `weight` with the delta, at DoRA's magnitude."""
+        both = weight.astype(mx.float32) + self.rows(start, start + weight.shape[0])
+        if self.magnitude is None:
+            return both
+        norms = mx.linalg.norm(both, axis=-1)
+        return both * (self.magnitude[start : start + len(norms)] / norms)[:, None]
 
 
 class LowRank(nn.Module):
-    """linear(x) + (x @ lora_a * lora_scale) @ lora_b: one delta, or several side by side."""
+    """(linear(x) + (x @ lora_a * lora_scale) @ lora_b) * dora_scale: one delta, or several side by
+    side."""
 
     def __init__(self, linear: Weights, parts: Sequence[tuple[int, Factors]]) -> None:
         """parts: where in the linear map's outputs a delta begins, and the delta."""
@@ -59,13 +84,34 @@ class LowRank(nn.Module):
         self.lora_scale = mx.concatenate(
             [mx.full((part.b.shape[0],), part.scale, mx.float32) for _, part in parts]
         )
+        if any(part.magnitude is not None for _, part in parts):
+            self.dora_scale = mx.ones((linear.outputs,))
+            for start, part in parts:
+                stop = start + part.b.shape[1]
+                self.dora_scale[start:stop] = _dora_scale(linear, part, start)
+            mx.eval(self.dora_scale)
         mx.eval(self.lora_a, self.lora_b, self.lora_scale)  # by now: they belong to no thread then
 
     def __call__(self, x: mx.array) -> mx.array:
         """[..., out] of x [..., in], in the dtype that the linear map gives."""
         y: mx.array = self.linear(x)
         inner = (x @ self.lora_a).astype(mx.float32) * self.lora_scale
-        return y + (inner.astype(self.lora_b.dtype) @ self.lora_b).astype(y.dtype)
+        y = y + (inner.astype(self.lora_b.dtype) @ self.lora_b).astype(y.dtype)
+        return y * self.dora_scale.astype(y.dtype) if "dora_scale" in self else y
+
+
+def _dora_scale(linear: Weights, part: Factors, start: int) -> mx.array:
+    """float32 [out]: the magnitude over the norm of each row of weight and delta."""
+    outputs = part.b.shape[1]
+    if part.magnitude is None:
+        return mx.ones((outputs,))
+    norms = []
+    for first in range(0, outputs, _ROWS):
+        last = min(first + _ROWS, outputs)
+        weight = linear.matrix(mx.float32).take(slice(start + first, start + last), mx.float32)
+        norms.append(mx.linalg.norm(weight + part.rows(first, last), axis=-1))
+        mx.eval(norms)
+    return part.magnitude / mx.concatenate(norms)
 
 
 @dataclass(frozen=True)

@@ -8,38 +8,47 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.images import PreparedImage
-from mlx_dgemma.training.data import Example
+from mlx_dgemma.training.data import Example, Trail
 
 LEAST_NOISE = 1e-4  # of a canvas' tokens, as the most is 1 minus this
 CONDITIONED = 0.5  # share of examples that see a signal from a first pass
+FRESH = 0.5  # share of trails that are learned from their first canvas
 _PAD_TO = 32  # positions; so that few shapes of batches occur
 
 
 @dataclass(frozen=True)
-class Batch:
-    """B examples, each with one canvas to denoise.
-
-    tokens: int32 [B, L], prompt and clean canvases, then zeros. lengths, starts: int32 [B], the
-    tokens of each, and where its canvas begins. learned: bool [B, L], the positions whose next
-    token the encoder's loss counts. clean, noisy, noisier: int32 [B, C]. conditioned: bool [B].
-    images: by example. canvas_weight, encoder_weight: what one position counts in the loss: one
-    over the positions of the whole batch, of which this may be one machine's share.
-    """
+class Rows:
+    """B texts for the encoder pass: tokens int32 [B, L] with zeros after a text's end, lengths
+    int32 [B], and the images of each."""
 
     tokens: np.ndarray
     lengths: np.ndarray
+    images: tuple[tuple[PreparedImage, ...], ...]
+
+
+@dataclass(frozen=True)
+class Batch(Rows):
+    """B examples, each with one canvas to denoise; tokens are prompt and clean canvases, or what
+    of these the canvas sees.
+
+    starts: int32 [B], where the canvas begins. learned: bool [B, L], the positions whose next
+    token the encoder's loss counts. clean, noisy, noisier: int32 [B, C]. conditioned: bool [B].
+    canvas_weight, encoder_weight: what one position counts in the loss: one over the positions of
+    the whole batch, of which this may be one machine's share.
+    """
+
     starts: np.ndarray
     learned: np.ndarray
     clean: np.ndarray
     noisy: np.ndarray
     noisier: np.ndarray
     conditioned: np.ndarray
-    images: tuple[tuple[PreparedImage, ...], ...]
     canvas_weight: float
     encoder_weight: float
 
@@ -55,7 +64,8 @@ class Noise:
 class Batches:
     """The batches of some examples.
 
-    mask_prompt: leave the prompt out of the encoder's loss. rank, size: of the machines that
+    mask_prompt: leave the prompt out of the encoder's loss. context_only: encode no more than what
+    the canvas sees, which is enough without an encoder's loss. rank, size: of the machines that
     share every batch.
     """
 
@@ -67,6 +77,7 @@ class Batches:
         seed: int,
         *,
         mask_prompt: bool = False,
+        context_only: bool = False,
         rank: int = 0,
         size: int = 1,
     ) -> None:
@@ -84,6 +95,7 @@ class Batches:
         self._noise = noise
         self._seed = seed
         self._mask_prompt = mask_prompt
+        self._context_only = context_only
         self._rank, self._machines = rank, size
         order = sorted(range(len(examples)), key=lambda index: examples[index].length)
         count = len(order) // batch_size
@@ -116,38 +128,80 @@ class Batches:
         """Pads, chooses canvases and draws noise; of it this machine's rows."""
         rng = np.random.default_rng(list(key))
         length = self._noise.canvas_length
-        rows = len(examples)
-        lengths = np.array([example.length for example in examples], np.int32)
-        longest = -(-int(lengths.max()) // _PAD_TO) * _PAD_TO
-        tokens = np.zeros((rows, longest), np.int32)
-        learned = np.zeros((rows, longest), bool)
-        starts = np.zeros(rows, np.int32)
-        clean = np.zeros((rows, length), np.int32)
+        drawn = [self._drawn(example, rng) for example in examples]
+        starts = np.array([one.start for one in drawn], np.int32)
+        texts = [example.ids for example in examples]
+        if self._context_only:
+            texts = [ids[:start] for ids, start in zip(texts, starts, strict=True)]
+        tokens, lengths = padded(texts)
+        learned = np.zeros(tokens.shape, bool)
         for row, example in enumerate(examples):
-            tokens[row, : example.length] = example.ids
             first = len(example.prompt) - 1 if self._mask_prompt else 0
-            learned[row, max(first, 0) : example.length - 1] = True
-            chosen = int(rng.integers(len(example.response) // length))
-            starts[row] = len(example.prompt) + chosen * length
-            clean[row] = example.response[chosen * length : (chosen + 1) * length]
-        share = rng.uniform(LEAST_NOISE, 1 - LEAST_NOISE, (rows, 1))
-        order = rng.random((rows, length))
-        random_ids = rng.integers(self._noise.vocabulary, size=(2, rows, length), dtype=np.int32)
-        noisy = np.where(order < share, random_ids[0], clean)
-        more = share + (1 - share) * rng.random((rows, 1))
-        noisier = np.where((order >= share) & (order < more), random_ids[1], noisy)
-        conditioned = rng.random(rows) < CONDITIONED
+            learned[row, max(first, 0) : lengths[row] - 1] = True
         mine = slice(self._rank, None, self._machines)
         return Batch(
             tokens[mine],
             lengths[mine],
+            tuple(example.images for example in examples)[mine],
             starts[mine],
             learned[mine],
-            clean[mine],
-            noisy[mine],
-            noisier[mine],
-            conditioned[mine],
-            tuple(example.images for example in examples)[mine],
-            canvas_weight=1 / clean.size,
+            np.stack([one.clean for one in drawn])[mine],
+            np.stack([one.noisy for one in drawn])[mine],
+            np.stack([one.noisier for one in drawn])[mine],
+            np.array([one.conditioned for one in drawn])[mine],
+            canvas_weight=1 / (len(drawn) * length),
             encoder_weight=1 / max(int(learned.sum()), 1),
         )
+
+    def _drawn(self, example: Example, rng: np.random.Generator) -> _Drawn:
+        if isinstance(example, Trail):
+            return _of_trail(example, rng)
+        length = self._noise.canvas_length
+        start = int(rng.integers(len(example.response) // length)) * length
+        clean = example.response[start : start + length]
+        share = rng.uniform(LEAST_NOISE, 1 - LEAST_NOISE)
+        order = rng.random(length)
+        random_ids = rng.integers(self._noise.vocabulary, size=(2, length), dtype=np.int32)
+        noisy = np.where(order < share, random_ids[0], clean)
+        more = share + (1 - share) * rng.random()
+        noisier = np.where((order >= share) & (order < more), random_ids[1], noisy)
+        conditioned = rng.random() < CONDITIONED
+        return _Drawn(len(example.prompt) + start, clean, noisy, noisier, conditioned)
+
+
+class _Drawn(NamedTuple):
+    """What is denoised of an example: where its canvas begins, and rows of a `Batch`."""
+
+    start: int
+    clean: np.ndarray
+    noisy: np.ndarray
+    noisier: np.ndarray
+    conditioned: bool
+
+
+def _of_trail(trail: Trail, rng: np.random.Generator) -> _Drawn:
+    """The answer's last canvas, from noise that leads to it or from a canvas on its way."""
+    count, length = trail.canvases.shape
+    fresh = count == 1 or rng.random() < FRESH
+    place = 0 if fresh else int(rng.integers(1, count))
+    first = trail.canvases[0]
+    # One of the candidates that lead to the same token, or the noise that did.
+    order = rng.random(trail.alike.shape) * trail.alike
+    other = trail.candidates[order.argmax(axis=1)]
+    count_alike = trail.alike.sum(axis=1)
+    noise = np.where(rng.random(length) * (count_alike + 1) < count_alike, other, first)
+    noisy, noisier = (
+        np.where(trail.canvases[at] == first, noise, trail.canvases[at])
+        for at in (place, max(place - 1, 0))
+    )
+    return _Drawn(trail.length - length, trail.response[-length:], noisy, noisier, not fresh)
+
+
+def padded(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens int32 [B, L] of texts int32 [N], zeros after their ends; and lengths int32 [B]."""
+    lengths = np.array([len(ids) for ids in texts], np.int32)
+    longest = -(-int(lengths.max()) // _PAD_TO) * _PAD_TO
+    tokens = np.zeros((len(texts), longest), np.int32)
+    for row, ids in enumerate(texts):
+        tokens[row, : len(ids)] = ids
+    return tokens, lengths

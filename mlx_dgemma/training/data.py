@@ -46,10 +46,31 @@ class Example:
         return np.concatenate([self.prompt, self.response])
 
 
+@dataclass(frozen=True)
+class Trail(Example):
+    """An example whose response ends with a canvas that the model denoised by itself.
+
+    canvases: int32 [K, C], noise first, then what each of its steps made of it. candidates: int32
+    [M], other noise. alike: bool [C, M], which of it would have led to the same token.
+    """
+
+    canvases: np.ndarray = field(kw_only=True)
+    candidates: np.ndarray = field(kw_only=True)
+    alike: np.ndarray = field(kw_only=True)
+
+
 def load_split(
-    source: str | Path, split: str, model: Model, tokenizer: Tokenizer, max_seq_length: int
+    source: str | Path,
+    split: str,
+    model: Model,
+    tokenizer: Tokenizer,
+    max_seq_length: int,
+    *,
+    prompts: bool = False,
 ) -> list[Example]:
     """The examples of one split of a data folder or Hub data set; none if it is not there.
+
+    prompts: read no more than prompts, which need no answer; responses are empty.
 
     Raises InputError for a folder without any split, and for a line that cannot be used: no JSON,
     none of the forms, no answer, or longer than max_seq_length with its response filled up.
@@ -62,12 +83,14 @@ def load_split(
     for number, line in _lines(path):
         where = f"{path}, line {number}"
         try:
-            examples.append(_example(line, model, tokenizer, folder))
+            read = _prompt if prompts else example_of
+            examples.append(read(line, model, tokenizer, folder))
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
-        if examples[-1].length > max_seq_length:
+        needed = examples[-1].length + (model.config.canvas_length if prompts else 0)
+        if needed > max_seq_length:
             raise InputError(
-                f"{where}: {examples[-1].length} tokens with the response filled up to whole "
+                f"{where}: {needed} tokens with the response filled up to whole "
                 f"canvases, and --max-seq-length is {max_seq_length}: raise it or shorten the line."
             )
     return examples
@@ -119,7 +142,28 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         raise InputError(f"{path} is empty: write one JSON object a line.")
 
 
-def _example(line: Any, model: Model, tokenizer: Tokenizer, folder: Path) -> Example:
+def _prompt(line: Any, model: Model, tokenizer: Tokenizer, folder: Path) -> Example:
+    """The prompt of a line, whose answer is left out if it has one."""
+    if not isinstance(line, Mapping) or not ("messages" in line or "prompt" in line):
+        raise InputError("a JSON object is needed, with messages or prompt.")
+    messages = line.get("messages", [{"role": "user", "content": line.get("prompt")}])
+    if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
+        raise InputError("messages must be a list of messages.")
+    last = messages[-1]
+    if isinstance(last, Mapping) and last.get("role") in ("assistant", "model"):
+        messages = messages[:-1]
+    if not messages:
+        raise InputError("a message is needed before the assistant's.")
+    prepared = prepare_prompt(model, tokenizer, _at(messages, folder), tools=line.get("tools"))
+    ids = np.array(prepared.network_ids(model.config.image_token_id), np.int32)
+    return Example(ids, np.zeros(0, np.int32), tuple(prepared.images))
+
+
+def example_of(line: Any, model: Model, tokenizer: Tokenizer, folder: Path = Path()) -> Example:
+    """The example of one line's JSON; image files are looked for in `folder`.
+
+    Raises InputError for a line that cannot be used.
+    """
     if not isinstance(line, Mapping):
         raise InputError("a JSON object is needed, with messages, prompt and completion, or text.")
     if "messages" in line:

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.training.loop import write_tensors
+from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.tuning import EXPERTS, WEIGHTS, read_tuning
 
 DECODER, ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers."
@@ -22,10 +22,10 @@ DECODER, ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers
 def to_peft(folder: Path, out: Path) -> None:
     """Writes `out`/adapter_model.safetensors and adapter_config.json.
 
-    Raises InputError for whole layers and DoRA, which PEFT keeps otherwise.
+    Raises InputError for whole layers, which are no adapter to PEFT.
     """
     tuning = read_tuning(folder)
-    if tuning.kind != "lora":
+    if tuning.kind == "full":
         raise InputError(
             f"An adapter of type {tuning.kind} cannot be written in PEFT's form: fuse it instead."
         )
@@ -50,6 +50,8 @@ def to_peft(folder: Path, out: Path) -> None:
                 parameters.append(copy)
             tensors[f"base_model.model.{wrapped}.lora_A.weight"] = a
             tensors[f"base_model.model.{wrapped}.lora_B.weight"] = b
+            if "m" in pair:
+                tensors[f"base_model.model.{wrapped}.lora_magnitude_vector"] = pair["m"]
     config = {
         "peft_type": "LORA",
         "task_type": None,
@@ -57,6 +59,7 @@ def to_peft(folder: Path, out: Path) -> None:
         "lora_alpha": tuning.scale * tuning.rank,
         "lora_dropout": tuning.dropout,
         "bias": "none",
+        "use_dora": tuning.kind == "dora",
         "target_modules": sorted(modules),
         "target_parameters": sorted(parameters, reverse=True) or None,  # gate_up before down
         "inference_mode": True,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -21,10 +20,12 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from mlx_dgemma.errors import CheckpointError, NumericsError, ResourceError
+from mlx_dgemma.errors import CheckpointError, NumericsError
 from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.model import Model
 from mlx_dgemma.training.batches import Batches
+from mlx_dgemma.training.events import Evaluated, Event, Report, Saved
+from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import Objective
 from mlx_dgemma.training.tuning import WEIGHTS, trained
@@ -44,42 +45,6 @@ class Plan:
     evaluate: int = 200
     save: int = 100
     seed: int = 0
-
-
-@dataclass(frozen=True)
-class Report:
-    """What the last steps were like: means over them; tokens_per_second counts prompt and response
-    tokens; peak_memory in bytes."""
-
-    step: int
-    loss: float
-    canvas_loss: float
-    encoder_loss: float
-    learning_rate: float
-    steps_per_second: float
-    tokens_per_second: float
-    peak_memory: int
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """Validation after a step; facts: what judged answers gave, if any were judged."""
-
-    step: int
-    loss: float
-    canvas_loss: float
-    encoder_loss: float
-    seconds: float
-    facts: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Saved:
-    step: int
-    path: Path
-
-
-Event = Report | Evaluated | Saved
 
 
 class Trainer:
@@ -249,23 +214,6 @@ class Trainer:
         path = self._folder / WEIGHTS
         write_tensors(path, weights, {"format": "mlx", "step": str(self.step)})
         handle(Saved(self.step, path))
-
-
-def write_tensors(path: Path, tensors: dict[str, mx.array], header: dict[str, str]) -> None:
-    """A safetensors file that replaces `path` whole or not at all."""
-    partial = path.with_name(f".{path.stem}.{os.getpid()}.safetensors")
-    try:
-        mx.save_safetensors(str(partial), tensors, header)
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        raise ResourceError(
-            f"{path} cannot be written: {getattr(error, 'strerror', None) or 'the disk is full'}; "
-            "the last save is kept."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _differing(one: dict[str, Any], other: dict[str, Any]) -> str:

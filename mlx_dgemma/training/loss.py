@@ -12,8 +12,9 @@ vocabulary are made for a few rows at a time, and made again for the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from typing import Any
 
 import mlx.core as mx
 
@@ -21,16 +22,23 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.training.batches import Batch
 from mlx_dgemma.training.forward import Passes
 
-ROWS = 64  # whose logits are held at once: 67 MB in float32 of the published vocabulary
+HEAD_BYTES = 64 << 20  # of float32 logits that are held at once
+
+
+def rows_at_once(vocabulary: int) -> int:
+    """Positions whose logits are held at once: 64 of the published vocabulary."""
+    return max(1, HEAD_BYTES // (4 * vocabulary))
 
 
 @dataclass(frozen=True)
 class Objective:
     """encoder_weight: of the encoder's loss beside the canvas' one. detach_context: whether the
-    canvas' loss leaves the encoder pass alone."""
+    canvas' loss leaves the encoder pass alone. certainty_weight: of the entropy (nats) at the
+    canvas' positions where the likeliest token is the target."""
 
     encoder_weight: float = 1.0
     detach_context: bool = False
+    certainty_weight: float = 0.0
 
     def __call__(self, passes: Passes, batch: Batch) -> tuple[mx.array, mx.array]:
         """The loss, and [2]: the canvas' and the encoder's part of it, unweighted."""
@@ -45,6 +53,7 @@ class Objective:
             hidden.reshape(-1, hidden.shape[-1]),
             mx.array(batch.clean.reshape(-1)),
             mx.full(batch.clean.size, batch.canvas_weight),
+            certainty=self.certainty_weight,
         )
         encoder = mx.array(0.0)
         if self.encoder_weight:
@@ -63,40 +72,90 @@ def signal(passes: Passes, batch: Batch, context: list[tuple[mx.array, mx.array]
     """[B, C, H] soft embeddings of a pass over the noisier canvas; zeros where the example is not
     conditioned. Without gradient."""
     model = passes.model
-    frozen = [(mx.stop_gradient(keys), mx.stop_gradient(values)) for keys, values in context]
-    hidden = mx.stop_gradient(passes.decode(mx.array(batch.noisier), batch.starts, frozen, None))
+    rows = batch.conditioned.nonzero()[0]
+    some = mx.array(rows)
+    frozen = [
+        (mx.stop_gradient(keys)[some], mx.stop_gradient(values)[some]) for keys, values in context
+    ]
+    hidden = passes.decode(mx.array(batch.noisier[rows]), batch.starts[rows], frozen, None)
+    hidden = mx.stop_gradient(hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
     parts: list[mx.array] = []
-    for start in range(0, len(flat), ROWS):
-        rows = mx.depends([flat[start : start + ROWS]], parts[-1:])[0] if parts else flat[:ROWS]
-        parts.append(model.soft_embeddings(model.softcap(model.raw_logits(rows))))
-    soft = mx.concatenate(parts).reshape(hidden.shape)
-    return mx.stop_gradient(soft * mx.array(batch.conditioned)[:, None, None])
+    count = rows_at_once(model.config.text.vocab_size)
+    for start in range(0, len(flat), count):
+        part = flat[start : start + count]
+        part = mx.depends([part], parts[-1:])[0] if parts else part
+        parts.append(model.soft_embeddings(model.softcap(model.raw_logits(part))))
+    found = mx.concatenate(parts).reshape(hidden.shape)
+    soft = mx.zeros((len(batch.conditioned), *hidden.shape[1:]), found.dtype)
+    soft[some] = found
+    return mx.stop_gradient(soft)
 
 
-def cross_entropy(model: Model, hidden: mx.array, targets: mx.array, weights: mx.array) -> mx.array:
-    """sum of weights * -log softmax(logits)[target], float32, for hidden [R, H], targets int [R]
-    and weights float32 [R], with no more than ROWS rows of logits at a time."""
+def cross_entropy(
+    model: Model, hidden: mx.array, targets: mx.array, weights: mx.array, *, certainty: float = 0.0
+) -> mx.array:
+    """sum of weights * (-log p[target] + certainty * entropy where target is argmax), float32.
 
+    hidden [R, H], targets int [R], weights float32 [R]; p = softmax(logits), of which no more than
+    `rows_at_once` are held at a time."""
     total = mx.array(0.0)
-    for start in range(0, len(hidden), ROWS):
-        some = slice(start, start + ROWS)
-        total = total + mx.checkpoint(partial(_part, model, targets[some], weights[some]))(
-            hidden[some]
-        )
+    count = rows_at_once(model.config.text.vocab_size)
+    for start in range(0, len(hidden), count):
+        some = slice(start, start + count)
+        total = total + _part(model, targets[some], weights[some], certainty)(hidden[some])
     return total
 
 
-def _part(model: Model, targets: mx.array, weights: mx.array, hidden: mx.array) -> mx.array:
-    logits = model.softcap(model.raw_logits(hidden))
-    found = mx.take_along_axis(logits, targets[:, None], axis=-1)[:, 0]
-    return (weights * (mx.logsumexp(logits, axis=-1) - found)).sum()
+def _part(
+    model: Model, targets: mx.array, weights: mx.array, certainty: float
+) -> Callable[[mx.array], Any]:
+    """The loss of some rows as a function of hidden [r, H], with its gradient in closed form: the
+    logits are made again for it, and few arrays of their size are held."""
+    places = targets[:, None]
+
+    def read(hidden: mx.array) -> tuple[mx.array, ...]:
+        logits = model.softcap(model.raw_logits(hidden))
+        log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
+        likely = mx.exp(logits - log_z)
+        expected = (likely * logits).sum(axis=-1, keepdims=True)
+        right = (logits.argmax(axis=-1) == targets)[:, None]
+        return logits, log_z, likely, expected, right
+
+    def loss(hidden: mx.array) -> mx.array:
+        if not certainty:
+            logits = model.softcap(model.raw_logits(hidden))
+            losses = mx.logsumexp(logits, axis=-1, keepdims=True)
+        else:
+            logits, log_z, _, expected, right = read(hidden)
+            losses = log_z + certainty * right * (log_z - expected)
+        losses = losses - mx.take_along_axis(logits, places, axis=-1)
+        return (weights * losses[:, 0]).sum()
+
+    def gradient(hidden: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        logits, _, likely, expected, right = read(hidden)
+        slope = likely
+        if certainty:
+            slope = likely * (1 - certainty * right * (logits - expected))
+        found = mx.take_along_axis(slope, places, axis=-1) - 1
+        slope = mx.put_along_axis(slope, places, found, axis=-1)
+        cap = model.config.text.final_logit_softcapping
+        slope = slope * (1 - mx.square(logits / cap)) * (weights * cotangent)[:, None]
+        table = model.embedding_matrix
+        return table.apply(slope.astype(table.dtype), transpose=False).astype(hidden.dtype)
+
+    part = mx.custom_function(loss)
+    part.vjp(gradient)
+    return part
 
 
 def obvious_cross_entropy(
-    model: Model, hidden: mx.array, targets: mx.array, weights: mx.array
+    model: Model, hidden: mx.array, targets: mx.array, weights: mx.array, *, certainty: float = 0.0
 ) -> mx.array:
     """The same with all logits at once."""
     logits = model.softcap(model.raw_logits(hidden))
     logs = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
-    return -(weights * mx.take_along_axis(logs, targets[:, None], axis=-1)[:, 0]).sum()
+    losses = -mx.take_along_axis(logs, targets[:, None], axis=-1)[:, 0]
+    entropy = -(mx.exp(logs) * logs).sum(axis=-1)
+    right = logs.argmax(axis=-1) == targets
+    return (weights * (losses + certainty * right * entropy)).sum()

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import types
-import typing
+import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +16,22 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.checkpoint.weights import EXPAND_BYTES, cast, expand
 from mlx_dgemma.decoding.events import Finish
+from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
+from mlx_dgemma.training.answers import Answers
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import Example, load_split, response_text
-from mlx_dgemma.training.loop import Evaluated, Event, Plan, Report, Trainer
-from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.events import Evaluated, Event, Report
+from mlx_dgemma.training.forward import Passes
+from mlx_dgemma.training.loop import STATE, Plan, Trainer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
 from mlx_dgemma.training.schedule import make_optimizer
+from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
-    GROUPS,
-    Kind,
-    Tuning,
     attach,
     load_trained,
     read_tuning,
@@ -38,102 +39,7 @@ from mlx_dgemma.training.tuning import (
     write_config,
 )
 
-
-@dataclass(frozen=True)
-class Settings:
-    """Names and defaults of mlx_lm.lora where it has them; see `mlx_dgemma.lora --help`."""
-
-    model: str | None = None
-    revision: str | None = None
-    dtype: str | None = None
-    train: bool = False
-    test: bool = False
-    data: str = ""
-    adapter_path: str = "adapters"
-    resume: bool = False
-    resume_adapter_file: str | None = None
-    fine_tune_type: Kind = "lora"
-    num_layers: int = -1
-    rank: int = 8
-    scale: float = 4.0
-    dropout: float = 0.0
-    trainable: tuple[str, ...] = ("attention", "dense")
-    keys: tuple[str, ...] | None = None
-    batch_size: int = 4
-    iters: int = 1000
-    learning_rate: float = 1.5e-4
-    optimizer: str = "adamw"
-    optimizer_config: dict[str, Any] = field(default_factory=dict)
-    lr_schedule: dict[str, Any] | None = None
-    grad_accumulation_steps: int = 1
-    max_seq_length: int = 2048
-    mask_prompt: bool = False
-    encoder_weight: float = 1.0
-    detach_context: bool = False
-    grad_checkpoint: bool = False
-    seed: int = 0
-    steps_per_report: int = 10
-    steps_per_eval: int = 200
-    save_every: int = 100
-    val_batches: int = 25
-    test_batches: int = 500
-    val_replies: int = 8
-
-    def __post_init__(self) -> None:
-        for name in ("batch_size", "iters", "grad_accumulation_steps", "max_seq_length",
-                     "steps_per_report", "steps_per_eval", "save_every"):  # fmt: skip
-            if getattr(self, name) < 1:
-                raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more.")
-        for name in ("learning_rate", "encoder_weight"):
-            if not 0 <= getattr(self, name) < float("inf"):
-                raise InputError(f"{name} {getattr(self, name)} is not possible: use 0 or more.")
-        unknown = set(self.trainable) - set(GROUPS)
-        if unknown:
-            raise InputError(f"trainable {sorted(unknown)[0]!r} is not one of {', '.join(GROUPS)}.")
-        if not self.data:
-            raise InputError("--data is missing: name a folder with train.jsonl.")
-        if not (self.train or self.test):
-            raise InputError("Say what to do: --train, --test, or both.")
-
-    @classmethod
-    def from_config(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
-        """From a configuration file's values, which `given` ones overrule. mlx-lm's
-        `lora_parameters` are spread out; names that it has and we have no use for are refused."""
-        values = dict(config)
-        values |= values.pop("lora_parameters", None) or {}
-        types_of = typing.get_type_hints(cls)
-        unknown = sorted(set(values) - set(types_of))
-        if unknown:
-            raise InputError(f"The configuration's {unknown[0]!r} is no setting of this command.")
-        checked: dict[str, Any] = {}
-        for name, value in {**values, **given}.items():
-            if isinstance(value, list):
-                value = tuple(value)
-            if not _fits(value, types_of[name]):
-                raise InputError(f"The setting {name} cannot be {value!r}.")
-            checked[name] = float(value) if types_of[name] is float else value
-        return cls(**checked)
-
-    @property
-    def tuning(self) -> Tuning:
-        named = self.keys or tuple(key for group in self.trainable for key in GROUPS[group])
-        return Tuning(
-            self.fine_tune_type,
-            self.num_layers, self.rank, self.scale, self.dropout, named,
-        )  # fmt: skip
-
-
-def _fits(value: Any, kind: Any) -> bool:
-    if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        plain = typing.get_origin(option) or option
-        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return True
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return True
-    return False
+ANSWERS = "answers-{}.safetensors"  # a split's, of the model itself
 
 
 class Prepared:
@@ -152,8 +58,9 @@ class Prepared:
         self.plan = plan
         self.events: list[Event] = []
         self._splits = splits
+        self._trails: dict[str, Sequence[Example]] = {}
         self._world = mx.distributed.init()
-        self._trainer = self._make_trainer()
+        self._check_batches()
 
     @property
     def summary(self) -> str:
@@ -169,18 +76,58 @@ class Prepared:
         """Trains; False when cancelled before the last step."""
         settings = self.settings
         folder = Path(settings.adapter_path)
-        if settings.resume and not self._trainer.resume():
+        if settings.resume and not (folder / STATE).exists() and not self._answered(folder):
             raise InputError(f"{folder} holds no save to go on from: leave out --resume.")
-        if not self._world.rank():
-            write_config(folder, settings.tuning, model=settings.model or "demo")
 
         def handle(event: Event) -> None:
             self.events.append(event)
             if not self._world.rank():
                 show(event)
 
-        self._trainer.run(handle, cancelled=cancelled)
-        return self._trainer.step >= settings.iters
+        if settings.few_steps and not self._answer(folder, handle, cancelled):
+            return False
+        trainer = self._make_trainer()
+        if settings.resume:
+            trainer.resume()
+        if not self._world.rank():
+            write_config(
+                folder, settings.tuning, model=settings.model or "demo",
+                objective=settings.objective,
+            )  # fmt: skip
+        trainer.run(handle, cancelled=cancelled)
+        return trainer.step >= settings.iters
+
+    def _answered(self, folder: Path) -> bool:
+        return self.settings.few_steps and (folder / ANSWERS.format("train")).exists()
+
+    def _answer(
+        self, folder: Path, handle: Callable[[Event], None], cancelled: Callable[[], bool]
+    ) -> bool:
+        """Lets the model answer the prompts by itself, and puts its answers in their place."""
+        settings = self.settings
+        for split in ("train", "valid"):
+            prompts = self._splits[split]
+            if not prompts:
+                continue
+            answers = Answers(
+                folder / ANSWERS.format(split),
+                json.dumps(settings.answers_identity, sort_keys=True),
+                self.model.config.canvas_length,
+                keep=not self._world.rank(),
+            )
+            with twins_only():
+                done = answers.ask(
+                    Passes(self.model), prompts, settings.answers_per_prompt,
+                    settings.batch_size,
+                    DecodingSettings.from_defaults(self.model.config.generation, {}),
+                    frozenset(self.tokenizer.stop_ids), settings.seed, handle,
+                    cancelled=cancelled, max_length=settings.max_seq_length,
+                )  # fmt: skip
+            if not done:
+                return False
+            self._trails[split] = answers.trails(prompts)
+            self._check_batches()
+        return True
 
     def test_line(self) -> str:
         """The loss of test.jsonl, in a sentence."""
@@ -212,14 +159,14 @@ class Prepared:
 
     def _make_trainer(self, valid: list[Batch] | None = None) -> Trainer:
         settings = self.settings
-        rows = self._splits["train"] or self._splits["test"]
-        if valid is None and self._splits["valid"]:
-            valid = self._fixed(self._splits["valid"], settings.val_batches)
+        rows = self._rows("train") or self._rows("test")
+        if valid is None and self._rows("valid"):
+            valid = self._fixed(self._rows("valid"), settings.val_batches)
         folder = Path(settings.adapter_path) if settings.train else None
         size = min(settings.batch_size, len(rows)) if not settings.train else settings.batch_size
         return Trainer(
             self.model,
-            Objective(settings.encoder_weight, settings.detach_context),
+            settings.loss,
             make_optimizer(
                 settings.optimizer,
                 settings.learning_rate,
@@ -238,10 +185,22 @@ class Prepared:
                 seed=settings.seed,
             ),
             folder=folder,
-            identity=_identity(settings),
+            identity=settings.identity,
             judge=self._judge if settings.val_replies else None,
             checkpoint=settings.grad_checkpoint,
         )
+
+    def _rows(self, split: str) -> Sequence[Example]:
+        """What is trained on: the data's examples, or the model's own answers to its prompts."""
+        return self._trails.get(split, self._splits[split])
+
+    def _check_batches(self) -> None:
+        """Raises InputError where there is no batch in the training data."""
+        settings = self.settings
+        if settings.train:
+            rows = self._rows("train")
+            times = settings.answers_per_prompt if settings.few_steps and not self._trails else 1
+            self._batches([*rows] * times, settings.batch_size)
 
     def _batches(self, rows: Sequence[Example], size: int) -> Batches:
         config = self.model.config
@@ -251,6 +210,7 @@ class Prepared:
             Noise(config.canvas_length, config.text.vocab_size),
             self.settings.seed,
             mask_prompt=self.settings.mask_prompt,
+            context_only=not self.settings.loss.encoder_weight,
             rank=self._world.rank(),
             size=self._world.size(),
         )
@@ -294,7 +254,14 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
     np.random.seed(settings.seed % 2**32)
     model, tokenizer = load(folder, lazy=True, dtype=settings.dtype)
     splits = {
-        name: load_split(settings.data, name, model, tokenizer, settings.max_seq_length)
+        name: load_split(
+            settings.data,
+            name,
+            model,
+            tokenizer,
+            settings.max_seq_length,
+            prompts=settings.few_steps,
+        )
         if wanted
         else []
         for name, wanted in (
@@ -313,11 +280,13 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         raise InputError(f"{settings.adapter_path} holds no adapters.safetensors to test.")
     if not settings.train:
         settings = _as_trained(settings)
-    _settle(model)
+    settle_for_training(model)
     attach(model, settings.tuning)
     if settings.resume_adapter_file is not None:
         load_trained(model, Path(settings.resume_adapter_file))
     longest = max(example.length for rows in splits.values() for example in rows)
+    if settings.few_steps:
+        longest += model.config.canvas_length
     plan = plan_training(
         model.config,
         weights=stored_bytes(folder),
@@ -326,6 +295,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         seq_length=longest,
         checkpoint=settings.grad_checkpoint,
         itemsize=model.residual_dtype.size,
+        encoder_loss=bool(settings.loss.encoder_weight),
     )
     check_training(plan, machine())
     return Prepared(settings, model, tokenizer, splits, plan)
@@ -345,7 +315,7 @@ def _as_trained(settings: Settings) -> Settings:
     )
 
 
-def _settle(model: Model) -> None:
+def settle_for_training(model: Model) -> None:
     """Without a GPU a small model computes in dense float32, as inference does."""
     if mx.default_device() == mx.Device(mx.cpu) and model.dtype == mx.float32:
         dense = 4 * sum(np.prod(shape) for shape in _shapes(model))
@@ -368,12 +338,3 @@ def _make_folder(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise InputError(f"--adapter-path {folder} cannot be written: {error.strerror}.") from error
-
-
-def _identity(settings: Settings) -> dict[str, Any]:
-    """What must be the same for a run to be gone on with: all that decides its steps."""
-    free = {
-        "train", "test", "resume", "adapter_path", "steps_per_report", "steps_per_eval",
-        "save_every", "val_batches", "test_batches", "val_replies", "grad_checkpoint",
-    }  # fmt: skip
-    return {f.name: getattr(settings, f.name) for f in fields(settings) if f.name not in free}

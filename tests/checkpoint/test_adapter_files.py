@@ -71,7 +71,7 @@ def test_both_forms_are_read(tmp_path):
         ({"lora_alpha": "8"}, "lora_alpha"),
         ({"lora_alpha": 1e308}, "lora_alpha"),
         ({"use_rslora": 1}, "use_rslora"),
-        ({"use_dora": True}, "use_dora"),
+        ({"use_dora": True}, "has no magnitudes"),
         ({"bias": "all"}, "bias"),
         ({"alpha_pattern": [1]}, "alpha_pattern"),
         ({"alpha_pattern": {"q_proj": None}}, "q_proj is missing"),
@@ -102,7 +102,9 @@ def test_a_catastrophic_pattern_is_bounded_in_time(pattern, tmp_path):
         ({"lora_a": (WIDTH,)}, "do not fit"),
         ({"lora_a": (WIDTH, 0), "lora_b": (0, QUERIES)}, "do not fit"),
         ({"lora_a": (WIDTH + 1, 4)}, "another model"),
-        ({"m": (QUERIES,)}, "no low-rank delta"),
+        ({"m": (QUERIES,)}, "has magnitudes"),
+        ({"lora_a": None, "lora_b": None, "m": (QUERIES,)}, "has magnitudes"),
+        ({"mm": (QUERIES,)}, "no low-rank delta"),
     ],
 )
 def test_matrices_that_do_not_fit(shapes, words, tmp_path):
@@ -114,7 +116,12 @@ def test_what_else_is_refused(tmp_path):
     with pytest.raises(ModelNotFoundError, match=r"adapter_config\.json"):
         read_adapter(tmp_path, CONFIG)
     with pytest.raises(CheckpointError, match="fine_tune_type"):
-        read_adapter(of_mlx(tmp_path, {"fine_tune_type": "dora"}), CONFIG)
+        read_adapter(of_mlx(tmp_path, {"fine_tune_type": "prefix"}), CONFIG)
+    dora = {"fine_tune_type": "dora"}
+    with pytest.raises(CheckpointError, match="has no magnitudes"):
+        read_adapter(of_mlx(tmp_path, dora), CONFIG)
+    with pytest.raises(CheckpointError, match="do not fit its delta"):
+        read_adapter(of_mlx(tmp_path, dora, m=(QUERIES + 1,)), CONFIG)
     with pytest.raises(CheckpointError, match="scale"):
         read_adapter(of_mlx(tmp_path, {"lora_parameters": {"scale": "2"}}), CONFIG)
     of_mlx(tmp_path)

@@ -44,6 +44,12 @@ KINDS = {
         "alpha_pattern": {r"layers\.[12]\.self_attn\.k_proj": 3},
         "use_rslora": True,
     },
+    "dora of the decoder": {"target_modules": DECODER + LINEAR, "use_dora": True},
+    "dora of both, equal": {
+        "target_modules": BOTH + r"(self_attn\.[ko]_proj|mlp\.(up|down)_proj)",
+        "use_dora": True,
+        "same_encoder": True,
+    },
     "experts of the decoder": {"target_modules": DECODER + LINEAR, "target_parameters": EXPERTS},
     "experts of both": {"target_modules": BOTH + LINEAR, "target_parameters": BOTH_EXPERTS},
     "experts of both, equal": {
@@ -129,6 +135,7 @@ def test_the_unmerged_model_is_the_oracle(kind, adapted):
         ("bfloat16", "both different"),
         ("8bit", "experts of both"),
         ("4bit", "both different"),
+        ("4bit", "dora of the decoder"),
         ("4bit", "experts of both"),
         ("mxfp4", "experts of both"),
     ],

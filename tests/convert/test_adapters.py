@@ -122,7 +122,6 @@ def test_applied_at_load_equals_merged(make, base, tmp_path):
 def test_kinds_that_cannot_be_merged(make, base):
     config = ModelConfig.from_folder(base)
     for settings, match in (
-        ({"r": 4, "target_modules": BOTH_QO, "use_dora": True}, "use_dora"),
         ({"r": 4, "target_modules": BOTH_QO, "modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"r": 4, "target_modules": BOTH_QO, "lora_bias": True}, "lora_bias"),
         (

@@ -22,6 +22,23 @@ def test_damaged_files_of_every_kind():
     assert found.counts.total() == 1000
 
 
+@pytest.mark.slow
+def test_what_is_no_file_under_a_files_name():
+    """Every kind of file as a pipe, a folder, a socket, a device or a broken link, through every
+    action: never a hang."""
+    found = run(range(len(KINDS) * 6), 3, "special")
+    assert not found.faults, found.faults[0]
+    sentences = sum(count for (_, outcome), count in found.counts.items() if outcome == "sentence")
+    assert sentences > found.counts.total() * 0.6
+
+
+@pytest.mark.slow
+def test_files_damaged_without_knowing_their_form():
+    found = run(range(400), 20_262, "havoc")
+    assert not found.faults, found.faults[0]
+    assert found.counts.total() == 400
+
+
 def test_headers_are_accepted_as_safetensors_accepts_them(checkpoint, tmp_path):
     """Whatever that library refuses is refused here; whatever is refused here alone is named."""
     whole = (checkpoint / "model.safetensors").read_bytes()

@@ -39,7 +39,9 @@ def make_adapter(
     parameters = dict(wrapped.named_parameters())
     with torch.no_grad():
         for name, parameter in parameters.items():
-            if "lora_" in name:
+            if "lora_magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.randn(parameter.shape))
+            elif "lora_" in name:
                 parameter.normal_(0.0, deviation)
         for name, parameter in parameters.items():
             if "lora_" in name and "encoder.language_model" in name:

@@ -247,3 +247,11 @@ def test_contexts_in_8_bits_are_shared_and_kept_apart(owner: Any, tmp_path: Path
         assert reused.cached_tokens > 100
         assert ids == expected
         assert_same(reused, fresh)
+
+
+def test_a_directory_that_was_open_to_others_is_closed(tmp_path: Path) -> None:
+    directory = tmp_path / "contexts"
+    directory.mkdir()
+    directory.chmod(0o777)
+    DiskCache(directory, 1 << 20)
+    assert directory.stat().st_mode & 0o777 == 0o700

@@ -15,8 +15,8 @@ from mlx_dgemma.training import loss as losses
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.data import Example
 from mlx_dgemma.training.export import to_peft
+from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loop import write_tensors
 from mlx_dgemma.training.loss import Objective, cross_entropy, obvious_cross_entropy, signal
 from mlx_dgemma.training.tuning import (
     ATTENTION,
@@ -92,14 +92,16 @@ def test_the_signal_is_the_obvious_one_and_zero_where_there_is_none(model, batch
         assert mx.allclose(found[row], expected, atol=1e-4)
 
 
-def test_cross_entropy_in_pieces_is_the_whole_with_its_gradient(model, monkeypatch):
-    monkeypatch.setattr(losses, "ROWS", 5)
+@pytest.mark.parametrize("certainty", [0.0, 1.5])
+def test_cross_entropy_in_pieces_is_the_whole_with_its_gradient(model, monkeypatch, certainty):
+    monkeypatch.setattr(losses, "HEAD_BYTES", 4 * 5 * VOCABULARY)
     hidden = mx.random.normal((13, model.config.text.hidden_size), key=mx.random.key(0))
-    targets = mx.arange(13) * 7 % VOCABULARY
+    likeliest = model.raw_logits(hidden).argmax(axis=-1)
+    targets = mx.where(mx.arange(13) % 2 == 0, likeliest, mx.arange(13) * 7 % VOCABULARY)
     weights = mx.random.uniform(shape=(13,), key=mx.random.key(1))
     values = []
     for function in (cross_entropy, obvious_cross_entropy):
-        part = partial(function, model, targets=targets, weights=weights)
+        part = partial(function, model, targets=targets, weights=weights, certainty=certainty)
         values.append(mx.value_and_grad(part)(hidden))
     assert values[0][0].item() == pytest.approx(values[1][0].item(), rel=1e-5)
     assert mx.allclose(values[0][1], values[1][1], atol=1e-6)

@@ -14,13 +14,17 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
+from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.cli.fuse import main as fuse
 from mlx_dgemma.cli.lora import main
+from mlx_dgemma.convert import convert
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.training import run
-from mlx_dgemma.training.loop import STATE, Evaluated, Report, Saved
-from mlx_dgemma.training.run import Settings
+from mlx_dgemma.training.events import Evaluated, Report, Saved
+from mlx_dgemma.training.loop import STATE
+from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import WEIGHTS
 
 QUICK = {
@@ -238,28 +242,65 @@ def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_save(data, tmp_path
     assert (tmp_path / "a" / WEIGHTS).exists()
 
 
-def test_an_adapter_is_asked_fused_and_exported(data, tmp_path, capsys):
-    """Beside the weights, merged into them and in PEFT's form it is one and the same network."""
-    from mlx_dgemma.checkpoint.weights import load_model
+KINDS = {
+    "lora": {},
+    "dora": {"fine_tune_type": "dora"},
+    "full": {"fine_tune_type": "full", "learning_rate": 1e-2},
+}
 
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_was_trained_is_asked_fused_and_exported(data, tmp_path, capsys, kind):
+    """Beside the weights, merged into them and in PEFT's form it is the network that was
+    trained."""
     folder = tmp_path / "adapter"
-    trained(data, folder, learning_rate=3e-2)
+    settings = Settings(**{
+        **QUICK, "data": str(data), "adapter_path": str(folder), "learning_rate": 3e-2,
+        "iters": 2, **KINDS[kind],
+    })  # fmt: skip
+    prepared = run.prepare(settings)
+    prepared.train(lambda _: None, cancelled=lambda: False)
     assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")]) == 0
-    assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "p"), "--peft"]) == 0
+    exported = fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "p"), "--peft"])
+    assert exported == (2 if kind == "full" else 0)
     capsys.readouterr()
 
-    def logits(path, adapter=None):
-        model = load_model(path, adapter_path=adapter)
+    def logits(model):
         cache = model.make_cache()
         model.prefill(np.arange(60, 80), cache)
         return model.denoise(mx.arange(32)[None] + 200, cache)
 
-    plain, beside = logits(CHECKPOINT), logits(CHECKPOINT, folder)
+    def loaded(path, adapter=None):
+        return logits(load_model(path, adapter_path=adapter))
+
+    plain, beside = loaded(CHECKPOINT), loaded(CHECKPOINT, folder)
     scale = mx.abs(plain).max().item()
     assert mx.abs(beside - plain).max().item() > 0.05 * scale
-    assert mx.abs(beside - logits(CHECKPOINT, tmp_path / "p")).max().item() < 1e-4 * scale
+    with twins_only():
+        assert mx.abs(beside - logits(prepared.model)).max().item() < 1e-4 * scale
+    if kind != "full":
+        assert mx.abs(beside - loaded(CHECKPOINT, tmp_path / "p")).max().item() < 1e-4 * scale
     # The demo's weights are stored in 16 bits, which round what is merged into them.
-    assert mx.abs(beside - logits(tmp_path / "fused")).max().item() < 0.05 * scale
+    assert mx.abs(beside - loaded(tmp_path / "fused")).max().item() < 0.05 * scale
+
+
+def test_whole_layers_of_another_model_are_refused(data, tmp_path, capsys):
+    folder = tmp_path / "full"
+    trained(data, folder, fine_tune_type="full", num_layers=1, iters=1)
+    convert(CHECKPOINT, tmp_path / "4bit", recipe="4bit")
+    with pytest.raises(CheckpointError, match="give the 16-bit checkpoint"):
+        load_model(tmp_path / "4bit", adapter_path=folder)
+    tensors = mx.load(str(folder / WEIGHTS))
+    mx.eval(tensors)
+    name = next(iter(tensors))
+    for wrong, words in (
+        ({name: mx.zeros((3, 3))}, "trained on another model"),
+        ({"model.decoder.nothing": mx.zeros(1)}, "no such parameter"),
+        ({name: tensors[name] * float("nan")}, "NaN or Inf"),
+    ):
+        mx.save_safetensors(str(folder / WEIGHTS), {**tensors, **wrong})
+        with pytest.raises(CheckpointError, match=words):
+            load_model(CHECKPOINT, adapter_path=folder)
 
 
 def test_what_cannot_be_fused_gets_one_sentence(data, tmp_path, capsys):

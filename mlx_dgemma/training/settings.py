@@ -1,0 +1,149 @@
+"""The settings of a fine-tuning run, in mlx-lm's names."""
+
+from __future__ import annotations
+
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, Literal
+
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.tuning import GROUPS, Kind, Tuning
+
+ObjectiveName = Literal["diffusion", "few-steps"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Names and defaults of mlx_lm.lora where it has them; see `mlx_dgemma.lora --help`."""
+
+    model: str | None = None
+    revision: str | None = None
+    dtype: str | None = None
+    train: bool = False
+    test: bool = False
+    data: str = ""
+    adapter_path: str = "adapters"
+    resume: bool = False
+    resume_adapter_file: str | None = None
+    fine_tune_type: Kind = "lora"
+    num_layers: int = -1
+    rank: int = 8
+    scale: float = 4.0
+    dropout: float = 0.0
+    trainable: tuple[str, ...] = ("attention", "dense")
+    keys: tuple[str, ...] | None = None
+    batch_size: int = 4
+    iters: int = 1000
+    learning_rate: float = 1.5e-4
+    optimizer: str = "adamw"
+    optimizer_config: dict[str, Any] = field(default_factory=dict)
+    lr_schedule: dict[str, Any] | None = None
+    grad_accumulation_steps: int = 1
+    max_seq_length: int = 2048
+    mask_prompt: bool = False
+    objective: ObjectiveName = "diffusion"
+    encoder_weight: float | None = None
+    certainty_weight: float = 2.0
+    answers_per_prompt: int = 1
+    detach_context: bool = False
+    grad_checkpoint: bool = False
+    seed: int = 0
+    steps_per_report: int = 10
+    steps_per_eval: int = 200
+    save_every: int = 100
+    val_batches: int = 25
+    test_batches: int = 500
+    val_replies: int = 8
+
+    def __post_init__(self) -> None:
+        for name in (
+            "batch_size", "iters", "grad_accumulation_steps", "max_seq_length",
+            "steps_per_report", "steps_per_eval", "save_every", "answers_per_prompt",
+        ):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more.")
+        for name in ("learning_rate", "encoder_weight", "certainty_weight"):
+            if not 0 <= (getattr(self, name) or 0) < float("inf"):
+                raise InputError(f"{name} {getattr(self, name)} is not possible: use 0 or more.")
+        unknown = set(self.trainable) - set(GROUPS)
+        if unknown:
+            raise InputError(f"trainable {sorted(unknown)[0]!r} is not one of {', '.join(GROUPS)}.")
+        if not self.data:
+            raise InputError("--data is missing: name a folder with train.jsonl.")
+        if not (self.train or self.test):
+            raise InputError("Say what to do: --train, --test, or both.")
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
+        """From a configuration file's values, which `given` ones overrule. mlx-lm's
+        `lora_parameters` are spread out; names that it has and we have no use for are refused."""
+        values = dict(config)
+        values |= values.pop("lora_parameters", None) or {}
+        types_of = typing.get_type_hints(cls)
+        unknown = sorted(set(values) - set(types_of))
+        if unknown:
+            raise InputError(f"The configuration's {unknown[0]!r} is no setting of this command.")
+        checked: dict[str, Any] = {}
+        for name, value in {**values, **given}.items():
+            if isinstance(value, list):
+                value = tuple(value)
+            if not _fits(value, types_of[name]):
+                raise InputError(f"The setting {name} cannot be {value!r}.")
+            checked[name] = float(value) if types_of[name] is float else value
+        return cls(**checked)
+
+    @property
+    def tuning(self) -> Tuning:
+        named = self.keys or tuple(key for group in self.trainable for key in GROUPS[group])
+        return Tuning(
+            self.fine_tune_type,
+            self.num_layers, self.rank, self.scale, self.dropout, named,
+        )  # fmt: skip
+
+    @property
+    def few_steps(self) -> bool:
+        """Whether the model learns to arrive at its own answers in fewer steps."""
+        return self.objective == "few-steps"
+
+    @property
+    def loss(self) -> Objective:
+        """The objective; by default few steps leave out the encoder's loss."""
+        weight = self.encoder_weight
+        if weight is None:
+            weight = 0.0 if self.few_steps else 1.0
+        certainty = self.certainty_weight if self.few_steps else 0.0
+        return Objective(weight, self.detach_context, certainty)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What must be the same for a run to be gone on with: all that decides its steps."""
+        free = {
+            "train", "test", "resume", "adapter_path", "steps_per_report", "steps_per_eval",
+            "save_every", "val_batches", "test_batches", "val_replies", "grad_checkpoint",
+        }  # fmt: skip
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
+
+    @property
+    def answers_identity(self) -> dict[str, Any]:
+        """What decides the model's own answers, beside its weights."""
+        names = (
+            "model", "revision", "dtype", "data", "batch_size", "answers_per_prompt",
+            "max_seq_length", "resume_adapter_file", "seed",
+        )  # fmt: skip
+        return {name: getattr(self, name) for name in names}
+
+
+def _fits(value: Any, kind: Any) -> bool:
+    if typing.get_origin(kind) is typing.Literal:
+        return value in typing.get_args(kind)
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    for option in options:
+        plain = typing.get_origin(option) or option
+        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
+            return True
+        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
+            return True
+    return False
