@@ -56,37 +56,48 @@ def plan_training(
     itemsize: bytes of an activation. encoder_loss: whether the encoder pass has one of its own;
     else it reads the prompt alone."""
     text = config.text
-    layers = text.num_hidden_layers
-    encoded = batch_size * seq_length
-    positions = encoded + batch_size * config.canvas_length
-    keys = sum(2 * text.kv_heads_of(i) * text.head_dim_of(i) for i in range(layers))
-    whole = sum(_layer_bytes(config, i, batch_size, seq_length, itemsize) for i in range(layers))
-    most = max(_layer_bytes(config, i, batch_size, seq_length, itemsize) for i in range(layers))
-    entering = 2 * positions * text.hidden_size * itemsize * layers
+    layers = range(text.num_hidden_layers)
+    decoded = batch_size * config.canvas_length
+    read = seq_length if encoder_loss else seq_length - config.canvas_length
+    encoded = batch_size * read
+    keys = sum(2 * text.kv_heads_of(i) * text.head_dim_of(i) for i in layers)
+    held = [_layer_numbers(config, i) * (encoded + decoded) for i in layers]
+    if not encoder_loss:  # of the encoder's last layer keys and values alone are computed
+        held[-1] -= _layer_numbers(config, layers[-1]) * encoded
+    heads = batch_size * text.num_attention_heads
+    scores = 5 * heads * max(read**2, config.canvas_length * (read + config.canvas_length))
+    experts = 2 * _expert_numbers(config) * max(encoded, decoded)
+    entering = (encoded + decoded) * text.hidden_size * len(layers)
+    gates = 5 * _gate_numbers(config) * (encoded + decoded) * len(layers)
+    whole = entering + max(held) if checkpoint else sum(held) + gates
     return TrainingPlan(
         weights=weights,
         trained=16 * trained,
-        context=2 * encoded * keys * itemsize,
-        activations=entering + most if checkpoint else whole,
-        head=3 * HEAD_BYTES,
+        context=(2 * encoded + decoded) * keys * itemsize,
+        activations=(whole + scores + experts) * itemsize,
+        head=6 * min(HEAD_BYTES, 4 * max(encoded, decoded) * text.vocab_size),
     )
 
 
-def _layer_bytes(
-    config: ModelConfig, index: int, batch: int, seq_length: int, itemsize: int
-) -> int:
-    """What both passes of one layer hold for its gradient."""
+def _expert_numbers(config: ModelConfig) -> int:
+    """Of one position: both halves of the chosen experts' inner rows, and their outputs."""
     text = config.text
-    positions = batch * (seq_length + config.canvas_length)
-    heads = text.num_attention_heads
-    attention = 4 * (heads + text.kv_heads_of(index)) * text.head_dim_of(index)
-    dense = 4 * text.intermediate_size
-    experts = text.top_k_experts * (2 * text.hidden_size + 4 * text.moe_intermediate_size)
-    stream = 12 * text.hidden_size
-    scores = (
-        batch * heads * (seq_length**2 + config.canvas_length * (seq_length + config.canvas_length))
-    )
-    return (positions * (attention + dense + experts + stream) + 2 * scores) * itemsize
+    return text.top_k_experts * (2 * text.moe_intermediate_size + text.hidden_size)
+
+
+def _gate_numbers(config: ModelConfig) -> int:
+    """Of one position: the gated rows, of whose activation five arrays are held (measured)."""
+    text = config.text
+    return text.intermediate_size + text.top_k_experts * text.moe_intermediate_size
+
+
+def _layer_numbers(config: ModelConfig, index: int) -> int:
+    """What a layer's gradient needs of one position: attention's rows raw, normed and rotated, the
+    dense branch's three, the experts', and eleven of the residual stream's width."""
+    text = config.text
+    heads = 4 * text.num_attention_heads + 5 * text.kv_heads_of(index)
+    attention = heads * text.head_dim_of(index)
+    return attention + 3 * text.intermediate_size + _expert_numbers(config) + 11 * text.hidden_size
 
 
 def check_training(plan: TrainingPlan, machine: Machine) -> None:

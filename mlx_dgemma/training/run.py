@@ -295,6 +295,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         seq_length=longest,
         checkpoint=settings.grad_checkpoint,
         itemsize=model.residual_dtype.size,
+        encoder_loss=bool(settings.loss.encoder_weight),
     )
     check_training(plan, machine())
     return Prepared(settings, model, tokenizer, splits, plan)
