@@ -17,6 +17,7 @@ Layout = Literal["mlx", "hf"]
 DECODER = "model.decoder."
 ENCODER_TEXT = "model.encoder.language_model."
 VISION_TOWER = "model.encoder.vision_tower."
+EMBED_VISION = "model.encoder.embed_vision."
 EMBED_TOKENS = "model.decoder.embed_tokens"
 LAYER_SCALAR = ".layer_scalar"
 # That one message names.
