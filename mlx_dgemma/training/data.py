@@ -54,12 +54,12 @@ class Trail(Example):
     """An example whose response ends with a canvas that the model denoised by itself.
 
     canvases: int32 [K, C], noise first, then what each of its steps made of it. candidates: int32
-    [M], other noise. alike: bool [C, M], which of it would have led to the same token.
+    [M], other noise. equivalent: bool [C, M], which of it would have led to the same token.
     """
 
     canvases: np.ndarray = field(kw_only=True)
     candidates: np.ndarray = field(kw_only=True)
-    alike: np.ndarray = field(kw_only=True)
+    equivalent: np.ndarray = field(kw_only=True)
 
 
 def load_split(
