@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -24,8 +25,10 @@ from mlx_dgemma.cli.session import check_writable, open_session
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.reports import report, write_report
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 SEED = 123  # mlx-lm's
+MOST_SEEDS = 1000
 ABSENT = "-"
 COSTS = ("steps per block", "tokens per forward", "seconds", "cut")
 
@@ -61,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--chat-template-args",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help="mlx-lm's spelling of --enable-thinking: '{\"enable_thinking\": true}'",
@@ -195,14 +198,28 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     return {**{k: v for k, v in whole.items() if k != "samples"}, "file": str(target)}
 
 
+def _json(text: str) -> Any:
+    try:
+        return parse(text)
+    except UntrustedJSONError as error:
+        raise argparse.ArgumentTypeError(f"the JSON {error}") from error
+
+
 def _check(arguments: argparse.Namespace) -> bool:
     """Refuses what cannot be run, before a model is loaded; whether the model is to think."""
     if not arguments.tasks:
         raise InputError("Name the tasks: --tasks TASK ..., or compare two results: --compare A B.")
     template = arguments.chat_template_args
-    if not isinstance(template, dict) or set(template) - {"enable_thinking"}:
+    known = isinstance(template, dict) and not set(template) - {"enable_thinking"}
+    if not known or not all(isinstance(value, bool) for value in template.values()):
         raise InputError('--chat-template-args takes {"enable_thinking": true} or false.')
-    thinking = arguments.enable_thinking or template.get("enable_thinking") is True
+    thinking = arguments.enable_thinking or template.get("enable_thinking", False)
+    if arguments.num_shots is not None and arguments.num_shots < 0:
+        raise InputError(f"--num-shots {arguments.num_shots} is not possible: use 0 or more.")
+    if arguments.seeds > MOST_SEEDS:
+        raise InputError(f"--seeds {arguments.seeds} is not possible: use at most {MOST_SEEDS:,}.")
+    if arguments.limit is not None and arguments.limit > sys.maxsize:
+        raise InputError(f"--limit {arguments.limit} is not possible: leave it out to ask all.")
     if thinking and arguments.apply_chat_template is False:
         raise InputError("Thinking is part of the chat template: leave --no-apply-chat-template.")
     if find_spec("lm_eval") is None:

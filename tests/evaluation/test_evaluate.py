@@ -154,6 +154,13 @@ def test_multiple_choice_and_raw_prompts(tasks: Path, tmp_path: Path) -> None:
         (["--tasks", "no_such_task"], "lm-eval has no task 'no_such_task'"),
         (["--tasks", "x", "--include-path", "/none"], "--include-path /none is no folder"),
         (["--tasks", "x", "--chat-template-args", '{"a": 1}'], "--chat-template-args takes"),
+        (
+            ["--tasks", "x", "--chat-template-args", '{"enable_thinking": "yes"}'],
+            "--chat-template-args takes",
+        ),
+        (["--tasks", "x", "--num-shots", "-1"], "--num-shots -1 is not possible"),
+        (["--tasks", "x", "--seeds", str(10**14)], "is not possible: use at most 1,000"),
+        (["--tasks", "x", "--limit", str(10**24)], "is not possible: leave it out"),
         (["--compare", "/none/a", "/none/b"], "/none/a cannot be read as a report"),
     ],
 )
@@ -175,6 +182,14 @@ def test_mistakes_are_sentences(
     told = capsys.readouterr().err
     assert sentence in told
     assert told.count("\n") == 1
+
+
+@pytest.mark.parametrize("text", ["{bad", "[" * 100_000, '{"enable_thinking": NaN}'])
+def test_template_arguments_that_are_no_json(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--tasks", "x", "--chat-template-args", text])
+    assert ended.value.code == 2
+    assert "argument --chat-template-args:" in capsys.readouterr().err
 
 
 def test_data_that_cannot_be_fetched_is_a_sentence(
