@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.checkpoint.adapters import Adapter, read_adapter
 from mlx_dgemma.checkpoint.hub import local_folder
+from mlx_dgemma.checkpoint.merged import JOURNAL, refuse_merged
 from mlx_dgemma.convert import card
 from mlx_dgemma.convert.choice import choose_recipe
 from mlx_dgemma.convert.origin import (
@@ -30,7 +31,7 @@ from mlx_dgemma.convert.source import (
     open_source,
 )
 from mlx_dgemma.convert.stream import DTYPES, write_shards
-from mlx_dgemma.convert.workspace import JOURNAL, Workspace, check_target
+from mlx_dgemma.convert.workspace import Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import INDEX
@@ -140,6 +141,7 @@ def convert(
         _check_quantization(source, str(hf_path), dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
         if adapter is not None:
+            refuse_merged(source.folder, adapter.folder)
             adapter.check_mergeable()
         keep = to_hf or dequantize or not explicit
         plan = make_plan(

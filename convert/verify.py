@@ -10,11 +10,11 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
+from mlx_dgemma.checkpoint.merged import JOURNAL
 from mlx_dgemma.convert.origin import resolve_source
 from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Packed, Source, Tensor, open_source, slices
 from mlx_dgemma.convert.stream import is_finite
-from mlx_dgemma.convert.workspace import JOURNAL
 from mlx_dgemma.errors import CheckpointError, DGemmaError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import INDEX

@@ -16,13 +16,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+from mlx_dgemma.checkpoint.merged import JOURNAL
 from mlx_dgemma.convert.plan import Plan
 from mlx_dgemma.convert.shards import file_digest, write_json
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.machine.memory import gigabytes
 
-JOURNAL = "conversion.json"
 _LOCK = ".lock"
 # Room for the small files beside the weights.
 _SPARE_BYTES = 64 << 20

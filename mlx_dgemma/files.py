@@ -25,6 +25,9 @@ _KINDS = (
     (stat.S_ISBLK, "a device"),
 )
 
+# Names of descriptors that the process was started with.
+_OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
+
 
 def open_regular(path: str | Path) -> io.BufferedReader:
     """A regular file, opened for reading; never waits for whoever writes a pipe.
@@ -67,6 +70,26 @@ def read_text(path: str | Path, most: int = 16 << 20) -> str:
         return read_bytes(path, most).decode("utf-8")
     except UnicodeDecodeError as error:
         raise OSError(None, f"it is not UTF-8 text (byte {error.start:,})") from error
+
+
+def read_argument(path: str | Path, what: str = "file", most: int = 16 << 20) -> str:
+    """The text of a file that a command line names; InputError that says what to do instead.
+
+    What the shell has opened already, `/dev/stdin` and `<(command)`, is read to its end. most:
+    bytes.
+    """
+    try:
+        if not str(path).startswith(_OPENED):
+            return read_text(path, most)
+        with open(path, "rb") as file:
+            content = file.read(most + 1)
+        if len(content) > most:
+            raise OSError(None, f"it is larger than {most:,} bytes")
+        return content.decode("utf-8")
+    except OSError as error:
+        raise InputError(f"Cannot read the {what} {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"The {what} {path} is not UTF-8 text.") from error
 
 
 def read_json(path: str | Path, limits: Limits = DEFAULT) -> Any:

@@ -8,8 +8,8 @@ COMMUNITY = "mlx-community/diffusiongemma-26B-A4B-it"
 DEMO_NAME = "demo"  # what `--model` calls the bundled checkpoint
 GOOGLE = "google/diffusiongemma-26B-A4B-it"
 
-# Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.5 GB).
-BESIDE_WEIGHTS = 1_039_400_960
+# Beside the weights: an 8k context (0.5 GB) and a denoising step's working memory (0.6 GB).
+BESIDE_WEIGHTS = 1_097_072_640
 # The longest context by itself, exactly and in 8 bits.
 LONGEST_CONTEXT = 262_144
 LONGEST_CONTEXT_BYTES = {None: 5_693_767_680, 8: 3_172_270_080}

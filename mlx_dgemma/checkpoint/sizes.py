@@ -122,15 +122,17 @@ def working_bytes(
 
     A step holds the raw logits, or a slice of them, and while statistics are taken one float32
     array of their size. When that is gone the tokens of a sparse signal come, at most a sixteenth
-    of it; so do the first layers of the next step, which need no more than these. The widest layer
-    needs its experts' rows and the attention scores over the context. Of a context in 8 bits, one
-    chunk of keys and values is whole at a time.
+    of it; so do the first layers of the next step, which need no more than these. Presets that
+    leave positions out keep every layer's keys and values of the canvas from step to step. The
+    widest layer needs its experts' rows and the attention scores over the context. Of a context in
+    8 bits, one chunk of keys and values is whole at a time.
     """
     text = config.text
     rows = canvases * config.canvas_length
     columns = min(text.vocab_size, VOCABULARY_SLICE) if sliced_head else text.vocab_size
     logits = rows * columns * (ITEM_SIZE[text.dtype] + 4)
-    step = logits + _layer_bytes(text, rows, rows, tokens)
+    kept = rows * sum(_position_bytes(text, i, None) for i in range(text.num_hidden_layers))
+    step = logits + kept + _layer_bytes(text, rows, rows, tokens)
     unpacked = 0
     if kv_bits is not None:
         width = max(text.kv_heads_of(i) * text.head_dim_of(i) for i in _full_layers(text))

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma.checkpoint.adapters import read_adapter
+from mlx_dgemma.checkpoint.merged import refuse_merged
 from mlx_dgemma.checkpoint.parts import drop_absent, own_parts
 from mlx_dgemma.checkpoint.sources import Source
 from mlx_dgemma.distributed.team import Team
@@ -69,6 +70,8 @@ def load_model(
     headers = read_headers(folder)
     sources = match(config, headers, str(folder))
     on_cpu = mx.default_device() == mx.Device(mx.cpu)
+    if adapter_path is not None:
+        refuse_merged(folder, Path(adapter_path))
     adapter = None if adapter_path is None else read_adapter(adapter_path, config)
     stored = getattr(mx, sources["model.decoder.norm.weight"].dtype(headers))
     model = Model(config, dtype or (mx.float32 if on_cpu else stored), team)

@@ -7,7 +7,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -19,6 +18,7 @@ from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
+from mlx_dgemma.files import read_argument
 from mlx_dgemma.untrusted_json import parse
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ def parse_question(text: str) -> dict[str, Any]:
 def _read_questions(arguments: argparse.Namespace) -> dict[str, Any]:
     questions: dict[str, Any] = {}
     if arguments.questions is not None:
-        questions |= _object(_read_file(arguments.questions), arguments.questions)
+        questions |= _object(read_argument(arguments.questions), arguments.questions)
     for number, text in enumerate(arguments.question, start=len(questions) + 1):
         named = _NAMED.match(text)
         name, question = (named["name"], named["question"]) if named else (f"q{number}", text)
@@ -148,7 +148,7 @@ def _read_state(arguments: argparse.Namespace) -> Any:
     if arguments.state is not None and arguments.state_file is not None:
         raise InputError("Give the state once: with --state or with --state-file.")
     if arguments.state_file is not None:
-        text = _read_file(arguments.state_file)
+        text = read_argument(arguments.state_file)
     elif arguments.state == "-":
         try:
             text = sys.stdin.buffer.read().decode("utf-8")
@@ -159,15 +159,6 @@ def _read_state(arguments: argparse.Namespace) -> Any:
     if text is None and not arguments.image:
         raise InputError("Give a state: --state TEXT, --state-file FILE or --image FILE.")
     return text or ""
-
-
-def _read_file(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8.") from error
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
 
 
 def _object(text: str, where: str) -> dict[str, Any]:

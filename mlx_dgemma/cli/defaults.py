@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import read_text
 
 MODEL_VARIABLE = "MLX_DGEMMA_MODEL"
 FILE_VARIABLE = "MLX_DGEMMA_CONFIG"
@@ -66,7 +67,7 @@ def apply_defaults(parser: argparse.ArgumentParser, verb: str, argv: Sequence[st
 
 def _read(path: Path) -> dict[str, Any]:
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        return tomllib.loads(read_text(path))
     except FileNotFoundError:
         if FILE_VARIABLE in os.environ:
             raise InputError(f"{path}, which {FILE_VARIABLE} names, does not exist.") from None

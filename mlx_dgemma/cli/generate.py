@@ -6,7 +6,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -26,6 +25,7 @@ from mlx_dgemma.cli.session import (
     prepared,
 )
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import read_argument
 
 if TYPE_CHECKING:
     from mlx_dgemma.demo.tasks import Example
@@ -176,16 +176,7 @@ def _plan(arguments: argparse.Namespace) -> int:
 def _read_prompt(arguments: argparse.Namespace) -> str:
     prompt: str
     if arguments.prompt_file is not None:
-        try:
-            prompt = Path(arguments.prompt_file).read_text(encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"Cannot read the prompt file {arguments.prompt_file}: {error.strerror}."
-            ) from error
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"The prompt file {arguments.prompt_file} is not UTF-8 text."
-            ) from error
+        prompt = read_argument(arguments.prompt_file, "prompt file")
     elif arguments.prompt is None:
         raise InputError("There is no prompt: give one with --prompt, or --prompt - for stdin.")
     else:

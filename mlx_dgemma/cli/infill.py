@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from math import exp
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -21,6 +20,7 @@ from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
+from mlx_dgemma.files import read_argument
 
 if TYPE_CHECKING:
     from mlx_dgemma.constraints import Constraint
@@ -71,6 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
     decoding = parser.add_argument_group("decoding (defaults: the checkpoint's generation config)")
     decoding.add_argument("--n", type=int, default=1, help="alternatives (default: 1)")
     decoding.add_argument("--seed", type=int, metavar="N", help="repeats a filling")
+    flags.add_preset(decoding)
     for name in _GIVEN:
         flags.add_setting(decoding, name)
     decoding.add_argument(
@@ -87,7 +88,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--fill-only", action="store_true", help="print what was filled in, one line per hole"
     )
     flags.add_version(parser)
-    parser.set_defaults(pace=0.0, **dict.fromkeys(set(flags.SETTINGS) - set(_GIVEN)))
+    parser.set_defaults(pace=0.0, **dict.fromkeys(set(flags.SETTINGS) - {"preset", *_GIVEN}))
     return parser
 
 
@@ -134,7 +135,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     session = open_session(arguments, messages, context=len(text))
     options: dict[str, Any] = {
         name: value
-        for name in ("prompt", "system_prompt", "n", "seed", *_GIVEN)
+        for name in ("prompt", "system_prompt", "n", "seed", "preset", *_GIVEN)
         if (value := getattr(arguments, name)) is not None
     }
     options["final"] = not arguments.open_end
@@ -182,13 +183,11 @@ def _read_text(arguments: argparse.Namespace) -> str:
             for part in (arguments.prefix, arguments.suffix)
         )
         return f"{prefix}{_hole(arguments.length)}{suffix}"
+    if arguments.file is not None:
+        return read_argument(arguments.file)
     try:
-        if arguments.file is not None:
-            return Path(arguments.file).read_text(encoding="utf-8")
         if arguments.text in (None, "-"):
             return sys.stdin.buffer.read().decode("utf-8")
-    except OSError as error:
-        raise InputError(f"Cannot read {arguments.file}: {error.strerror}.") from error
     except UnicodeDecodeError as error:
         raise InputError("The text is not UTF-8.") from error
     return str(arguments.text)

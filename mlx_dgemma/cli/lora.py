@@ -16,6 +16,7 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.errors import InputError, ResourceError
+from mlx_dgemma.files import read_argument
 
 if TYPE_CHECKING:
     from mlx_dgemma.training.settings import Settings
@@ -173,10 +174,8 @@ def _read_config(path: str) -> dict[str, Any]:
     import yaml
 
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"Cannot read {path}: {error.strerror}.") from error
-    except (UnicodeDecodeError, yaml.YAMLError, RecursionError) as error:
+        values = yaml.safe_load(read_argument(path))
+    except (yaml.YAMLError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not valid YAML: {reason}.") from error
     if not isinstance(values, dict):

@@ -18,9 +18,11 @@ from mlx_dgemma.checkpoint.known_repositories import KNOWN_REPOSITORIES
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.errors import InputError, ModelNotFoundError
+from mlx_dgemma.files import read_bytes
 from mlx_dgemma.headers import INDEX, read_weight_map
 from mlx_dgemma.machine.memory import gigabytes
 from mlx_dgemma.model.config import MODEL_TYPE
+from mlx_dgemma.untrusted_json import parse
 
 if TYPE_CHECKING:
     from huggingface_hub import HFCacheInfo
@@ -121,7 +123,7 @@ def _is_whole(folder: Path) -> bool:
 
 def _is_ours(folder: Path) -> bool:
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config = parse(read_bytes(folder / "config.json", 1 << 20))
     except (OSError, ValueError):
         return False
     return isinstance(config, dict) and config.get("model_type") == MODEL_TYPE

@@ -249,7 +249,7 @@ class Automaton:
     def _walk(
         self, state: int, ids: np.ndarray, first: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the ids lead anywhere, as places among them, and the states behind those.
+        """Which of the ids lead anywhere, as places among them, and the states after those.
 
         first: the first symbol of each id, where most end."""
         symbols, offsets = self.vocabulary.symbols, self.vocabulary.offsets

@@ -16,7 +16,6 @@ from typing import ClassVar, NamedTuple, cast
 
 from mlx_dgemma.errors import LanguageError
 
-BYTES = (1 << 256) - 1  # the mask of every byte
 SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
 # Expressions that one language may need, the states met while it is walked included.

@@ -6,7 +6,7 @@
     marginal  r[i](v) ~ p[i](v) sum over s of a[i](s) b[i+1](d(s, v))
 
 The draft is the most probable text of the language (the same recursion with max for sum), the
-sample one draw of a whole text (forward, each id by p times the backward message behind it).
+sample one draw of a whole text (forward, each id by p times the backward message after it).
 
 Sums run over candidates per position. What they leave out counts as an ordinary word where the
 text is open, so that it keeps its probability; numbers are scaled per position and stay finite.
@@ -150,11 +150,11 @@ def condition(
     draft = _trace(layers, best, lambda at, weights: int(weights.argmax()), seen.argmax)
     sample = draft
     if temp > 0:
-        warmed, behind = layers, messages
+        warmed, backward = layers, messages
         if temp != 1:
             warmed = [layer.warmed(temp) for layer in layers]
-            behind = _backward(warmed, [layer.weight for layer in warmed], allowed, by, np.add)
-        reachable = [b * (v > 0) for b, v in zip(behind, best, strict=True)]
+            backward = _backward(warmed, [layer.weight for layer in warmed], allowed, by, np.add)
+        reachable = [b * (v > 0) for b, v in zip(backward, best, strict=True)]
 
         def draw(at: int, weights: np.ndarray) -> int:
             total = np.cumsum(weights)
@@ -263,17 +263,17 @@ def _backward(
     ends_by: int | None,
     join: np.ufunc,
 ) -> list[np.ndarray]:
-    """What lies behind each state of each position [s + 1], scaled; 0 for the dead one.
+    """What lies after each state of each position [s + 1], scaled; 0 for the dead one.
 
     allowed: bool [s] of the last states. ends_by: the position by which END must be reached.
     join: np.add for all texts, np.maximum for the best.
     """
-    behind = np.append(allowed, False).astype(float)
-    messages = [behind]
+    backward = np.append(allowed, False).astype(float)
+    messages = [backward]
     for at in range(len(layers) - 1, -1, -1):
         layer = layers[at]
-        behind = np.zeros(layer.states.size + 1)
-        found = behind[:-1]
+        backward = np.zeros(layer.states.size + 1)
+        found = backward[:-1]
         join.reduceat(weights[at] * messages[-1][layer.target], layer.first, out=found)
         if ends_by is not None and at >= ends_by:
             found *= layer.states == END
@@ -282,14 +282,14 @@ def _backward(
             alive = found > 0
             found /= top
             np.maximum(found, _TINY, out=found, where=alive)
-        messages.append(behind)
+        messages.append(backward)
     return messages[::-1]
 
 
 def _trace(
     layers: list[_Layer], messages: list[np.ndarray], pick: Pick, ended: np.ndarray
 ) -> np.ndarray:
-    """int32 [C]: one text, id by id; what stands behind its end is taken from `ended`."""
+    """int32 [C]: one text, id by id; what stands after its end is taken from `ended`."""
     text = np.array(ended, dtype=np.int32)
     state = 0
     for at, layer in enumerate(layers):

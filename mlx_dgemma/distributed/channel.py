@@ -1,4 +1,4 @@
-"""Messages between two processes over one socket: a JSON object, and bytes behind it.
+"""Messages between two processes over one socket: a JSON object, and bytes after it.
 
 Beside MLX's collectives, which wait for ever for a process that is gone: on a socket silence has an
 end. A message is 4 bytes of the object's length, 8 of the payload's, the object, the payload.
@@ -22,7 +22,7 @@ _LAST = 0.5  # seconds
 
 
 class Message(NamedTuple):
-    """op: what is said. fields: its JSON object. payload: bytes behind it."""
+    """op: what is said. fields: its JSON object. payload: bytes after it."""
 
     op: str
     fields: dict[str, Any]

@@ -198,7 +198,7 @@ class Model(nn.Module):
         """Waits until the device has written the context that canvases of `length` positions come
         after, and prepares meanwhile what the host adds to their first layer.
 
-        A canvas' keys are written behind the context's. Were these still being read, MLX would copy
+        A canvas' keys are written after the context's. Were these still being read, MLX would copy
         the whole buffer first.
         """
         self.rope.span(cache.offset, length)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.files import read_text
 from mlx_dgemma.prompt.messages import check_messages, declared, merge_turns
 from mlx_dgemma.prompt.tokenizer import SPELLINGS
 
@@ -167,10 +168,11 @@ def read_template(template: str | Path) -> str:
     source = template if isinstance(template, str) else ""
     if "{{" not in source and "{%" not in source:
         try:
-            source = Path(template).expanduser().read_text(encoding="utf-8")
-        except (OSError, ValueError) as error:
+            source = read_text(Path(template).expanduser())
+        except OSError as error:
             raise InputError(
-                f"The chat template {template} cannot be read ({error}): name a Jinja file."
+                f"The chat template {template} cannot be read ({error.strerror}): name a Jinja "
+                "file."
             ) from error
     check_template(source)
     return source

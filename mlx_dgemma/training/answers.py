@@ -101,7 +101,7 @@ class Answers:
     def _write(self) -> None:
         responses = [trail.response for trail in self._trails]
         paths = [trail.canvases for trail in self._trails]
-        alike = [np.packbits(trail.alike, axis=1) for trail in self._trails]
+        equivalent = [np.packbits(trail.equivalent, axis=1) for trail in self._trails]
         tensors = {
             "prompts": mx.array(np.array(self._prompts, np.int32)),
             "lengths": mx.array(np.array([len(ids) for ids in responses], np.int32)),
@@ -109,7 +109,7 @@ class Answers:
             "counts": mx.array(np.array([len(path) for path in paths], np.int32)),
             "canvases": mx.array(np.concatenate([*paths, np.zeros((0, self._length), np.int32)])),
             "candidates": mx.array(_stacked([t.candidates for t in self._trails], np.int32)),
-            "alike": mx.array(_stacked(alike, np.uint8)),
+            "equivalent": mx.array(_stacked(equivalent, np.uint8)),
         }
         write_tensors(self._file, tensors, {"groups": str(self.groups), "identity": self._identity})
 
@@ -124,7 +124,7 @@ class Answers:
             paths = np.split(arrays["canvases"], np.cumsum(arrays["counts"])[:-1])
             self._prompts = arrays["prompts"].tolist()
             candidates = arrays["candidates"]
-            alike = np.unpackbits(arrays["alike"], axis=-1).astype(bool)
+            equivalent = np.unpackbits(arrays["equivalent"], axis=-1).astype(bool)
         except (KeyError, RuntimeError, TypeError, ValueError) as error:
             raise CheckpointError(f"{self._file} is damaged: delete it to begin again.") from error
         if not same:
@@ -136,7 +136,7 @@ class Answers:
         self._trails = [
             Trail(
                 nothing, responses[row], canvases=paths[row], candidates=candidates[row],
-                alike=alike[row, :, : candidates.shape[1]],
+                equivalent=equivalent[row, :, : candidates.shape[1]],
             )
             for row in range(len(self._prompts))
         ]  # fmt: skip
@@ -227,7 +227,7 @@ def _canvases(
         draft, soft = seen.draft[going], soft[going]
         context = [(keys[going], values[going]) for keys, values in context]
         active, repeats = active[~done], repeats[~done]
-    alike = decided.alike(final)
+    equivalent = decided.equivalent(final)
     return [
         (
             row,
@@ -237,7 +237,7 @@ def _canvases(
                 prompt.images,
                 canvases=np.stack(path[: ends[row]])[:, row],
                 candidates=candidates,
-                alike=alike[row],
+                equivalent=equivalent[row],
             ),
         )
         for row, prompt in enumerate(prompts)
@@ -251,7 +251,7 @@ class _Decided:
     def __init__(self, coupling: Coupling, shape: tuple[int, int], candidates: np.ndarray) -> None:
         self._coupling = coupling
         self._candidates = mx.array(candidates)
-        self._alike = np.ones((*shape, len(candidates)), bool)
+        self._equivalent = np.ones((*shape, len(candidates)), bool)
         self._token = np.full(shape, -1, np.int32)
 
     def note(self, rows: np.ndarray, accepted: mx.array, sample: mx.array, logs: mx.array) -> None:
@@ -261,16 +261,16 @@ class _Decided:
         for start in range(0, len(places), _TRIED):
             some = places[start : start + _TRIED]
             index = mx.array(some)
-            found = self._coupling.alike(
+            found = self._coupling.equivalent(
                 logs.reshape(-1, logs.shape[-1])[index], sample.reshape(-1)[index], self._candidates
             )
-            self._alike[rows[some // length], some % length] = np.array(found)
+            self._equivalent[rows[some // length], some % length] = np.array(found)
         self._token[rows] = np.where(new, np.array(sample), self._token[rows])
 
-    def alike(self, final: np.ndarray) -> np.ndarray:
+    def equivalent(self, final: np.ndarray) -> np.ndarray:
         """bool [B, C, M]; none where a position ends as another token than it was first given."""
         changed = (self._token >= 0) & (self._token != final)
-        kept: np.ndarray = self._alike & ~changed[..., None]
+        kept: np.ndarray = self._equivalent & ~changed[..., None]
         return kept
 
 

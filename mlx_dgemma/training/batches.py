@@ -186,10 +186,10 @@ def _of_trail(trail: Trail, rng: np.random.Generator) -> _Drawn:
     place = 0 if fresh else int(rng.integers(1, count))
     first = trail.canvases[0]
     # One of the candidates that lead to the same token, or the noise that did.
-    order = rng.random(trail.alike.shape) * trail.alike
+    order = rng.random(trail.equivalent.shape) * trail.equivalent
     other = trail.candidates[order.argmax(axis=1)]
-    count_alike = trail.alike.sum(axis=1)
-    noise = np.where(rng.random(length) * (count_alike + 1) < count_alike, other, first)
+    count_equivalent = trail.equivalent.sum(axis=1)
+    noise = np.where(rng.random(length) * (count_equivalent + 1) < count_equivalent, other, first)
     noisy, noisier = (
         np.where(trail.canvases[at] == first, noise, trail.canvases[at])
         for at in (place, max(place - 1, 0))

@@ -54,7 +54,7 @@ class Coupling:
         products = self._model.raw_logits(direction.astype(self._model.dtype)).astype(mx.float32)
         return _gumbel((products - (direction @ self._mean)[:, None]) / self._norms)
 
-    def alike(self, logits: mx.array, token: mx.array, candidates: mx.array) -> mx.array:
+    def equivalent(self, logits: mx.array, token: mx.array, candidates: mx.array) -> mx.array:
         """bool [R, M]: which noise ids of candidates int [M] decide for token int [R] too, where
         rows have logits float32 [R, V]; tokens beyond the `_LIKELY` likeliest do not count."""
         likely = mx.argpartition(-logits, _LIKELY, axis=-1)[:, :_LIKELY]

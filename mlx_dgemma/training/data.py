@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import read_argument
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.encode import prepare_prompt
@@ -24,6 +25,8 @@ from mlx_dgemma.prompt.images import PreparedImage
 from mlx_dgemma.prompt.reply import ReplyReader
 from mlx_dgemma.untrusted_json import parse
 
+# Of one file, which is held as text while it is read.
+_MOST_BYTES = 4 << 30
 SPLITS = ("train", "valid", "test")
 
 
@@ -51,12 +54,12 @@ class Trail(Example):
     """An example whose response ends with a canvas that the model denoised by itself.
 
     canvases: int32 [K, C], noise first, then what each of its steps made of it. candidates: int32
-    [M], other noise. alike: bool [C, M], which of it would have led to the same token.
+    [M], other noise. equivalent: bool [C, M], which of it would have led to the same token.
     """
 
     canvases: np.ndarray = field(kw_only=True)
     candidates: np.ndarray = field(kw_only=True)
-    alike: np.ndarray = field(kw_only=True)
+    equivalent: np.ndarray = field(kw_only=True)
 
 
 def load_split(
@@ -125,10 +128,7 @@ def _download(repository: str) -> Path:
 
 
 def _lines(path: Path) -> Iterator[tuple[int, Any]]:
-    try:
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read as UTF-8 text: {error}.") from error
+    content = read_argument(path, "data file", _MOST_BYTES)
     found = False
     for number, line in enumerate(content.split("\n"), start=1):
         if not line.strip():

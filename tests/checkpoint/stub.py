@@ -139,8 +139,8 @@ class HubStub:
         self._thread.join()
 
 
-API = re.compile(r"/api/models/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?/?")
-FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+API = re.compile(r"/api/(?:models|datasets)/([^/]+/[^/]+?)(?:/(revision|tree)/([^/]+))?/?")
+FILE = re.compile(r"/(?:datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 WRITE = re.compile(
     r"/api/models/(?P<commit>[^/]+/[^/]+)/commit/main|/api/models/(?P<preupload>[^/]+/[^/]+)"
     r"/preupload/main|/(?P<batch>[^/]+/[^/]+)\.git/info/lfs/objects/batch"

@@ -33,6 +33,15 @@ def test_standard_input_to_standard_output(capsys, monkeypatch):
     assert "<hole" not in out
 
 
+def test_a_preset_is_one_of_those_there_are(capsys):
+    assert main(["the old <hole:2> sings.", "--preset", "balanced", "--seed", "1"]) == 0
+    assert capsys.readouterr().out.endswith(" sings.\n")
+    with pytest.raises(SystemExit) as ended:
+        main(["the <hole:1>", "--preset", "fast"])
+    assert ended.value.code == 2
+    assert "turbo" in capsys.readouterr().err
+
+
 def test_prefix_and_suffix_give_the_fill_alone(capsys):
     call = ["--prefix", "the <hole> ", "--suffix", " sings.", "--length", "2", "--fill-only"]
     assert main([*call, *QUICK]) == 0

@@ -413,6 +413,20 @@ def test_an_answer_of_several_blocks_and_a_constraint(demo, preset):
     assert finish.reason == "stop"
 
 
+@pytest.mark.parametrize("preset", ["balanced", "turbo"])
+def test_a_picture_is_answered_with_fewer_positions(demo, preset):
+    computed = {}
+    for name in ("reference", preset):
+        right, computed[name] = 0, 0
+        for seed, example in enumerate(held_out("picture", 3, seed=1)):
+            asked = {"images": [example.picture.draw()], "preset": name, "seed": seed}
+            events = list(stream_generate(*demo, example.messages, **asked))
+            right += example.verify("".join(event.text for event in events))
+            computed[name] += sum(events[-1].computed)
+        assert right == 3
+    assert computed[preset] < computed["reference"]
+
+
 def test_texts_with_holes_are_filled_with_fewer_positions(demo):
     text = "the small cat <hole:2> the dog in the garden."
     computed, whole = [], []

@@ -36,8 +36,8 @@ def test_noise_decides_as_independent_draws_would():
     shares = [(chosen == option).mean() for option in options.tolist()]
     assert shares == pytest.approx([0.4, 0.3, 0.2, 0.1], abs=0.07)
     token = mx.array([400])
-    alike = np.array(coupling.alike(logits, token, noise))[0]
-    assert (alike == (chosen == 400)).mean() > 0.99
+    equivalent = np.array(coupling.equivalent(logits, token, noise))[0]
+    assert (equivalent == (chosen == 400)).mean() > 0.99
 
 
 def test_answers_are_kept_and_learned_from(tmp_path):

@@ -180,6 +180,7 @@ BAD_LINES = {
     "strange": ('{"messages": "a"}', "messages must be a list"),
     "numbers": ('{"prompt": 1, "completion": 2}', "prompt and completion must be strings"),
     "long": (json.dumps({"text": "a" * 9000}), "--max-seq-length is 2048"),
+    "canvas of padding": ('{"prompt": "a", "completion": " "}', "the assistant's message is empty"),
     "empty text": ('{"text": " "}', "text must be a string with something in it"),
 }
 
