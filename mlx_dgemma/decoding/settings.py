@@ -57,9 +57,10 @@ class Setting:
         """What kind of value is expected, where this one is of another; else empty."""
         if value is None and self.optional:
             return ""
-        if self.kind is int and not isinstance(value, Integral):
+        flag = isinstance(value, bool)
+        if self.kind is int and (flag or not isinstance(value, Integral)):
             return self.expected if self.optional else "a whole number"
-        if self.kind is float and not isinstance(value, Real):
+        if self.kind is float and (flag or not isinstance(value, Real)):
             return "a number"
         return ""
 
@@ -194,7 +195,7 @@ class DecodingSettings:
         low=0,
         above=True,
         high=1,
-        expected="between 0 and 1",
+        expected="a number between 0 and 1",
         help="probability at which confidence-threshold reveals a position (default: 0.9)",
         metavar="P",
         request=(0, 1),
@@ -221,7 +222,7 @@ class DecodingSettings:
         str,
         choices=get_args(CommitRule),
         help="when a block may end: as the reference ends it, or also once a step accepts every "
-        "position (default: confirmed)",
+        "position, which is not exact (default: confirmed)",
         request=(),
     )
     commit_entropy: float | None = _setting(
@@ -239,14 +240,14 @@ class DecodingSettings:
         str,
         choices=get_args(PositionsRule),
         help="what of a canvas a step computes: all, the text up to a settled stop id, or of that "
-        "the active positions, which is not exact (default: all)",
+        "the active positions; only all is exact (default: all)",
         request=(),
     )
     check_share: float = _setting(
         0.0625,
         low=0,
         high=1,
-        expected="between 0 and 1",
+        expected="a number between 0 and 1",
         help="share of blocks of active positions that are computed whole before they are "
         "committed (default: 0.0625)",
         metavar="SHARE",
@@ -339,14 +340,18 @@ class DecodingSettings:
             confidence_threshold=defaults.confidence_threshold,
         )
         given = {name: value for name, value in overrides.items() if value is not None}
-        preset = given.pop("preset", "reference")
-        if preset not in PRESETS:
-            raise InputError(f"preset={preset!r} is not known: use {' or '.join(PRESETS)}.")
-        given = {**PRESETS[str(preset)], **given}
+        given = {**preset_settings(given.pop("preset", "reference")), **given}
         try:
             return replace(base, **given)  # type: ignore[arg-type]
         except TypeError as error:
             raise InputError(f"A generation option has the wrong type: {error}.") from error
+
+
+def preset_settings(name: object) -> dict[str, str]:
+    """The settings that a preset names; InputError for a name that is none."""
+    if not isinstance(name, str) or name not in PRESETS:
+        raise InputError(f"preset={name!r} is not known: use {', '.join(PRESETS)}.")
+    return PRESETS[name]
 
 
 def settings_by_name() -> dict[str, Setting]:

@@ -18,7 +18,7 @@ class StableAndConfident:
 
     def __init__(self, stability_threshold: int, confidence_threshold: float) -> None:
         self.stability_threshold = stability_threshold
-        self.confidence_threshold = np.float32(confidence_threshold)
+        self.confidence_threshold = _single(confidence_threshold)
 
     def count(self, repeats: np.ndarray, repeated: np.ndarray) -> np.ndarray:
         """int64 [b]: equal drafts in a row, given those so far and bool [b] of this step."""
@@ -38,7 +38,7 @@ class AllAccepted:
     """
 
     def __init__(self, below: float | None) -> None:
-        self.below = None if below is None else np.float32(below)
+        self.below = None if below is None else _single(below)
 
     def __call__(
         self, complete: np.ndarray, mean_entropy: np.ndarray, fallen: np.ndarray | None
@@ -49,6 +49,12 @@ class AllAccepted:
             return complete
         early = complete & (mean_entropy < self.below)
         return early if fallen is None else early & ~fallen
+
+
+def _single(nats: float) -> np.float32:
+    """In the precision of the entropies; infinite where that cannot hold it."""
+    with np.errstate(over="ignore"):
+        return np.float32(nats)
 
 
 def stop_rules(settings: DecodingSettings) -> tuple[StableAndConfident, AllAccepted]:

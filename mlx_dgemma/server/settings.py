@@ -6,7 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from mlx_dgemma.decoding.settings import PresetName
+from mlx_dgemma.decoding.settings import PresetName, preset_settings
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.download import public_address
 from mlx_dgemma.prompt.pictures import Access
@@ -83,6 +83,7 @@ class ServerSettings:
         for name in ("max_waiting", "prefix_cache_bytes", "prompt_cache_dir_bytes"):
             if getattr(self, name) < 0:
                 raise InputError(f"{name}={getattr(self, name)} is not possible: use 0 or more.")
+        preset_settings(self.preset)
         if self.kv_bits not in (None, 8):
             raise InputError(
                 f"kv_bits={self.kv_bits!r} is not possible: use 8, or None for exact contexts."

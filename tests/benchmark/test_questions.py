@@ -154,6 +154,8 @@ def test_the_command_compares_two_presets(capsys, tmp_path):
     assert main([*ask, "--task", "count", "--report", str(path)]) == 0
     shown = capsys.readouterr().out
     assert "turbo beside reference: +0.000 right" in shown
+    assert "…" not in shown  # in the 80 columns of no terminal
+    assert re.search("count +reference +1.000 ± 0.000 ", shown)
     found = json.loads(path.read_text())
     assert (found["kind"], found["preset"]) == ("quality", "turbo")
     assert found["quality"]["against"] == "reference"
@@ -165,7 +167,8 @@ def test_the_command_compares_two_presets(capsys, tmp_path):
     ("given", "words"),
     [
         (["--against", "turbo"], "give --quality with it"),
-        (["--quality", "--against", "reference"], "names another preset"),
+        (["--quality", "--against", "reference"], "are both reference"),
+        (["--quality", "--against", "turbo", "--preset", "turbo"], "are both turbo"),
         (
             ["--quality", "--preset", "turbo", "--against", "reference", "--task", "chess"],
             "no task",

@@ -20,7 +20,7 @@ from mlx_dgemma.decoding.sampler import (
 )
 from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
-from mlx_dgemma.decoding.stopping import StableAndConfident, cut_at_stop
+from mlx_dgemma.decoding.stopping import StableAndConfident, cut_at_stop, stop_rules
 from mlx_dgemma.errors import InputError
 
 TRACES = Path(__file__).parents[2].parent / "shared/assets/traces/real_traces.json"
@@ -226,8 +226,31 @@ def test_a_preset_lies_between_the_checkpoint_and_the_caller():
         assert made == replace(own, **values)
     turbo = DecodingSettings.from_defaults(own, {"preset": "turbo", "positions": "text"})
     assert turbo == replace(own, **{**PRESETS["turbo"], "positions": "text"})
-    with pytest.raises(InputError, match="reference or balanced or turbo"):
-        DecodingSettings.from_defaults(own, {"preset": "fast"})
+
+
+@pytest.mark.parametrize("preset", ["fast", "Turbo", "", 3, ["turbo"], {"turbo": 1}])
+def test_a_preset_that_is_none_is_named(preset):
+    with pytest.raises(InputError, match="is not known: use reference, balanced, turbo"):
+        DecodingSettings.from_defaults(DecodingSettings(), {"preset": preset})
+
+
+@pytest.mark.parametrize("name", ["check_share", "temp", "max_tokens", "commit_entropy"])
+def test_true_is_no_number(name):
+    with pytest.raises(InputError, match=f"{name}=True is not possible"):
+        DecodingSettings(**{name: True})
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", ["confidence_threshold", "commit_entropy"])
+@pytest.mark.parametrize("value", [1e308, float("inf")])
+def test_a_threshold_beyond_single_precision_bounds_nothing(name, value):
+    settings = DecodingSettings(commit="accepted", **{name: value})
+    rules = stop_rules(settings)
+    high = np.full(1, 1e30, dtype=np.float32)
+    stable = rules[0](np.ones(1, dtype=np.int64), high)
+    early = rules[1](np.ones(1, dtype=bool), high, None)
+    assert stable[0] == (name == "confidence_threshold")
+    assert early[0]
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 1.0, "7", True])

@@ -1,5 +1,6 @@
 """`mlx_dgemma.server` from the shell: flags, refusals, a start and a calm end."""
 
+import json
 import re
 import signal
 import socket
@@ -34,6 +35,8 @@ def test_flags_become_settings() -> None:
     assert packed.kv_bits == 8
     with pytest.raises(InputError, match="kv_bits=4 is not possible: use 8"):
         ServerSettings(kv_bits=4)
+    with pytest.raises(InputError, match="preset='fast' is not known"):
+        ServerSettings(**json.loads('{"preset": "fast"}'))
 
 
 @pytest.mark.parametrize(

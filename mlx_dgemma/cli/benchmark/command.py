@@ -157,8 +157,11 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError("Random weights answer nothing: --quality needs a checkpoint.")
     if arguments.against and not arguments.quality:
         raise InputError("--against compares two presets' answers: give --quality with it.")
-    if arguments.against and arguments.against == (arguments.preset or "reference"):
-        raise InputError("--against names another preset: give one with --preset, such as turbo.")
+    preset = arguments.preset or "reference"
+    if arguments.against == preset:
+        raise InputError(
+            f"--preset and --against are both {preset}; give two (without --preset: reference)."
+        )
     if arguments.kv_bits is not None and arguments.compare:
         raise InputError("--compare runs the exact context: leave --kv-bits out.")
     if arguments.plot is not None and chosen:

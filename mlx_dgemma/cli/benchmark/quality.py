@@ -55,9 +55,10 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
 def show_against(found: dict[str, Any], preset: str, console: Console) -> None:
     """Each task and all together, the reference side first."""
     sides = {"first": found["against"], "second": preset}
+    # A word a line: the numbers need the 80 columns of an ordinary terminal.
     table = figures(
-        "task", "preset", "right", "steps per block", "positions per token", "ms per token",
-        "fell back", "same text", "n",
+        "task", "preset", "right", "steps\nper\nblock", "positions\nper\ntoken",
+        "ms per\ntoken", "fell\nback", "same\ntext", "n",
     )  # fmt: skip
     for task, values in {**found["tasks"], "all": found["all"]}.items():
         for side, name in sides.items():
