@@ -27,6 +27,8 @@ import mlx.core as mx
 
 from mlx_dgemma.benchmark.synthetic import synthetic_config, with_layers, write_checkpoint
 from mlx_dgemma.benchmark.versus import compare
+from mlx_dgemma.cli.arguments import positive
+from mlx_dgemma.cli.command import command
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.report import report
 from mlx_dgemma.machine.hardware import machine
@@ -36,13 +38,14 @@ from mlx_dgemma.model.kernel_shapes import kernel_shapes
 RESERVE = 1.3  # a round may take so much longer than the one before
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+@command
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--synthetic", default="26b-4bit", metavar="NAME")
     parser.add_argument("--rehearse", action="store_true")
-    parser.add_argument("--prompt-tokens", type=int, default=1024, metavar="N")
-    parser.add_argument("--steps", type=int, default=8, metavar="N", help="timed per run")
-    parser.add_argument("--minutes", type=float, default=7.5)
+    parser.add_argument("--prompt-tokens", type=positive, default=1024, metavar="N")
+    parser.add_argument("--steps", type=positive, default=8, metavar="N", help="timed per run")
+    parser.add_argument("--minutes", type=minutes, default=7.5)
     arguments = parser.parse_args(argv)
     began = time.monotonic()
     ends = began + 60 * arguments.minutes
@@ -73,6 +76,18 @@ def main(argv: Sequence[str] | None = None) -> None:
             )
             longest = max(longest, time.monotonic() - started)
     print(json.dumps(summary(rounds), indent=1))
+    return 0
+
+
+def minutes(text: str) -> float:
+    """0 to a day."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1
+    if not 0 <= value <= 24 * 60:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of minutes from 0 to 1440")
+    return value
 
 
 def rehearsal(raw: dict[str, Any]) -> dict[str, Any]:
@@ -111,4 +126,4 @@ def summary(rounds: list[dict[str, dict[str, float]]]) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

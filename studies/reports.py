@@ -10,6 +10,7 @@ run before anything is written.
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -32,14 +33,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args(argv)
     try:
-        made = merged(arguments.page.read_text(encoding="utf-8"), table(arguments.folder))
-    except DGemmaError as error:
+        page = arguments.page.read_text(encoding="utf-8")
+        made = merged(page, table(arguments.folder))
+        if not arguments.check:
+            write_whole(arguments.page, made)
+    except (DGemmaError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if arguments.check:
-        return int(made != arguments.page.read_text(encoding="utf-8"))
-    arguments.page.write_text(made, encoding="utf-8")
-    return 0
+    except OSError as error:
+        print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
+        return 2
+    return int(arguments.check and made != page)
 
 
 def merged(page: str, rows: str) -> str:
@@ -52,22 +56,45 @@ def merged(page: str, rows: str) -> str:
 
 
 def table(folder: Path) -> str:
-    """A row for every finding of every report, by file name."""
-    rows = [
-        (machine(found), model(found), finding, versions(found), f"`{path.name}`")
-        for path in sorted(folder.glob("*.json"))
-        for found in [read_report(path)]
-        for finding in findings(found)
-    ]
+    """A row for every finding of every report, by file name; DGemmaError for what is no report."""
+    if not folder.is_dir():
+        raise DGemmaError(f"There is no folder {folder}: name the reports' with --folder.")
+    rows = [row for path in sorted(folder.glob("*.json")) for row in rows_of(path)]
     if not rows:
         return NONE
     lines = [HEAD, ("---",) * len(HEAD), *rows]
     return "\n".join(f"| {' | '.join(map(cell, line))} |" for line in lines)
 
 
+def rows_of(path: Path) -> list[tuple[str, ...]]:
+    """What one report says, in a row a finding; DGemmaError for one that lacks a part."""
+    found = read_report(path)
+    try:
+        about = machine(found), model(found)
+        return [
+            (*about, finding, versions(found), f"`{path.name}`")
+            for finding in FINDINGS[found["kind"]](found)
+        ]
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise DGemmaError(
+            f"{path} is no whole report: a part of {found['kind']!r} is missing or damaged."
+        ) from error
+
+
 def cell(value: str) -> str:
-    """Text that anyone may have sent, in one cell and nothing but text."""
+    """Text that anyone may have sent, in one cell and nothing but text: no link either."""
+    value = re.sub(r"://|\bwww\.", " ", value, flags=re.IGNORECASE)
     return " ".join(re.sub(r"[^\w .,:;+%±()/`'-]", " ", value).split())[:200]
+
+
+def write_whole(page: Path, text: str) -> None:
+    """Writes the page whole or not at all."""
+    beside = page.with_name(f"{page.name}.{os.getpid()}.part")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(page)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def machine(found: Mapping[str, Any]) -> str:
@@ -86,14 +113,6 @@ def model(found: Mapping[str, Any]) -> str:
 
 def versions(found: Mapping[str, Any]) -> str:
     return f"{found['machine'].get('mlx')}, {found.get('mlx_dgemma')}"
-
-
-def findings(found: Mapping[str, Any]) -> list[str]:
-    """What a report says, in one line a finding; InputError's kin for one that lacks a part."""
-    try:
-        return FINDINGS[found["kind"]](found)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise DGemmaError(f"A report of {found['kind']} lacks a part: {error!r}.") from error
 
 
 def _doctor(found: Mapping[str, Any]) -> list[str]:

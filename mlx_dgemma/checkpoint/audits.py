@@ -9,11 +9,8 @@ of one that has passed in float16, the residual stream in float32, unless a dtyp
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
-import os
 import re
-import tempfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -91,29 +88,23 @@ def recall(folder: Path) -> Audit | None:
 
 
 def everything() -> dict[str, Audit]:
-    """Every audit that is remembered; a file that cannot be read counts as empty."""
-    try:
-        stored = json.loads(audit_file().read_text())
-        return {key: Audit(**value) for key, value in stored.items() if _is_audit(value)}
-    except (OSError, ValueError, TypeError, AttributeError, KeyError):
-        return {}
+    """Every audit that is remembered and can be read."""
+    stored = verdicts.read_cache(audit_file())
+    return {key: Audit(**value) for key, value in stored.items() if verdicts.fits(value, _KINDS)}
 
 
-def _is_audit(value: dict[str, object]) -> bool:
-    """Whether the fields that are computed with are numbers."""
-    numbers = ("largest", "branches", "loss", "replies", "when")
-    return all(type(value[name]) in (int, float) for name in numbers)
+_KINDS: verdicts.Kinds = {
+    **dict.fromkeys(("largest", "branches", "loss", "replies", "when"), verdicts.is_number),
+    "where": lambda value: type(value) is str,
+    "units": lambda value: type(value) is bool,
+}
 
 
 def remember(folder: Path, audit: Audit) -> None:
     """Keep an audit with the checkpoint's identity; no error where it cannot be written."""
-    path = audit_file()
     stored = {**everything(), identity(folder): audit}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({key: asdict(value) for key, value in stored.items()}, file, indent=1)
-        os.replace(file.name, path)
+        verdicts.write_cache(audit_file(), {key: asdict(one) for key, one in stored.items()})
     except OSError as error:
         _log.info("the audit is not kept: %s", error)
 

@@ -140,7 +140,10 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, messages = (
+        Console(highlight=False, markup=False),
+        Console(stderr=True, highlight=False, markup=False),
+    )
     file = arguments.prompt_cache_file
     if file is not None:
         check_writable(file, "prompt cache", replaced=True)

@@ -75,7 +75,10 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, messages = (
+        Console(highlight=False, markup=False),
+        Console(stderr=True, highlight=False, markup=False),
+    )
     state = _read_state(arguments)
     questions = _read_questions(arguments)
 

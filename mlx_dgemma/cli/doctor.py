@@ -68,6 +68,10 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
+    if arguments.report is not None:  # before minutes of checks, whose result it is to hold
+        from mlx_dgemma.cli.session import check_writable  # imports MLX
+
+        check_writable(arguments.report, "report", replaced=True)
     found = examine(machine(), check=arguments.check, audited=arguments.audit)
     if arguments.distributed is not None:
         found["distributed"] = link.examine(arguments.distributed)
@@ -77,9 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(text)
     else:
-        show(found, Console(highlight=False))
+        show(found, Console(highlight=False, markup=False))
         if "distributed" in found:
-            link.show(found["distributed"], Console(highlight=False))
+            link.show(found["distributed"], Console(highlight=False, markup=False))
     return 0
 
 

@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -18,13 +19,16 @@ from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark.tables import figures
+from mlx_dgemma.cli.canvas import printable
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import check_writable, open_session
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.machine.reports import read_report, report, write_report
+from mlx_dgemma.machine.reports import report, write_report
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 SEED = 123  # mlx-lm's
+MOST_SEEDS = 1000
 ABSENT = "-"
 COSTS = ("steps per block", "tokens per forward", "seconds", "cut")
 
@@ -60,7 +64,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     group.add_argument(
         "--chat-template-args",
-        type=json.loads,
+        type=_json,
         default={},
         metavar="JSON",
         help="mlx-lm's spelling of --enable-thinking: '{\"enable_thinking\": true}'",
@@ -120,12 +124,12 @@ def build_parser() -> argparse.ArgumentParser:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    console = Console(highlight=False)
+    console = Console(highlight=False, markup=False)
     if arguments.compare is not None:
         found = compare(*arguments.compare)
         show: Any = show_comparison
     else:
-        found = run(arguments, Console(stderr=True, highlight=False))
+        found = run(arguments, Console(stderr=True, highlight=False, markup=False))
         show = show_result
     if arguments.json:
         print(json.dumps(found, indent=2))
@@ -194,14 +198,28 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     return {**{k: v for k, v in whole.items() if k != "samples"}, "file": str(target)}
 
 
+def _json(text: str) -> Any:
+    try:
+        return parse(text)
+    except UntrustedJSONError as error:
+        raise argparse.ArgumentTypeError(f"the JSON {error}") from error
+
+
 def _check(arguments: argparse.Namespace) -> bool:
     """Refuses what cannot be run, before a model is loaded; whether the model is to think."""
     if not arguments.tasks:
         raise InputError("Name the tasks: --tasks TASK ..., or compare two results: --compare A B.")
     template = arguments.chat_template_args
-    if not isinstance(template, dict) or set(template) - {"enable_thinking"}:
+    known = isinstance(template, dict) and not set(template) - {"enable_thinking"}
+    if not known or not all(isinstance(value, bool) for value in template.values()):
         raise InputError('--chat-template-args takes {"enable_thinking": true} or false.')
-    thinking = arguments.enable_thinking or template.get("enable_thinking") is True
+    thinking = arguments.enable_thinking or template.get("enable_thinking", False)
+    if arguments.num_shots is not None and arguments.num_shots < 0:
+        raise InputError(f"--num-shots {arguments.num_shots} is not possible: use 0 or more.")
+    if arguments.seeds > MOST_SEEDS:
+        raise InputError(f"--seeds {arguments.seeds} is not possible: use at most {MOST_SEEDS:,}.")
+    if arguments.limit is not None and arguments.limit > sys.maxsize:
+        raise InputError(f"--limit {arguments.limit} is not possible: leave it out to ask all.")
     if thinking and arguments.apply_chat_template is False:
         raise InputError("Thinking is part of the chat template: leave --no-apply-chat-template.")
     if find_spec("lm_eval") is None:
@@ -227,9 +245,9 @@ def _file_name(arguments: argparse.Namespace) -> str:
 
 
 def compare(first: str, second: str) -> dict[str, Any]:
-    from mlx_dgemma.evaluation.pairing import compared
+    from mlx_dgemma.evaluation.pairing import compared, read_result
 
-    a, b = (read_report(path, ["evaluation"]) for path in (first, second))
+    a, b = read_result(first), read_result(second)
     return {
         "a": _summary(first, a),
         "b": _summary(second, b),
@@ -247,10 +265,15 @@ def show_result(found: dict[str, Any], console: Console) -> None:
     scores = figures("task", "metric", "value", "n")
     costs = figures("cost", *COSTS)
     for task, values in found["tasks"].items():
-        costs.add_row(task, *_cost(values["cost"]))
+        costs.add_row(printable(task), *_cost(values["cost"]))
         for name, metric in values["metrics"].items():
             error = "" if metric["error"] is None else f" ± {metric['error']:.3f}"
-            scores.add_row(task, name, f"{metric['value']:.3f}{error}", str(values["questions"]))
+            scores.add_row(
+                printable(task),
+                printable(name),
+                f"{metric['value']:.3f}{error}",
+                str(values["questions"]),
+            )
     console.print(scores)
     console.print(costs)
     seeds = "" if found["seeds"] == 1 else f", mean of {found['seeds']} seeds"
@@ -274,7 +297,7 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
     table = figures("task, metric", "A", "B", "B - A (95 %)", "better", "worse", "p", "n")
     for one in found["differences"]:
         table.add_row(
-            f"{one['task']} {one['metric']}",
+            printable(f"{one['task']} {one['metric']}"),
             f"{one['a']:.3f}",
             f"{one['b']:.3f}",
             f"{one['b'] - one['a']:+.3f} ({one['low']:+.2f}, {one['high']:+.2f})",
@@ -287,14 +310,12 @@ def show_comparison(found: dict[str, Any], console: Console) -> None:
     costs = figures("cost", *COSTS)
     for side in ("a", "b"):
         for task, cost in found[side]["costs"].items():
-            costs.add_row(f"{side.upper()}: {task}", *_cost(cost))
+            costs.add_row(printable(f"{side.upper()}: {task}"), *_cost(cost))
     console.print(costs)
     for side in ("a", "b"):
         about = found[side]
-        console.print(
-            Text(f"{side.upper()}: {about['model']}, {about['preset']}, {about['file']}", "dim"),
-            soft_wrap=True,
-        )
+        line = printable(f"{side.upper()}: {about['model']}, {about['preset']}, {about['file']}")
+        console.print(Text(line, "dim"), soft_wrap=True)
     tests = ", ".join(sorted({one["test"] for one in found["differences"]}))
     note = f"p, two-sided, paired by question: {tests}. With many rows some are small by chance."
     console.print(Text(note, "dim"), soft_wrap=True)

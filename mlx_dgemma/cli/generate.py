@@ -96,7 +96,10 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     arguments = parser.parse_args(argv)
-    console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, messages = (
+        Console(highlight=False, markup=False),
+        Console(stderr=True, highlight=False, markup=False),
+    )
     if arguments.logprobs and not arguments.json:
         raise InputError("--logprobs are part of the JSON: add --json, or leave them out.")
     if arguments.replay is not None:

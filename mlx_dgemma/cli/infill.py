@@ -118,7 +118,10 @@ def length(text: str) -> int | tuple[int, int]:
 @command
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
-    console, messages = Console(highlight=False), Console(stderr=True, highlight=False)
+    console, messages = (
+        Console(highlight=False, markup=False),
+        Console(stderr=True, highlight=False, markup=False),
+    )
     text = _read_text(arguments)
     if not arguments.edit and arguments.strength != 1.0:
         raise InputError("--strength belongs to --edit: a hole holds nothing to keep.")

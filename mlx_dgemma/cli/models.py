@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if arguments.json:
             print(json.dumps({"models": [asdict(model) for model in found]}))
         else:
-            show(found, Console(highlight=False))
+            show(found, Console(highlight=False, markup=False))
         return 0
     print(json.dumps(done) if arguments.json else "\n".join(f"{k}: {v}" for k, v in done.items()))
     return 0

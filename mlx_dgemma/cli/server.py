@@ -121,7 +121,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(handlers=[shown], level=logging.INFO, format="%(message)s")
     for name in ("uvicorn.error", "uvicorn.asgi"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    messages = Console(stderr=True, highlight=False)
+    messages = Console(stderr=True, highlight=False, markup=False)
     with ExitStack() as opened:
         # Before the weights: a port in use should not take a minute.
         sockets = _bind(settings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -9,8 +10,29 @@ from typing import Any
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.evaluation.significance import compare
+from mlx_dgemma.machine.reports import read_report
 
 ALL = "all tasks"
+COSTS = ("steps_per_block", "tokens_per_forward", "seconds", "unfinished")
+
+
+def read_result(path: str) -> dict[str, Any]:
+    """A report of an evaluation with every part that a comparison reads; InputError otherwise."""
+    found = read_report(path, ["evaluation"])
+    try:
+        costs = [task["cost"] for task in found["tasks"].values()]
+        numbers = [cost[name] for cost in costs if cost is not None for name in COSTS]
+        samples = found["samples"]
+        numbers += [value for sample in samples for value in sample["values"].values()]
+        names = [sample[name] for sample in samples for name in ("task", "digest", "filter")]
+        whole = all(type(each) in (int, float) and math.isfinite(each) for each in numbers)
+        whole = whole and all(isinstance(name, str) for name in names)
+        whole = whole and all(type(sample["question"]) is int for sample in samples)
+    except (AttributeError, KeyError, TypeError, OverflowError):
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is no whole result: a task or a question in it is damaged.")
+    return found
 
 
 def compared(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:

@@ -11,8 +11,9 @@ import io
 import logging
 import random
 import statistics
+import traceback
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,6 +23,7 @@ import numpy as np
 from lm_eval.tasks import TaskManager
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.evaluation import harness as harness_module
 from mlx_dgemma.evaluation.harness import Asked, Harness
 from mlx_dgemma.evaluation.replies import Answer
 
@@ -77,25 +79,27 @@ def evaluate(harness: Harness, plan: Plan) -> dict[str, Any]:
     figure, "error": standard error over questions, "runs": each run's}, and under "cost" what
     replies took. samples: every question's mean values, by which two reports are paired.
 
-    Raises InputError for what lm-eval cannot prepare, such as data that cannot be fetched.
+    Raises InputError for what lm-eval cannot prepare, such as data that cannot be fetched, and for
+    a task that fails while it is run, such as one with a metric that does not exist.
     """
     loaded = _load(harness, plan)
     runs = []
     for run in range(harness.manner.runs):
         harness.run = run
         _seed(harness.manner.seed)
-        runs.append(
-            lm_eval.evaluate(
-                harness,
-                loaded,
-                limit=plan.limit,
-                system_instruction=plan.system_prompt,
-                apply_chat_template=harness.manner.chat,
-                fewshot_as_multiturn=plan.multiturn,
-                confirm_run_unsafe_code=plan.unsafe,
-                bootstrap_iters=0,
+        with _tasks_failures(plan.tasks.names):
+            runs.append(
+                lm_eval.evaluate(
+                    harness,
+                    loaded,
+                    limit=plan.limit,
+                    system_instruction=plan.system_prompt,
+                    apply_chat_template=harness.manner.chat,
+                    fewshot_as_multiturn=plan.multiturn,
+                    confirm_run_unsafe_code=plan.unsafe,
+                    bootstrap_iters=0,
+                )
             )
-        )
     samples = _samples(runs, harness, plan)
     return {"tasks": _tasks(runs, samples, harness), "samples": samples}
 
@@ -109,11 +113,7 @@ def _load(harness: Harness, plan: Plan) -> Any:
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar per file
             loaded = manager.load(names)
     except Exception as error:  # whatever a task's own code, its data and their host raise
-        first = str(error).strip().splitlines() or [""]
-        raise InputError(
-            f"lm-eval cannot prepare {', '.join(names)}: {type(error).__name__}: "
-            f"{first[0].rstrip('.')}."
-        ) from error
+        raise InputError(f"lm-eval cannot prepare {_why(names, error)}") from error
     for name, task in loaded["tasks"].items():
         if getattr(task, "UNSAFE_CODE", False) and not plan.unsafe:
             raise InputError(
@@ -127,6 +127,23 @@ def _load(harness: Harness, plan: Plan) -> Any:
             task.set_config(key="num_fewshot", value=0)
         task.set_fewshot_seed(seed=harness.manner.seed)
     return loaded
+
+
+@contextlib.contextmanager
+def _tasks_failures(names: Sequence[str]) -> Iterator[None]:
+    """Makes one sentence of what a task's own code raises; what the model raises goes through."""
+    try:
+        yield
+    except Exception as error:
+        files = {frame.f_code.co_filename for frame, _ in traceback.walk_tb(error.__traceback__)}
+        if harness_module.__file__ in files:
+            raise
+        raise InputError(f"lm-eval cannot evaluate {_why(names, error)}") from error
+
+
+def _why(names: Sequence[str], error: Exception) -> str:
+    first = str(error).strip().splitlines() or [""]
+    return f"{', '.join(names)}: {type(error).__name__}: {first[0].rstrip('.')}."
 
 
 def _seed(seed: int) -> None:

@@ -12,17 +12,20 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any, cast
 
 import mlx.core as mx
 
+from mlx_dgemma.files import read_bytes
 from mlx_dgemma.kernels.checking import Findings
 from mlx_dgemma.kernels.registry import Operation, Shape
 
 _MARGIN = 0.95
+_LARGEST = 64 << 20  # bytes of a cache
 _log = logging.getLogger("mlx_dgemma.kernels")
 
 
@@ -97,22 +100,69 @@ def cache_file() -> Path:
 
 
 def remembered() -> dict[str, Verdict]:
-    """Every verdict in the cache; a file that cannot be read counts as empty."""
-    try:
-        stored = json.loads(cache_file().read_text())
-        return {key: Verdict(**value) for key, value in stored.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
+    """Every verdict in the cache that can be read."""
+    return {
+        key: Verdict(**value)
+        for key, value in read_cache(cache_file()).items()
+        if fits(value, _KINDS)
+    }
 
 
 def remember(found: Mapping[str, Verdict]) -> None:
     """Add verdicts to the cache; no error where it cannot be written."""
-    path = cache_file()
     stored = {**remembered(), **found}
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-            json.dump({name: asdict(value) for name, value in stored.items()}, file, indent=1)
-        os.replace(file.name, path)
+        write_cache(cache_file(), {name: asdict(value) for name, value in stored.items()})
     except OSError as error:
         _log.info("kernel verdicts are not kept: %s", error)
+
+
+def is_number(value: object) -> bool:
+    """Whether this is a number that can be formatted and computed with."""
+    return type(value) in (int, float) and abs(cast(float, value)) < 1e300
+
+
+def _measured(value: object) -> bool:
+    return value is None or type(value) in (int, float)
+
+
+Kinds = Mapping[str, Callable[[object], bool]]
+_KINDS: Kinds = {
+    "enabled": lambda value: type(value) is bool,
+    "reason": lambda value: type(value) is str,
+    "error": _measured,
+    "kernel_ms": _measured,
+    "twin_ms": _measured,
+    "lasting": lambda value: type(value) is bool,
+    "when": is_number,
+}
+
+
+def fits(value: object, kinds: Kinds) -> bool:
+    """Whether a cache's entry has these fields and no others, each of its kind."""
+    return (
+        isinstance(value, dict)
+        and value.keys() == kinds.keys()
+        and all(kind(value[name]) for name, kind in kinds.items())
+    )
+
+
+def read_cache(path: Path) -> dict[str, Any]:
+    """What earlier runs kept, by name; a file that cannot be read counts as empty."""
+    try:
+        found = json.loads(read_bytes(path, _LARGEST))
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def write_cache(path: Path, entries: Mapping[str, Any]) -> None:
+    """Writes a cache whole or not at all; OSError where it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        beside = Path(file.name)
+    try:
+        beside.write_text(json.dumps(entries, indent=1), encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)

@@ -118,6 +118,10 @@ def read_source(source: Any, access: Access = LOCAL) -> bytes | Path:
         if "://" in source[:16]:
             raise InputError(f"Images come from http and https URLs alone, not from {scheme}:.")
     if not isinstance(source, str | Path):
+        if not access.files:
+            raise InputError(
+                f"An image is given as an http(s) or data: URL, not as {source!r:.80}."
+            )
         raise InputError(
             f"An image is a path, a URL, bytes, a PIL image or a numpy array, not {source!r:.80}."
         )

@@ -215,8 +215,19 @@ def _system_one_card(settings: ServerSettings, created: int) -> dict[str, str]:
 
 async def _no_such_route(request: Request, error: Exception) -> Response:
     status = getattr(error, "status_code", 404)
+    path = request.url.path
     what = "allow this method" if status == 405 else "exist"
-    return _error(request, ApiError(status, f"{request.url.path} does not {what}."))
+    return _error(request, ApiError(status, f"{path} does not {what}{_base_url_advice(request)}."))
+
+
+def _base_url_advice(request: Request) -> str:
+    """How to mend an address that was given to a client with /v1 twice, or without it."""
+    path = request.url.path
+    if path.startswith("/v1/v1/"):
+        return ": leave /v1 out of the client's base URL"
+    if f"/v1{path}" in (getattr(route, "path", None) for route in request.app.routes):
+        return f": it is /v1{path}, so end the client's base URL in /v1"
+    return ""
 
 
 class _Guard:

@@ -12,6 +12,7 @@ from mlx_dgemma.errors import (
     GpuError,
     GpuMemoryError,
     InputError,
+    MediaError,
     ResourceError,
 )
 from mlx_dgemma.machine.gpu_failures import explanation
@@ -86,6 +87,8 @@ def as_api_error(error: BaseException) -> ApiError:
         return error
     if isinstance(error, QuestionError):
         return ApiError(422, str(error), location=error.location)
+    if isinstance(error, MediaError):
+        return ApiError(400, str(error), param=error.where)
     if isinstance(error, InputError):
         message = str(error)
         named = _PARAMETER.match(message)

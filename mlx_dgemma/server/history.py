@@ -2,7 +2,7 @@
 
 What cannot be read becomes a readable placeholder or goes, each with a warning; tool results are
 paired with their calls by id, wherever they stand. Sound and video are refused in the newest
-question only: elsewhere nobody could take them back.
+question only, and so is what is malformed: elsewhere nobody could take them back.
 """
 
 from __future__ import annotations
@@ -79,6 +79,10 @@ def _message(
     for name in ("name", "tool_call_id"):
         if name in mended and not isinstance(mended[name], str | None):
             mended[name] = str(mended[name])
+    for name in ("reasoning", "reasoning_content"):
+        if not isinstance(mended.get(name), str | None):
+            warnings.append(f"{where}.{name} is no text and was left out")
+            del mended[name]
     return mended
 
 
@@ -96,7 +100,18 @@ def _parts(
         elif kind in IMAGE_PARTS and message.get("role") not in ("user", "tool"):
             warnings.append(f"{where}.content[{j}] is an image of a {message.get('role')} message")
             read.append({"type": "text", "text": "[an image was left out]"})
-        elif not isinstance(kind, str) or kind in (*TEXT_PARTS, *IMAGE_PARTS, "refusal"):
+        elif kind in (*TEXT_PARTS, "refusal"):
+            name = "refusal" if kind == "refusal" else "text"
+            if not isinstance(part.get(name), str) and not (newest and part.get(name)):
+                warnings.append(f"{where}.content[{j}].{name} is no text")
+                part = {**part, name: _written(part.get(name))}
+            read.append(part)
+        elif kind in IMAGE_PARTS:
+            read.append(part)
+        elif not isinstance(kind, str):
+            if not newest:
+                warnings.append(f"{where}.content[{j}] has no type and was read as text")
+                part = {"type": "text", "text": _written(part)}
             read.append(part)
         elif newest and (kind in VIDEO_PARTS or "audio" in kind):
             read.append(part)  # which the encoder refuses with a sentence
@@ -116,6 +131,11 @@ def placeholder(part: Mapping[str, Any]) -> dict[str, str]:
     text = _text(fields.get("content") or fields.get("text") or "")
     head = f"[{kind}{f' {name}' if name else ''}: this model cannot read it]"
     return {"type": "text", "text": f"{head}\n{text}" if text else head}
+
+
+def _written(value: Any) -> str:
+    """JSON for a value that should be text; nothing for none."""
+    return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
 def _text(content: Any) -> str:

@@ -49,6 +49,8 @@ def read_conversation(fields: Fields, stored: StoredResponses) -> Conversation:
         items = []
     if not isinstance(items, list):
         raise fields.fail("input", "a string or a list of items")
+    if not items and not found.before:
+        raise fields.fail("input", "a string or a list of at least one item")
     for item in found.before:
         _read(found, Fields(item, "previous_response_id"))
     kept: dict[str, Any] | None = None
@@ -77,7 +79,7 @@ def _read(found: Conversation, entry: Fields) -> None:
     elif kind.removesuffix("_output") in _CALLS:
         output = entry.raw("output")
         # The older shell calls are paired by the id of the item.
-        identity = entry.text("call_id") or entry.text("id")
+        identity = entry.raw("call_id") or entry.raw("id")
         result = {"role": "tool", "tool_call_id": identity, "name": entry.raw("name")}
         found.messages.append({**result, "content": _output(output)})
     elif kind == "additional_tools":
@@ -88,11 +90,13 @@ def _read(found: Conversation, entry: Fields) -> None:
 
 def _message(found: Conversation, entry: Fields) -> None:
     role = entry.text("role", MESSAGE_ROLES)
+    if role is None:
+        raise entry.fail("role", f"one of {', '.join(MESSAGE_ROLES)}")
     content = entry.raw("content")
     if role != "assistant":
         found.messages.append({"role": role, "content": content})
         return
-    parts = content if isinstance(content, list) else [{"type": "text", "text": content or ""}]
+    parts = content if isinstance(content, list) else [{"type": "text", "text": content}]
     _assistant(found)["content"] += parts
 
 
@@ -109,15 +113,15 @@ def _thought(found: Conversation, entry: Fields) -> None:
 def _call(entry: Fields, kind: str) -> dict[str, Any]:
     name: Any = kind.removesuffix("_call")
     if kind == "function_call":
-        name, arguments = entry.text("name"), entry.raw("arguments")
+        name, arguments = entry.raw("name"), entry.raw("arguments")
     elif kind == "custom_tool_call":
-        name, arguments = entry.text("name"), {"input": entry.raw("input") or ""}
+        name, arguments = entry.raw("name"), {"input": entry.raw("input") or ""}
     else:
         action = entry.raw("action")
         arguments = dict(action) if isinstance(action, Mapping) else {}
         arguments = {k: v for k, v in arguments.items() if v and k not in ("type", "env")}
     function = {"name": declared_name(name, entry.raw("namespace")), "arguments": arguments}
-    identity = entry.text("call_id") or entry.text("id")
+    identity = entry.raw("call_id") or entry.raw("id")
     return {"id": identity, "type": "function", "function": function}
 
 

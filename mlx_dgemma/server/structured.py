@@ -60,7 +60,8 @@ def read_format(fields: Fields | None, name: str = "response_format") -> Form | 
     inner = wanted.object("json_schema") or wanted
     schema = inner.raw("schema")
     if schema is None:
-        raise inner.fail("schema", "given as a JSON schema")
+        nested = name == "response_format" and inner is wanted
+        raise inner.fail("json_schema.schema" if nested else "schema", "given as a JSON schema")
     return partial(Wanted.schema, schema, inner.path("schema"))
 
 

@@ -134,14 +134,14 @@ def responses_tools(tools: list[Any], where: str = "tools") -> Declared:
 def _responses_tool(found: Declared, tool: Fields, namespace: str | None) -> None:
     kind = tool.text("type") or "function"
     if kind == "function":
-        name = tool.text("name")
+        name = _name(tool)
         declared = name if namespace is None else f"{namespace}{_joint(namespace)}{name}"
-        origin = None if namespace is None else Origin(kind, name or "", namespace)
-        found.add(declared, tool.text("description"), tool.raw("parameters"), origin)
+        origin = None if namespace is None else Origin(kind, name, namespace)
+        found.add(declared, tool.text("description"), _schema(tool, "parameters"), origin)
     elif kind == "custom":
         _custom(found, tool, namespace)
     elif kind == "namespace" and namespace is None:
-        name = tool.text("name")
+        name = _name(tool)
         for j, inner in enumerate(tool.items("tools") or []):
             _responses_tool(found, Fields(inner, tool.path(f"tools[{j}]")), name)
     elif kind == "local_shell":
@@ -152,6 +152,21 @@ def _responses_tool(found: Declared, tool: Fields, namespace: str | None) -> Non
         found.skip(kind)
 
 
+def _name(tool: Fields) -> str:
+    name = tool.text("name")
+    if not name:
+        raise tool.fail("name", "a non-empty string")
+    return name
+
+
+def _schema(tool: Fields, name: str) -> Any:
+    """The parameters, by the dialect's name for them; ApiError 400 for what is no object."""
+    schema = tool.raw(name)
+    if not isinstance(schema, Mapping | None):
+        raise tool.fail(name, "a JSON schema object")
+    return schema
+
+
 def _runs_at_the_client(tool: Fields) -> bool:
     environment = tool.object("environment")
     return environment is None or environment.text("type") == "local"
@@ -159,7 +174,7 @@ def _runs_at_the_client(tool: Fields) -> bool:
 
 def _custom(found: Declared, tool: Fields, namespace: str | None = None) -> None:
     """A tool that takes free text; a grammar for it is described, not enforced."""
-    name, description = tool.text("name"), tool.text("description") or ""
+    name, description = _name(tool), tool.text("description") or ""
     form = tool.raw("format")
     grammar = form.get("grammar", form) if isinstance(form, Mapping) else None
     definition = grammar.get("definition") if isinstance(grammar, Mapping) else None
@@ -167,7 +182,7 @@ def _custom(found: Declared, tool: Fields, namespace: str | None = None) -> None
         description = f"{description}\nThe input follows this grammar:\n{definition}".strip()
         found.warnings.append(f"the grammar of {name} is described to the model, not enforced")
     declared = name if namespace is None else f"{namespace}{_joint(namespace)}{name}"
-    found.add(declared, description, _INPUT, Origin("custom", name or "", namespace))
+    found.add(declared, description, _INPUT, Origin("custom", name, namespace))
 
 
 def _joint(namespace: str) -> str:
@@ -182,9 +197,10 @@ def anthropic_tools(tools: list[Any]) -> Declared:
         kind = entry.text("type")
         known = next((t for t in _CLIENT_TOOLS if kind and kind.startswith(t[0])), None)
         if kind in (None, "custom"):
-            found.add(entry.text("name"), entry.text("description"), entry.raw("input_schema"))
+            schema = _schema(entry, "input_schema")
+            found.add(_name(entry), entry.text("description"), schema)
         elif known is not None:
-            found.add(entry.text("name"), known[1], known[2])
+            found.add(_name(entry), known[1], known[2])
         else:
             found.skip(kind, entry.raw("name"))
     return found

@@ -35,6 +35,29 @@ def test_a_rehearsal_runs_every_line(capsys: pytest.CaptureFixture[str]) -> None
     assert steps == ["checking the kernels", "writing the checkpoint", "round 1"]
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--steps", "0"], ["--steps=-5"], ["--prompt-tokens=-1"], ["--minutes", "nan"],
+        ["--minutes=-1"], ["--minutes", "inf"], ["--nope"],
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_refused_before_anything_is_written(
+    flags: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        gpu_step.main(["--rehearse", *flags])
+    assert ended.value.code == 2
+    assert "writing the checkpoint" not in capsys.readouterr().err
+
+
+def test_a_model_that_there_is_not_is_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:
+    assert gpu_step.main(["--rehearse", "--synthetic", "nope"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: There is no synthetic model 'nope'")
+    assert told.count("\n") == 1
+
+
 def test_it_rehearses_the_published_packing() -> None:
     raw = synthetic_config("26b-4bit")
     small = gpu_step.rehearsal(raw)

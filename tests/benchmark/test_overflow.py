@@ -146,3 +146,15 @@ def test_a_file_that_is_no_record_counts_as_empty() -> None:
     for text in ("", "[]", '{"a": {"largest": 1}}', '{"a": 3}', wrong):
         audits.audit_file().write_text(text)
         assert audits.everything() == {}
+
+
+def test_a_damaged_audit_leaves_the_others_in_force() -> None:
+    good = asdict(HARMLESS)
+    damage: list[dict[str, object]] = [
+        {"largest": 10**400}, {"when": float("nan")}, {"branches": float("inf")},
+        {"where": ["x"]}, {"units": "no"}, {"loss": True}, {"more": 1},
+    ]  # fmt: skip
+    stored = {f"bad {n}": {**good, **one} for n, one in enumerate(damage)}
+    audits.audit_file().parent.mkdir(parents=True)
+    audits.audit_file().write_text(json.dumps({**stored, "good": good}))
+    assert audits.everything() == {"good": HARMLESS}

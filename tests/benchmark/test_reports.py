@@ -127,8 +127,40 @@ def test_what_is_no_json_and_what_lacks_a_part_end_the_merge(
     assert "cannot be read as a report" in capsys.readouterr().err
     write_report(tmp_path / "a.json", {**example("times"), "passes": {}})
     assert merge.main(command) == 2
-    assert "A report of times lacks a part" in capsys.readouterr().err
+    assert f"{tmp_path / 'a.json'} is no whole report: a part of 'times'" in capsys.readouterr().err
+    write_report(tmp_path / "a.json", {**example("evaluation"), "tasks": [1]})
+    assert merge.main(command) == 2
+    assert "a.json is no whole report" in capsys.readouterr().err
     assert page.read_text() == before
+
+
+@pytest.mark.parametrize("place", ["no page", "a folder", "no folder of reports", "not text"])
+def test_a_wrong_place_is_a_sentence(
+    tmp_path: Path, page: Path, place: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, named, before = tmp_path, page, page.read_bytes()
+    if place == "no page":
+        named = tmp_path / "none.md"
+    elif place == "a folder":
+        named = tmp_path
+    elif place == "no folder of reports":  # which is not "no report has been sent"
+        folder = tmp_path / "none"
+    else:
+        before = b"\xff\xfe"
+        page.write_bytes(before)
+    assert merge.main(["--folder", str(folder), "--page", str(named)]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ")
+    assert told.count("\n") == 1
+    assert page.read_bytes() == before
+    assert list(tmp_path.iterdir()) == [page]
+
+
+def test_a_sender_s_text_is_no_link_and_no_markup() -> None:
+    sent = "https://evil.example/a www.evil.example a|b <script>x</script> [x](y) --> a@b.example"
+    shown = merge.cell(sent)
+    assert not any(sign in shown for sign in ("://", "www.", "|", "<", ">", "[", "@"))
+    assert merge.cell("mlx-community/a-4bit, 62% ± 1.5") == "mlx-community/a-4bit, 62% ± 1.5"
 
 
 def test_a_report_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

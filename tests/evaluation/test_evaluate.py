@@ -70,6 +70,52 @@ def test_two_results_are_compared_question_by_question(
     assert "paired by question" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"samples": None}, {"samples": "hello"}, {"samples": [1]}, {"samples": [{}]},
+        {"tasks": None}, {"tasks": [1]}, {"tasks": {"letters": 3}},
+        {"tasks": {"letters": {"cost": {"steps": 1}}}}, {"tasks": {"letters": {"cost": [1]}}},
+    ],
+)  # fmt: skip
+def test_a_damaged_result_is_not_compared(
+    results: tuple[Path, Path],
+    damage: dict[str, Any],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps({**json.loads(results[0].read_text()), **damage}))
+    for pair in ((damaged, results[0]), (results[0], damaged)):
+        assert main(["--compare", *map(str, pair)]) == 2
+        told = capsys.readouterr().err
+        assert told == f"error: {damaged} is no whole result: a task or a question in it is " \
+            "damaged.\n"  # fmt: skip
+
+
+@pytest.mark.parametrize("value", ["1", None, True])
+def test_a_result_s_values_are_numbers(
+    results: tuple[Path, Path], value: object, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = json.loads(results[0].read_text())
+    found["samples"][0]["values"]["exact_match"] = value
+    damaged = tmp_path / "damaged.json"
+    damaged.write_text(json.dumps(found))
+    assert main(["--compare", str(results[0]), str(damaged), "--json"]) == 2
+    assert "is no whole result" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_a_task_s_name_is_text_and_no_markup(
+    results: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = tmp_path / "named.json"
+    named.write_text(results[0].read_text().replace('"letters"', '"[/x]\\u001b[31m"'))
+    assert main(["--compare", str(named), str(named)]) == 0
+    shown = capsys.readouterr().out
+    assert "[/x]" in shown
+    assert "\x1b[31m" not in shown
+
+
 def test_a_result_is_not_written_over(
     results: tuple[Path, Path], tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -108,6 +154,13 @@ def test_multiple_choice_and_raw_prompts(tasks: Path, tmp_path: Path) -> None:
         (["--tasks", "no_such_task"], "lm-eval has no task 'no_such_task'"),
         (["--tasks", "x", "--include-path", "/none"], "--include-path /none is no folder"),
         (["--tasks", "x", "--chat-template-args", '{"a": 1}'], "--chat-template-args takes"),
+        (
+            ["--tasks", "x", "--chat-template-args", '{"enable_thinking": "yes"}'],
+            "--chat-template-args takes",
+        ),
+        (["--tasks", "x", "--num-shots", "-1"], "--num-shots -1 is not possible"),
+        (["--tasks", "x", "--seeds", str(10**14)], "is not possible: use at most 1,000"),
+        (["--tasks", "x", "--limit", str(10**24)], "is not possible: leave it out"),
         (["--compare", "/none/a", "/none/b"], "/none/a cannot be read as a report"),
     ],
 )
@@ -131,6 +184,14 @@ def test_mistakes_are_sentences(
     assert told.count("\n") == 1
 
 
+@pytest.mark.parametrize("text", ["{bad", "[" * 100_000, '{"enable_thinking": NaN}'])
+def test_template_arguments_that_are_no_json(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--tasks", "x", "--chat-template-args", text])
+    assert ended.value.code == 2
+    assert "argument --chat-template-args:" in capsys.readouterr().err
+
+
 def test_data_that_cannot_be_fetched_is_a_sentence(
     tmp_path: Path, tasks: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +199,28 @@ def test_data_that_cannot_be_fetched_is_a_sentence(
     (tmp_path / "absent.yaml").write_text(text.replace("letters.json", "missing.json"))
     assert main(["--tasks", "absent", "--include-path", str(tmp_path)]) == 2
     assert "lm-eval cannot prepare absent: FileNotFoundError" in capsys.readouterr().err
+
+
+def test_a_task_that_fails_while_it_runs_is_a_sentence(
+    tmp_path: Path,
+    tasks: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    text = (tasks / "letters.yaml").read_text().replace("task: letters", "task: sparkling")
+    (tmp_path / "sparkling.yaml").write_text(text.replace("exact_match", "sparkle"))
+    flags = ["--tasks", "sparkling", "--include-path", str(tmp_path), "--limit", "1"]
+    flags += ["--output-dir", str(tmp_path / "out"), "--max-tokens", "4"]
+    assert main(flags) == 2
+    assert "lm-eval cannot evaluate sparkling: " in capsys.readouterr().err
+    assert list((tmp_path / "out").iterdir()) == []
+
+    def broken(*_: object, **__: object) -> list[Any]:
+        raise ZeroDivisionError  # a bug of ours keeps its traceback
+
+    monkeypatch.setattr(harness, "replies", broken)
+    with pytest.raises(ZeroDivisionError):
+        main(flags)
 
 
 class Questions:

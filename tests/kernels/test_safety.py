@@ -5,8 +5,10 @@ the report.
 import inspect
 import json
 import logging
+import os
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import mlx.core as mx
@@ -237,11 +239,35 @@ def test_an_app_that_did_not_survive_a_check_twice_stays_with_the_twin(monkeypat
     assert judged([fake("good")]) == [left]
 
 
-@pytest.mark.parametrize("content", ["", "[]", '{"a": {"surprise": 1}}', '{"a": 3}'])
+@pytest.mark.parametrize(
+    "content", ["", "[]", '{"a": {"surprise": 1}}', '{"a": 3}', "[" * 200_000, "\udcff"]
+)
 def test_a_damaged_cache_counts_as_empty(content):
     verdicts.cache_file().parent.mkdir()
-    verdicts.cache_file().write_text(content)
+    verdicts.cache_file().write_text(content, errors="surrogateescape")
     assert verdicts.remembered() == {}
+
+
+def test_a_damaged_verdict_leaves_the_others_in_force():
+    good = verdicts.Verdict(True, "wins", 0.0, 1.0, 2.0, when=3.0)
+    damage = [{"when": "now"}, {"when": 10**400}, {"enabled": 1}, {"reason": None}, {"error": []}]
+    stored = {f"bad {n}": {**asdict(good), **one} for n, one in enumerate(damage)}
+    verdicts.cache_file().parent.mkdir()
+    verdicts.cache_file().write_text(json.dumps({**stored, "good": asdict(good)}))
+    assert verdicts.remembered() == {"good": good}
+
+
+def test_a_pipe_in_the_cache_s_place_is_not_waited_for():
+    verdicts.cache_file().parent.mkdir()
+    os.mkfifo(verdicts.cache_file())
+    assert verdicts.remembered() == {}
+
+
+def test_a_cache_is_written_whole_or_not_at_all(tmp_path):
+    (tmp_path / "cache").mkdir()  # what no file can replace
+    with pytest.raises(OSError, match="cache"):
+        verdicts.write_cache(tmp_path / "cache", {})
+    assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
 
 def test_a_cache_that_cannot_be_written_is_no_error(monkeypatch, tmp_path):

@@ -20,6 +20,10 @@ def result(identity: str | None, text: Any = "r", **more: Any) -> dict[str, Any]
     return {"role": "tool", "tool_call_id": identity, "content": text, **more}
 
 
+def text_of(content: Any) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content)
+
+
 def order(messages: list[Any]) -> list[str]:
     return [f"{m['role']}:{m.get('tool_call_id') or m.get('content') or ''}" for m in messages]
 
@@ -154,6 +158,12 @@ ODD: list[tuple[str, list[Any]]] = [
     ("reasoning part", [
         *user(), {"role": "assistant", "content": [{"type": "thinking", "thinking": "t"}]},
         *user()]),
+    ("reasoning that is a list", [
+        *user(), {"role": "assistant", "content": "x", "reasoning_content": [{"text": "t"}]},
+        *user()]),
+    ("text null", [*user([{"type": "text", "text": None}])]),
+    ("old text that is a number", [*user([{"type": "text", "text": 3}]), *user()]),
+    ("old part without a type", [*user([{"a": 1}, None]), *user()]),
 ]  # fmt: skip
 
 
@@ -172,3 +182,109 @@ def test_what_the_model_reads_of_broken_arguments(serve: Open) -> None:
 
     rendered = tokenizer().decode(encode_prompt(tokenizer(), script.seen[0]["prompt"]))
     assert 'call:f{{"a": }<tool_call|>' in rendered
+
+
+BLOCKS: list[Any] = [
+    3, None, "bare", {}, {"type": 3}, {"type": "text", "text": 3}, {"type": "text"},
+    {"type": "image"}, {"type": "image", "source": {}}, {"type": "image", "source": 3},
+    {"type": "image", "source": {"type": "base64", "data": 3}},
+    {"type": "document", "source": {"type": "content", "content": [3]}},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=str)
+def test_an_odd_old_block_does_not_end_an_anthropic_conversation(serve: Open, block: Any) -> None:
+    call = {"type": "tool_use", "id": 7, "name": "look", "input": None}
+    thought = {"type": "thinking", "thinking": 3}
+    result = {"type": "tool_result", "tool_use_id": 7, "content": [block]}
+    old = [
+        {"role": "user", "content": [block]},
+        {"role": "assistant", "content": [thought, block, call]},
+        {"role": "user", "content": [result]},
+    ]
+    client = serve(Script("fine"))
+
+    def ask(messages: list[Any]) -> Any:
+        return client.post("/v1/messages", json={"messages": messages, "max_tokens": 9})
+
+    for messages in ([*old, *user("and?")], [*user(), *old[1:]]):
+        answer = ask(messages)
+        assert (answer.status_code, answer.json()["content"][0]["text"]) == (200, "fine")
+    if block not in ("bare", {"type": "text"}):
+        refused = ask([{"role": "user", "content": [block]}])
+        assert (refused.status_code, refused.json()["error"]["message"][-1]) == (400, ".")
+
+
+def test_what_the_model_reads_of_odd_results(serve: Open, conversations: list[Any]) -> None:
+    client = serve(Script("fine"))
+    for content, read in (({"a": [1]}, '{"a": [1]}'), ([3, "x", {"b": 1}], '3\nx\n{"b": 1}')):
+        messages = [
+            *user(),
+            {"role": "assistant", "content": [
+                {"type": "tool_use", "id": "u1", "name": "look", "input": {}}]},
+            {"role": "user", "content": [
+                {"type": "tool_result", "tool_use_id": "u1", "content": content}]},
+        ]  # fmt: skip
+        answer = client.post("/v1/messages", json={"messages": messages, "max_tokens": 9})
+        assert answer.status_code == 200, answer.text
+        assert conversations[-1][-1]["role"] == "tool"
+        assert text_of(conversations[-1][-1]["content"]) == read
+
+
+RESULT: dict[str, Any] = {"type": "function_call_output", "call_id": 5, "output": "x"}
+ITEMS: list[list[Any]] = [
+    [{"type": "function_call", "call_id": 5, "name": 5, "arguments": "{}"}, RESULT],
+    [{"type": "custom_tool_call", "call_id": 5, "name": None, "input": 3}, RESULT],
+    [{**RESULT, "output": [{"type": "input_text", "text": None}]}],
+    [{**RESULT, "output": [{"type": "input_text", "text": 3}, {"type": 3}]}],
+    [{"role": "assistant", "content": 3}],
+    [{"role": "assistant", "content": None}],
+    [{"role": "assistant", "content": [{"type": "output_text", "text": None}, None]}],
+]
+
+
+@pytest.mark.parametrize("items", ITEMS, ids=str)
+def test_an_odd_item_does_not_end_a_responses_conversation(serve: Open, items: Any) -> None:
+    asked = {"input": [*user(), *items, *user("and?")]}
+    answer = serve(Script("fine")).post("/v1/responses", json=asked)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["output"][-1]["content"][0]["text"] == "fine"
+
+
+@pytest.mark.parametrize(
+    ("path", "fields", "param"),
+    [
+        ("/v1/responses", {"input": []}, "input"),
+        ("/v1/responses", {"input": [*user(), {}]}, "input[1].role"),
+        ("/v1/responses", {"input": "x", "tools": [{"type": "mcp"}, {}]}, "tools[1].name"),
+        ("/v1/responses", {"input": "x", "tools": [{"name": "f", "parameters": 3}]},
+         "tools[0].parameters"),
+        ("/v1/messages", {"messages": user(), "max_tokens": 9, "tools": [{"input_schema": {}}]},
+         "tools[0].name"),
+        ("/v1/messages", {"messages": user(), "max_tokens": 9,
+                          "tools": [{"name": "f", "input_schema": []}]}, "tools[0].input_schema"),
+        ("/v1/chat/completions", {"messages": user(),
+                                  "response_format": {"type": "json_schema"}},
+         "response_format.json_schema.schema"),
+    ],
+)  # fmt: skip
+def test_a_refusal_names_the_field_of_its_own_dialect(
+    serve: Open, path: str, fields: dict[str, Any], param: str
+) -> None:
+    answer = serve(Script("fine")).post(path, json=fields)
+    assert (answer.status_code, answer.json()["error"]["message"].split()[0]) == (400, param)
+
+
+@pytest.mark.parametrize(
+    ("path", "advice"),
+    [
+        ("/chat/completions", "it is /v1/chat/completions, so end the client's base URL in /v1."),
+        ("/models", "it is /v1/models, so end the client's base URL in /v1."),
+        ("/v1/v1/messages", "leave /v1 out of the client's base URL."),
+        ("/v1/embeddings", "/v1/embeddings does not exist."),
+    ],
+)
+def test_a_wrong_base_url_is_explained(serve: Open, path: str, advice: str) -> None:
+    answer = serve(Script("fine")).post(path, json={})
+    assert answer.status_code == 404
+    assert answer.json()["error"]["message"].endswith(advice)

@@ -222,3 +222,12 @@ def test_a_model_without_a_tower(serve: Open, monkeypatch: pytest.MonkeyPatch) -
     assert "no vision tower" in answer.json()["error"]["message"]
     earlier = {"messages": [*user([part(), TEXT]), *user("go on")]}
     assert "no vision tower" in serve(script).post(CHAT, json=earlier).json()["x_warnings"][0]
+
+
+@pytest.mark.parametrize("url", ["data:image/png;base64,AAAA", "https://localhost/", 3])
+def test_a_refused_image_is_named_by_its_place(serve: Open, url: Any) -> None:
+    parts = [{"type": "text", "text": "?"}, {"type": "image_url", "image_url": {"url": url}}]
+    answer = serve(Script("x")).post("/v1/chat/completions", json={"messages": user(parts)})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "messages[0].content[1]"
+    assert "numpy" not in answer.json()["error"]["message"]

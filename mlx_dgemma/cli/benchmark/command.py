@@ -114,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         preset=arguments.preset or "reference",
         kv_bits=arguments.kv_bits,
     )
-    messages = Console(stderr=True, highlight=False)
+    messages = Console(stderr=True, highlight=False, markup=False)
     if arguments.count:
         found["count"] = counts.run(arguments)
     elif arguments.compare:
@@ -131,7 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.json:
         print(text)
     else:
-        show(found, Console(highlight=False))
+        show(found, Console(highlight=False, markup=False))
     return 0
 
 
