@@ -12,6 +12,7 @@ in one go, so that it can be scrolled to and copied.
 
 from __future__ import annotations
 
+import errno
 import json
 import threading
 import time
@@ -135,6 +136,8 @@ class LiveView:
                     return
                 self._draft, self._coming, self._drawing = self._coming, None, True
             try:
+                if not self._live.console.is_terminal:  # rich would draw nothing, in silence
+                    raise OSError(errno.EIO, "the terminal is gone")
                 self._live.update(self.frame(), refresh=True)
             except BaseException as error:  # the caller's thread raises it
                 self._failure = error

@@ -139,10 +139,8 @@ def test_a_request_to_end_leaves_the_terminal_as_it_was() -> None:
 
 def test_a_terminal_that_goes_away_ends_the_reply_in_words(tmp_path: Path) -> None:
     with (tmp_path / "messages").open("w+") as messages:
-        terminal = Terminal(
-            *("generate", "-p", "abc", "--seed", "1", "--pace", "0.1"), messages=messages.fileno()
-        )
-        terminal.wait_for("step ", times=1)
+        terminal = Terminal("generate", "-p", "abc", *ENDLESS, messages=messages.fileno())
+        terminal.wait_for("step ", times=3)
         os.close(terminal.slave)
         os.close(terminal.master)
         assert terminal.process.wait(60) == 2
