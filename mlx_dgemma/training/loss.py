@@ -12,9 +12,8 @@ vocabulary are made for a few rows at a time, and made again for the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 
@@ -126,8 +125,7 @@ def cross_entropy(
         return mx.array(0.0)
     whole = mx.custom_function(loss)
     whole.vjp(gradient)
-    result: mx.array = whole(hidden)
-    return result
+    return cast("mx.array", whole(hidden))
 
 
 @dataclass(frozen=True)
