@@ -23,7 +23,8 @@ class Replay:
     """A trace run again.
 
     ids: of every committed block. text: theirs, stop strings not looked for. divergence: (block,
-    attempt, step) of the first other draft, or None.
+    attempt, step) of the first step whose draft or computed positions differ, or that only the
+    record or only the replay has; else None.
     """
 
     ids: tuple[int, ...]
@@ -67,6 +68,7 @@ def replay(model: Model, tokenizer: Tokenizer, trace: str | Path) -> Replay:
         if isinstance(event, Commit):
             commits.append(event)
             end_where_the_record_does()
+    comparison.close()
     return Replay(
         ids=tuple(token for commit in commits for token in commit.ids),
         text="".join(commit.text for commit in commits),

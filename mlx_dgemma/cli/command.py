@@ -16,7 +16,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from threading import Event, current_thread, main_thread
 from types import FrameType
 from typing import Any, NoReturn, Protocol
@@ -105,6 +105,10 @@ def command(body: Body) -> Main:
             if error.errno in UNREACHABLE and error.filename is not None:
                 print(f"error: {error.filename}: {error.strerror}.", file=sys.stderr)
                 return USER_ERROR
+            if error.errno == errno.EIO and error.filename is None:
+                _discard_output()
+                print("error: The terminal is gone, or a disk cannot be read.", file=sys.stderr)
+                return USER_ERROR
             if error.errno != errno.ENOSPC:
                 raise
             _discard_output()
@@ -181,4 +185,5 @@ def quiet_keyboard() -> Iterator[None]:
     try:
         yield
     finally:
-        termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+        with suppress(termios.error):  # the terminal is gone
+            termios.tcsetattr(keyboard, termios.TCSADRAIN, before)

@@ -210,7 +210,7 @@ class RecordedDraws:
 
 @dataclass
 class Comparison:
-    """Watches a replay; `divergence` is the first place whose draft differs, or None.
+    """Watches a replay; `divergence` is the first place whose step differs, or None.
 
     seen: steps so far.
     """
@@ -229,6 +229,12 @@ class Comparison:
         )
         if not same and self.divergence is None:
             self.divergence = step.places[0]
+
+    def close(self) -> None:
+        """To be called once the replay has ended: what it left of the record is a difference."""
+        if self.divergence is None and self.seen < len(self.trace.steps):
+            left = self.trace.steps[self.seen]
+            self.divergence = Place(left["block"], left["attempt"], left["step"])
 
     def over(self, committed: int) -> bool:
         """Whether the trace holds nothing more, once so many blocks are committed.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -17,6 +18,8 @@ from mlx_dgemma.benchmark.quality import Answer
 from mlx_dgemma.benchmark.questions import QUESTIONS, questions
 from mlx_dgemma.benchmark.synthetic import synthetic_config
 from mlx_dgemma.cli.benchmark.command import main
+from mlx_dgemma.cli.benchmark.quality import verdict
+from mlx_dgemma.evaluation.significance import compare
 from mlx_dgemma.model.config import ModelConfig
 
 
@@ -153,7 +156,9 @@ def test_the_command_compares_two_presets(capsys, tmp_path):
     ask = ["--quality", "--preset", "turbo", "--against", "reference", "--prompts", "2"]
     assert main([*ask, "--task", "count", "--report", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "turbo beside reference: +0.000 right" in shown
+    words = " ".join(shown.split())
+    assert "turbo beside reference: +0.000 right, judged alike in all questions" in words
+    assert "with 2 of them, up to 77.6% of such questions" in words
     assert "…" not in shown  # in the 80 columns of no terminal
     assert re.search("count +reference +1.000 ± 0.000 ", shown)
     found = json.loads(path.read_text())
@@ -161,6 +166,12 @@ def test_the_command_compares_two_presets(capsys, tmp_path):
     assert found["quality"]["against"] == "reference"
     assert found["quality"]["difference"]["n"] == 2
     assert "Count from" not in path.read_text()
+
+
+def test_a_verdict_on_questions_that_were_judged_differently():
+    both = asdict(compare([1, 1, 1, 0], [1, 0, 1, 0]))
+    assert verdict(both, "turbo", "reference").startswith("turbo beside reference: -0.250 right")
+    assert "better in 0 questions and worse in 1, p = 1 (McNemar" in verdict(both, "a", "b")
 
 
 @pytest.mark.parametrize(

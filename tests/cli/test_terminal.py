@@ -12,6 +12,7 @@ import subprocess
 import sys
 import termios
 import time
+from pathlib import Path
 
 import pytest
 
@@ -23,19 +24,25 @@ CODES = re.compile(r"\x1b\[\??[\d;]*[A-Za-z]")
 
 
 class Terminal:
-    """A command on a pseudo-terminal of 80 x 24."""
+    """A command on a pseudo-terminal; `messages` takes what it says on standard error."""
 
-    def __init__(self, *arguments: str, **environment: str) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        size: tuple[int, int] = (24, 80),
+        messages: int | None = None,
+        **environment: str,
+    ) -> None:
         self.master, slave = pty.openpty()
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        termios.tcsetwinsize(slave, (24, 80))
+        termios.tcsetwinsize(slave, size)
         self.before = termios.tcgetattr(slave)
         self.slave = slave
         self.process = subprocess.Popen(
             [sys.executable, "-m", "mlx_dgemma", *arguments],
             stdin=slave,
             stdout=slave,
-            stderr=slave,
+            stderr=slave if messages is None else messages,
             start_new_session=True,
             env={**os.environ, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **environment},
         )
@@ -128,6 +135,36 @@ def test_a_request_to_end_leaves_the_terminal_as_it_was() -> None:
     os.kill(terminal.process.pid, signal.SIGTERM)
     assert terminal.finish() == 130
     assert terminal.output.rindex("\x1b[?25h") > terminal.output.rindex("\x1b[?25l")
+
+
+def test_a_terminal_that_goes_away_ends_the_reply_in_words(tmp_path: Path) -> None:
+    with (tmp_path / "messages").open("w+") as messages:
+        terminal = Terminal(
+            *("generate", "-p", "abc", "--seed", "1", "--pace", "0.1"), messages=messages.fileno()
+        )
+        terminal.wait_for("step ", times=1)
+        os.close(terminal.slave)
+        os.close(terminal.master)
+        assert terminal.process.wait(60) == 2
+        messages.seek(0)
+        said = messages.read().splitlines()
+    assert said[-1] == "error: The terminal is gone, or a disk cannot be read."
+    assert not any("Traceback" in line for line in said)
+
+
+@pytest.mark.parametrize("sizes", [[(1, 1)], [(0, 0)], [(24, 80), (3, 5), (1, 1), (60, 300)]])
+def test_a_terminal_of_any_size_is_drawn_on(sizes: list[tuple[int, int]]) -> None:
+    terminal = Terminal(
+        "generate", "-p", "abc", "--seed", "1", "--max-tokens", "32", "--pace", "0.1", size=sizes[0]
+    )
+    for size in sizes[1:]:
+        terminal.read()
+        time.sleep(0.2)
+        if terminal.process.poll() is None:
+            termios.tcsetwinsize(terminal.slave, size)
+            os.kill(terminal.process.pid, signal.SIGWINCH)
+    assert terminal.finish() == 0
+    assert "Traceback" not in terminal.text
 
 
 def test_typing_ahead_does_not_disturb_the_drawing() -> None:

@@ -398,6 +398,16 @@ def test_a_preset_repeats_itself_and_replays(demo, preset, tmp_path):
             assert replay(*demo, path).divergence is not None  # other positions are another run
 
 
+def test_a_replay_that_ends_before_its_record_is_not_the_same(demo, tmp_path):
+    path, prompt = tmp_path / "trace.json", "Write a sentence about the fox."
+    ids, finish = events_of(demo, prompt, preset="turbo", seed=3, check_share=1, trace=path)
+    assert finish.computed[-1] == LENGTH  # the pass that checked
+    path.write_text(path.read_text().replace('"check_share":1', '"check_share":0'))
+    again = replay(*demo, path)
+    assert list(again.ids) == ids
+    assert again.divergence == (0, 0, finish.steps_per_block[0])
+
+
 @pytest.mark.parametrize("preset", ["balanced", "turbo"])
 def test_an_answer_of_several_blocks_and_a_constraint(demo, preset):
     blocks = []

@@ -113,3 +113,19 @@ def test_it_draws_the_canvas_and_can_be_stopped(window: Any) -> None:
     window.button.invoke()
     until(window, lambda: window.cancel is None)
     assert window.status["text"].startswith("cancelled")
+
+
+@pytest.mark.parametrize(("model", "said"), [("/no/model", "/no/model"), ("", "no window")])
+def test_a_start_that_fails_is_a_sentence(
+    display: None, monkeypatch: pytest.MonkeyPatch, model: str, said: str
+) -> None:
+    if not model and (sys.platform == "darwin" or os.name != "posix"):
+        pytest.skip("only X11 can be without a display")
+    if not model:
+        monkeypatch.delenv("DISPLAY")
+    command = [sys.executable, str(EXAMPLE), "--close", *(["--model", model] if model else [])]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("canvas_app: ")
+    assert said in done.stderr
+    assert done.stderr.count("\n") == 1

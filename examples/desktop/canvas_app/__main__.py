@@ -129,9 +129,18 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--close", action="store_true", help="print what came of it, and close")
     arguments = parser.parse_args(argv)
     waiting = list(arguments.text)
-    with Runtime(arguments.model) as runtime:
-        root = tk.Tk()
+    try:
+        root = tk.Tk()  # first: without a display no model is loaded
+    except tk.TclError as error:
+        parser.exit(2, f"canvas_app: there is no window: {error}\n")
+    root.withdraw()  # until there is something to ask
+    try:
+        runtime = Runtime(arguments.model)
+    except DGemmaError as error:
+        parser.exit(2, f"canvas_app: {error}\n")
+    with runtime:
         window = Window(root, runtime)
+        root.deiconify()
 
         def following() -> None:
             """Prints the answer and asks the next text; closes after the last, with --close."""

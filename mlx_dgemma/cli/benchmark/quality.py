@@ -75,9 +75,21 @@ def show_against(found: dict[str, Any], preset: str, console: Console) -> None:
                 str(own["n"]),
             )
     console.print(table)
-    both = found["difference"]
-    console.print(
-        f"{preset} beside {found['against']}: {both['b'] - both['a']:+.3f} right (95 % interval "
+    console.print(verdict(found["difference"], preset, found["against"]))
+
+
+def verdict(both: dict[str, Any], preset: str, against: str) -> str:
+    """How many more a preset gets right than another, and how far that is chance."""
+    if not both["better"] + both["worse"]:
+        # The bootstrap has nothing to draw here; Clopper and Pearson's one-sided bound has.
+        unseen = 1 - 0.05 ** (1 / both["n"])
+        return (
+            f"{preset} beside {against}: +0.000 right, judged alike in all questions; with "
+            f"{both['n']} of them, up to {unseen:.1%} of such questions may still be judged "
+            "differently (95 % bound)."
+        )
+    return (
+        f"{preset} beside {against}: {both['b'] - both['a']:+.3f} right (95 % interval "
         f"{both['low']:+.3f} to {both['high']:+.3f}), better in {both['better']} questions and "
         f"worse in {both['worse']}, p = {both['p']:.2g} ({both['test']})."
     )
