@@ -12,9 +12,8 @@ vocabulary are made for a few rows at a time, and made again for the gradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import cast
 
 import mlx.core as mx
 
@@ -99,54 +98,78 @@ def cross_entropy(
 
     hidden [R, H], targets int [R], weights float32 [R]; p = softmax(logits), of which no more than
     `rows_at_once` are held at a time."""
-    total = mx.array(0.0)
     count = rows_at_once(model.config.text.vocab_size)
-    for start in range(0, len(hidden), count):
-        some = slice(start, start + count)
-        total = total + _part(model, targets[some], weights[some], certainty)(hidden[some])
-    return total
+    parts = [
+        _Part(model, targets[start : start + count], weights[start : start + count], certainty)
+        for start in range(0, len(hidden), count)
+    ]
+
+    def rows(hidden: mx.array, number: int, before: list[mx.array]) -> mx.array:
+        """A part's rows, which wait for the part before it: else MLX computes several at once."""
+        some = hidden[number * count : (number + 1) * count]
+        return mx.depends([some], before[-1:])[0] if before else some
+
+    def loss(hidden: mx.array) -> mx.array:
+        found: list[mx.array] = []
+        for number, part in enumerate(parts):
+            found.append(part.loss(rows(hidden, number, found)))
+        return mx.stack(found).sum()
+
+    def gradient(hidden: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
+        found: list[mx.array] = []
+        for number, part in enumerate(parts):
+            found.append(part.gradient(rows(hidden, number, found), cotangent))
+        return mx.concatenate(found)
+
+    if not parts:
+        return mx.array(0.0)
+    whole = mx.custom_function(loss)
+    whole.vjp(gradient)
+    return cast("mx.array", whole(hidden))
 
 
-def _part(
-    model: Model, targets: mx.array, weights: mx.array, certainty: float
-) -> Callable[[mx.array], Any]:
-    """The loss of some rows as a function of hidden [r, H], with its gradient in closed form: the
-    logits are made again for it, and few arrays of their size are held."""
-    places = targets[:, None]
+@dataclass(frozen=True)
+class _Part:
+    """The loss of some rows, with its gradient in closed form: the logits are made again for it,
+    and few arrays of their size are held."""
 
-    def read(hidden: mx.array) -> tuple[mx.array, ...]:
-        logits = model.softcap(model.raw_logits(hidden))
+    model: Model
+    targets: mx.array
+    weights: mx.array
+    certainty: float
+
+    def _read(self, hidden: mx.array) -> tuple[mx.array, ...]:
+        logits = self.model.softcap(self.model.raw_logits(hidden))
         log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
         likely = mx.exp(logits - log_z)
         expected = (likely * logits).sum(axis=-1, keepdims=True)
-        right = (logits.argmax(axis=-1) == targets)[:, None]
+        right = (logits.argmax(axis=-1) == self.targets)[:, None]
         return logits, log_z, likely, expected, right
 
-    def loss(hidden: mx.array) -> mx.array:
-        if not certainty:
-            logits = model.softcap(model.raw_logits(hidden))
+    def loss(self, hidden: mx.array) -> mx.array:
+        """Of hidden [r, H]: a float32 scalar."""
+        if not self.certainty:
+            logits = self.model.softcap(self.model.raw_logits(hidden))
             losses = mx.logsumexp(logits, axis=-1, keepdims=True)
         else:
-            logits, log_z, _, expected, right = read(hidden)
-            losses = log_z + certainty * right * (log_z - expected)
-        losses = losses - mx.take_along_axis(logits, places, axis=-1)
-        return (weights * losses[:, 0]).sum()
+            logits, log_z, _, expected, right = self._read(hidden)
+            losses = log_z + self.certainty * right * (log_z - expected)
+        losses = losses - mx.take_along_axis(logits, self.targets[:, None], axis=-1)
+        return (self.weights * losses[:, 0]).sum()
 
-    def gradient(hidden: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        logits, _, likely, expected, right = read(hidden)
+    def gradient(self, hidden: mx.array, cotangent: mx.array) -> mx.array:
+        """Of the loss with respect to hidden [r, H], times the scalar cotangent."""
+        logits, _, likely, expected, right = self._read(hidden)
+        places = self.targets[:, None]
         slope = likely
-        if certainty:
-            slope = likely * (1 - certainty * right * (logits - expected))
+        if self.certainty:
+            slope = likely * (1 - self.certainty * right * (logits - expected))
         found = mx.take_along_axis(slope, places, axis=-1) - 1
         slope = mx.put_along_axis(slope, places, found, axis=-1)
-        cap = model.config.text.final_logit_softcapping
-        slope = slope * (1 - mx.square(logits / cap)) * (weights * cotangent)[:, None]
-        table = model.embedding_matrix
+        cap = self.model.config.text.final_logit_softcapping
+        slope = slope * (1 - mx.square(logits / cap)) * (self.weights * cotangent)[:, None]
+        table = self.model.embedding_matrix
         return table.apply(slope.astype(table.dtype), transpose=False).astype(hidden.dtype)
-
-    part = mx.custom_function(loss)
-    part.vjp(gradient)
-    return part
 
 
 def obvious_cross_entropy(
