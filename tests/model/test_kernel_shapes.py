@@ -27,6 +27,10 @@ def classes(requests):
     return {(one.name, *dispatch.shape_class(shape).items()) for one, shape in requests}
 
 
+# Operations that a reply without a picture does not ask for.
+FOR_PICTURES = {"fused_attention"}
+
+
 @contextmanager
 def recorded(monkeypatch):
     """The (operation, shape) that the passes ask for; all are answered by twins."""
@@ -45,7 +49,7 @@ def test_a_reply_of_the_demo_asks_for_nothing_else(monkeypatch):
     planned = {(name, *filter(_not_chunk, sizes)) for name, *sizes in _plan(model, "float32")}
     found = {(name, *filter(_not_chunk, sizes)) for name, *sizes in classes(asked)}
     assert found <= planned, found - planned
-    assert {name for name, *_ in found} == set(operations())
+    assert {name for name, *_ in found} == set(operations()) - FOR_PICTURES
 
 
 def _not_chunk(size):
@@ -82,7 +86,7 @@ def test_the_published_layouts_ask_for_what_is_planned(layout, monkeypatch):
     found = classes(asked)
     planned = classes(kernel_shapes(config))
     assert found <= planned, found - planned
-    assert {name for name, *_ in found} == set(operations())
+    assert {name for name, *_ in found} == set(operations()) - FOR_PICTURES
     assert len(found) > 0.6 * len(planned)
 
 

@@ -24,9 +24,13 @@ SEED = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "1"))
 @pytest.mark.parametrize("mutator", [hostile, havoc], ids=["structure", "havoc"])
 def test_no_request_breaks_a_bound(mutator: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    with bounds.scripted_app() as app:
-        seen = asyncio.run(bounds.run(app, islice(mutator.requests(SEED), COUNT)))
-    print(seen)
+    for _ in range(3):
+        with bounds.scripted_app() as app:
+            seen = asyncio.run(bounds.run(app, islice(mutator.requests(SEED), COUNT)))
+        print(seen)
+        # A request that holds the loop does so in every run of it, a busy machine in some.
+        if not seen.broken() or not all("stood still" in one for one in seen.broken()):
+            break
     assert not seen.broken(), "\n".join(seen.broken()[:10])
     assert "Traceback" not in caplog.text
     assert seen.statuses[200] > COUNT // 50  # the damage does not end every request at the door
