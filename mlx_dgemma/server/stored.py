@@ -71,7 +71,8 @@ class StoredResponses:
         with self._lock:
             self._forget()
             kept = list(self._kept.values())
-        return {item["id"]: item for stored in kept for item in stored.items if "id" in item}
+        items = (item for stored in kept for item in stored.items)
+        return {item["id"]: item for item in items if isinstance(item.get("id"), str)}
 
     def _forget(self) -> None:
         oldest = time.monotonic() - self._seconds
