@@ -9,8 +9,9 @@ from __future__ import annotations
 import io
 import os
 import stat
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +73,11 @@ def read_text(path: str | Path, most: int = 16 << 20) -> str:
         raise OSError(None, f"it is not UTF-8 text (byte {error.start:,})") from error
 
 
-def read_argument(path: str | Path, what: str = "file", most: int = 16 << 20) -> str:
+def read_argument(path: str | Path, what: str = "", most: int = 16 << 20) -> str:
     """The text of a file that a command line names; InputError that says what to do instead.
 
     What the shell has opened already, `/dev/stdin` and `<(command)`, is read to its end. most:
-    bytes.
+    bytes. what: the kind of file, for the message.
     """
     try:
         if not str(path).startswith(_OPENED):
@@ -87,9 +88,11 @@ def read_argument(path: str | Path, what: str = "file", most: int = 16 << 20) ->
             raise OSError(None, f"it is larger than {most:,} bytes")
         return content.decode("utf-8")
     except OSError as error:
-        raise InputError(f"Cannot read the {what} {path}: {error.strerror or error}.") from error
+        the = f"the {what} " if what else ""
+        raise InputError(f"Cannot read {the}{path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
-        raise InputError(f"The {what} {path} is not UTF-8 text.") from error
+        the = f"The {what} " if what else ""
+        raise InputError(f"{the}{path} is not UTF-8 text.") from error
 
 
 def read_json(path: str | Path, limits: Limits = DEFAULT) -> Any:
@@ -115,6 +118,25 @@ def reading_weights(source: str | Path) -> Iterator[None]:
             f"{source}: the weights can no longer be read; were the files cut short, or is their "
             "disk gone?"
         ) from error
+
+
+@contextmanager
+def replacing(path: Path, suffix: str = ".part", *, sync: bool = False) -> Iterator[Path]:
+    """The name of a file beside `path` to write, which then replaces `path` whole.
+
+    After an exception it is gone and `path` as it was. suffix: of its name. sync: its bytes are on
+    the disk before it has the name.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}{suffix}")
+    try:
+        yield beside
+        if sync:
+            with beside.open("rb") as file:
+                os.fsync(file.fileno())
+        beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
 
 
 def check_replaceable(path: str | Path) -> None:

@@ -10,7 +10,6 @@ run before anything is written.
 from __future__ import annotations
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import DGemmaError
+from mlx_dgemma.files import replacing
 from mlx_dgemma.machine.reports import read_report
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -36,7 +36,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         page = arguments.page.read_text(encoding="utf-8")
         made = merged(page, table(arguments.folder))
         if not arguments.check:
-            write_whole(arguments.page, made)
+            with replacing(arguments.page) as beside:
+                beside.write_text(made, encoding="utf-8")
     except (DGemmaError, UnicodeDecodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -85,16 +86,6 @@ def cell(value: str) -> str:
     """Text that anyone may have sent, in one cell and nothing but text: no link either."""
     value = re.sub(r"://|\bwww\.", " ", value, flags=re.IGNORECASE)
     return " ".join(re.sub(r"[^\w .,:;+%±()/`'-]", " ", value).split())[:200]
-
-
-def write_whole(page: Path, text: str) -> None:
-    """Writes the page whole or not at all."""
-    beside = page.with_name(f"{page.name}.{os.getpid()}.part")
-    try:
-        beside.write_text(text, encoding="utf-8")
-        beside.replace(page)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def machine(found: Mapping[str, Any]) -> str:

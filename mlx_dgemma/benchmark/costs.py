@@ -11,14 +11,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
-from typing import Any, Literal
-
-from mlx.utils import tree_flatten
+from typing import Literal
 
 from mlx_dgemma.benchmark.chips import Chip
 from mlx_dgemma.checkpoint.sizes import ITEM_SIZE, key_bytes
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig, TextConfig
+from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.model.parameters import parameter_shapes
 
 Conditioning = Literal["none", "dense", "sparse"]
@@ -116,7 +115,7 @@ def stored_bytes(config: ModelConfig) -> dict[str, int]:
 
 def loaded_bytes(model: Model) -> dict[str, int]:
     """Bytes of the weights by component, as they lie in memory."""
-    tensors: list[tuple[str, Any]] = tree_flatten(model.model.decoder.parameters())  # type: ignore[assignment]
+    tensors = named_tensors(model.model.decoder.parameters()).items()
     return _summed({f"decoder.{name}": tensor.nbytes for name, tensor in tensors})
 
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 from PIL import Image
 
 from mlx_dgemma import kernels
@@ -25,6 +24,7 @@ from mlx_dgemma.generate import stream_generate
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.model import Model, attention, layers, vision
 from mlx_dgemma.model.float16 import can_use_units
+from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 
 RESIDUAL = "residual"
@@ -180,9 +180,8 @@ def _reply(
 
 def stored_loss(model: Model) -> float:
     """The largest relative error, by norm, of a float tensor of the text model in float16."""
-    tensors: list[tuple[str, Any]] = tree_flatten(model.model.decoder.parameters())  # type: ignore[assignment]
     worst = 0.0
-    for _, tensor in tensors:
+    for tensor in named_tensors(model.model.decoder.parameters()).values():
         if not mx.issubdtype(tensor.dtype, mx.floating) or not tensor.size:
             continue
         wide = tensor.astype(mx.float32)

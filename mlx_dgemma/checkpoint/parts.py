@@ -14,12 +14,12 @@ from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_dgemma.checkpoint.sources import Source
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.headers import Entry
 from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.model.network import Model
 from mlx_dgemma.model.share import Part, Share
 
@@ -140,7 +140,5 @@ def identity(config_text: bytes, headers: Mapping[str, Entry]) -> str:
 
 def resident_bytes(model: Model) -> int:
     """Bytes of all text weights that a model holds."""
-    tensors: dict[str, mx.array] = tree_flatten(  # type: ignore[assignment]
-        model.model.decoder.parameters(), destination={}
-    )
+    tensors = named_tensors(model.model.decoder.parameters())
     return sum(tensor.nbytes for tensor in tensors.values())

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, Protocol
 
 from mlx_dgemma.cli.defaults import apply_defaults
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, PIPE_CLOSED, USER_ERROR
-from mlx_dgemma.errors import DGemmaError, UnconvergedWarning
+from mlx_dgemma.errors import DGemmaError, InputError, UnconvergedWarning
 
 try:
     import termios
@@ -187,3 +187,11 @@ def quiet_keyboard() -> Iterator[None]:
     finally:
         with suppress(termios.error):  # the terminal is gone
             termios.tcsetattr(keyboard, termios.TCSADRAIN, before)
+
+
+def read_stdin() -> str:
+    """All of standard input as UTF-8 text; InputError for anything else."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError("Standard input is not UTF-8 text.") from error

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +13,7 @@ from rich.table import Table
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.canvas import printable
-from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
@@ -153,10 +152,7 @@ def _read_state(arguments: argparse.Namespace) -> Any:
     if arguments.state_file is not None:
         text = read_argument(arguments.state_file)
     elif arguments.state == "-":
-        try:
-            text = sys.stdin.buffer.read().decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError("The state is not UTF-8.") from error
+        text = read_stdin()
     else:
         text = arguments.state
     if text is None and not arguments.image:

@@ -14,7 +14,7 @@ from rich.text import Text
 from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media, summary
-from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
 from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
 from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
@@ -183,17 +183,10 @@ def _read_prompt(arguments: argparse.Namespace) -> str:
     elif arguments.prompt is None:
         raise InputError("There is no prompt: give one with --prompt, or --prompt - for stdin.")
     else:
-        prompt = _read_stdin() if arguments.prompt == "-" else arguments.prompt
+        prompt = read_stdin() if arguments.prompt == "-" else arguments.prompt
     if not prompt.strip():
         raise InputError("The prompt is empty: write something to answer.")
     return prompt
-
-
-def _read_stdin() -> str:
-    try:
-        return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("Standard input is not UTF-8 text.") from error
 
 
 def _example(arguments: argparse.Namespace) -> Example | None:

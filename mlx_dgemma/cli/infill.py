@@ -15,7 +15,7 @@ from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.canvas import printable
-from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
+from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
 from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
@@ -188,11 +188,8 @@ def _read_text(arguments: argparse.Namespace) -> str:
         return f"{prefix}{_hole(arguments.length)}{suffix}"
     if arguments.file is not None:
         return read_argument(arguments.file)
-    try:
-        if arguments.text in (None, "-"):
-            return sys.stdin.buffer.read().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError("The text is not UTF-8.") from error
+    if arguments.text in (None, "-"):
+        return read_stdin()
     return str(arguments.text)
 
 

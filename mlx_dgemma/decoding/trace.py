@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import platform
 import sys
 from dataclasses import asdict, dataclass, field
@@ -23,7 +22,7 @@ from mlx_dgemma.decoding.draws import Draws, Place
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.files import check_replaceable, read_bytes
+from mlx_dgemma.files import check_replaceable, read_bytes, replacing
 from mlx_dgemma.untrusted_json import Limits, parse, shown
 
 FORMAT = 1
@@ -86,13 +85,11 @@ class Trace:
         """Writes the trace under a temporary name, then renames it."""
         path = Path(path)
         check_replaceable(path)
-        partial = path.with_name(path.name + f".{os.getpid()}.part")
+        text = json.dumps(asdict(self), separators=(",", ":"), default=np.generic.item)
         try:
-            text = json.dumps(asdict(self), separators=(",", ":"), default=np.generic.item)
-            partial.write_text(text)
-            partial.replace(path)
+            with replacing(path) as partial:
+                partial.write_text(text)
         except OSError as error:
-            partial.unlink(missing_ok=True)
             raise InputError(f"Cannot write the trace {path}: {error.strerror}.") from error
 
     @classmethod

@@ -10,7 +10,6 @@ import logging
 import os
 import platform
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -20,7 +19,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 
-from mlx_dgemma.files import read_bytes
+from mlx_dgemma.files import read_bytes, replacing
 from mlx_dgemma.kernels.checking import Findings
 from mlx_dgemma.kernels.registry import Operation, Shape
 
@@ -159,10 +158,5 @@ def read_cache(path: Path) -> dict[str, Any]:
 def write_cache(path: Path, entries: Mapping[str, Any]) -> None:
     """Writes a cache whole or not at all; OSError where it cannot be written."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        beside = Path(file.name)
-    try:
+    with replacing(path) as beside:
         beside.write_text(json.dumps(entries, indent=1), encoding="utf-8")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)

@@ -5,14 +5,13 @@ kind it is, and the machine it is about. It names no user, no path and no prompt
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_dgemma._version import __version__
 from mlx_dgemma.errors import InputError, ResourceError
-from mlx_dgemma.files import check_replaceable, read_bytes
+from mlx_dgemma.files import check_replaceable, read_bytes, replacing
 from mlx_dgemma.machine.hardware import Machine, conditions, machine
 from mlx_dgemma.untrusted_json import Limits, UntrustedJSONError, parse
 
@@ -41,12 +40,10 @@ def write_report(path: str | Path, found: dict[str, Any]) -> None:
     """Writes a report whole or not at all; ResourceError where the file cannot be written."""
     path = Path(path)
     check_replaceable(path)
-    beside = path.with_name(f"{path.name}.{os.getpid()}.part")
     try:
-        beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-        beside.replace(path)
+        with replacing(path) as beside:
+            beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
     except OSError as error:
-        beside.unlink(missing_ok=True)
         raise ResourceError(f"The report cannot be written to {path}: {error.strerror}.") from error
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -20,7 +18,7 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.files import check_replaceable
+from mlx_dgemma.files import check_replaceable, replacing
 from mlx_dgemma.headers import read_header
 from mlx_dgemma.model.layer_context import Arrays, LayerContext, Tail
 from mlx_dgemma.model.packed_context import BITS, PackedLayerContext
@@ -178,17 +176,13 @@ class ContextCache:
             "metadata": json.dumps(self.metadata),
         }
         header["digest"] = _digest(tensors, header)
-        partial = path.with_name(f".{path.name}.{os.getpid()}.safetensors")
         try:
-            partial.touch()  # MLX does not say why it cannot
-            mx.save_safetensors(str(partial), tensors, header)
-            os.replace(partial, path)
+            with replacing(path, ".safetensors") as partial:
+                partial.touch()  # MLX does not say why it cannot
+                mx.save_safetensors(str(partial), tensors, header)
         except (OSError, RuntimeError) as error:
             reason = getattr(error, "strerror", None) or "the disk is probably full"
             raise ResourceError(f"The context cannot be saved to {path}: {reason}.") from error
-        finally:
-            with suppress(OSError):
-                partial.unlink()
 
     @classmethod
     def load(

@@ -10,9 +10,9 @@ from dataclasses import asdict
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
-from mlx.utils import tree_flatten
 
 from mlx_dgemma.model.config import TextConfig
+from mlx_dgemma.model.names import named_tensors
 
 _NUMBERS = 1024  # of every tensor
 
@@ -25,8 +25,7 @@ def fingerprint(config: TextConfig, dtype: mx.Dtype, parts: Mapping[str, nn.Modu
     digest = hashlib.sha256(json.dumps(asdict(config)).encode())
     digest.update(str(dtype).encode())
     tree = {name: part.parameters() for name, part in parts.items()}
-    tensors: dict[str, mx.array] = tree_flatten(tree, destination={})  # type: ignore[assignment]
-    spread = {name: _spread(tensor) for name, tensor in tensors.items()}
+    spread = {name: _spread(tensor) for name, tensor in named_tensors(tree).items()}
     mx.eval(spread)
     for name, numbers in spread.items():
         digest.update(name.encode())

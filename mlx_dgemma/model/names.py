@@ -8,7 +8,10 @@ tensors, `lm_head.weight`, per-expert or split gate/up tensors.
 from __future__ import annotations
 
 import re
-from typing import Literal
+from typing import Any, Literal, cast
+
+import mlx.core as mx
+from mlx.utils import tree_flatten
 
 from mlx_dgemma.untrusted_json import printable
 
@@ -71,3 +74,8 @@ def _ranges(numbers: list[str]) -> str:
         else:
             runs.append([number, number])
     return "{" + ",".join(f"{a}-{b}" if a < b else f"{a}" for a, b in runs) + "}"
+
+
+def named_tensors(tree: Any) -> dict[str, mx.array]:
+    """The arrays of a module's parameters, or of any nested dict or list, by their dotted names."""
+    return cast("dict[str, mx.array]", tree_flatten(tree, destination={}))

@@ -5,15 +5,14 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import mlx.core as mx
-from mlx.utils import tree_flatten
 
 from mlx_dgemma.model.backbone import Backbone
 from mlx_dgemma.model.config import ModelConfig, TextConfig, VisionConfig
 from mlx_dgemma.model.layers import Weights
-from mlx_dgemma.model.names import VISION_TOWER, Layout
+from mlx_dgemma.model.names import VISION_TOWER, Layout, named_tensors
 from mlx_dgemma.model.packing import quantization_of
 
 Shapes = dict[str, tuple[tuple[int, ...], str]]
@@ -69,8 +68,7 @@ def matrices(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def _entries(text: TextConfig, vision: VisionConfig | None) -> tuple[_Entry, ...]:
     backbone = Backbone(text, vision, mx.float32)
     packable = {name for name, module in backbone.named_modules() if isinstance(module, Weights)}
-    tensors: list[tuple[str, Any]] = tree_flatten(backbone.parameters())  # type: ignore[assignment]
     return tuple(
         _Entry(f"model.{name}", tuple(tensor.shape), name.removesuffix(".weight") in packable)
-        for name, tensor in tensors
+        for name, tensor in named_tensors(backbone.parameters()).items()
     )

@@ -18,11 +18,12 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map, tree_unflatten
+from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dgemma.errors import CheckpointError, NumericsError
 from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.model import Model
+from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.training.batches import Batches
 from mlx_dgemma.training.events import Evaluated, Event, Report, Saved
 from mlx_dgemma.training.files import write_tensors
@@ -207,8 +208,8 @@ class Trainer:
         if self._folder is None or self._world.rank():
             return
         weights = trained(self.model)
-        state: Sequence[tuple[str, Any]] = tree_flatten(self._optimizer.state)  # type: ignore[assignment]
-        both = {f"w.{k}": v for k, v in weights.items()} | {f"o.{k}": v for k, v in state}
+        state = named_tensors(self._optimizer.state)
+        both = {f"w.{k}": v for k, v in weights.items()} | {f"o.{k}": v for k, v in state.items()}
         header = {"step": str(self.step), "identity": self._identity}
         write_tensors(self._folder / STATE, both, header)
         path = self._folder / WEIGHTS

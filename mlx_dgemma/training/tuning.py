@@ -9,24 +9,23 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten
 
 from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.files import read_json
+from mlx_dgemma.files import read_json, replacing
 from mlx_dgemma.headers import read_header
 from mlx_dgemma.kernels.moe import combine_twin
 from mlx_dgemma.kernels.moe import twin as expert_rows
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.experts import Experts
 from mlx_dgemma.model.layers import Weights
+from mlx_dgemma.model.names import named_tensors
 
 Kind = Literal["lora", "dora", "full"]
 ATTENTION = tuple(f"self_attn.{part}_proj" for part in "qkvo")
@@ -168,8 +167,7 @@ class ExpertDelta(nn.Module):
 
 def trained(model: Model) -> dict[str, mx.array]:
     """The trainable tensors by name."""
-    found: Sequence[tuple[str, Any]] = tree_flatten(model.trainable_parameters())  # type: ignore[assignment]
-    return dict(found)
+    return named_tensors(model.trainable_parameters())
 
 
 def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
@@ -180,9 +178,8 @@ def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
         "lora_parameters": None if tuning.kind == "full" else tuning.parameters,
         **facts,
     }
-    partial = folder / f".{CONFIG}.part"
-    partial.write_text(json.dumps(values, indent=2) + "\n")
-    partial.replace(folder / CONFIG)
+    with replacing(folder / CONFIG) as partial:
+        partial.write_text(json.dumps(values, indent=2) + "\n")
 
 
 def read_tuning(folder: Path) -> Tuning:

@@ -59,7 +59,7 @@ def test_json_repeats_exactly(capsys, tmp_path, monkeypatch):
         (("--state", "x", "-q", "Which? [a]"), "has one answer"),
         (("--state", "x", "-q", "{bad"), "is not valid JSON"),
         (("--state", "x", "-q", "a=b?", "-q", "a=c?"), "Two questions are named a"),
-        (("--state-file", "/nowhere", "-q", "a?"), "Cannot read the file /nowhere"),
+        (("--state-file", "/nowhere", "-q", "a?"), "Cannot read /nowhere"),
         (("--state", "x", "-q", "Which? [a | a]"), "names an option twice"),
         (("--state", "x", "-q", "a?", "--orders", "0"), "orders=0 is not possible"),
     ],
