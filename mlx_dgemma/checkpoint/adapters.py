@@ -212,8 +212,7 @@ def _part_of(factors: Factors, part: Part) -> Factors:
 
 
 def adapter_bytes(folder: str | Path) -> int:
-    """Bytes of the matrices that loading an adapter adds; 0 where there is no adapter, or one that
-    replaces layers."""
+    """Bytes of the matrices that loading an adapter adds; 0 for none or one of whole layers."""
     config = Path(folder) / CONFIG
     if os.path.exists(config) and read_json(config).get("fine_tune_type") == "full":
         return 0
