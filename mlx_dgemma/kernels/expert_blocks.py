@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels.gradients import on_cpu, with_gradient
+from mlx_dgemma.kernels.gradients import on_cpu, row_sums, with_gradient
 from mlx_dgemma.kernels.router import Routing
 
 _MOST_ROWS = 16
@@ -91,7 +91,7 @@ def collected(rows: mx.array, weights: mx.array, laid: Blocks) -> mx.array:
     def backward(inputs: Any, given: mx.array, _: Any) -> list[mx.array]:
         rows, _ = inputs
         to_rows = given[laid.tokens] * laid.weights
-        to_weights = paired(rows) @ given.astype(mx.float32)[..., None]
+        to_weights = row_sums(paired(rows) * given.astype(mx.float32)[:, None])
         return [to_rows.astype(rows.dtype).reshape(rows.shape), to_weights[..., 0]]
 
     found: mx.array = with_gradient(forward, backward)(rows, weights)

@@ -84,17 +84,17 @@ _ROOT, _CUBE = 0.7978845608028654, 0.044715  # of gelu's tanh approximation
 
 def _geglu(gate: mx.array, up: mx.array) -> tuple[mx.array, mx.array]:
     g = gate.astype(mx.float32)
-    curve = tanh(g * (g * g * (_ROOT * _CUBE) + _ROOT))
-    return ((g * (curve * 0.5 + 0.5)) * up.astype(mx.float32)).astype(gate.dtype), curve
+    share = tanh(g * (g * g * (_ROOT * _CUBE) + _ROOT)) * 0.5 + 0.5
+    return (g * share * up.astype(mx.float32)).astype(gate.dtype), share
 
 
 def _geglu_gradient(inputs: Any, cotangents: Any, outputs: Any) -> tuple[mx.array, mx.array]:
     gate, up = inputs
     g, u = gate.astype(mx.float32), up.astype(mx.float32)
-    given, curve = cotangents[0].astype(mx.float32), outputs[1]
-    share = curve * 0.5 + 0.5
-    slope = share + (1 - curve * curve) * (g * (g * g * (1.5 * _ROOT * _CUBE) + 0.5 * _ROOT))
-    return (given * u * slope).astype(gate.dtype), (given * g * share).astype(up.dtype)
+    given, share = cotangents[0].astype(mx.float32), outputs[1]
+    slope = (1 - share) * g * (g * g * (6 * _ROOT * _CUBE) + 2 * _ROOT) + 1
+    given = given * share
+    return (given * u * slope).astype(gate.dtype), (given * g).astype(up.dtype)
 
 
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
@@ -129,8 +129,14 @@ def _unit(eps: float) -> Callable[..., Any]:
 def row_sums(x: mx.array, factor: float = 1.0) -> mx.array:
     """[..., 1] of float32 [..., W]: as a product, which the CPU adds many times as fast."""
     width = x.shape[-1]
-    sums = x.reshape(-1, width) @ mx.full((width, 1), factor)
-    return sums.reshape(*x.shape[:-1], 1)
+    return (x.reshape(-1, width) @ _column(width, factor)).reshape(*x.shape[:-1], 1)
+
+
+@functools.cache
+def _column(length: int, value: float) -> mx.array:
+    column = mx.full((length, 1), value)
+    mx.eval(column)
+    return column
 
 
 def _row_means(x: mx.array) -> mx.array:
