@@ -22,6 +22,7 @@ import numpy as np
 
 from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decisions.answers import Answer, make_answer
+from mlx_dgemma.decisions.canvas import read_prompt
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
 from mlx_dgemma.decisions.messages import is_image, question_messages, state_parts
 from mlx_dgemma.decisions.questions import Choice, Question, read_questions
@@ -178,15 +179,9 @@ class _Reader:
 
     def read_state(self) -> None:
         """Fills the cache with what all questions share."""
-        keys = self._prefix.keys
-        self._check_room(len(keys))
-        self.cached_tokens = len(keys) - len(self.cache.align(keys))
+        self._check_room(len(self._prefix.ids))
+        self.cached_tokens = read_prompt(self._model, self._prefix, self.cache)
         self._context = self.cache.cache
-        ids = self._prefix.network_ids(self._model.config.image_token_id)[self.cached_tokens :]
-        if ids:
-            images = [image.patches for image in self._prefix.images_after(self.cached_tokens)]
-            self._model.prefill(np.array(ids)[None], self._context, images=images or None)
-        self.cache.mark(keys)
         self._start = self._context.snapshot()
 
     def forget(self) -> None:
