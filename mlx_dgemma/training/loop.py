@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dgemma.errors import CheckpointError, NumericsError
-from mlx_dgemma.kernels.dispatch import twins_only
+from mlx_dgemma.kernels.gradients import gradients
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.training.batches import Batches
 from mlx_dgemma.training.events import Evaluated, Event, Report, Saved
 from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.loss import Objective, value_and_gradient
 from mlx_dgemma.training.tuning import WEIGHTS, trained
 
 STATE = "training_state.safetensors"
@@ -62,7 +61,6 @@ class Trainer:
         model: Model,
         objective: Objective,
         optimizer: optim.Optimizer,
-        train: Batches,
         valid: Sequence[Any] | None,
         plan: Plan,
         *,
@@ -75,7 +73,7 @@ class Trainer:
         self._passes = Passes(model, checkpoint=checkpoint)
         self._objective = objective
         self._optimizer = optimizer
-        self._train, self._valid = train, valid
+        self._valid = valid
         self._plan = plan
         self._folder = folder
         self._identity = json.dumps(identity, sort_keys=True)
@@ -83,25 +81,32 @@ class Trainer:
         self._world = mx.distributed.init()
         self.step = 0
 
-    def run(self, handle: Callable[[Event], None], *, cancelled: Callable[[], bool]) -> None:
-        """Trains to the plan's last step; hands out what happens. Ends early when `cancelled`,
-        between two steps and with a save.
+    def run(
+        self,
+        train: Batches,
+        handle: Callable[[Event], None],
+        *,
+        until: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Trains to step `until`; hands out what happens. Ends early when `cancelled`, between two
+        steps. Saves at its end.
 
         Raises NumericsError at a loss that is no number; the last save stays as it is.
         """
         plan = self._plan
-        gradients = nn.value_and_grad(self.model, self._loss)
+        step = value_and_gradient(self._passes, self._objective)
         self.model.train()
         since: list[list[float]] = []
         tokens, started = 0, time.perf_counter()
-        while self.step < plan.iters:
+        while self.step < until:
             if cancelled():
                 break
             mx.random.seed(plan.seed * 1_000_003 + self.step)
             total, parts = None, []
             for turn in range(plan.accumulate):
-                batch = self._train.at(self.step * plan.accumulate + turn)
-                (loss, shares), found = gradients(batch)
+                batch = train.at(self.step * plan.accumulate + turn)
+                (loss, shares), found = step(batch)
                 total = found if total is None else tree_map(mx.add, total, found)
                 mx.eval(total, loss, shares)
                 parts.append(_numbers(loss, shares))
@@ -119,7 +124,7 @@ class Trainer:
             ):
                 handle(self.evaluate())
                 started = time.perf_counter()
-            if self.step % plan.save == 0 and self.step < plan.iters:
+            if self.step % plan.save == 0 and self.step < until:
                 self._save(handle)
         self.model.eval()
         self._save(handle)
@@ -166,7 +171,7 @@ class Trainer:
         return True
 
     def _loss(self, batch: Any) -> tuple[mx.array, mx.array]:
-        with twins_only():
+        with gradients():
             return self._objective(self._passes, batch)
 
     def _update(self, gradients: Any) -> None:
