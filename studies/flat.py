@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma import generate, load
-from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.synthetic import (
     SLIDING,
     medium_config,
@@ -42,6 +41,7 @@ from mlx_dgemma.benchmark.synthetic import (
     synthetic_model,
     with_layers,
 )
+from mlx_dgemma.benchmark.timing import endless
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import ContextCache, Model
 

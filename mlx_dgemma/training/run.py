@@ -22,14 +22,14 @@ from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
-from mlx_dgemma.training.answers import Answers
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import Example, load_split, response_text
-from mlx_dgemma.training.events import Evaluated, Event, Report
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loop import STATE, Plan, Trainer
+from mlx_dgemma.training.optimizers import make_optimizer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
-from mlx_dgemma.training.schedule import make_optimizer
+from mlx_dgemma.training.run_events import Evaluated, Event, Report
+from mlx_dgemma.training.sampled_answers import Answers
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
     attach,

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from mlx_dgemma import Choice, Noul, PromptCache, Runtime, Score, decide, load
-from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, passes
+from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, label_passes
 from mlx_dgemma.decisions.answers import choice_confidence, make_answer, score_confidence
 from mlx_dgemma.decisions.forms import GROUP, groups, make_forms
 from mlx_dgemma.decoding.draws import Place, SeededDraws
@@ -67,7 +67,7 @@ def test_one_read_is_the_softmax_of_the_labels_logits_at_the_slot(demo):
     form = make_forms(tokenizer, question, 1)[0]
     prompt = encode_prompt(tokenizer, f"{STATE}\n\n{form.text}")
     cache = model.make_cache()
-    reader = passes._Reader(model, tokenizer, STATE, {})
+    reader = label_passes._Reader(model, tokenizer, STATE, {})
     reader.read_state()
     shared = reader._prefix.ids
     assert prompt[: len(shared)] == shared
@@ -75,16 +75,16 @@ def test_one_read_is_the_softmax_of_the_labels_logits_at_the_slot(demo):
     model.prefill(np.array(prompt[len(shared) :])[None], cache)
     canvas, slot = reader._canvas()
     keys = np.array([0, *prompt], dtype=np.int64)
-    digest = passes.hashlib.sha256(keys.tobytes()).digest()
+    digest = label_passes.hashlib.sha256(keys.tobytes()).digest()
     noise = SeededDraws(int.from_bytes(digest[:7], "little")).canvas(
-        Place(0, 0, 0), passes.NOISES, model.config.text.vocab_size
+        Place(0, 0, 0), label_passes.NOISES, model.config.text.vocab_size
     )
-    rows = np.tile(canvas, (passes.NOISES, 1))
+    rows = np.tile(canvas, (label_passes.NOISES, 1))
     rows[:, slot] = np.array(noise)
     logits = np.array(model.denoise(mx.array(rows), cache))[:, slot][:, list(form.labels)]
     expected = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
-    found = reader._read_form(form)[: passes.NOISES]
+    found = reader._read_form(form)[: label_passes.NOISES]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 
 import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary in slices
 from mlx_dgemma import Constraint, infill, load, stream_generate
-from mlx_dgemma.benchmark.together import step_traffic
+from mlx_dgemma.benchmark.shared_step import step_traffic
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import decide
 from mlx_dgemma.decoding.canvas import CanvasRequest

@@ -13,7 +13,7 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.infilling import edit, fill, infill, refine, regenerate, uncertain_spans, windows
-from mlx_dgemma.infilling.results import TokenInfo
+from mlx_dgemma.infilling.filled import TokenInfo
 from mlx_dgemma.infilling.template import Layout, TokenTexts
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
 

@@ -14,7 +14,7 @@ from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.training import run
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.coupling import Coupling
-from mlx_dgemma.training.events import Answered, Saved
+from mlx_dgemma.training.run_events import Answered, Saved
 from mlx_dgemma.training.settings import Settings
 
 CANVAS = 32

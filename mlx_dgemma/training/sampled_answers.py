@@ -16,17 +16,17 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.sampler import StepInput, make_sampler
-from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.stopping import StableAndConfident
+from mlx_dgemma.decoding.temperature import temperature
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.training.batches import Rows, padded
 from mlx_dgemma.training.coupling import Coupling
 from mlx_dgemma.training.data import Example, Trail
-from mlx_dgemma.training.events import Answered
-from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import rows_at_once
+from mlx_dgemma.training.run_events import Answered
+from mlx_dgemma.training.tensor_files import write_tensors
 
 CANDIDATES = 256  # ids of noise that are tried for every position of an answer
 _TRIED = 64  # positions that candidates are tried on at once
