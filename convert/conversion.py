@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -33,7 +34,7 @@ from mlx_dgemma.convert.source import (
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.files import read_json
+from mlx_dgemma.files import check_name, read_json
 from mlx_dgemma.headers import INDEX
 
 if TYPE_CHECKING:
@@ -123,6 +124,7 @@ def convert(
     )
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
+    check_name(mlx_path)
     target = Path(mlx_path).expanduser().resolve()
     remote = local_folder(hf_path) is None
     if remote and not dry_run:
@@ -292,7 +294,7 @@ def companions(folder: Path) -> list[Path]:
         inside.append(folder.absolute().parent.parent.resolve() / "blobs")
     found = []
     for path in sorted({path for pattern in _COMPANIONS for path in folder.glob(pattern)}):
-        if path.name in _NOT_COPIED or not path.is_file():
+        if path.name in _NOT_COPIED or not os.path.isfile(path):
             continue
         if not any(root in path.resolve().parents for root in inside):
             raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 from importlib.metadata import version
 from pathlib import Path
@@ -67,7 +68,7 @@ def provenance_of(name: str, source: Source, plan: Plan, adapter: Adapter | None
             "sha256": {
                 path.name: file_digest(path)
                 for path in sorted(adapter.folder.glob("adapter*"))
-                if path.is_file()
+                if os.path.isfile(path)
             },
         }
     local = local_folder(name) is not None

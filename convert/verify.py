@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,7 +17,7 @@ from mlx_dgemma.convert.shards import file_digest
 from mlx_dgemma.convert.source import Packed, Source, Tensor, open_source, slices
 from mlx_dgemma.convert.stream import is_finite
 from mlx_dgemma.errors import CheckpointError, DGemmaError
-from mlx_dgemma.files import read_json
+from mlx_dgemma.files import is_plain, read_json
 from mlx_dgemma.headers import INDEX
 from mlx_dgemma.model.section import Section
 from mlx_dgemma.prompt import load_tokenizer
@@ -63,12 +64,12 @@ def verify(
             checked.append("config, index, names, shapes and dtypes")
             problems += _index_problems(source)
             journal = folder / JOURNAL
-            if journal.exists():
+            if os.path.exists(journal):
                 problems += _digest_problems(folder)
                 checked.append("digests of all files")
             problems += _number_problems(source, progress)
             checked.append("no NaN or Inf in any tensor")
-            if (folder / "tokenizer.json").exists():
+            if os.path.exists(folder / "tokenizer.json"):
                 load_tokenizer(folder, source.config.stop_ids)
                 checked.append("tokenizer")
     except CheckpointError as error:
@@ -84,7 +85,7 @@ def verify(
 
 def _index_problems(source: Source) -> list[str]:
     path = source.folder / INDEX
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     stored = sum(entry.nbytes for file in source.files.values() for entry in file.entries.values())
     metadata = Section(Section(read_json(path), str(path)).get("metadata", {}), str(path))
@@ -102,10 +103,10 @@ def _digest_problems(folder: Path) -> list[str]:
             continue
         records = journal.section(part)
         for name in records.values:
-            if Path(name).name != name or not name.isprintable():
+            if not is_plain(name):
                 raise CheckpointError(f"{folder / JOURNAL} names {printable(name)}, no file here.")
             expected, path = records.section(name).text("sha256"), folder / name
-            if not path.exists():
+            if not os.path.exists(path):
                 problems.append(f"{path} is missing; {JOURNAL} lists it.")
             elif file_digest(path) != expected:
                 problems.append(f"{path} is not the file that was written: its digest differs.")

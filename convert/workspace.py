@@ -38,19 +38,19 @@ def check_target(target: Path, source: Path, *, overwrite: bool) -> None:
         raise InputError(f"{target}: the output cannot be the source or lie within it.")
     if not os.path.lexists(target):
         return
-    if not target.is_dir():
+    if not os.path.isdir(target):
         raise InputError(f"{target} is no folder; choose another --mlx-path.")
     if not any(target.iterdir()):
         return
     if not overwrite:
         raise InputError(f"{target} exists; choose another --mlx-path or add --overwrite.")
-    if not (target / "config.json").exists():
+    if not os.path.exists(target / "config.json"):
         raise InputError(f"{target} holds no checkpoint, so --overwrite leaves it alone.")
 
 
 def check_disk(folder: Path, size: int) -> None:
     """Raises ResourceError unless `size` bytes of weights fit where `folder` is or will be."""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     needed, free = size + _SPARE_BYTES, shutil.disk_usage(folder).free
     if free < needed:
@@ -98,7 +98,9 @@ class Workspace:
                 check_target(self.target, self._source, overwrite=self._overwrite)
                 yield self
             finally:
-                if self.folder.is_dir() and [p.name for p in self.folder.iterdir()] == [_LOCK]:
+                if os.path.isdir(self.folder) and [p.name for p in self.folder.iterdir()] == [
+                    _LOCK
+                ]:
                     shutil.rmtree(self.folder)  # refused before anything was written
 
     @contextlib.contextmanager
@@ -131,7 +133,7 @@ class Workspace:
         whole checkpoint where there is no target, else superseded."""
         name = re.compile(re.escape(self.target.name) + r"\.old-[0-9]+")
         for old in sorted(self.target.parent.iterdir()):
-            if not name.fullmatch(old.name) or not (old / "config.json").is_file():
+            if not name.fullmatch(old.name) or not os.path.isfile(old / "config.json"):
                 continue
             if os.path.lexists(self.target):
                 shutil.rmtree(old, ignore_errors=True)
@@ -148,7 +150,7 @@ class Workspace:
         recorded = journal.get("shards") if journal.get("plan") == self._plan_id else None
         for name, record in recorded.items() if isinstance(recorded, dict) else ():
             path = self.folder / name
-            if name not in names or not isinstance(record, dict) or not path.is_file():
+            if name not in names or not isinstance(record, dict) or not os.path.isfile(path):
                 continue
             size = path.stat().st_size
             if record == {"bytes": size, "sha256": file_digest(path)}:
@@ -157,13 +159,13 @@ class Workspace:
         # The journal stays until it is rewritten: it marks the folder as ours.
         for path in self.folder.iterdir():
             if path.name not in self.finished and path.name not in (_LOCK, JOURNAL):
-                shutil.rmtree(path) if path.is_dir() else path.unlink()
+                shutil.rmtree(path) if os.path.isdir(path) else path.unlink()
         return sorted(self.finished)
 
     def _read_journal(self) -> dict[str, Any]:
         path = self.folder / JOURNAL
         others = [p.name for p in self.folder.iterdir() if p.name != _LOCK]
-        if not path.exists():
+        if not os.path.exists(path):
             if any(not name.endswith(".tmp") for name in others):
                 raise InputError(
                     f"{self.folder} exists and is not an unfinished conversion; move it away."
@@ -201,7 +203,7 @@ class Workspace:
         """
         check_target(self.target, self._source, overwrite=self._overwrite)
         old = self.target.with_name(f"{self.target.name}.old-{os.getpid()}")
-        replaced = self._overwrite and self.target.exists() and any(self.target.iterdir())
+        replaced = self._overwrite and os.path.exists(self.target) and any(self.target.iterdir())
         if replaced:
             self.target.rename(old)
         try:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse
+from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse, printable
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -25,6 +25,7 @@ _KINDS = (
     (stat.S_ISCHR, "a device"),
     (stat.S_ISBLK, "a device"),
 )
+_LONGEST_NAME = 255  # bytes, of most file systems
 
 # Names of descriptors that the process was started with.
 _OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
@@ -139,7 +140,25 @@ def replacing(path: Path, suffix: str = ".part", *, sync: bool = False) -> Itera
             beside.unlink(missing_ok=True)
 
 
+def is_plain(name: str) -> bool:
+    """Whether a name that stands in a file may be one of a file beside it."""
+    short = len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
+    return short and Path(name).name == name and name.isprintable()
+
+
+def check_name(path: str | Path) -> None:
+    """Refuses what no file can be called: a name too long, a null character, a loop of links."""
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError, PermissionError):
+        pass
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise InputError(f"{printable(str(path))} cannot be written: {why}.") from error
+
+
 def check_replaceable(path: str | Path) -> None:
     """Refuses what the rename would replace by a file: a folder, a device, a pipe."""
-    if Path(path).exists() and not Path(path).is_file():
+    check_name(path)
+    if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no regular file and must not be replaced: name another.")

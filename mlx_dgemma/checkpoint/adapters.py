@@ -13,6 +13,7 @@ trained whole replace those of the checkpoint.
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -211,13 +212,12 @@ def _part_of(factors: Factors, part: Part) -> Factors:
 
 
 def adapter_bytes(folder: str | Path) -> int:
-    """Bytes of the matrices that loading an adapter adds; 0 where there is no adapter, or one that
-    replaces layers."""
+    """Bytes of the matrices that loading an adapter adds; 0 for none or one of whole layers."""
     config = Path(folder) / CONFIG
-    if config.exists() and read_json(config).get("fine_tune_type") == "full":
+    if os.path.exists(config) and read_json(config).get("fine_tune_type") == "full":
         return 0
     paths = [Path(folder) / name for name in (PEFT_WEIGHTS, MLX_WEIGHTS)]
-    headers = [read_header(path, ADVICE) for path in paths if path.exists()]
+    headers = [read_header(path, ADVICE) for path in paths if os.path.exists(path)]
     return sum(entry.nbytes for header in headers[:1] for entry in header.entries.values())
 
 
@@ -229,7 +229,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     made for another model, or of another kind.
     """
     folder = Path(folder)
-    if not (folder / CONFIG).exists():
+    if not os.path.exists(folder / CONFIG):
         raise ModelNotFoundError(f"{folder} has no {CONFIG}; give the folder of an adapter.")
     settings = Section(read_json(folder / CONFIG), str(folder / CONFIG))
     peft = settings.get("peft_type") is not None

@@ -45,7 +45,7 @@ SMALL_FILES = (
     "processor_config.json",
     "preprocessor_config.json",
 )
-_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
+_REPOSITORY = re.compile(r"(?a)(?!.*(--|\.\.|\.git$))[^\W_]([\w.-]*\w)?/[^\W_]([\w.-]{,94}\w)?")
 
 
 def demo_path() -> Path:

@@ -6,7 +6,7 @@ import hashlib
 from pathlib import Path
 
 from mlx_dgemma.errors import CheckpointError
-from mlx_dgemma.files import open_regular, read_json
+from mlx_dgemma.files import is_plain, open_regular, read_json
 
 JOURNAL = "conversion.json"  # what a conversion says of itself
 
@@ -21,7 +21,7 @@ def refuse_merged(model: Path, adapter: Path) -> None:
     merged = content.get("adapter") if isinstance(content, dict) else None
     digests = merged.get("sha256") if isinstance(merged, dict) else None
     for name, known in digests.items() if isinstance(digests, dict) else ():
-        if not name.endswith(".safetensors") or Path(name).name != name:
+        if not name.endswith(".safetensors") or not is_plain(name):
             continue
         try:
             with open_regular(adapter / name) as file:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -101,7 +102,7 @@ def prepare(
         from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(source, revision=revision, weights=weights, progress=progress)
-    stored = weights or source is None or Path(source).expanduser().is_dir()
+    stored = weights or source is None or os.path.isdir(Path(source).expanduser())
     here = machine()
     config, widened = computed_config(folder, dtype)
     beside = 0 if adapter_path is None else adapter_bytes(adapter_path)

@@ -7,6 +7,7 @@ vision tower stays on disk until an image arrives.
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Mapping
 from functools import partial
@@ -203,8 +204,8 @@ def cast(model: Model, part: nn.Module | None = None) -> None:
 def read_headers(folder: Path) -> dict[str, Entry]:
     """Every tensor the folder's shards hold; CheckpointError on a missing or damaged shard."""
     index = folder / INDEX
-    if not index.exists():
-        if not (folder / SINGLE).exists():
+    if not os.path.exists(index):
+        if not os.path.exists(folder / SINGLE):
             raise CheckpointError(f"{folder} has neither {INDEX} nor {SINGLE}; download it again.")
         return read_header(folder / SINGLE).entries
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,7 @@ def add_display(parser: argparse.ArgumentParser) -> None:
 
 def public_name(model: str) -> str:
     """What a report calls a model: a folder's last name, whose path may name its owner."""
-    return Path(model).resolve().name if Path(model).exists() else model
+    return Path(model).resolve().name if os.path.exists(model) else model
 
 
 def positive(text: str) -> int:

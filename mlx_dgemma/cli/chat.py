@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -156,7 +157,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         stop=arguments.stop,
     )
     talk.reset(arguments.system_prompt)
-    if file is not None and Path(file).exists():
+    if file is not None and os.path.exists(file):
         talk.load(file)
         messages.print(Text(f"Continuing {file}: {_turns(talk)}.", "dim"))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -305,6 +306,6 @@ def _cache() -> Path:
     from huggingface_hub import constants
 
     folder = Path(constants.HF_HUB_CACHE).expanduser()
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
     return folder

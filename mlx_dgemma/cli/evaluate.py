@@ -142,7 +142,7 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     """Evaluates and writes the result; gives its summary, without the single questions."""
     thinking = _check(arguments)
     target = Path(arguments.output_dir) / _file_name(arguments)
-    if target.exists():
+    if os.path.exists(target):
         raise InputError(f"{target} exists: move it, or choose another --output-dir.")
 
     from mlx_dgemma.evaluation.harness import Harness, Manner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if arguments.dequantize or arguments.upload_repo:
             raise InputError("--peft writes an adapter alone: leave out the other flags.")
-        if save.exists():
+        if os.path.exists(save):
             raise InputError(f"{save} is there already: name another --save-path.")
         to_peft(Path(arguments.adapter_path), save)
         print(f"Wrote the adapter in PEFT's form to {save}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -114,10 +115,10 @@ def _state(folders: Sequence[Path]) -> str:
 
 
 def _is_whole(folder: Path) -> bool:
-    if not (folder / "config.json").is_file():
+    if not os.path.isfile(folder / "config.json"):
         return False
-    if (folder / INDEX).is_file():
-        return all((folder / name).is_file() for name in set(read_weight_map(folder).values()))
+    if os.path.isfile(folder / INDEX):
+        return all(os.path.isfile(folder / name) for name in set(read_weight_map(folder).values()))
     return any(folder.glob("*.safetensors"))
 
 

@@ -53,7 +53,7 @@ class Session:
     def prompt_cache(self, path: str | Path | None = None) -> PromptCache:
         """The context saved at `path`, or an empty one when there is no such file."""
         kv_bits = self.options.get("kv_bits")
-        if path is not None and Path(path).exists():
+        if path is not None and os.path.exists(path):
             return PromptCache.load(path, self.model, kv_bits)
         return PromptCache(self.model, kv_bits)
 

@@ -58,7 +58,7 @@ class DiskCache:
         name: a digest of the keys.
         """
         path = self._path(name, model, kv_bits)
-        if not path.exists():
+        if not os.path.exists(path):
             return None
         try:
             context = ContextCache.load(path, model, kv_bits)
@@ -78,7 +78,7 @@ class DiskCache:
     def save(self, name: str, keys: Sequence[int], context: ContextCache) -> None:
         """Writes a context, unless it is there; a full disk is logged and no more."""
         path = self._path(name, context, context.kv_bits)
-        if path.exists():
+        if os.path.exists(path):
             with suppress(OSError):
                 os.utime(path)
             return

@@ -9,13 +9,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
 import random
 import statistics
 import traceback
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import lm_eval
@@ -43,11 +43,11 @@ def find_tasks(tasks: Sequence[str], include: str | None) -> Tasks:
     include: a folder with task files. lm-eval's own, of which it reads thousands, are looked
     through only where a name is not among those.
     """
-    if include is not None and not Path(include).is_dir():
+    if include is not None and not os.path.isdir(include):
         raise InputError(f"--include-path {include} is no folder with task files.")
     for defaults in (False, True) if include is not None else (True,):
         manager = TaskManager(include_path=include, include_defaults=defaults)
-        known = [[t] if Path(t).is_file() else manager.match_tasks([t]) for t in tasks]
+        known = [[t] if os.path.isfile(t) else manager.match_tasks([t]) for t in tasks]
         if all(known):
             return Tasks(list(dict.fromkeys(name for names in known for name in names)), manager)
     missing = tasks[known.index([])]

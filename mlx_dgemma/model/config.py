@@ -7,6 +7,7 @@ refused here, in one sentence that names file, key and value.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -323,16 +324,16 @@ class ModelConfig:
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Read config.json and, where present, the generation and processor configs."""
         folder = Path(folder)
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise ModelNotFoundError(f"There is no folder {folder}; check the model's path.")
         path = folder / "config.json"
-        if not path.exists():
+        if not os.path.exists(path):
             raise CheckpointError(f"{folder} has no config.json, so it is not a checkpoint folder.")
         generation = folder / "generation_config.json"
-        own_file = read_json(generation) if generation.exists() else None
+        own_file = read_json(generation) if os.path.exists(generation) else None
         config = cls.from_dict(read_json(path), source=str(path), generation=own_file)
         for name in ("processor_config.json", "preprocessor_config.json"):
-            if (folder / name).exists():
+            if os.path.exists(folder / name):
                 return replace(config, processor=read_json(folder / name))
         return config
 

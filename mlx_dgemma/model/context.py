@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -318,7 +319,7 @@ def _fits(layer: LayerContext, base: Any, offset: int, held: Arrays | None, like
 
 
 def _read(path: Path) -> tuple[dict[str, mx.array], dict[str, str]]:
-    if not path.exists():
+    if not os.path.exists(path):
         raise CheckpointError(
             f"{path} cannot be read as a saved context: No such file or directory."
         )

@@ -7,6 +7,7 @@ characters unless the caller asks for `special=True`, which only trusted text ma
 from __future__ import annotations
 
 import itertools
+import os
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -251,7 +252,7 @@ def load_tokenizer(folder: str | Path, stop_ids: Iterable[int]) -> Tokenizer:
 
     folder = Path(folder)
     path = folder / "tokenizer.json"
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise CheckpointError(
             f"{folder} has no tokenizer.json; download the checkpoint again or copy the file "
             "from the original repository."
@@ -261,7 +262,7 @@ def load_tokenizer(folder: str | Path, stop_ids: Iterable[int]) -> Tokenizer:
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
     settings_path = folder / "tokenizer_config.json"
-    values = read_json(settings_path) if settings_path.exists() else {}
+    values = read_json(settings_path) if os.path.exists(settings_path) else {}
     settings = Section(values, str(settings_path))
     with _library_errors(path):
         tokenizer = Tokenizer(
@@ -295,7 +296,7 @@ def _library_errors(path: Path) -> Iterator[None]:
 def _chat_template(folder: Path, settings: Section) -> str | None:
     """chat_template.jinja, else the template inside tokenizer_config.json."""
     path = folder / "chat_template.jinja"
-    if path.exists():
+    if os.path.exists(path):
         try:
             return read_text(path)
         except OSError as error:

@@ -9,6 +9,7 @@ A line that cannot be used is named by its file and number.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -80,7 +81,7 @@ def load_split(
     """
     folder = find_data(source)
     path = folder / f"{split}.jsonl"
-    if not path.exists():
+    if not os.path.exists(path):
         return []
     examples = []
     for number, line in _lines(path):
@@ -102,13 +103,17 @@ def load_split(
 def find_data(source: str | Path) -> Path:
     """The folder with the JSONL files: itself, or a Hub data set's after its download."""
     folder = Path(source)
-    if not folder.is_dir():
-        if folder.exists() or str(source).count("/") != 1 or str(source).startswith((".", "/")):
+    if not os.path.isdir(folder):
+        if (
+            os.path.exists(folder)
+            or str(source).count("/") != 1
+            or str(source).startswith((".", "/"))
+        ):
             raise InputError(
                 f"--data {source} is no folder: give one with train.jsonl, or a Hub data set's id."
             )
         folder = _download(str(source))
-    if not any((folder / f"{split}.jsonl").is_file() for split in SPLITS):
+    if not any(os.path.isfile(folder / f"{split}.jsonl") for split in SPLITS):
         raise InputError(
             f"{folder} holds none of {', '.join(f'{split}.jsonl' for split in SPLITS)}: "
             "write one JSON object a line into train.jsonl."

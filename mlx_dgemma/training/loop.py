@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -142,7 +143,7 @@ class Trainer:
 
         Raises CheckpointError for a state of other settings, or a damaged one.
         """
-        if self._folder is None or not (path := self._folder / STATE).exists():
+        if self._folder is None or not os.path.exists(path := self._folder / STATE):
             return False
         try:
             loaded: Any = mx.load(str(path), return_metadata=True)

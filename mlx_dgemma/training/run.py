@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -76,7 +77,7 @@ class Prepared:
         """Trains; False when cancelled before the last step."""
         settings = self.settings
         folder = Path(settings.adapter_path)
-        if settings.resume and not (folder / STATE).exists() and not self._answered(folder):
+        if settings.resume and not os.path.exists(folder / STATE) and not self._answered(folder):
             raise InputError(f"{folder} holds no save to go on from: leave out --resume.")
 
         def handle(event: Event) -> None:
@@ -98,7 +99,7 @@ class Prepared:
         return trainer.step >= settings.iters
 
     def _answered(self, folder: Path) -> bool:
-        return self.settings.few_steps and (folder / ANSWERS.format("train")).exists()
+        return self.settings.few_steps and os.path.exists(folder / ANSWERS.format("train"))
 
     def _answer(
         self, folder: Path, handle: Callable[[Event], None], cancelled: Callable[[], bool]
@@ -276,7 +277,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         raise InputError(f"{settings.data} has no test.jsonl.")
     if settings.train:
         _make_folder(Path(settings.adapter_path))
-    elif not (Path(settings.adapter_path) / "adapters.safetensors").exists():
+    elif not os.path.exists(Path(settings.adapter_path) / "adapters.safetensors"):
         raise InputError(f"{settings.adapter_path} holds no adapters.safetensors to test.")
     if not settings.train:
         settings = _as_trained(settings)

@@ -7,6 +7,7 @@ is drawn to (see `coupling`), so that an answer is a function of the noise that 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -46,7 +47,7 @@ class Answers:
         self.groups = 0  # of prompts that are answered
         self._prompts: list[int] = []
         self._trails: list[Trail] = []
-        if file.exists():
+        if os.path.exists(file):
             self._read()
 
     def ask(

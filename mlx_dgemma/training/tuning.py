@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -202,7 +203,7 @@ def read_tuning(folder: Path) -> Tuning:
 
 def load_trained(model: Model, file: Path) -> None:
     """Puts an adapter file's tensors into an attached model; every name and shape must fit."""
-    if file.exists():
+    if os.path.exists(file):
         read_header(file)
     try:
         tensors = mx.load(str(file))

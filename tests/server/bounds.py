@@ -1,7 +1,8 @@
 """What must hold for the answer to every request, and a run that measures it.
 
-Requests go straight through the application, one after the other, on an event loop whose longest
-pause is measured.
+Requests go straight through the application, one after the other, on an event loop whose pauses
+are measured. A busy machine makes pauses, too: what was done in a long one is done again, alone in
+a new process, and counts as often as it takes long there.
 """
 
 from __future__ import annotations
@@ -9,13 +10,13 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import multiprocessing
 import resource
 import sys
-import time
 from collections import Counter, deque
-from collections.abc import Awaitable, Callable, Iterable, Iterator
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -29,10 +30,12 @@ from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.settings import ServerSettings
 
 from .conftest import Script, user
+from .pauses import Pause, Pauses, Stopwatch, Waits, one_processor
 
 SECONDS = 10.0  # that a request may take
 BLOCKED_SECONDS = 0.25  # for which the event loop may run nothing else
 MEMORY = 256 << 20  # bytes that all requests together may add
+REPEATS = 3  # of what was done in a long pause, alone
 CONTROL_EVERY = 50
 REPLY = 'A reply.<|tool_call>call:look{q:<|"|>x<|"|>}<tool_call|>'
 # (path, body, what its answer must hold) of a sound request that is sent between the others
@@ -41,78 +44,31 @@ JSON = {"content-type": "application/json"}
 
 App = Callable[[Any, Any, Any], Awaitable[None]]
 Request = tuple[str, str, dict[str, str], bytes]  # method, path, headers, body
-
-
-class Stopwatch:
-    """Seconds since it was made, less those in which the machine had no processor for us.
-
-    That is, what threads waited for one, as far as no thread of this process ran meanwhile. Where
-    the system does not say how long threads waited, all seconds count.
-    """
-
-    def __init__(self) -> None:
-        self._wall, self._processor, self._waited = time.monotonic(), time.process_time(), _waited()
-
-    def seconds(self) -> float:
-        wall = time.monotonic() - self._wall
-        idle = max(wall - (time.process_time() - self._processor), 0)
-        after = _waited()
-        waited = sum(after[thread] - self._waited.get(thread, 0) for thread in after)
-        return wall - min(idle, waited)
-
-
-def _waited() -> dict[str, float]:
-    """Seconds that each thread was ready and had no processor, where Linux says so."""
-    found = {}
-    for path in Path("/proc/self/task").glob("*/schedstat"):
-        with suppress(OSError, ValueError, IndexError):
-            found[path.parent.name] = int(path.read_text().split()[1]) / 1e9
-    return found
-
-
-class Pauses:
-    """The longest time, in seconds, for which an event loop ran nothing else; a context manager.
-
-    A task asks for a turn every few milliseconds; a turn that comes late ends a pause.
-    """
-
-    _TICK = 0.005
-
-    def __init__(self) -> None:
-        self.longest = 0.0
-
-    async def __aenter__(self) -> Pauses:
-        self._task = asyncio.create_task(self._watch())
-        await asyncio.sleep(0)
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await asyncio.sleep(2 * self._TICK)  # a pause that just ended is measured too
-        self._task.cancel()
-
-    async def _watch(self) -> None:
-        while True:
-            watch, asked = Stopwatch(), time.monotonic()
-            await asyncio.sleep(self._TICK)
-            if time.monotonic() - asked - self._TICK > self.longest:
-                self.longest = max(self.longest, watch.seconds() - self._TICK)
+Control = tuple[str, bytes, bytes]
+Make = Callable[[], AbstractContextManager[App]]
 
 
 @dataclass
 class Seen:
-    """What came of the requests. problems: those that broke a bound. blocked: see `Pauses`."""
+    """What came of the requests.
+
+    problems: those that broke a bound. pauses: the long ones, and what was done in them. blocked:
+    the longest pause that was noted or was not.
+    """
 
     statuses: Counter[int] = field(default_factory=Counter)
     slowest: float = 0.0
     blocked: float = 0.0
     memory: int = 0
     problems: list[str] = field(default_factory=list)
+    pauses: list[Pause] = field(default_factory=list)
 
     def broken(self) -> list[str]:
         """Every bound that was broken."""
         found = list(self.problems)
-        if self.blocked >= BLOCKED_SECONDS:
-            found.append(f"the event loop stood still for {self.blocked:.2f} s")
+        for pause in self.pauses:
+            if pause.certain >= BLOCKED_SECONDS:
+                found.append(f"the event loop stood still for {pause.certain:.2f} s: {pause.doing}")
         if self.memory >= MEMORY:
             found.append(f"{self.memory >> 20} MB more than before")
         return found
@@ -187,18 +143,84 @@ async def ask(
     return status, bytes(content)
 
 
-async def run(
-    app: App, requests: Iterable[Request], control: tuple[str, bytes, bytes] | None = CONTROL
+def check(
+    make: Make,
+    requests: Iterable[Request],
+    control: Control | None = CONTROL,
+    noted: float = BLOCKED_SECONDS,
+    repeat: Callable[[Make, Sequence[Request]], float] | None = None,
 ) -> Seen:
-    """Sends the requests and holds every answer to the bounds."""
-    seen = Seen()
+    """Sends the requests to a new application and holds every answer to the bounds.
+
+    noted: how long a pause must be for what was done in it to be done again. repeat: how that is
+    done, in a process of its own if it is not given.
+    """
     requests = list(requests)  # made before the loop's pauses and its memory are measured
+    with make() as app, one_processor():
+        seen = asyncio.run(_run(app, requests, control, noted))
+    seen.pauses = [_judged(make, requests, pause, repeat or alone) for pause in seen.pauses]
+    return seen
+
+
+def _judged(
+    make: Make,
+    requests: Sequence[Request],
+    pause: Pause,
+    repeat: Callable[[Make, Sequence[Request]], float],
+) -> Pause:
+    """A pause with what the same requests took alone, until they were quick once."""
+    first, last = pause.doing
+    held = [repeat(make, requests[first : last + 1])]
+    while len(held) < REPEATS and min(held) >= BLOCKED_SECONDS:
+        held.append(repeat(make, requests[first : last + 1]))
+    about = tuple((path, body[:300]) for _, path, _, body in requests[first : last + 1])
+    return replace(pause, doing=about, alone=tuple(held))
+
+
+def alone(make: Make, requests: Sequence[Request]) -> float:
+    """Seconds of the longest pause while a new process does nothing but these."""
+    spawn = multiprocessing.get_context("spawn")  # MLX has threads, which a fork would lose
+    answers = spawn.SimpleQueue()
+    process = spawn.Process(target=_answer_alone, args=(make, list(requests), answers))
+    process.start()
+    process.join()
+    assert process.exitcode == 0, process.exitcode
+    longest: float = answers.get()
+    return longest
+
+
+def _answer_alone(make: Make, requests: list[Request], answers: Any) -> None:
+    answers.put(longest_pause(make, requests))
+
+
+def longest_pause(make: Make, requests: Sequence[Request]) -> float:
+    """Seconds of the longest pause in these, after one sound request."""
+    with make() as app, one_processor():
+        return asyncio.run(_longest_pause(app, requests))
+
+
+async def _longest_pause(app: App, requests: Sequence[Request]) -> float:
+    await ask(app, "POST", CONTROL[0], JSON, CONTROL[1])
+    gc.collect()
+    gc.freeze()
+    async with Pauses(BLOCKED_SECONDS) as pauses:
+        for request in requests:
+            with suppress(Exception):
+                await ask(app, *request)
+    gc.unfreeze()
+    return pauses.longest
+
+
+async def _run(
+    app: App, requests: Sequence[Request], control: Control | None, noted: float
+) -> Seen:
+    seen, number = Seen(), 0
     gc.collect()
     gc.freeze()  # nor does the server pay for collecting what the tests have loaded
-    before = _begin_peak()
-    async with Pauses() as pauses:
+    before, waits = _begin_peak(), Waits()
+    async with Pauses(noted, lambda: number) as pauses:
         for number, (method, path, headers, body) in enumerate(requests):
-            watch = Stopwatch()
+            watch = Stopwatch(waits)
             try:
                 status, answer = await ask(app, method, path, headers, body)
             except Exception as error:
@@ -214,8 +236,9 @@ async def run(
                 status, answer = await ask(app, "POST", path, JSON, sound)
                 if status != 200 or held not in answer:
                     seen.problems.append(f"after {number}: a sound request got {status} {answer!r}")
+    waits.close()
     gc.unfreeze()
-    seen.blocked = pauses.longest
+    seen.pauses, seen.blocked = pauses.found, pauses.longest
     seen.memory = _peak() - before
     return seen
 

@@ -1,6 +1,5 @@
 """Schemas, patterns and pictures that ask for more than they weigh stay within the bounds."""
 
-import asyncio
 import logging
 import os
 from itertools import islice
@@ -18,8 +17,7 @@ SEED = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "1"))
 @pytest.mark.parametrize("requests", [bombs.schema_requests, bombs.picture_requests])
 def test_bombs_stay_within_the_bounds(requests: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    with bounds.scripted_app() as app:
-        seen = asyncio.run(bounds.run(app, islice(requests(SEED), COUNT)))
+    seen = bounds.check(bounds.scripted_app, islice(requests(SEED), COUNT))
     print(seen)
     assert not seen.broken(), "\n".join(problem[:600] for problem in seen.broken()[:10])
     assert "Traceback" not in caplog.text
@@ -30,8 +28,7 @@ def test_bombs_stay_within_the_bounds(requests: Any, caplog: pytest.LogCaptureFi
 @pytest.mark.slow
 def test_much_of_everything_stays_within_the_bounds(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    with bounds.scripted_app() as app:
-        seen = asyncio.run(bounds.run(app, bombs.large_requests(SEED)))
+    seen = bounds.check(bounds.scripted_app, bombs.large_requests(SEED))
     print(seen)
     assert not seen.broken(), "\n".join(problem[:300] for problem in seen.broken())
     assert "Traceback" not in caplog.text

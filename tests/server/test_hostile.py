@@ -9,6 +9,9 @@ import logging
 import os
 import re
 import time
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -24,13 +27,8 @@ SEED = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "1"))
 @pytest.mark.parametrize("mutator", [hostile, havoc], ids=["structure", "havoc"])
 def test_no_request_breaks_a_bound(mutator: Any, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.WARNING)
-    for _ in range(3):
-        with bounds.scripted_app() as app:
-            seen = asyncio.run(bounds.run(app, islice(mutator.requests(SEED), COUNT)))
-        print(seen)
-        # A request that holds the loop does so in every run of it, a busy machine in some.
-        if not seen.broken() or not all("stood still" in one for one in seen.broken()):
-            break
+    seen = bounds.check(bounds.scripted_app, islice(mutator.requests(SEED), COUNT))
+    print(seen)
     assert not seen.broken(), "\n".join(seen.broken()[:10])
     assert "Traceback" not in caplog.text
     assert seen.statuses[200] > COUNT // 50  # the damage does not end every request at the door
@@ -96,9 +94,25 @@ async def _half_a_number(scope: Any, receive: Any, send: Any) -> None:
 )
 def test_what_breaks_a_bound_is_seen(app: Any, broken: str | None) -> None:
     requests = [("POST", "/v1/chat/completions", bounds.JSON, b"{}")]
-    seen = asyncio.run(bounds.run(app, requests, control=None))
+    seen = bounds.check(lambda: nullcontext(app), requests, None, repeat=bounds.longest_pause)
     assert len(seen.broken()) == (broken is not None), seen.broken()
     assert broken is None or broken in seen.broken()[0]
+
+
+def test_a_pause_counts_as_it_repeats_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "REPEATS", 1)
+    requests = [("POST", "/v1/chat/completions", bounds.JSON, b"{}")]
+    seen = bounds.check(partial(nullcontext, _sleeps), requests, None)
+    (pause,) = seen.pauses
+    assert len(pause.alone) == 1
+    assert "stood still" in seen.broken()[0]
+    quick_alone = bounds.check(partial(nullcontext, _sleeps), requests, None, repeat=_quick)
+    assert quick_alone.pauses[0].alone == (0.01,)
+    assert not quick_alone.broken()
+
+
+def _quick(make: bounds.Make, requests: Sequence[bounds.Request]) -> float:
+    return 0.01
 
 
 def test_the_second_mutator_keeps_enough_of_its_requests() -> None:
