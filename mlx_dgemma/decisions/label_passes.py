@@ -23,7 +23,8 @@ import numpy as np
 from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decisions.answers import Answer, make_answer
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
-from mlx_dgemma.decisions.questions import Choice, Question, as_text, read_questions
+from mlx_dgemma.decisions.messages import is_image, question_messages, state_parts
+from mlx_dgemma.decisions.questions import Choice, Question, read_questions
 from mlx_dgemma.decoding.draws import Place, SeededDraws, check_seed
 from mlx_dgemma.errors import (
     CancelledError,
@@ -37,7 +38,6 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer, encode_messages
 from mlx_dgemma.prompt.encode import prepare_prompt
 from mlx_dgemma.prompt.media import PreparedPrompt
-from mlx_dgemma.prompt.messages import IMAGE_PARTS
 from mlx_dgemma.prompt.pictures import LOCAL, Access
 
 WIDTHS = 16  # a canvas is as long as its form, rounded up to a multiple of this
@@ -159,8 +159,8 @@ class _Reader:
         self._model, self._tokenizer = model, tokenizer
         self._options = options
         self._images = list(options.get("images") or ())
-        self._parts = _state_parts(state)
-        if self._images and not any(map(_is_image, self._parts)):
+        self._parts = state_parts(state)
+        if self._images and not any(map(is_image, self._parts)):
             self._parts = [
                 {"type": "image", "image": image} for image in self._images
             ] + self._parts
@@ -197,10 +197,12 @@ class _Reader:
         """Reads [r, n]: distributions over the question's n answers, one for each noise and
         order."""
         if not isinstance(question, Choice) or len(question.options) <= GROUP:
-            return self._read(question, orders, None)
+            return self._read(question, orders)
         count = len(question.options)
         parts = groups(count)
-        within = [self._read(question, orders, part)[:, list(part)].mean(axis=0) for part in parts]
+        within = [
+            self._read(question, orders, part, most=1)[:, list(part)].mean(axis=0) for part in parts
+        ]
         best = [part[int(shares.argmax())] for part, shares in zip(parts, within, strict=True)]
         final = self._read(question, orders, best)
         reads = np.zeros((len(final), count))
@@ -208,20 +210,27 @@ class _Reader:
             reads[:, list(part)] = final[:, winner, None] * (shares / shares.sum())
         return reads
 
-    def _read(self, question: Question, orders: int, among: Sequence[int] | None) -> np.ndarray:
+    def _read(
+        self,
+        question: Question,
+        orders: int,
+        among: Sequence[int] | None = None,
+        most: int = MOST_READS,
+    ) -> np.ndarray:
         forms = make_forms(self._tokenizer, question, orders, among)
         width = max(max(form.answers) for form in forms) + 1
         total = len(question.options) if isinstance(question, Choice) else width
         reads = []
         for form in forms:
-            shares = self._read_form(form)
+            shares = self._read_form(form, most)
             spread = np.zeros((len(shares), total))
             spread[:, list(form.answers)] = shares
             reads.append(spread)
         return np.concatenate(reads)
 
-    def _read_form(self, form: Form) -> np.ndarray:
-        """float64 [r, labels]: the labels' probabilities under r noises."""
+    def _read_form(self, form: Form, most: int) -> np.ndarray:
+        """float64 [r, labels]: the labels' probabilities under r noises, of `most` passes at most
+        where they disagree."""
         if self._cancel is not None and self._cancel.is_set():
             raise CancelledError("The questions were cancelled before all were answered.")
         rest = self._question_ids(form.text)
@@ -253,7 +262,7 @@ class _Reader:
             reads.append(shares)
             found = np.concatenate(reads)
             stderr = found.std(axis=0, ddof=1).max() / np.sqrt(len(found))
-            if stderr <= AGREEMENT or len(reads) == MOST_READS:
+            if stderr <= AGREEMENT or len(reads) == most:
                 return found
 
     def _canvas(self) -> tuple[np.ndarray, int]:
@@ -292,7 +301,7 @@ class _Reader:
         whole = prepare_prompt(
             self._model,
             self._tokenizer,
-            self._messages("Question:\n"),
+            question_messages(self._parts, "Question:\n"),
             images=self._images or None,
             access=self._options.get("access", LOCAL),
             system_prompt=self._options.get("system_prompt"),
@@ -315,16 +324,9 @@ class _Reader:
         """The prompt with one id for each image, none of which is read."""
         return encode_messages(
             self._tokenizer,
-            self._messages(text),
+            question_messages(self._parts, text),
             system_prompt=self._options.get("system_prompt"),
         )
-
-    def _messages(self, text: str) -> list[dict[str, Any]]:
-        parts = [*self._parts, {"type": "text", "text": text}]
-        content: Any = parts
-        if not any(map(_is_image, parts)):
-            content = "\n\n".join(part["text"] for part in parts)
-        return [{"role": "user", "content": content}]
 
     def _check_room(self, tokens: int) -> None:
         limit = self._model.config.text.max_position_embeddings - 2 * WIDTHS
@@ -332,21 +334,3 @@ class _Reader:
             raise InputError(
                 f"The state and a question have {tokens} tokens but {limit} fit: shorten the state."
             )
-
-
-def _state_parts(state: Any) -> list[dict[str, Any]]:
-    """A state as message parts: a list of parts stays one, everything else is a text."""
-    if isinstance(state, list) and any(map(_is_image, state)):
-        return [_part(part) for part in state]
-    text = as_text(state)
-    return [] if text is None else [{"type": "text", "text": text}]
-
-
-def _part(value: Any) -> dict[str, Any]:
-    if _is_image(value) or (isinstance(value, Mapping) and value.get("type") == "text"):
-        return dict(value)
-    return {"type": "text", "text": as_text(value) or ""}
-
-
-def _is_image(part: Any) -> bool:
-    return isinstance(part, Mapping) and part.get("type") in IMAGE_PARTS

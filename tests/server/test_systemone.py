@@ -20,6 +20,7 @@ from mlx_dgemma.runtime import Runtime
 from .test_clients import running
 
 KEY = "a-key"
+PATIENCE = 3600  # seconds; a machine that others use may be slow, which is no fault of the server
 ASKED = {
     "money": {"type": "noul", "instructions": "Does the writer want money back?"},
     "team": {"type": "choice", "instructions": "Who helps?", "criteria": {"A": "x", "B": None}},
@@ -41,7 +42,7 @@ def url(runtime, monkeypatch):
 
 
 def post(url: str, body: Any, **options: Any) -> httpx2.Response:
-    return httpx2.post(f"{url}/v1/systemone", json=body, timeout=60, **options)
+    return httpx2.post(f"{url}/v1/systemone", json=body, timeout=PATIENCE, **options)
 
 
 @pytest.mark.slow
@@ -52,7 +53,7 @@ def test_the_conformance_suite_passes_whole(runtime, monkeypatch, tmp_path):
     command = [sys.executable, "-c", program, "test"]
     with running(runtime, api_key=KEY) as url:
         run = subprocess.run(
-            [*command, url, "--key", KEY, "--timeout", "120", "--json", str(report)],
+            [*command, url, "--key", KEY, "--timeout", str(PATIENCE), "--json", str(report)],
             capture_output=True,
             text=True,
         )
@@ -70,7 +71,7 @@ def test_a_key_is_ignored_where_none_is_asked_for(url):
 
 
 def test_typesafe_sdk(url):
-    with typesafe_sdk.TypeSafeClient(api_key="none", base_url=url, timeout=60) as client:
+    with typesafe_sdk.TypeSafeClient(api_key="none", base_url=url, timeout=PATIENCE) as client:
         reply = client.system_one(
             state="Hello.",
             questions={
@@ -85,7 +86,7 @@ def test_typesafe_sdk(url):
 
 
 def test_system_one_sdk(url):
-    config = system_one.HTTPConfig(base_url=url, model="jev-latest", timeout=60)
+    config = system_one.HTTPConfig(base_url=url, model="jev-latest", timeout=PATIENCE)
     reply = system_one.SystemOne(config).ask(
         "Hello.",
         {
@@ -193,7 +194,10 @@ def form(value, files, boundary="b0undary"):
 
 def send(url, body, kind, **headers):
     return httpx2.post(
-        f"{url}/v1/systemone", content=body, headers={"content-type": kind, **headers}, timeout=60
+        f"{url}/v1/systemone",
+        content=body,
+        headers={"content-type": kind, **headers},
+        timeout=PATIENCE,
     )
 
 
@@ -217,7 +221,7 @@ def test_a_picture_is_uploaded_beside_the_request(url):
 def test_the_sdk_uploads_a_picture(url, tmp_path):
     path = tmp_path / "red.jpeg"
     Image.new("RGB", (64, 64), "red").save(path)
-    with typesafe_sdk.TypeSafeClient(api_key="none", base_url=url, timeout=60) as client:
+    with typesafe_sdk.TypeSafeClient(api_key="none", base_url=url, timeout=PATIENCE) as client:
         found = client.system_one(
             state=["See.", typesafe_sdk.Image(path)],
             questions={"q": typesafe_sdk.Noul(instructions="Is it red?")},
