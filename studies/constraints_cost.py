@@ -60,7 +60,7 @@ def host(steps: int = 5) -> dict[str, Any]:
 
 def _random(rng: np.random.Generator) -> Any:
     """A canvas of normal logits, standard deviation 3, at the middle temperature."""
-    from mlx_dgemma.decoding.conditioning import Distributions
+    from mlx_dgemma.decoding.candidates import Distributions
 
     raw = rng.normal(0, 3, (CANVAS, VOCABULARY)).astype(np.float32)
     raw = 30 * np.tanh(raw / 30) / 0.6

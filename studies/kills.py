@@ -28,14 +28,15 @@ PHASES = ("loading", "idle", "prefill", "denoising")
 
 @dataclass(frozen=True)
 class Outcome:
-    """One kill. seconds: from it until the last process was gone. problem: None where all was as it
-    should be."""
+    """One kill. seconds: from it until the last process was gone. load: of the machine over the
+    minute before, which may be what made it slow. problem: None where all was as it should be."""
 
     size: int
     phase: str
     rank: int
     stopped: bool
     seconds: float
+    load: float
     problem: str | None
 
 
@@ -48,8 +49,11 @@ def kill_once(generator: random.Random, folder: Path) -> Outcome:
     program = str(ROOT / "tests" / "distributed" / "working.py")
     worked = "denoising" if phase == "loading" else phase
     processes = start([sys.executable, program, worked], size, folder)
-    # "joined": MLX has connected all. Before that nobody but `mlx.launch` can end what waits.
-    _read_lines(processes[0], 1 if phase == "loading" else 2)
+    # "joined": MLX has connected a process. While it connects, nobody but `mlx.launch` or the
+    # commands' own watch (distributed/starting.py) can end what waits.
+    for process in processes:
+        _read_lines(process, 1)
+    _read_lines(processes[0], 0 if phase == "loading" else 1)
     time.sleep(generator.uniform(0.0, 1.0))
     processes[rank].send_signal(signal.SIGSTOP if stop else signal.SIGKILL)
     started = time.monotonic()
@@ -57,7 +61,8 @@ def kill_once(generator: random.Random, folder: Path) -> Outcome:
     try:
         spoken = finish(processes, timeout=40)
     except subprocess.TimeoutExpired:
-        return Outcome(size, phase, rank, stop, time.monotonic() - started, "it hangs")
+        took = time.monotonic() - started
+        return Outcome(size, phase, rank, stop, took, os.getloadavg()[0], "it hangs")
     took = time.monotonic() - started
     lines = said(spoken[0][1])
     known = phase != "loading"  # before all have met, rank 0 cannot always know which one it was
@@ -67,7 +72,7 @@ def kill_once(generator: random.Random, folder: Path) -> Outcome:
         problem = f"rank 0 said {lines}"
     elif rank > 0 and processes[0].returncode != 2:
         problem = f"rank 0 ended with {processes[0].returncode}"
-    return Outcome(size, phase, rank, stop, took, problem)
+    return Outcome(size, phase, rank, stop, took, os.getloadavg()[0], problem)
 
 
 def _read_lines(process: subprocess.Popen[str], count: int) -> None:

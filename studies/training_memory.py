@@ -12,19 +12,17 @@ from __future__ import annotations
 import argparse
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten
 
 from mlx_dgemma.benchmark.synthetic import published_config, with_layers
-from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.data import Example
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.loss import Objective, value_and_gradient
 from mlx_dgemma.training.plan import TrainingPlan, plan_training
 from mlx_dgemma.training.tuning import Tuning, attach, trained
 
@@ -68,16 +66,12 @@ def measured(
     passes, objective = Passes(model, checkpoint=checkpoint), Objective(encoder_weight)
     optimizer = optim.AdamW(1e-4)
 
-    def loss(batch):
-        with twins_only():
-            return objective(passes, batch)
-
-    gradients = nn.value_and_grad(model, loss)
+    of = value_and_gradient(passes, objective)
 
     def step(number: int) -> None:
         batch = batches.at(number)
         batch.conditioned[:] = True
-        (total, _), found = gradients(batch)
+        (total, _), found = of(batch)
         optimizer.update(model, found)
         mx.eval(model.trainable_parameters(), optimizer.state, total)
 

@@ -22,7 +22,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
 import torch
@@ -32,11 +31,10 @@ from safetensors.torch import load_file
 from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import TASKS
-from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import example_of
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.loss import Objective, value_and_gradient
 from mlx_dgemma.training.run import settle_for_training
 from mlx_dgemma.training.tuning import Tuning, attach
 
@@ -65,14 +63,10 @@ def ours(model) -> Callable[[Batch], float]:
     passes, objective = Passes(model), Objective(encoder_weight=0)
     optimizer = optim.AdamW(RATE, betas=list(BETAS), weight_decay=DECAY)
 
-    def loss(batch: Batch):
-        with twins_only():
-            return objective(passes, batch)
-
-    gradients = nn.value_and_grad(model, loss)
+    of = value_and_gradient(passes, objective)
 
     def step(batch: Batch) -> float:
-        (total, _), found = gradients(batch)
+        (total, _), found = of(batch)
         found, _ = optim.clip_grad_norm(found, CLIP)
         optimizer.update(model, found)
         mx.eval(model.trainable_parameters(), optimizer.state, total)

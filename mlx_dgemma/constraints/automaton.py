@@ -6,12 +6,10 @@ import numpy as np
 
 from mlx_dgemma.constraints.expressions import SYMBOLS, Node, Space
 from mlx_dgemma.constraints.shortest import NEVER, shortest_length
+from mlx_dgemma.constraints.transitions import DEAD, END, Transitions
 from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
 from mlx_dgemma.errors import LanguageError
 
-DEAD, END = 0, 1  # states: nothing can follow; everything may
-# Transitions kept, states times ids: two bytes each.
-_MOST_KEPT = 8_000_000
 _MOST_STATES = 20_000
 # A vocabulary of at most so many ids is looked at whole.
 WHOLE = 2048
@@ -28,7 +26,7 @@ class Automaton:
 
     vocabulary: of the ids. start: the number of the language's own start state.
     alive_ids: int64, those that `keep_alive` has returned places of; it only grows.
-    marked: bool [vocabulary], false; for a caller's use between two calls.
+    spots: int32 [vocabulary], -1; for a caller's use between two calls.
     """
 
     def __init__(self, space: Space, language: Node, vocabulary: Vocabulary) -> None:
@@ -36,25 +34,17 @@ class Automaton:
         self._space = space
         self._nodes: list[Node] = [space.none, space.anything]
         self._numbers = {space.none.number: DEAD, space.anything.number: END}
-        self._rows = np.zeros((64, SYMBOLS), dtype=np.int32)
-        self._has_row = np.zeros(64, dtype=bool)
-        self._has_row[DEAD] = self._has_row[END] = True
-        self._rows[END] = END
+        self.transitions = Transitions(vocabulary, self._row, lambda state: self.accepting[state])
         self.accepting = np.zeros(64, dtype=bool)
         self.accepting[END] = True
         self.least = np.full(64, NEVER, dtype=np.int64)
         self.least[END] = 0
-        self._column = np.full(vocabulary.size, -1, dtype=np.int32)
-        self._columns = np.zeros(0, dtype=np.int64)
-        self._first = np.zeros(0, dtype=np.int16)  # symbols of the columns' ids
-        self._kept = np.zeros((0, 64), dtype=np.int16)  # by column, then by state
-        self._walked = np.zeros(64, dtype=np.int64)  # columns that are known, state by state
         self._alive: dict[int, np.ndarray] = {}
         self._typical = np.full(64, -1, dtype=np.int32)
         self.alive_ids = np.zeros(0, dtype=np.int64)
         self._place = np.full(vocabulary.size, -1, dtype=np.int32)  # in alive_ids
         self._alive_places: dict[int, np.ndarray] = {}
-        self.marked = np.zeros(vocabulary.size, dtype=bool)
+        self.spots = np.full(vocabulary.size, -1, dtype=np.int32)
         self.start = self._number(language)
 
     def __len__(self) -> int:
@@ -63,13 +53,12 @@ class Automaton:
     @property
     def nbytes(self) -> int:
         """Of the tables; the vocabulary is shared and counted there."""
-        arrays = (self._rows, self._has_row, self.accepting, self.least, self._column)
-        more = (self._columns, self._kept, self.alive_ids, self._place, self.marked)
-        return sum(array.nbytes for array in (*arrays, *more))
+        arrays = (self.accepting, self.least, self.alive_ids, self._place, self.spots)
+        return sum(array.nbytes for array in arrays) + self.transitions.nbytes
 
     def after(self, state: int, ids: list[int]) -> int:
         """The state after some ids."""
-        self.prepare(np.array(ids, dtype=np.int64))
+        self.transitions.prepare(np.array(ids, dtype=np.int64))
         for id_ in ids:
             state = int(self.table(np.array([state]), np.array([id_]))[0, 0])
         return state
@@ -92,42 +81,7 @@ class Automaton:
 
     def table(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """int16 [s, n]: where each id leads from each state."""
-        while True:
-            columns = self._column.take(ids)
-            if columns.min(initial=0) < 0:
-                self.prepare(ids)
-                continue
-            unknown = self._walked.take(states) < self._columns.size
-            if not unknown.any():
-                return self._kept.ravel().take(states[:, None] + columns * self._kept.shape[1])
-            for state in states[unknown].tolist():
-                self._fill(state)
-
-    def prepare(self, ids: np.ndarray) -> None:
-        """Makes room for ids, so that they are walked together."""
-        wanted = np.zeros(self.vocabulary.size, dtype=bool)
-        wanted[ids] = True
-        for alive in self._alive.values():
-            wanted[alive] = True
-        fresh = np.flatnonzero(wanted & (self._column < 0))
-        if not fresh.size:
-            return
-        if (self._columns.size + fresh.size) * self._kept.shape[1] > _MOST_KEPT:
-            self._forget()
-            fresh = np.flatnonzero(wanted)
-        self._column[fresh] = np.arange(self._columns.size, self._columns.size + fresh.size)
-        self._columns = np.concatenate([self._columns, fresh])
-        self._first = np.concatenate([self._first, self.vocabulary.first[fresh]])
-        more = np.zeros((fresh.size, self._kept.shape[1]), dtype=np.int16)
-        self._kept = np.concatenate([self._kept, more])
-
-    def _forget(self) -> None:
-        """Drops the walked transitions; they are walked again by need."""
-        self._column[:] = -1
-        self._columns = np.zeros(0, dtype=np.int64)
-        self._first = np.zeros(0, dtype=np.int16)
-        self._kept = np.zeros((0, self._kept.shape[1]), dtype=np.int16)
-        self._walked[:] = 0
+        return self.transitions.table(states, ids)
 
     def alive(self, state: int) -> np.ndarray:
         """int64: ids that keep the language reachable from a state, and write its literals."""
@@ -164,7 +118,7 @@ class Automaton:
                 if state == END or (node.mask & _PRINTABLE).bit_count() >= 80:
                     target = state
                     for byte in _TYPICAL:
-                        target = int(self._row(target)[byte])
+                        target = int(self.transitions.row(target)[byte])
                 self._typical[state] = target
             found = self._typical.take(states)
         return found
@@ -209,7 +163,7 @@ class Automaton:
             raise LanguageError(
                 f"The constraint was in more than {_MOST_STATES} states: make it simpler."
             )
-        if number >= len(self._rows):
+        if number >= self.accepting.size:
             self._grow()
         self._nodes.append(node)
         self._numbers[node.number] = number
@@ -217,65 +171,18 @@ class Automaton:
         return number
 
     def _grow(self) -> None:
-        size = len(self._rows)
-        if 2 * size * self._columns.size > _MOST_KEPT:
-            self._forget()
-        self._rows = np.concatenate([self._rows, np.zeros_like(self._rows)])
-        self._has_row = np.concatenate([self._has_row, np.zeros(size, dtype=bool)])
+        size = self.accepting.size
+        self.transitions.grow(2 * size)
         self.accepting = np.concatenate([self.accepting, np.zeros(size, dtype=bool)])
         self.least = np.concatenate([self.least, np.full(size, NEVER, dtype=np.int64)])
-        self._kept = np.concatenate([self._kept, np.zeros_like(self._kept)], axis=1)
-        self._walked = np.concatenate([self._walked, np.zeros(size, dtype=np.int64)])
         self._typical = np.concatenate([self._typical, np.full(size, -1, dtype=np.int32)])
 
     def _row(self, state: int) -> np.ndarray:
         """int32 [SYMBOLS]: where each symbol leads."""
-        if not self._has_row[state]:
-            row = np.zeros(SYMBOLS, dtype=np.int32)
-            for mask, target in self._space.moves(self._nodes[state]):
-                row[_members(mask)] = self._number(target)
-            self._rows[state], self._has_row[state] = row, True
-        row_: np.ndarray = self._rows[state]
-        return row_
-
-    def _fill(self, state: int) -> None:
-        """Walks every id that has a column from a state."""
-        columns, known = self._columns, int(self._walked[state])
-        places, found = self._walk(state, columns[known:], self._first[known:])
-        if columns is self._columns:  # else the table was forgotten on the way
-            self._kept[known + places, state] = found
-            self._walked[state] = columns.size
-
-    def _walk(
-        self, state: int, ids: np.ndarray, first: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Which of the ids lead anywhere, as places among them, and the states after those.
-
-        first: the first symbol of each id, where most end."""
-        symbols, offsets = self.vocabulary.symbols, self.vocabulary.offsets
-        if state == END:
-            return np.arange(ids.size), np.full(ids.size, END)
-        if state == DEAD:
-            return np.zeros(0, dtype=np.int64), np.zeros(0, dtype=np.int64)
-        here = self._row(state).take(first)
-        going = np.flatnonzero(here)
-        here, at, end = here[going], offsets[ids[going]] + 1, offsets[ids[going] + 1]
-        places, found = [], []
-        while going.size:
-            done = at == end
-            places.append(going[done])
-            found.append(here[done])
-            left = np.flatnonzero(~done)
-            going, here, at, end = going[left], here[left], at[left], end[left]
-            for unknown in np.flatnonzero(np.bincount(here, minlength=1)).tolist():
-                self._row(unknown)
-            here = self._rows.ravel().take(here * SYMBOLS + symbols.take(at))
-            left = np.flatnonzero(here)
-            going, here, at, end = going[left], here[left], at[left] + 1, end[left]
-        stops = np.flatnonzero(self.vocabulary.is_stop[ids])
-        places.append(stops)
-        found.append(np.full(stops.size, END if self.accepting[state] else DEAD))
-        return np.concatenate(places), np.concatenate(found)
+        row = np.zeros(SYMBOLS, dtype=np.int32)
+        for mask, target in self._space.moves(self._nodes[state]):
+            row[_members(mask)] = self._number(target)
+        return row
 
 
 def _bits(mask: int) -> list[int]:

@@ -22,7 +22,10 @@ class Vocabulary:
     stop_ids: end it; is_stop: bool [size]. size: ids of the network, also those beyond the
     tokenizer's.
     symbols: int16, of all ids one after the other, at least one each. offsets: int32 [size + 1]
-    into them. first: int16 [size], the first symbol of each id.
+    into them; lengths: int32 [size].
+    later_from: int32 [size], where each id's first character begins that begins after its second
+    symbol; later: uint64 [3, size], which symbols stand from there on: a bit for each of ASCII, one
+    for other characters, one for what is no character.
     """
 
     def __init__(self, tokenizer: Tokenizer, size: int) -> None:
@@ -47,10 +50,28 @@ class Vocabulary:
             lengths[id_ + 1] = symbols.size
         self.symbols = np.frombuffer(b"".join(parts), dtype=np.int16)
         self.offsets = np.cumsum(lengths, dtype=np.int32)
-        self.first = self.symbols[self.offsets[:-1]]
+        self.lengths = lengths[1:]
+        self.later_from, self.later = self._later()
         is_byte = np.fromiter((tokenizer.is_byte(id_) for id_ in range(size)), bool, size)
         self._byte_ids = {int(self.symbols[self.offsets[id_]]): int(id_)
                           for id_ in np.flatnonzero(is_byte)}  # fmt: skip
+
+    def _later(self) -> tuple[np.ndarray, np.ndarray]:
+        symbols, end = self.symbols, self.offsets[1:]
+        within = (symbols & 0xC0) == 0x80  # a character
+        begin = np.minimum(self.offsets[:-1] + 2, end)
+        for _ in range(3):
+            begin += (begin < end) & within.take(begin, mode="clip")
+        bits = np.zeros((3, symbols.size + 1), dtype=np.uint64)
+        one, wide = np.uint64(1), symbols.astype(np.uint64)
+        for part in range(2):
+            mine = symbols >> 6 == part
+            bits[part, :-1][mine] = one << (wide[mine] & np.uint64(63))
+        bits[2, :-1] = (symbols >= 128) + (symbols >= OTHER_CONTROL)
+        ends = np.stack([begin, end], axis=1).ravel()
+        found = np.bitwise_or.reduceat(bits, ends, axis=1)[:, ::2]
+        found[:, begin == end] = 0
+        return begin.astype(np.int32), np.ascontiguousarray(found)
 
     def spelling(self, id_: int) -> tuple[int, ...]:
         """The symbols of one id."""

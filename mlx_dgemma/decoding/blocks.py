@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.constraints.automaton import END
 from mlx_dgemma.constraints.constraint import Language
+from mlx_dgemma.constraints.transitions import END
 from mlx_dgemma.decoding.block_result import BlockResult
 from mlx_dgemma.decoding.canvas import CanvasRequest, Opening
 from mlx_dgemma.decoding.canvas_constraint import CanvasConstraint

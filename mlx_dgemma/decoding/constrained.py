@@ -8,9 +8,10 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.constraints.automaton import WHOLE
+from mlx_dgemma.decoding.candidates import Distributions
 from mlx_dgemma.decoding.canvas_constraint import Mixture
 from mlx_dgemma.decoding.canvas_state import CanvasState
-from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
+from mlx_dgemma.decoding.conditioning import Conditioned, condition
 from mlx_dgemma.decoding.predicted import Prediction
 
 # Candidates below this probability are left out, beyond the first few of a position.

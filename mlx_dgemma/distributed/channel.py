@@ -17,6 +17,8 @@ from typing import Any, NamedTuple
 
 _SIZES = struct.Struct("<IQ")
 _MOST_OBJECT = 64 << 20
+_MOST_PAYLOAD = 1 << 48
+_MOST_HELLO = 4096
 BEAT = "beat"
 _LAST = 0.5  # seconds
 
@@ -67,12 +69,15 @@ class Channel:
             self._socket.settimeout(_LAST)
             self._socket.sendall(_SIZES.pack(len(text), 0) + text)
 
-    def receive(self, silence: float) -> Message:
+    def receive(self, silence: float, *, stranger: bool = False) -> Message:
         """The next message that is no beat. Raises LostError at the end of the connection, and when
-        nothing came for `silence` seconds."""
+        nothing came for `silence` seconds.
+
+        stranger: nobody knows yet who is at the other end, so nothing long is taken."""
+        most_object, most_payload = (_MOST_HELLO, 0) if stranger else (_MOST_OBJECT, _MOST_PAYLOAD)
         while True:
             lengths = _SIZES.unpack(self._read(_SIZES.size, silence))
-            if lengths[0] > _MOST_OBJECT:
+            if lengths[0] > most_object or lengths[1] > most_payload:
                 raise LostError("a message that is none")
             try:
                 fields = json.loads(self._read(lengths[0], silence))

@@ -6,25 +6,29 @@ MLX's own connections are between loopback addresses, so is that port.
 
 from __future__ import annotations
 
-import contextlib
 import hmac
 import json
 import os
+import queue
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_dgemma.distributed.channel import Channel, LostError, Message
+from mlx_dgemma.distributed.starting import connected, watched
 from mlx_dgemma.distributed.team import Follower, Leader, Team, machine_name
 from mlx_dgemma.errors import ResourceError
 
 _ROOM = 4096  # bytes of rank 0's introduction
 _CONNECTING = 10.0  # seconds for all to come
+_MEETING = 600  # seconds for all to come this far, where a program may do other things before
 _current: Team | None = None
 
 
@@ -33,23 +37,12 @@ def current() -> Team | None:
     return _current
 
 
-def launched() -> bool:
-    """Whether `mlx.launch` (or mpirun) started this process as one of several."""
-    if os.environ.get("MLX_RANK") is None and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        return False
-    hosts = os.environ.get("MLX_HOSTFILE")
-    if hosts is not None:  # of one process `mlx.launch` writes an empty one
-        with contextlib.suppress(OSError):
-            return bool(Path(hosts).read_text().strip())
-    return True
-
-
 def join(group: mx.distributed.Group | None = None) -> Team | None:
     """Joins the processes of a group, by default all that MLX started; None where this one is
     alone. Raises ResourceError where they cannot reach each other."""
     global _current
     if _current is None:
-        group = mx.distributed.init(strict=True) if group is None else group
+        group = connected() if group is None else group
         if group.size() > 1:
             _current = _lead(group) if group.rank() == 0 else _follow(group)
     return _current
@@ -80,31 +73,49 @@ def _admit(
     channels: dict[int, Channel] = {}
     names: dict[int, str] = {}
     processes: dict[int, int] = {}
+    greeted: queue.SimpleQueue[tuple[Channel, Message, str]] = queue.SimpleQueue()
     deadline = time.monotonic() + _CONNECTING
+    door.settimeout(0.1)
     while len(channels) < size - 1:
-        door.settimeout(max(deadline - time.monotonic(), 0.01))
-        try:
-            opened, _ = door.accept()
-        except TimeoutError:
-            missing = sorted(set(range(1, size)) - set(channels))
+        if time.monotonic() > deadline:
+            missing = min(set(range(1, size)) - set(channels))
             raise ResourceError(
-                f"Rank {missing[0]} does not reach rank 0 beside MLX's connection: allow "
+                f"Rank {missing} does not reach rank 0 beside MLX's connection: allow "
                 "connections between the machines, in macOS's firewall too."
-            ) from None
-        channel = Channel(opened)
-        try:
-            hello = channel.receive(3.0)
-        except LostError:
-            channel.close()
-            continue
-        if not _is_ours(hello, secret, size) or hello.fields["rank"] in channels:
-            channel.close()
-            continue
-        rank = hello.fields["rank"]
-        channels[rank], names[rank] = channel, str(hello.fields["name"])[:80]
-        if hello.fields["name"] == machine_name() and opened.getpeername()[0] == "127.0.0.1":
-            processes[rank] = int(hello.fields["process"])
+            )
+        with suppress(TimeoutError):
+            opened = door.accept()[0]
+            # Whoever connects and says nothing holds up nobody else.
+            threading.Thread(
+                target=_greet, args=(opened, secret, size, greeted), daemon=True
+            ).start()
+        while not greeted.empty():
+            channel, hello, address = greeted.get()
+            rank = hello.fields["rank"]
+            if rank in channels:
+                channel.close()
+                continue
+            channels[rank], names[rank] = channel, str(hello.fields["name"])[:80]
+            if hello.fields["name"] == machine_name() and address == "127.0.0.1":
+                processes[rank] = int(hello.fields["process"])
     return channels, names, processes
+
+
+def _greet(
+    opened: socket.socket,
+    secret: str,
+    size: int,
+    greeted: queue.SimpleQueue[tuple[Channel, Message, str]],
+) -> None:
+    """Hands on a connection that begins as one of ours does, and closes any other."""
+    with suppress(OSError):
+        address, channel = opened.getpeername()[0], Channel(opened)
+        with suppress(LostError):
+            hello = channel.receive(3.0, stranger=True)
+            if _is_ours(hello, secret, size):
+                greeted.put((channel, hello, address))
+                return
+        channel.close()
 
 
 def _is_ours(hello: Message, secret: str, size: int) -> bool:
@@ -139,15 +150,25 @@ def _introduce(group: mx.distributed.Group, card: Mapping[str, Any] | None) -> d
     text = b"" if card is None else json.dumps(card).encode()
     own = mx.array(list(text.ljust(_ROOM)) if card is not None else [0] * _ROOM, dtype=mx.int32)
     found = mx.distributed.all_sum(own, group=group)
+    who = f"Rank {group.rank()}"
     try:
-        mx.eval(found)
+        with watched(
+            f"{who} has waited {_MEETING} seconds for the others: start all again.", _MEETING
+        ):
+            mx.eval(found)
     except RuntimeError as error:
         raise ResourceError(
             "One of the processes ended before all had met: see what its machine says, and start "
             "all again."
         ) from error
-    told: dict[str, Any] = json.loads(bytes(found.tolist()))  # type: ignore[arg-type]
-    return told
+    try:
+        told = json.loads(bytes(found.tolist()))  # type: ignore[arg-type]
+        return {name: told[name] for name in ("addresses", "port", "secret")}
+    except (ValueError, TypeError, KeyError):
+        raise ResourceError(
+            f"{who} was sent what no rank sends: see that nothing else connects to the ports of "
+            "the host file, and that all ranks have the same host file and mlx_dgemma."
+        ) from None
 
 
 def _addresses() -> list[str]:
@@ -155,15 +176,15 @@ def _addresses() -> list[str]:
     found: list[str] = []
     hosts = os.environ.get("MLX_HOSTFILE")
     if hosts is not None:
-        with contextlib.suppress(OSError, ValueError, IndexError, AttributeError):
+        with suppress(OSError, ValueError, IndexError, AttributeError):
             found += [place.rpartition(":")[0] for place in json.loads(Path(hosts).read_text())[0]]
     if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
         found.append(coordinator.rpartition(":")[0])
     if found and all(address.startswith("127.") for address in found):
         return list(dict.fromkeys(found))
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         found += [str(info[4][0]) for info in socket.getaddrinfo(socket.gethostname(), None)]
-    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect(("10.255.255.255", 1))  # sends nothing; the route says which address is used
         found.append(str(probe.getsockname()[0]))
     return list(dict.fromkeys(address for address in found if not address.startswith("127.")))[:32]

@@ -159,7 +159,7 @@ class Leader(Team):
             self._ended.set()
             with suppress(OSError):  # what MLX's threads still say of their sockets
                 errors = os.dup(2)
-                sys.stderr = os.fdopen(errors, "w")
+                sys.stderr = os.fdopen(errors, "w", buffering=1)  # so it is said at once
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
             self.announce(why)
             for rank, channel in self._channels.items():
@@ -277,9 +277,9 @@ def _beat(channels: list[Channel]) -> None:
 
 def _print_error(why: str) -> None:
     with suppress(Exception):
-        if sys.stderr.isatty():
-            sys.stderr.write("\x1b[?25h\n")  # a drawing under way hides the cursor
-        print(f"error: {why}", file=sys.stderr)
+        # A drawing under way hides the cursor; MLX's threads may have left half a line.
+        cursor = "\x1b[?25h" if sys.stderr.isatty() else ""
+        print(f"{cursor}\nerror: {why}", file=sys.stderr)
 
 
 def machine_name() -> str:

@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import self_checks
+from mlx_dgemma.kernels.gradients import wanted
 from mlx_dgemma.kernels.registry import Operation, Shape, Size
 from mlx_dgemma.kernels.self_checks import Request
 
@@ -54,7 +55,7 @@ def available() -> bool:
 
 def use(operation: Operation, *sizes: Size) -> bool:
     """Whether a call of these sizes runs as the operation's kernel; each is decided once."""
-    if not available():
+    if wanted() or not available():
         return False
     if _settled is not None:
         shape = operation.shape(*sizes)

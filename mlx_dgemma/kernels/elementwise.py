@@ -7,6 +7,8 @@ from typing import TypeVar
 
 import mlx.core as mx
 
+from mlx_dgemma.kernels.gradients import on_cpu, wanted
+
 Arrays = TypeVar("Arrays", mx.array, tuple[mx.array, mx.array])
 
 
@@ -14,17 +16,17 @@ def fused(function: Callable[..., Arrays]) -> Callable[..., Arrays]:
     """Run an elementwise function through mx.compile, for any shape.
 
     MLX's CPU backend compiles by calling a C++ compiler; without one the plain function runs, with
-    the same values.
+    the same values. So it does for gradients (see `gradients`).
     """
     compiled: Callable[..., Arrays] = mx.compile(function, shapeless=True)
 
     @functools.wraps(function)
     def call(*arrays: mx.array) -> Arrays:
-        return compiled(*arrays) if _can_compile() else function(*arrays)
+        return compiled(*arrays) if not wanted() and _can_compile() else function(*arrays)
 
     return call
 
 
 @functools.cache
 def _can_compile() -> bool:
-    return mx.default_device() != mx.Device(mx.cpu) or shutil.which("g++") is not None
+    return not on_cpu() or shutil.which("g++") is not None

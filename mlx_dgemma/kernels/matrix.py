@@ -98,8 +98,8 @@ class Matrix:
         )
 
     def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
-        """rows[i] @ W[experts[i]]^T for ascending experts: rows [N, 1, in], W [E, out, in] ->
-        [N, 1, out]."""
+        """rows[i] @ W[experts[i]]^T for ascending experts: rows [N, m, in], W [E, out, in] ->
+        [N, m, out]."""
         if self.scales is None:
             return mx.gather_mm(
                 rows, self.weight.swapaxes(-1, -2), rhs_indices=experts, sorted_indices=True

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels import dispatch, expert_blocks, gradients, registry
 from mlx_dgemma.kernels.elementwise import fused
 from mlx_dgemma.kernels.matrix import DENSE, Matrix
 from mlx_dgemma.kernels.router import Routing
@@ -29,6 +29,8 @@ def moe(
     down: Matrix,
 ) -> mx.array:
     """Output [T, H] for tokens x [T, H]; gate_up [E, 2F, H], gate first; down [E, H, F]."""
+    if gradients.wanted():
+        return in_blocks(x, routing, gate_up, down)
     tokens, hidden = x.shape
     sizes = (
         x.dtype,
@@ -56,7 +58,18 @@ class ExpertMatrices(Protocol):
     """Matrices [experts, out, in] that rows are multiplied with by expert."""
 
     def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
-        """[N, 1, out] of rows [N, 1, in], which are sorted by their experts [N]."""
+        """[N, m, out] of blocks of rows [N, m, in], which are sorted by their experts [N]."""
+
+
+def in_blocks(
+    x: mx.array, routing: Routing, gate_up: ExpertMatrices, down: ExpertMatrices
+) -> mx.array:
+    """Output [T, H] as training computes it."""
+    laid = expert_blocks.blocks(routing)
+    both = gate_up.apply_gathered(expert_blocks.spread(x, laid), laid.experts).astype(x.dtype)
+    gate, up = mx.split(both, 2, axis=-1)
+    rows = down.apply_gathered(geglu(gate, up), laid.experts).astype(x.dtype)
+    return expert_blocks.collected(rows, routing.weights, laid)
 
 
 def twin(
@@ -113,10 +126,14 @@ def _sorted_experts(routing: Routing) -> mx.array:
     return routing.experts.reshape(-1)[routing.order].astype(mx.uint32)
 
 
-@fused
 def geglu(gate: mx.array, up: mx.array) -> mx.array:
     """gelu(gate) * up, [n, width], with the tanh approximation: in float32, rounded once to the
     dtype of gate."""
+    return (gradients.geglu if gradients.wanted() else _geglu)(gate, up)
+
+
+@fused
+def _geglu(gate: mx.array, up: mx.array) -> mx.array:
     g = gate.astype(mx.float32)
     inner = 0.7978845608028654 * (g + 0.044715 * g * g * g)
     return (0.5 * g * (1.0 + mx.tanh(inner)) * up.astype(mx.float32)).astype(gate.dtype)

@@ -12,7 +12,7 @@ from functools import partial
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels import dispatch, gradients, registry
 from mlx_dgemma.kernels.samples import dtype_named
 
 Rope = tuple[mx.array, mx.array]
@@ -31,7 +31,10 @@ def normed_heads(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: f
 
 def twin(x: mx.array, weight: mx.array | None, rope: Rope | None, eps: float) -> mx.array:
     """The same in plain MLX operations."""
-    normed = mx.fast.rms_norm(x, weight, eps).swapaxes(1, 2)
+    normed = gradients.rms_norm(x, weight, eps)
+    if rope is not None and gradients.by_hand():
+        return gradients.rotate(normed, rope).swapaxes(1, 2)
+    normed = normed.swapaxes(1, 2)
     return normed if rope is None else rotate(normed, rope)
 
 

@@ -15,7 +15,8 @@ from typing import NamedTuple, TypedDict
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels import dispatch, registry
+from mlx_dgemma.kernels import dispatch, gradients, registry
+from mlx_dgemma.kernels.gradients import rms_norm
 from mlx_dgemma.kernels.router import scaled_norm
 from mlx_dgemma.kernels.samples import dtype_named
 
@@ -77,11 +78,15 @@ def after_branches(
 def attended_twin(x: mx.array, mixed: mx.array, norms: Norms, eps: float) -> Attended:
     """The same in plain MLX operations."""
     dtype = mixed.dtype
-    residual = x + mx.fast.rms_norm(mixed.astype(x.dtype), norms.attention, eps)
+    residual = x + rms_norm(mixed.astype(x.dtype), norms.attention, eps)
+    if gradients.by_hand():  # one norm for the three
+        unit = rms_norm(residual, None, eps)
+        weights = norms.dense, norms.experts, norms.router * x.shape[-1] ** -0.5
+        return Attended(residual, *((unit * weight).astype(dtype) for weight in weights))
     return Attended(
         residual,
-        mx.fast.rms_norm(residual, norms.dense, eps).astype(dtype),
-        mx.fast.rms_norm(residual, norms.experts, eps).astype(dtype),
+        rms_norm(residual, norms.dense, eps).astype(dtype),
+        rms_norm(residual, norms.experts, eps).astype(dtype),
         scaled_norm(residual, norms.router, eps).astype(dtype),
     )
 
@@ -96,9 +101,9 @@ def branches_twin(
 ) -> mx.array:
     """The same in plain MLX operations."""
     wide = residual.dtype
-    both = mx.fast.rms_norm(dense.astype(wide), norms.dense, eps.branches)
-    both = both + mx.fast.rms_norm(experts.astype(wide), norms.experts, eps.branches)
-    return (residual + mx.fast.rms_norm(both, norms.both, eps.both)) * scalar
+    both = rms_norm(dense.astype(wide), norms.dense, eps.branches)
+    both = both + rms_norm(experts.astype(wide), norms.experts, eps.branches)
+    return (residual + rms_norm(both, norms.both, eps.both)) * scalar
 
 
 _THREADS = 256

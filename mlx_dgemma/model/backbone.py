@@ -12,6 +12,7 @@ import numpy as np
 from mlx_dgemma import kernels
 from mlx_dgemma.distributed.team import Team
 from mlx_dgemma.kernels import BranchNorms, Epsilons, Norms
+from mlx_dgemma.kernels.gradients import rms_norm
 from mlx_dgemma.model.attention import Attention, Hold
 from mlx_dgemma.model.config import TextConfig, VisionConfig
 from mlx_dgemma.model.experts import Experts, Router
@@ -73,8 +74,7 @@ class Layer(nn.Module):
 
     def attention_input(self, x: mx.array) -> mx.array:
         """[B, L, H] in the activation dtype: the norm of the residual stream x [B, L, H]."""
-        normed: mx.array = self.input_layernorm(x)
-        return normed.astype(self.dtype)
+        return rms_norm(x, self.input_layernorm.weight, self.eps).astype(self.dtype)
 
     def feed_forward(self, x: mx.array, mixed: mx.array, scalar: mx.array) -> mx.array:
         """What leaves the layer that x entered, from attention's output `mixed`, both [B, L, H]:
@@ -118,8 +118,8 @@ class SelfConditioning(GatedMLP):
         """[B, C, H]: norm of `embedded` plus the signal of the soft embeddings, [B, C, H] each;
         without them (a first step) of embedded alone."""
         if soft is not None:
-            embedded = embedded + self(self.pre_norm(soft))
-        return mx.fast.rms_norm(embedded, None, self.eps)
+            embedded = embedded + self(rms_norm(soft, self.pre_norm.weight, self.eps))
+        return rms_norm(embedded, None, self.eps)
 
 
 class Decoder(nn.Module):

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 # (is a control token's spelling, text)
 Piece = tuple[bool, str]
 # Supplementary private use, from the end: what a text is least likely to hold.
+_PIECE = 1 << 16  # characters
 _PRIVATE = range(0x10FFFD, 0x100000, -1)
 
 
@@ -192,17 +193,19 @@ class _ControlEscape:
 
     def __init__(self, tokenizer: Tokenizer, values: Any):
         edges = sorted({s[0] for s in tokenizer.spellings} | {s[-1] for s in tokenizer.spellings})
-        taken = set().union(*_strings(values), tokenizer.chat_template or "")
+        taken = set(tokenizer.chat_template or "")
+        for text in _strings(values):
+            for start in range(0, len(text), _PIECE):
+                taken.update(text[start : start + _PIECE])
         free = (chr(code) for code in _PRIVATE if chr(code) not in taken)
         exchange = dict(zip(edges, free, strict=False))
         self.spare = next(free)  # a character that stands nowhere
         self._tokenizer = tokenizer
-        self._there = str.maketrans(exchange)
-        self._back = str.maketrans({private: edge for edge, private in exchange.items()})
+        self._exchange = exchange
 
     def apply(self, value: Any) -> Any:
         if isinstance(value, str):
-            return value.translate(self._there)
+            return self._do(value)
         if isinstance(value, Mapping):
             return {self._apply_to_key(key): self.apply(inner) for key, inner in value.items()}
         if isinstance(value, list):
@@ -213,11 +216,18 @@ class _ControlEscape:
         # Templates sort by key, so a key changes only when it spells a whole control token; the
         # colon after a key keeps it from spelling one together with what follows.
         if isinstance(key, str) and self._tokenizer.contains_control(key):
-            return key.translate(self._there)
+            return self._do(key)
         return key
 
+    def _do(self, text: str) -> str:
+        for edge, private in self._exchange.items():  # many times as fast as `translate`
+            text = text.replace(edge, private)
+        return text
+
     def undo(self, text: str) -> str:
-        return text.translate(self._back)
+        for edge, private in self._exchange.items():
+            text = text.replace(private, edge)
+        return text
 
 
 def _strings(value: Any) -> Iterator[str]:

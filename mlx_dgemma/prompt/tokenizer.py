@@ -102,6 +102,7 @@ class Tokenizer:
         self.chat_template = chat_template
         self.template_tokens = dict(template_tokens or {})
         longest_first = sorted(self._by_spelling, key=len, reverse=True)
+        self._longest_spelling = max(map(len, longest_first), default=0)
         # A pattern that never matches stands in for a tokenizer without control tokens.
         self._spelling = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
         vocabulary = backend.get_vocab().items()
@@ -119,7 +120,20 @@ class Tokenizer:
 
     def contains_control(self, text: str) -> bool:
         """Whether `text` spells a control token somewhere."""
-        return self._spelling.search(text) is not None
+        return next(self._spelled(text), None) is not None
+
+    def _spelled(self, text: str) -> Iterator[re.Match[str]]:
+        """The control tokens in `text`, looked for in pieces: while a pattern searches, no other
+        thread runs."""
+        position = 0
+        while position < len(text):
+            end = position + _PIECE
+            match = self._spelling.search(text, position, end + self._longest_spelling)
+            if match is None or match.start() >= end:
+                position = end
+            else:
+                yield match
+                position = match.end()
 
     def encode(self, text: str, *, special: bool = False) -> list[int]:
         """Token ids of `text`, without a leading bos.
@@ -178,7 +192,7 @@ class Tokenizer:
     def split_control(self, text: str) -> list[tuple[bool, str]]:
         """`text` cut into (is a control token's spelling, piece), empty pieces left out."""
         pieces, position = [], 0
-        for match in self._spelling.finditer(text):
+        for match in self._spelled(text):
             pieces += [(False, text[position : match.start()]), (True, match.group())]
             position = match.end()
         pieces.append((False, text[position:]))
@@ -327,6 +341,8 @@ def _template_tokens(settings: Section) -> dict[str, str]:
 
 def _well_formed(text: str) -> str:
     """Joins surrogate pairs and replaces lone surrogates, which JSON can carry and UTF-8 cannot."""
-    if text.isascii():
+    try:
+        text.encode()
         return text
-    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    except UnicodeEncodeError:
+        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

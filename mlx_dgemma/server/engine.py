@@ -26,7 +26,9 @@ from typing import Any, Protocol
 from mlx_dgemma.asyncio_bridge import Deliver, arrivals
 from mlx_dgemma.context.disk_cache import DiskCache
 from mlx_dgemma.context.prefix_cache import PrefixCache
+from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import Decision
+from mlx_dgemma.decisions.canvas_read import CanvasForm, CanvasRead, read_canvas_turns
 from mlx_dgemma.decisions.label_passes import decide_turns
 from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
@@ -194,6 +196,25 @@ class Engine:
                 async for turn in turns:
                     result = turn
         assert isinstance(result, Scores)
+        return result
+
+    async def read_canvas(self, call: Call, form: CanvasForm, deadline: float) -> CanvasRead:
+        """One pass over a canvas after the call's prompt; for a `source`."""
+        model = self.runtime.model
+        context = self._prefixes.lease(whole=True) or PromptCache(model, self.settings.kv_bits)
+        result = None
+
+        def start(deliver: Deliver, cancel: threading.Event) -> None:
+            turns = read_canvas_turns(model, call.prompt, form, context)
+            self.runtime.take_turns(turns, deliver, cancel)
+
+        with self._in_time():
+            async with contextlib.aclosing(self._arrivals(start, deadline)) as turns:
+                async for turn in turns:
+                    result = turn
+            if result is None:
+                raise CancelledError("The read was cancelled.")
+        assert isinstance(result, CanvasRead)
         return result
 
     async def decide(

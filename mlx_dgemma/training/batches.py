@@ -19,7 +19,7 @@ from mlx_dgemma.training.data import Example, Trail
 LEAST_NOISE = 1e-4  # of a canvas' tokens, as the most is 1 minus this
 CONDITIONED = 0.5  # share of examples that see a signal from a first pass
 FRESH = 0.5  # share of trails that are learned from their first canvas
-_PAD_TO = 32  # positions; so that few shapes of batches occur
+_PAD_TO = 8  # positions; so that few shapes of batches occur
 
 
 @dataclass(frozen=True)

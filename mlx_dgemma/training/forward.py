@@ -15,6 +15,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from mlx_dgemma.kernels.gradients import attend, rms_norm
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.backbone import Layer
 from mlx_dgemma.model.masks import image_blocks
@@ -47,7 +48,7 @@ class Passes:
             mask = masks[layer.self_attn.window]
             x, keys, values = run(x, *rope[layer.kind], mask, scalar.layer_scalar)
             pairs.append((keys, values))
-        return model.model.decoder.norm(x).astype(model.dtype), pairs
+        return self._final(x), pairs
 
     def decode(
         self, canvas: mx.array, starts: np.ndarray, context: Sequence[Pair], soft: mx.array | None
@@ -67,8 +68,11 @@ class Passes:
         for layer, (keys, values) in zip(model.layers, context, strict=True):
             run = self._wrapped(layer, _decode_layer)
             x = run(x, *rope[layer.kind], masks[layer.self_attn.window], keys, values)
-        normed: mx.array = decoder.norm(x)
-        return normed.astype(model.dtype)
+        return self._final(x)
+
+    def _final(self, x: mx.array) -> mx.array:
+        norm = self.model.model.decoder.norm
+        return rms_norm(x, norm.weight, norm.eps).astype(self.model.dtype)
 
     def _wrapped(self, layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*arrays: mx.array) -> Any:
@@ -130,7 +134,7 @@ def _heads(layer: Layer, x: mx.array, rope: Table) -> tuple[mx.array, mx.array, 
 def _attend(
     layer: Layer, queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array
 ) -> mx.array:
-    mixed = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=1.0, mask=mask)
+    mixed = attend(queries, keys, values, mask)
     batch, _, length, _ = mixed.shape
     return layer.self_attn.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 

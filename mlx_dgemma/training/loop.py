@@ -16,18 +16,17 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map, tree_unflatten
 
 from mlx_dgemma.errors import CheckpointError, NumericsError
-from mlx_dgemma.kernels.dispatch import twins_only
+from mlx_dgemma.kernels.gradients import gradients
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.training.batches import Batches
 from mlx_dgemma.training.forward import Passes
-from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.loss import Objective, value_and_gradient
 from mlx_dgemma.training.run_events import Evaluated, Event, Report, Saved
 from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import WEIGHTS, trained
@@ -90,7 +89,7 @@ class Trainer:
         Raises NumericsError at a loss that is no number; the last save stays as it is.
         """
         plan = self._plan
-        gradients = nn.value_and_grad(self.model, self._loss)
+        step = value_and_gradient(self._passes, self._objective)
         self.model.train()
         since: list[list[float]] = []
         tokens, started = 0, time.perf_counter()
@@ -101,7 +100,7 @@ class Trainer:
             total, parts = None, []
             for turn in range(plan.accumulate):
                 batch = self._train.at(self.step * plan.accumulate + turn)
-                (loss, shares), found = gradients(batch)
+                (loss, shares), found = step(batch)
                 total = found if total is None else tree_map(mx.add, total, found)
                 mx.eval(total, loss, shares)
                 parts.append(_numbers(loss, shares))
@@ -166,7 +165,7 @@ class Trainer:
         return True
 
     def _loss(self, batch: Any) -> tuple[mx.array, mx.array]:
-        with twins_only():
+        with gradients():
             return self._objective(self._passes, batch)
 
     def _update(self, gradients: Any) -> None:

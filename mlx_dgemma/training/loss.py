@@ -12,11 +12,14 @@ vocabulary are made for a few rows at a time, and made again for the gradient.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
+import mlx.nn as nn
 
+from mlx_dgemma.kernels.gradients import exp, gradients, row_sums, tanh, with_gradient
 from mlx_dgemma.model import Model
 from mlx_dgemma.training.batches import Batch
 from mlx_dgemma.training.forward import Passes
@@ -67,6 +70,17 @@ class Objective:
         return canvas + self.encoder_weight * encoder, mx.stop_gradient(mx.stack([canvas, encoder]))
 
 
+def value_and_gradient(passes: Passes, objective: Objective) -> Callable[[Batch], Any]:
+    """Of a batch: what the objective gives, and the gradient of every trainable parameter."""
+    of = nn.value_and_grad(passes.model, lambda batch: objective(passes, batch))
+
+    def step(batch: Batch) -> Any:
+        with gradients():  # layers that are computed again are so in here
+            return of(batch)
+
+    return step
+
+
 def signal(passes: Passes, batch: Batch, context: list[tuple[mx.array, mx.array]]) -> mx.array:
     """[B, C, H] soft embeddings of a pass over the noisier canvas; zeros where the example is not
     conditioned. Without gradient."""
@@ -84,7 +98,9 @@ def signal(passes: Passes, batch: Batch, context: list[tuple[mx.array, mx.array]
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
         part = mx.depends([part], parts[-1:])[0] if parts else part
-        parts.append(model.soft_embeddings(model.softcap(model.raw_logits(part))))
+        _, likely, total = _exponentials(model, part)
+        mixed = model.embedding_matrix.apply((likely / total).astype(model.dtype), transpose=False)
+        parts.append(mixed.astype(model.dtype) * model.embed_scale)
     found = mx.concatenate(parts).reshape(hidden.shape)
     soft = mx.zeros((len(batch.conditioned), *hidden.shape[1:]), found.dtype)
     soft[some] = found
@@ -97,79 +113,79 @@ def cross_entropy(
     """sum of weights * (-log p[target] + certainty * entropy where target is argmax), float32.
 
     hidden [R, H], targets int [R], weights float32 [R]; p = softmax(logits), of which no more than
-    `rows_at_once` are held at a time."""
+    `rows_at_once` are held at a time. A model in training finds the gradient with the loss."""
     count = rows_at_once(model.config.text.vocab_size)
     parts = [
         _Part(model, targets[start : start + count], weights[start : start + count], certainty)
         for start in range(0, len(hidden), count)
     ]
-
-    def rows(hidden: mx.array, number: int, before: list[mx.array]) -> mx.array:
-        """A part's rows, which wait for the part before it: else MLX computes several at once."""
-        some = hidden[number * count : (number + 1) * count]
-        return mx.depends([some], before[-1:])[0] if before else some
-
-    def loss(hidden: mx.array) -> mx.array:
-        found: list[mx.array] = []
-        for number, part in enumerate(parts):
-            found.append(part.loss(rows(hidden, number, found)))
-        return mx.stack(found).sum()
-
-    def gradient(hidden: mx.array, cotangent: mx.array, _: mx.array) -> mx.array:
-        found: list[mx.array] = []
-        for number, part in enumerate(parts):
-            found.append(part.gradient(rows(hidden, number, found), cotangent))
-        return mx.concatenate(found)
-
     if not parts:
         return mx.array(0.0)
-    whole = mx.custom_function(loss)
-    whole.vjp(gradient)
-    return cast("mx.array", whole(hidden))
+
+    def read(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        """The loss, and its gradient [R, H] if there will be need of it."""
+        losses: list[mx.array] = []
+        slopes: list[mx.array] = []
+        for number, part in enumerate(parts):
+            some = hidden[number * count : (number + 1) * count]
+            if number:  # after the part before it: else MLX computes several at once
+                some = mx.depends([some], [losses[-1], *slopes[-1:]])[0]
+            loss, slope = part.read(some, gradient=model.training)
+            losses.append(loss)
+            slopes += [] if slope is None else [slope]
+        return mx.stack(losses).sum(), mx.concatenate(slopes) if slopes else mx.zeros(1)
+
+    def gradient(_: mx.array, cotangents: Any, outputs: Any) -> list[mx.array]:
+        return [outputs[1] * cotangents[0].astype(outputs[1].dtype)]
+
+    return cast("mx.array", with_gradient(read, gradient)(hidden)[0])
+
+
+def _exponentials(model: Model, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
+    """Of hidden [r, H], float32: logits over their softcap and their exponentials [r, V], and the
+    sums of these [r, 1]. No logit passes the softcap, so none needs to be subtracted first."""
+    cap = model.config.text.final_logit_softcapping
+    bent = tanh(model.raw_logits(hidden).astype(mx.float32) * (1 / cap))
+    likely = exp(bent * cap)
+    return bent, likely, row_sums(likely)
 
 
 @dataclass(frozen=True)
 class _Part:
-    """The loss of some rows, with its gradient in closed form: the logits are made again for it,
-    and few arrays of their size are held."""
+    """The loss of some rows, with its gradient in closed form, from logits that are made once."""
 
     model: Model
     targets: mx.array
     weights: mx.array
     certainty: float
 
-    def _read(self, hidden: mx.array) -> tuple[mx.array, ...]:
-        logits = self.model.softcap(self.model.raw_logits(hidden))
-        log_z = mx.logsumexp(logits, axis=-1, keepdims=True)
-        likely = mx.exp(logits - log_z)
-        expected = (likely * logits).sum(axis=-1, keepdims=True)
-        right = (logits.argmax(axis=-1) == self.targets)[:, None]
-        return logits, log_z, likely, expected, right
-
-    def loss(self, hidden: mx.array) -> mx.array:
-        """Of hidden [r, H]: a float32 scalar."""
-        if not self.certainty:
-            logits = self.model.softcap(self.model.raw_logits(hidden))
-            losses = mx.logsumexp(logits, axis=-1, keepdims=True)
-        else:
-            logits, log_z, _, expected, right = self._read(hidden)
-            losses = log_z + self.certainty * right * (log_z - expected)
-        losses = losses - mx.take_along_axis(logits, self.targets[:, None], axis=-1)
-        return (self.weights * losses[:, 0]).sum()
-
-    def gradient(self, hidden: mx.array, cotangent: mx.array) -> mx.array:
-        """Of the loss with respect to hidden [r, H], times the scalar cotangent."""
-        logits, _, likely, expected, right = self._read(hidden)
-        places = self.targets[:, None]
-        slope = likely
-        if self.certainty:
-            slope = likely * (1 - self.certainty * right * (logits - expected))
-        found = mx.take_along_axis(slope, places, axis=-1) - 1
-        slope = mx.put_along_axis(slope, places, found, axis=-1)
+    def read(self, hidden: mx.array, *, gradient: bool) -> tuple[mx.array, mx.array | None]:
+        """Of hidden [r, H]: a float32 scalar, and its gradient [r, H]."""
         cap = self.model.config.text.final_logit_softcapping
-        slope = slope * (1 - mx.square(logits / cap)) * (self.weights * cotangent)[:, None]
+        bent, likely, total = _exponentials(self.model, hidden)
+        at = mx.take_along_axis(bent, self.targets[:, None], axis=-1)
+        losses = mx.log(total) - at * cap
+        certain = None
+        if self.certainty:
+            right = self.certainty * (bent.argmax(axis=-1) == self.targets)[:, None]
+            expected = row_sums(likely * bent) / total * cap
+            losses = losses + right * (mx.log(total) - expected)
+            certain = 1 + right * expected, right * cap
+        weights = self.weights[:, None]
+        loss = (weights * losses).sum()
+        if not gradient:
+            return loss, None
+        # Of the softcap [r, V]; 1 - tanh^2 is its own slope.
+        slope = likely * (weights / total)
+        if certain is not None:
+            slope = slope * (certain[0] - bent * certain[1])
+        slope = slope * (1 - bent * bent)
+        places = self.targets[:, None]
+        found = mx.take_along_axis(slope, places, axis=-1) - weights * (1 - at * at)
+        slope = mx.put_along_axis(slope, places, found, axis=-1)
         table = self.model.embedding_matrix
-        return table.apply(slope.astype(table.dtype), transpose=False).astype(hidden.dtype)
+        back = table.apply(slope.astype(table.dtype), transpose=False)
+        return loss, back.astype(hidden.dtype)
 
 
 def obvious_cross_entropy(

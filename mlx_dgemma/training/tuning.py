@@ -21,8 +21,7 @@ from mlx_dgemma import kernels
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.files import read_json, replacing
 from mlx_dgemma.headers import read_header
-from mlx_dgemma.kernels.moe import combine_twin
-from mlx_dgemma.kernels.moe import twin as expert_rows
+from mlx_dgemma.kernels.moe import in_blocks
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.experts import Experts
 from mlx_dgemma.model.layers import Weights
@@ -134,8 +133,7 @@ class LoRAExperts(nn.Module):
 
     def __call__(self, x: mx.array, routing: kernels.Routing) -> mx.array:
         """x [T, H] -> [T, H] in the same dtype."""
-        rows = expert_rows(x, routing, self.gate_up_proj, self.down_proj).astype(x.dtype)
-        return combine_twin(rows, routing.places, routing.weights)
+        return in_blocks(x, routing, self.gate_up_proj, self.down_proj)
 
 
 class ExpertDelta(nn.Module):
@@ -152,7 +150,7 @@ class ExpertDelta(nn.Module):
         self.lora_b = mx.zeros((experts, outputs, rank))
 
     def apply_gathered(self, rows: mx.array, experts: mx.array) -> mx.array:
-        """[N, 1, out] of rows [N, 1, in], which are sorted by their experts [N]."""
+        """[N, m, out] of blocks of rows [N, m, in], which are sorted by their experts [N]."""
         base = self.linear.matrix(rows.dtype).apply_gathered(rows, experts)
         low = mx.gather_mm(
             rows.astype(self.lora_a.dtype),

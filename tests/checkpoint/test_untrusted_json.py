@@ -28,6 +28,7 @@ REFUSED = {
     "surrogate": ('{"a": ["\\ud800"]}', "half a character"),
     "surrogate key": ('{"\\uDFFF": 1}', "half a character"),
     "parts": ("[" + "[]," * 600_000 + "[]]", "more than 500,000"),
+    "strings": ("[" * 65 + '""' * 3_000_000, "more than 500,000"),
     "size": (" " * (17 << 20), "larger than"),
     "encoding": (b'{"a": "\xff"}', "UTF-8"),
     "syntax": ("{", "not valid JSON"),

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from mlx_dgemma.constraints.automaton import DEAD, END, Automaton
+from mlx_dgemma.constraints.automaton import Automaton
+from mlx_dgemma.constraints.transitions import DEAD, END
 
 
 class Sums(NamedTuple):

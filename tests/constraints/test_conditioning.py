@@ -7,10 +7,12 @@ import itertools
 import numpy as np
 import pytest
 
-from mlx_dgemma.constraints.automaton import END, Automaton
+from mlx_dgemma.constraints.automaton import Automaton
 from mlx_dgemma.constraints.expressions import Space
 from mlx_dgemma.constraints.regex import full_match
-from mlx_dgemma.decoding.conditioning import Distributions, condition
+from mlx_dgemma.constraints.transitions import END
+from mlx_dgemma.decoding.candidates import Distributions
+from mlx_dgemma.decoding.conditioning import condition
 from tests.constraints.tiny import TinyVocabulary
 
 TOKENS = ["a", "b", "ab", "<stop>", "c"]

@@ -7,8 +7,10 @@ import pytest
 
 from mlx_dgemma import Constraint
 from mlx_dgemma.constraints import Language
-from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
+from mlx_dgemma.decoding.candidates import Distributions
+from mlx_dgemma.decoding.conditioning import Conditioned, condition
 from tests.constraints.dense import Sums, sums, text_probability
+from tests.constraints.plain import plain
 from tests.constraints.test_schemas import tokenizer
 
 LENGTH = 20
@@ -41,9 +43,9 @@ def distributions(text: str, noise: float, seed: int) -> np.ndarray:
     return result
 
 
-def conditioned(language: Language, p: np.ndarray, candidates: int, states: int) -> Conditioned:
+def candidates_of(p: np.ndarray, candidates: int) -> Distributions:
     order = np.argsort(-p, axis=1)[:, :candidates]
-    seen = Distributions(
+    return Distributions(
         order,
         np.take_along_axis(p, order, 1),
         lambda some: p[:, some],
@@ -52,10 +54,13 @@ def conditioned(language: Language, p: np.ndarray, candidates: int, states: int)
         p.argmax(1),
         whole=candidates == p.shape[1],
     )
+
+
+def conditioned(language: Language, p: np.ndarray, candidates: int, states: int) -> Conditioned:
     automaton = language.automaton
     return condition(
-        automaton, seen, start=automaton.start, uniforms=np.full(LENGTH, 0.4), ends_by=LENGTH,
-        most_states=states,
+        automaton, candidates_of(p, candidates), start=automaton.start,
+        uniforms=np.full(LENGTH, 0.4), ends_by=LENGTH, most_states=states,
     )  # fmt: skip
 
 
@@ -100,3 +105,20 @@ def test_what_pruning_costs(case: tuple[Language, str], noise: float, seed: int)
     away = np.abs(marginals(result, p) - full.marginals).sum(1) / 2
     assert 0 < result.left_out < 0.25
     assert away.max() <= result.left_out
+
+
+@pytest.mark.parametrize("noise", [1.0, 3.0])
+def test_candidates_and_states_are_summed_as_if_one_by_one(
+    case: tuple[Language, str], noise: float
+) -> None:
+    """Three canvases after each other, for what is kept from one to the next changes nothing."""
+    language, text = case
+    automaton = language.automaton
+    for seed, states in ((1, 12), (2, 32), (3, 12)):
+        p = distributions(text, noise, seed)
+        result = conditioned(language, p, 12, states)
+        expected = plain(automaton, candidates_of(p, 12), p, states)
+        np.testing.assert_allclose(marginals(result, p), expected.marginals, atol=1e-6)
+        best = text_probability(automaton, p, result.draft)
+        assert np.log(best) == pytest.approx(expected.best, rel=1e-9)
+        assert text_probability(automaton, p, result.sample) > 0

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mlx_dgemma.constraints import Constraint, Language, LanguageError, ToolCalls
-from mlx_dgemma.decoding.conditioning import Conditioned, Distributions, condition
+from mlx_dgemma.decoding.candidates import Distributions
+from mlx_dgemma.decoding.conditioning import Conditioned, condition
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 from tests.constraints.test_schemas import patterns
 

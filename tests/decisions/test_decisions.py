@@ -12,6 +12,7 @@ from mlx_dgemma import Choice, Noul, PromptCache, Runtime, Score, decide, load
 from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, label_passes
 from mlx_dgemma.decisions.answers import choice_confidence, make_answer, score_confidence
 from mlx_dgemma.decisions.forms import GROUP, groups, make_forms
+from mlx_dgemma.decisions.label_passes import decide_turns
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.generate import encode_prompt
@@ -195,6 +196,15 @@ def test_cancelling_ends_between_forms(demo):
         ({"q": {"type": "score", "criteria": ["a", None]}}, ("questions", "q", "criteria", 1)),
         ({"q": {"type": "score", "criteria": ["x"] * 11}}, ("questions", "q", "criteria")),
         ({"": {"type": "noul", "instructions": "?"}}, ("questions", "")),
+        ({"q": Noul(5)}, ("questions", "q")),
+        ({"q": Noul("?", true=["x"])}, ("questions", "q")),
+        ({"q": Choice("?", ("ab", "cd"))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", (("a", None), ("a", "x")))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", (("a", 1), ("b", 2)))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", {"a": None, "b": None})}, ("questions", "q", "criteria")),
+        ({"q": Score("?", "abc")}, ("questions", "q", "criteria")),
+        ({"q": Score("?", (1, 2))}, ("questions", "q", "criteria")),
+        ({"q": Score("?", None)}, ("questions", "q", "criteria")),
     ],
 )
 def test_a_faulty_question_is_named(demo, questions, location):
@@ -211,3 +221,24 @@ def test_impossible_options_are_refused(demo):
         decide(*demo, "x", ASKED, seed=-1)
     with pytest.raises(InputError, match="shorten the state"):
         decide(*demo, "a " * 300_000, ASKED)
+    with pytest.raises(InputError, match="A question has more text"):
+        decide(*demo, "x", {"q": Noul("a " * 300_000)})
+    with pytest.raises(InputError, match="Unknown option 'order'; the options are: access, "):
+        decide(*demo, "x", ASKED, order=1)
+    with pytest.raises(InputError, match="cancel is a threading"):
+        decide(*demo, "x", ASKED, cancel=1)
+    with pytest.raises(InputError, match="images is a list"):
+        decide(*demo, "x", ASKED, images=1)
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InputError, match="nested too deep"):
+        decide(*demo, deep, ASKED)
+
+
+def test_others_take_turns_between_the_forms_of_one_question(demo):
+    options = tuple((f"queue {i}", None) for i in range(21))
+    *turns, decision = decide_turns(*demo, "x", {"q": Choice("Which?", options)}, orders=2)
+    assert len(turns) == 2 * 3  # two orders of two groups, and of their winners
+    assert turns == sorted(set(turns))
+    assert decision.forwards == turns[-1]

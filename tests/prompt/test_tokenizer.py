@@ -31,6 +31,19 @@ def test_real_ids(real: Tokenizer) -> None:
     assert len(real) == 262144
 
 
+def test_control_spellings_are_found_across_the_pieces_that_are_searched(
+    tokenizer: Tokenizer,
+) -> None:
+    piece = 1 << 16
+    for spelling in sorted(tokenizer.spellings):
+        for before in (piece - len(spelling), piece - 1, piece, 2 * piece - 3):
+            text = "a" * before + spelling * 2 + "b"
+            cut = [(False, "a" * before), (True, spelling), (True, spelling), (False, "b")]
+            assert tokenizer.split_control(text) == cut
+            assert tokenizer.contains_control(text[: before + len(spelling)])
+            assert not tokenizer.contains_control(text[: before + len(spelling) - 1] + "\n")
+
+
 def test_control_spellings_are_text_unless_asked(tokenizer: Tokenizer) -> None:
     for spelling in tokenizer.spellings:
         for text in (spelling, f"a{spelling}b", f" {spelling}\n", spelling * 3):

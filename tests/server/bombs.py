@@ -136,6 +136,25 @@ def large_requests(_: int) -> Iterator[Request]:
     ]  # fmt: skip
     for path, body in bodies:
         yield "POST", path, JSON, json.dumps(body).encode()
+    for inner in _much_json():
+        yield "POST", CHAT, JSON, b'{"messages": [{"role": "user", "content": "a"}], "x": ' + inner
+
+
+def _much_json() -> Iterator[bytes]:
+    """Values of nearly the largest size that is read, each much of one thing; many are no JSON."""
+    size = (16 << 20) - 4096
+    nested = b"[" * 65  # more than may be: it is looked at more closely
+    for piece in (b'""', b'"\\""', b'"\\\\"', b"]", b'"abcdefgh",'):
+        yield nested + piece * (size // len(piece))
+    yield nested + b'"' + b"\\\\" * (size // 2)
+    yield b"[" * size
+    for piece in (b"\\u0041", b"\\ud83d\\ude00", "\u00e9".encode(), "\U0001f600".encode(), b"<"):
+        yield b'"' + piece * (size // len(piece)) + b'"}'
+    yield b" " * size + b"1}"
+    yield b"1" * size + b"}"
+    for piece in (b'"abcdefgh",', b"[],", b'{"a":""},', b"1,", b"1.5,"):
+        yield b"[" + piece * (298_000 // (2 if b'"' in piece or b"[" in piece else 1)) + b"1]}"
+    yield b"{" + b",".join(b'"k%d":""' % number for number in range(298_000)) + b"}}"
 
 
 # Pictures

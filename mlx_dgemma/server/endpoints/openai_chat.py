@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,6 +13,7 @@ from starlette.requests import Request
 from mlx_dgemma.decoding.events import Commit
 from mlx_dgemma.model.scores import MOST_ALTERNATIVES
 from mlx_dgemma.prompt.tokenizer import Tokenizer
+from mlx_dgemma.server import canvas_reads
 from mlx_dgemma.server.accepted import (
     MESSAGE,
     TOOL,
@@ -49,6 +51,7 @@ def accepted(bounds: Bounds) -> dict[str, Accepts]:
         "top_logprobs": Accepts("integer", 0, MOST_ALTERNATIVES, about="Implies logprobs."),
         "response_format": format_of("The reply"),
         "modalities": Accepts("list", schema={"const": "text"}),
+        **canvas_reads.accepted(bounds),
         **dict.fromkeys(_LEGACY, Accepts(schema={"type": "null"}, about="Use tools.")),
     }
 
@@ -82,10 +85,17 @@ def _read_logprobs(fields: Fields) -> int | None:
 
 
 async def chat_completions(engine: Engine, fields: Fields, request: Request) -> Any:
+    canvas = canvas_reads.read_canvas_request(engine, fields)
+    as_ids = fields.flag("return_tokens_as_token_ids") or False
     asked = await read_request(engine, fields, partial(read_chat, fields))
+    if canvas is not None:
+        canvas_reads.refuse_forms(asked.call)
+        asked = replace(asked, calls=[replace(c, source=canvas.source) for c in asked.calls])
 
     def listed(tokens: list[Scored]) -> dict[str, Any] | None:
-        return logprobs(engine.tokenizer, tokens) if asked.logprobs else None
+        if not asked.logprobs:
+            return None
+        return logprobs(engine.tokenizer, tokens, as_ids=as_ids, all_places=canvas is not None)
 
     def choice(reply: Reply) -> dict[str, Any]:
         return {
@@ -146,16 +156,23 @@ def openai_call(call: dict[str, Any], origins: Mapping[str, Origin]) -> dict[str
     return {"id": call["id"], "type": "function", "function": function}
 
 
-def logprobs(tokenizer: Tokenizer, tokens: list[Scored]) -> dict[str, Any]:
-    """Every committed token, markers included, with its untempered log-probability."""
+def logprobs(
+    tokenizer: Tokenizer, tokens: list[Scored], *, as_ids: bool, all_places: bool
+) -> dict[str, Any]:
+    """Every token, markers included, with its untempered log-probability.
+
+    as_ids: tokens are named by their ids. all_places: what fills a canvas is listed, too, though it
+    is no part of a reply.
+    """
 
     def entry(id_: int, logprob: float) -> dict[str, Any]:
         token = tokenizer.decode([id_])
-        return {"token": token, "logprob": logprob, "bytes": list(token.encode())}
+        name = f"token_id:{id_}" if as_ids else token
+        return {"token": name, "logprob": logprob, "bytes": list(token.encode())}
 
     content = [
         {**entry(one.id, one.logprob), "top_logprobs": [entry(*two) for two in one.alternatives]}
         for one in tokens
-        if one.id != tokenizer.ids.get("pad")  # what fills a canvas is no part of the reply
+        if all_places or one.id != tokenizer.ids.get("pad")
     ]
     return {"content": content, "refusal": None}

@@ -1,0 +1,222 @@
+"""Where ids lead from an automaton's states: walked for many ids at once, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from mlx_dgemma.constraints.expressions import SYMBOLS
+from mlx_dgemma.constraints.vocabulary import Vocabulary
+
+DEAD, END = 0, 1  # states: nothing can follow; everything may
+# Transitions kept, states times ids: two bytes each.
+_MOST_KEPT = 8_000_000
+_STATES, _IDS = 64, 1024  # room at first
+_OPEN = 8  # symbols that lead back to a state for which the rest of an id is not walked
+# UTF-8: first bytes, the byte after them, and how many more follow (Unicode 15, table 3-7).
+_CHARACTERS = (
+    (0xC2, 0xDF, 0x80, 0xBF, 0),
+    (0xE0, 0xE0, 0xA0, 0xBF, 1),
+    (0xE1, 0xEC, 0x80, 0xBF, 1),
+    (0xED, 0xED, 0x80, 0x9F, 1),
+    (0xEE, 0xEF, 0x80, 0xBF, 1),
+    (0xF0, 0xF0, 0x90, 0xBF, 2),
+    (0xF1, 0xF3, 0x80, 0xBF, 2),
+    (0xF4, 0xF4, 0x80, 0x8F, 2),
+)
+
+
+class Transitions:
+    """An id's symbols lead from state to state by the states' rows, int32 [SYMBOLS] each.
+
+    build: makes a state's row. accepts: whether a text may end in a state. What is known of an id
+    is a column: its number, its first two symbols, and which symbols come later, for most ids end
+    in a state that those lead back to.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        build: Callable[[int], np.ndarray],
+        accepts: Callable[[int], bool],
+    ) -> None:
+        self._vocabulary, self._build, self._accepts = vocabulary, build, accepts
+        self._rows = np.zeros((_STATES, SYMBOLS), dtype=np.int32)
+        self._has_row = np.zeros(_STATES, dtype=bool)
+        self._has_row[DEAD] = self._has_row[END] = True
+        self._rows[END] = END
+        self._open = np.zeros((_STATES, 3), dtype=np.uint64)  # of `Vocabulary.later`
+        self._judged = np.zeros(_STATES, dtype=bool)
+        self._judged[DEAD] = True
+        self._column = np.full(vocabulary.size, -1, dtype=np.int32)
+        self._ids = np.zeros(0, dtype=np.int64)
+        self._first, self._second = (np.zeros(0, dtype=np.int64) for _ in range(2))
+        self._kept = np.zeros((_STATES, _IDS), dtype=np.int16)
+        self._walked = np.zeros(_STATES, dtype=np.int64)  # columns that are known, by state
+
+    @property
+    def nbytes(self) -> int:
+        arrays = (self._rows, self._has_row, self._open, self._judged, self._column, self._ids)
+        more = (self._first, self._second, self._kept, self._walked)
+        return sum(array.nbytes for array in (*arrays, *more))
+
+    def row(self, state: int) -> np.ndarray:
+        """int32 [SYMBOLS]: where each symbol leads."""
+        if not self._has_row[state]:
+            row = self._build(state)  # which may make states, and room for them
+            self._rows[state], self._has_row[state] = row, True
+        found: np.ndarray = self._rows[state]
+        return found
+
+    def grow(self, size: int) -> None:
+        """Makes room for more states."""
+        more = size - len(self._rows)
+        if size * self._kept.shape[1] > _MOST_KEPT:
+            self._forget()
+        self._rows = np.concatenate([self._rows, np.zeros((more, SYMBOLS), dtype=np.int32)])
+        self._has_row = np.concatenate([self._has_row, np.zeros(more, dtype=bool)])
+        self._open = np.concatenate([self._open, np.zeros((more, 3), dtype=np.uint64)])
+        self._judged = np.concatenate([self._judged, np.zeros(more, dtype=bool)])
+        wider = np.zeros((more, self._kept.shape[1]), dtype=np.int16)
+        self._kept = np.concatenate([self._kept, wider])
+        self._walked = np.concatenate([self._walked, np.zeros(more, dtype=np.int64)])
+
+    def table(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """int16 [s, n]: where each id leads from each state."""
+        columns = self._columns(states, ids)
+        found = np.empty((states.size, ids.size), dtype=np.int16)
+        for row, state in zip(found, states.tolist(), strict=True):
+            self._kept[state].take(columns, out=row, mode="clip")
+        return found
+
+    def each(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """int16 [n, k]: where the ids of a row [n, k] lead from its state [n]."""
+        columns = self._columns(np.unique(states), ids.ravel()).reshape(ids.shape)
+        found: np.ndarray = self._kept.ravel().take(states[:, None] * self._kept.shape[1] + columns)
+        return found
+
+    def _columns(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Of the ids, walked from the states."""
+        while True:
+            columns = self._column.take(ids)
+            if columns.min(initial=0) < 0:
+                self.prepare(ids)
+                continue
+            unknown = self._walked.take(states) < self._ids.size
+            if not unknown.any():
+                return columns.astype(np.intp)
+            for state in states[unknown].tolist():
+                self._fill(state)
+
+    def prepare(self, ids: np.ndarray) -> None:
+        """Makes room for ids, so that they are walked together."""
+        wanted = np.zeros(self._column.size, dtype=bool)
+        wanted[ids] = True
+        fresh = np.flatnonzero(wanted & (self._column < 0))
+        if not fresh.size:
+            return
+        if (self._ids.size + fresh.size) * len(self._kept) > _MOST_KEPT:
+            self._forget()
+            fresh = np.flatnonzero(wanted)
+        known, count = self._ids.size, self._ids.size + fresh.size
+        self._column[fresh] = np.arange(known, count)
+        symbols, begin = self._vocabulary.symbols, self._vocabulary.offsets[fresh]
+        longer = np.minimum(begin + 1, symbols.size - 1)
+        self._ids = np.concatenate([self._ids, fresh])
+        self._first = np.concatenate([self._first, symbols[begin]])
+        self._second = np.concatenate([self._second, symbols[longer]])
+        if count > self._kept.shape[1]:
+            room = max(count, min(2 * count, _MOST_KEPT // len(self._kept)))
+            wider = np.zeros((len(self._kept), room), dtype=np.int16)
+            wider[:, :known] = self._kept[:, :known]
+            self._kept = wider
+
+    def _forget(self) -> None:
+        """Drops the walked transitions; they are walked again by need."""
+        self._column[:] = -1
+        self._ids, self._first, self._second = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self._kept = np.zeros((len(self._kept), _IDS), dtype=np.int16)
+        self._walked[:] = 0
+
+    def _fill(self, state: int) -> None:
+        """Walks every id that has a column from a state."""
+        ids, known = self._ids, int(self._walked[state])
+        if state == END:
+            self._kept[END] = END
+        elif state != DEAD:
+            found = self._walk(state, known)
+            if ids is not self._ids:  # forgotten on the way
+                return
+            self._kept[state, known : ids.size] = found
+        self._walked[state] = ids.size
+
+    def _walk(self, state: int, known: int) -> np.ndarray:
+        """int16: where the ids from the column `known` on lead."""
+        vocabulary, ids = self._vocabulary, self._ids[known:]
+        found = np.zeros(ids.size, dtype=np.int16)
+        here = self.row(state).take(self._first[known:])
+        going = np.flatnonzero(here)
+        here, some = here[going], ids[going]
+        length = vocabulary.lengths.take(some)
+        done = length == 1
+        found[going[done]] = here[done]
+        left = np.flatnonzero(~done)
+        going, some, length = going[left], some[left], length[left]
+        here = self._step(here[left], self._second[known:].take(going))
+        at, later = vocabulary.offsets.take(some) + 2, vocabulary.later_from.take(some)
+        end = at + length - 2
+        while True:
+            done = (at == end) | (here == DEAD)
+            ready = np.flatnonzero((at == later) & ~done)
+            done[ready] = self._back(here[ready], some[ready])
+            found[going[done]] = here[done]
+            left = np.flatnonzero(~done)
+            if not left.size:
+                break
+            going, some, here, at = going[left], some[left], here[left], at[left]
+            end, later = end[left], later[left]
+            here = self._step(here, vocabulary.symbols.take(at))
+            at += 1
+        stops = np.flatnonzero(vocabulary.is_stop.take(ids))
+        found[stops] = END if self._accepts(state) else DEAD
+        return found
+
+    def _step(self, states: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        for state in np.flatnonzero(np.bincount(states, minlength=1)).tolist():
+            self.row(state)
+        found: np.ndarray = self._rows.ravel().take(states * SYMBOLS + symbols)
+        return found
+
+    def _back(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """bool [n]: whether all later symbols of each id lead its state back to itself."""
+        for state in np.flatnonzero(np.bincount(states, minlength=1)).tolist():
+            if not self._judged[state]:
+                self._judge(state)
+        closed = ~self._open
+        later = self._vocabulary.later
+        found = np.ones(ids.size, dtype=bool)
+        for part in range(3):
+            found &= (later[part].take(ids) & closed[:, part].take(states)) == 0
+        return found
+
+    def _judge(self, state: int) -> None:
+        row = self.row(state)
+        back = row[:128] == state
+        if back.sum() >= _OPEN:
+            whole = row[_CHARACTERS[0][0] : _CHARACTERS[-1][1] + 1].all() and self._returns(state)
+            self._open[state] = [*np.packbits(back, bitorder="little").view("<u8"), whole]
+        self._judged[state] = True
+
+    def _returns(self, state: int) -> bool:
+        """Whether every character beyond ASCII leads a state back to itself."""
+        for first, last, low, high, more in _CHARACTERS:
+            ways = np.unique(self.row(state)[first : last + 1])
+            for way in ways.tolist():
+                after = np.unique(self.row(way)[low : high + 1])
+                for _ in range(more):
+                    each = [self.row(one)[0x80:0xC0] for one in after.tolist()]
+                    after = np.unique(np.concatenate(each))
+                if after.size != 1 or after[0] != state:
+                    return False
+        return True
