@@ -173,18 +173,17 @@ def test_modules_are_short_and_named_once_in_their_room() -> None:
 
 
 def test_names_that_repeat_are_told_apart_by_their_rooms() -> None:
-    """A verb's file in cli/ and its launcher share a name, and what is listed here."""
+    """A verb's file in cli/ and its launcher share a name; a task of the demo has that of what it
+    teaches; and what is listed here."""
     rooms = defaultdict(set)
     for name in MODULES:
         if (last := name.split(".")[-1]) not in ("__main__", room_of(name)):
             rooms[last].add(room_of(name))
-    found = {last: sorted(where - {"cli", "commands"}) for last, where in rooms.items()}
+    found = {last: sorted(where - {"cli", "commands", "demo"}) for last, where in rooms.items()}
     assert {last: where for last, where in found.items() if len(where) > 1} == {
         "attention": ["kernels", "model"],  # a layer, and its fused operation
-        "pictures": ["demo", "prompt"],  # a task, and what reads a user's
         "plan": ["checkpoint", "convert", "training"],  # of memory; of a conversion
         "settings": ["decoding", "server", "training"],
-        "tools": ["demo", "prompt"],  # a task, and their place in a prompt
     }
 
 
