@@ -7,7 +7,7 @@ Constraint.choice(["yes", "no"])          Constraint.json_object()
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,7 +60,8 @@ class Constraint:
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Constraint:
         """One of the texts."""
-        return cls("choice", list(texts) if not isinstance(texts, str) else texts)
+        listed = isinstance(texts, Iterable) and not isinstance(texts, str | bytes)
+        return cls("choice", list(texts) if listed else texts)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Constraint:
@@ -162,9 +163,11 @@ def _choices(texts: Any) -> list[bytes]:
 
 def _check_schema(schema: Any) -> None:
     try:
-        size = len(json.dumps(schema))
+        size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        raise LanguageError("The schema cannot be written as JSON.") from None
+        raise LanguageError(
+            "The schema cannot be written as JSON: leave out what JSON has no form for."
+        ) from None
     if size > _MOST_CHARACTERS:
         raise LanguageError(
             f"The schema has {size} characters as JSON; {_MOST_CHARACTERS} are the most."

@@ -99,6 +99,14 @@ def test_every_order_of_the_options_is_read_so_rotating_them_changes_nothing(dem
         assert second.probabilities[name] == pytest.approx(p, abs=1e-5)
 
 
+@pytest.mark.parametrize("orders", range(1, GROUP + 1))
+def test_no_order_of_the_options_is_read_twice(demo, orders):
+    for count in (2, 3, 7, GROUP):
+        question = Choice("Which?", tuple((f"option {i}", None) for i in range(count)))
+        found = {form.answers for form in make_forms(demo[1], question, orders)}
+        assert len(found) == min(orders, count)
+
+
 def test_labels_are_single_tokens_of_their_own(demo):
     _, tokenizer = demo
     many = Choice("Which?", tuple((f"option {i}", None) for i in range(GROUP)))
