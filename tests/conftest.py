@@ -1,4 +1,4 @@
-"""Where a test may be skipped for want of an oracle; how property tests draw."""
+"""Where a test may be skipped when an oracle is missing; how property tests draw."""
 
 from __future__ import annotations
 
