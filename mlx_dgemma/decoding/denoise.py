@@ -217,6 +217,6 @@ def _check_finite(numbers: Numbers, state: CanvasState) -> None:
     place = state.places[int(numbers.finite.argmin())]
     raise NumericsError(
         f"The network's logits are not finite at block {place.block}, denoising step {place.step}: "
-        "the weights are damaged or the precision is too low; verify the checkpoint, or compute in "
-        "another dtype."
+        "the weights are damaged or the precision is too low; check the weights with "
+        "`mlx_dgemma.convert verify`, or compute in another dtype."
     )
