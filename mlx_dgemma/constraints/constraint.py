@@ -98,17 +98,18 @@ class Constraint:
 
     def _compiled(self, tokenizer: Tokenizer, vocab_size: int, before: str, after: str) -> Language:
         space = Space()
-        node, unchecked = self._node(space)
-        node = space.sequence([space.text(before), node, space.text(after)])
-        least = shortest_length(space, node)
-        if least >= NEVER:
-            raise LanguageError("No text satisfies the constraint: take one of its rules out.")
-        if least > _MOST_NEEDED:
-            raise LanguageError(
-                f"The shortest text that satisfies the constraint has {least} bytes; "
-                f"{_MOST_NEEDED} are the most."
-            )
-        _look_ahead(space, node)
+        with space.bounded():
+            node, unchecked = self._node(space)
+            node = space.sequence([space.text(before), node, space.text(after)])
+            least = shortest_length(space, node)
+            if least >= NEVER:
+                raise LanguageError("No text satisfies the constraint: take one of its rules out.")
+            if least > _MOST_NEEDED:
+                raise LanguageError(
+                    f"The shortest text that satisfies the constraint has {least} bytes; "
+                    f"{_MOST_NEEDED} are the most."
+                )
+            _look_ahead(space, node)
         automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
         free = self.kind == "tool_calls" and not self.value.forced
         return Language(automaton, unchecked, tokenizer.ids.get("stc") if free else None)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.constraints import Constraint, Language, LanguageError
+from mlx_dgemma.constraints import Constraint, Language, LanguageError, expressions
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -138,6 +138,16 @@ def test_a_language_that_grows_is_refused_by_a_count(monkeypatch: pytest.MonkeyP
     Constraint.json_schema(tool).language(tokenizer(), len(tokenizer()))
     with pytest.raises(LanguageError, match="grows too fast"):
         Constraint.regex("((a{1,50}){1,50}){1,4}").language(tokenizer(), len(tokenizer()))
+
+
+def test_a_language_that_takes_long_to_make_is_refused_by_a_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five tools with a parameter of this kind took 17 seconds (tests/server/bombs.py, seed 8)."""
+    monkeypatch.setattr(expressions, "MOST_WORK", 50_000)
+    schema = {"type": "number", "minimum": -5e-324, "maximum": 5e-324, "multipleOf": 1e-300}
+    with pytest.raises(LanguageError, match="takes too long to prepare"):
+        Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
 
 
 KEYWORDS = """type enum const anyOf oneOf allOf not items prefixItems minItems properties required
