@@ -29,7 +29,8 @@ from rich.table import Table
 
 from mlx_dgemma.benchmark.chips import CHIPS
 from mlx_dgemma.benchmark.costs import floor_seconds, prefill_costs, step_costs
-from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
+from mlx_dgemma.benchmark.synthetic import synthetic_config
+from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.decoding.active_positions import ActivePositions, sizes
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.denoise import denoise_block

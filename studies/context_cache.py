@@ -32,8 +32,9 @@ from rich.table import Table
 from mlx_dgemma import load
 from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.quality import MAX_TOKENS, SEED, ask
-from mlx_dgemma.benchmark.synthetic import medium_config, published_config, synthetic_model
+from mlx_dgemma.benchmark.synthetic import medium_config, published_config
 from mlx_dgemma.checkpoint import sizes
+from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws

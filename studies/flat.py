@@ -39,9 +39,9 @@ from mlx_dgemma.benchmark.synthetic import (
     medium_config,
     published_config,
     synthetic_config,
-    synthetic_model,
     with_layers,
 )
+from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import ContextCache, Model
 

@@ -35,6 +35,14 @@ def main() -> None:
                 seconds = step_seconds(config, chip, size, ring(link, latency, bandwidth, size))
                 cells.append(f"{1e3 * seconds:.0f} ms ({alone / seconds:.1f}x)")
             print(f"| {name} | {link} | {1e3 * alone:.0f} ms | {' | '.join(cells)} |")
+    print("Pipelines by layers, which there are none of yet, one canvas under way:")
+    for name in ("Apple M4 Max", "Apple M3 Ultra"):
+        alone = step_seconds(config, CHIPS[name], 1, None)
+        for link, latency, bandwidth in ASSUMED:
+            # From each machine to the next, and from the last to the first.
+            hop = latency + config.canvas_length * config.text.hidden_size * 2 / bandwidth
+            cells = [f"n = {size}: {1e3 * (alone + size * hop):.0f} ms" for size in SIZES]
+            print(f"{name}, {link}: {', '.join(cells)}")
 
 
 if __name__ == "__main__":

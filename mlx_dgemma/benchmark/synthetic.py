@@ -1,30 +1,18 @@
-"""Random weights of real shapes, for timing where no checkpoint is at hand.
-
-The values have the size that keeps activations near one, and nothing more: what such a model says
-is noise, so it measures time and memory and never quality.
-"""
+"""The real shapes without a checkpoint at hand: their configs, and files of random weights."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.weights import fill, settle
+from mlx_dgemma.checkpoint.random_weights import random_tensors
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.model.packing import quantization_of
-from mlx_dgemma.model.parameters import parameter_shapes
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-# Rows of a large random matrix that are drawn; the others repeat them in memory of their own.
-_DRAWN_ROWS = 16384
-_DRAWN_EXPERTS = 8
 _SMALL_TOWER = {
     "model_type": "gemma4_vision",
     "hidden_size": 64,
@@ -152,17 +140,6 @@ def with_layers(raw: dict[str, Any], layers: int) -> dict[str, Any]:
     return {**raw, "text_config": text}
 
 
-def synthetic_model(raw: dict[str, Any], *, seed: int = 0) -> Model:
-    """A model of these shapes in memory, prepared as a loaded checkpoint is."""
-    config = ModelConfig.from_dict(raw)
-    on_cpu = mx.default_device() == mx.Device(mx.cpu)
-    dtype = mx.float32 if on_cpu else getattr(mx, config.text.dtype)
-    model = Model(config, dtype)
-    fill(model, dict(random_tensors(config, seed=seed)))
-    settle(model)
-    return model
-
-
 def write_checkpoint(folder: Path, raw: dict[str, Any], *, seed: int = 0) -> None:
     """The same as a checkpoint folder in the MLX layout.
 
@@ -173,51 +150,6 @@ def write_checkpoint(folder: Path, raw: dict[str, Any], *, seed: int = 0) -> Non
     (folder / "config.json").write_text(json.dumps(raw))
     tensors = dict(random_tensors(ModelConfig.from_dict(raw), seed=seed))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
-
-
-def random_tensors(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str, mx.array]]:
-    """Name and value of every tensor of the MLX layout, packed as the config says."""
-    key = mx.random.key(seed)
-    table = parameter_shapes(config)
-    for name, (shape, dtype) in table.items():
-        module, _, suffix = name.rpartition(".")
-        if suffix in ("scales", "biases") and f"{module}.scales" in table:
-            continue  # made with the weight
-        key, own = mx.random.split(key)
-        if f"{module}.scales" not in table:
-            yield name, _random(name, shape, own).astype(getattr(mx, dtype))
-            continue
-        packing = quantization_of(config.quantization, module)
-        assert packing is not None
-        dense = (*shape[:-1], shape[-1] * 32 // packing.bits)
-        parts = _packed(name, dense, own, getattr(mx, config.text.dtype), packing)
-        for part, tensor in zip(("weight", "scales", "biases"), parts, strict=False):
-            yield f"{module}.{part}", tensor
-
-
-def _packed(
-    name: str, shape: tuple[int, ...], key: mx.array, dtype: mx.Dtype, packing: Any
-) -> tuple[mx.array, ...]:
-    drawn = (min(shape[0], _DRAWN_EXPERTS if len(shape) == 3 else _DRAWN_ROWS), *shape[1:])
-    dense = _random(name, drawn, key).astype(dtype)
-    parts = mx.quantize(dense, packing.group_size, packing.bits, mode=packing.mode)
-    return tuple(_repeated(part, shape[0]) for part in parts)
-
-
-def _random(name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
-    if len(shape) < 2:
-        return mx.random.uniform(0.9, 1.1, shape, key=key)
-    spread = 1.0 if "router" in name else shape[-1] ** -0.5
-    drawn = shape
-    if prod(shape) > _DRAWN_ROWS * shape[-1]:
-        limit = _DRAWN_EXPERTS if len(shape) == 3 else _DRAWN_ROWS
-        drawn = (min(shape[0], limit), *shape[1:])
-    return _repeated(mx.random.normal(drawn, key=key) * spread, shape[0])
-
-
-def _repeated(part: mx.array, count: int) -> mx.array:
-    times = -(-count // part.shape[0])
-    return part if times == 1 else mx.concatenate([part] * times, axis=0)[:count]
 
 
 def _quantized(raw: dict[str, Any], recipe: str) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from mlx_dgemma._version import __version__
 from mlx_dgemma.checkpoint.parts import identity
 from mlx_dgemma.checkpoint.plan import computed_config, current_share
 from mlx_dgemma.checkpoint.weights import read_headers
+from mlx_dgemma.distributed.channel import Message
 from mlx_dgemma.distributed.team import Leader
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.kernels import dispatch
@@ -38,16 +39,19 @@ def own_shapes(folder: Path, dtype: str | None) -> list[Request]:
     return kernel_shapes(config if share is None else share.config(config), dtype)
 
 
-def facts(folder: Path, shapes: Sequence[Request]) -> dict[str, Any]:
-    """What is compared between the ranks."""
-    config = (folder / "config.json").read_bytes()
+def facts(checkpoint: str, shapes: Sequence[Request]) -> dict[str, Any]:
+    """What is compared between the ranks. checkpoint: what tells it from another."""
     return {
         "program": f"mlx_dgemma {__version__} with MLX {mlx_version()}",
-        "checkpoint": identity(config, read_headers(folder)),
+        "checkpoint": checkpoint,
         "chip": chip(),
         "device": str(mx.default_device()),
         "kernels": dispatch.choices(shapes),
     }
+
+
+def identity_of(folder: Path) -> str:
+    return identity((folder / "config.json").read_bytes(), read_headers(folder))
 
 
 def agree(
@@ -77,8 +81,16 @@ def agree(
         adapter_path=None if adapter_path is None else os.path.abspath(adapter_path),
         dtype=dtype,
     )
-    own = facts(folder, shapes)
-    chosen = own["kernels"]
+    chosen = settle_choices(team, facts(identity_of(folder), shapes), answers)
+    team.tell("load", kernels=chosen, unequal=team.unequal, unit=unit)
+
+
+def settle_choices(
+    team: Leader, own: Mapping[str, Any], answers: Mapping[int, Message]
+) -> dict[str, bool]:
+    """Compares rank 0's facts with the others' and settles which operations run as kernels here;
+    that choice, for the others. Raises what `agree` raises."""
+    chosen: dict[str, bool] = own["kernels"]
     for rank, answer in answers.items():
         theirs, who = answer.fields, team.name(rank)
         if theirs["program"] != own["program"]:
@@ -98,4 +110,4 @@ def agree(
         chosen = {key: on and theirs["kernels"].get(key, False) for key, on in chosen.items()}
     team.unequal = any(answer.fields["chip"] != own["chip"] for answer in answers.values())
     dispatch.settle(chosen)
-    team.tell("load", kernels=chosen, unequal=team.unequal, unit=unit)
+    return chosen

@@ -8,9 +8,15 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.agreement import facts, own_shapes
+from mlx_dgemma.checkpoint.agreement import facts, identity_of, own_shapes
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
+from mlx_dgemma.checkpoint.random_weights import (
+    check_synthetic,
+    synthetic_facts,
+    synthetic_model,
+)
 from mlx_dgemma.checkpoint.weights import load_model
+from mlx_dgemma.distributed.channel import Message
 from mlx_dgemma.distributed.link import measure
 from mlx_dgemma.distributed.team import Follower
 from mlx_dgemma.errors import DGemmaError
@@ -18,7 +24,9 @@ from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.memory import set_limits
+from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.following import Following, spoken
+from mlx_dgemma.model.share import Share
 
 
 def serve(team: Follower) -> NoReturn:
@@ -38,11 +46,21 @@ def _serve(team: Follower) -> None:
             following = None  # of a model before
             folder, adapter = _prepare(**message.fields)
             found = folder, {"adapter_path": adapter, "dtype": message.fields["dtype"]}
-            team.answer(**facts(folder, own_shapes(folder, message.fields["dtype"])))
+            shapes = own_shapes(folder, message.fields["dtype"])
+            team.answer(**facts(identity_of(folder), shapes))
+        elif message.op == "synthetic":
+            following = None
+            raw = message.fields["raw"]
+            config = ModelConfig.from_dict(raw)
+            check_synthetic(config, LEAST_CONTEXT, name="The synthetic model")
+            team.answer(**synthetic_facts(Share(team.rank, team.size), raw))
+        elif message.op == "draw":
+            _settle(team, message)
+            with explained():
+                following = Following(synthetic_model(message.fields["raw"], team=team), team)
         elif message.op == "load":
             assert found is not None
-            team.unequal = message.fields["unequal"]
-            dispatch.settle(message.fields["kernels"])
+            _settle(team, message)
             dtype = found[1]["dtype"]
             with explained():
                 model = load_model(
@@ -60,6 +78,12 @@ def _serve(team: Follower) -> None:
         elif following is not None:
             with explained():
                 following.do(message)
+
+
+def _settle(team: Follower, message: Message) -> None:
+    """Takes what rank 0 has settled."""
+    team.unequal = message.fields["unequal"]
+    dispatch.settle(message.fields["kernels"])
 
 
 def _prepare(

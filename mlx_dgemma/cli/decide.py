@@ -82,9 +82,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = _read_questions(arguments)
 
     from mlx_dgemma.decisions import decide
+    from mlx_dgemma.decisions.passes import check_orders
     from mlx_dgemma.decisions.questions import read_questions
 
-    read_questions(questions)  # before the weights: a faulty question should not take a minute
+    # Before the weights: a faulty question should not take a minute.
+    read_questions(questions)
+    check_orders(arguments.orders)
     session = open_session(arguments, messages, context=len(str(state)) + 256)
     with stop_on_interrupt() as cancel:
         try:
@@ -124,6 +127,8 @@ def parse_question(text: str) -> dict[str, Any]:
     found = _BRACKETS.match(text)
     if found is None:
         return {"type": "noul", "instructions": text}
+    if {"<", "|"} <= set(found["answers"]):
+        raise InputError(f"--question {text!r} mixes | and <: separate options by |, levels by <.")
     for separator, kind in (("<", "score"), ("|", "choice")):
         if separator in found["answers"]:
             answers = [answer.strip() for answer in found["answers"].split(separator)]
@@ -164,7 +169,7 @@ def _object(text: str, where: str) -> dict[str, Any]:
     try:
         value = parse(text)
     except ValueError as error:
-        raise InputError(f"{where} is not valid JSON: {error}.") from error
+        raise InputError(f"{where} {error}.") from error
     if not isinstance(value, dict):
         raise InputError(f"{where} must hold a JSON object.")
     return value

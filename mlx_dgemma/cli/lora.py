@@ -85,13 +85,26 @@ def build_parser() -> argparse.ArgumentParser:
         "denoising steps; answers in the data are not read (default: diffusion)",
     )
     steps.add_argument(
+        "--entropy-bound",
+        type=float,
+        metavar="B",
+        help="for few-steps: of the steps that are learned; generate with the same (default: 3)",
+    )
+    steps.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="for few-steps: how often the prompts are answered, by the model as it is by then "
+        "(default: 3)",
+    )
+    steps.add_argument(
         "--answers-per-prompt", type=int, metavar="N", help="for few-steps (default: 1)"
     )
     steps.add_argument(
         "--certainty-weight",
         type=float,
         metavar="W",
-        help="of the entropy where the likeliest token is right, for few-steps (default: 2)",
+        help="of the entropy where the likeliest token is right, for few-steps (default: 1)",
     )
     steps.add_argument(
         "--encoder-weight",

@@ -47,7 +47,8 @@ def make_forms(
     if isinstance(question, Choice):
         lines = [name if text is None else f"{name} ({text})" for name, text in question.options]
         listed = list(range(len(lines))) if among is None else list(among)
-        shifts = [len(listed) * turn // orders for turn in range(min(orders, len(listed)))]
+        turns = min(orders, len(listed))
+        shifts = [len(listed) * turn // turns for turn in range(turns)]
         rotations = [listed[shift:] + listed[:shift] for shift in shifts]
     else:
         lines = list(question.levels)

@@ -26,6 +26,7 @@ from mlx_dgemma.decisions.canvas import read_prompt
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
 from mlx_dgemma.decisions.messages import is_image, question_messages, state_parts
 from mlx_dgemma.decisions.questions import Choice, Question, read_questions
+from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.draws import Place, SeededDraws, check_seed
 from mlx_dgemma.errors import (
     CancelledError,
@@ -115,17 +116,26 @@ def decide_turns(
     questions: Mapping[str, Question | Mapping[str, Any]],
     **options: Unpack[DecideOptions],
 ) -> Generator[int | Decision, None, None]:
-    """`decide` for a thread that others wait for: yields the number of passes after every
-    question, and the Decision last.
+    """`decide` for a thread that others wait for: yields the number of passes after every form
+    of a question, and the Decision last.
 
     Questions, texts and images are read at once, on the caller's thread; the generator computes.
     """
+    unknown = sorted(set(options) - set(DecideOptions.__annotations__))
+    if unknown:
+        known = ", ".join(sorted(DecideOptions.__annotations__))
+        raise InputError(f"Unknown option {unknown[0]!r}; the options are: {known}.")
     asked = read_questions(questions)
-    orders = options.get("orders", 2)
-    if isinstance(orders, bool) or not isinstance(orders, int) or not 1 <= orders <= GROUP:
-        raise InputError(f"orders={orders!r} is not possible: use 1 to {GROUP}.")
+    orders = check_orders(options.get("orders", 2))
     reader = _Reader(model, tokenizer, state, options)
     return exclusively(reader.cache, _decide(reader, asked, orders))
+
+
+def check_orders(orders: object) -> int:
+    """In how many orders answers are listed; InputError for what is no such number."""
+    if type(orders) is not int or not 1 <= orders <= GROUP:
+        raise InputError(f"orders={orders!r} is not possible: use 1 to {GROUP}.")
+    return orders
 
 
 def _decide(
@@ -137,8 +147,8 @@ def _decide(
         with explained():
             reader.read_state()
             for name, question in questions.items():
-                answers[name] = make_answer(question, reader.ask(question, orders))
-                yield reader.forwards
+                reads = yield from reader.ask(question, orders)
+                answers[name] = make_answer(question, reads)
     except (GpuError, GpuMemoryError):
         reader.forget()
         raise
@@ -159,7 +169,10 @@ class _Reader:
     ) -> None:
         self._model, self._tokenizer = model, tokenizer
         self._options = options
-        self._images = list(options.get("images") or ())
+        images = options.get("images")
+        if images is not None and not isinstance(images, Sequence):
+            raise InputError(f"images is a list of pictures, not a {type(images).__name__}.")
+        self._images = list(images or ())
         self._parts = state_parts(state)
         if self._images and not any(map(is_image, self._parts)):
             self._parts = [
@@ -168,6 +181,7 @@ class _Reader:
             self._images = []
         self._seed = check_seed(options.get("seed", 0))
         self._cancel = options.get("cancel")
+        check_cancel(self._cancel)
         cache = options.get("cache")
         check_cache(cache)
         self.cache = PromptCache(model, options.get("kv_bits")) if cache is None else cache
@@ -188,18 +202,18 @@ class _Reader:
         """Empties the cache, whose arrays were perhaps never computed."""
         self.cache.forget()
 
-    def ask(self, question: Question, orders: int) -> np.ndarray:
+    def ask(self, question: Question, orders: int) -> Generator[int, None, np.ndarray]:
         """Reads [r, n]: distributions over the question's n answers, one for each noise and
-        order."""
+        order. Yields the number of passes after every form."""
         if not isinstance(question, Choice) or len(question.options) <= GROUP:
-            return self._read(question, orders)
+            return (yield from self._read(question, orders))
         count = len(question.options)
-        parts = groups(count)
-        within = [
-            self._read(question, orders, part, most=1)[:, list(part)].mean(axis=0) for part in parts
-        ]
+        parts, within = groups(count), []
+        for part in parts:
+            reads = yield from self._read(question, orders, part, most=1)
+            within.append(reads[:, list(part)].mean(axis=0))
         best = [part[int(shares.argmax())] for part, shares in zip(parts, within, strict=True)]
-        final = self._read(question, orders, best)
+        final = yield from self._read(question, orders, best)
         reads = np.zeros((len(final), count))
         for part, shares, winner in zip(parts, within, best, strict=True):
             reads[:, list(part)] = final[:, winner, None] * (shares / shares.sum())
@@ -211,7 +225,7 @@ class _Reader:
         orders: int,
         among: Sequence[int] | None = None,
         most: int = MOST_READS,
-    ) -> np.ndarray:
+    ) -> Generator[int, None, np.ndarray]:
         forms = make_forms(self._tokenizer, question, orders, among)
         width = max(max(form.answers) for form in forms) + 1
         total = len(question.options) if isinstance(question, Choice) else width
@@ -221,6 +235,7 @@ class _Reader:
             spread = np.zeros((len(shares), total))
             spread[:, list(form.answers)] = shares
             reads.append(spread)
+            yield self.forwards
         return np.concatenate(reads)
 
     def _read_form(self, form: Form, most: int) -> np.ndarray:
@@ -306,6 +321,8 @@ class _Reader:
 
     def _question_ids(self, text: str) -> list[int]:
         """The ids of a form, which follow those of the state."""
+        if len(text) > self._room * self._tokenizer.longest:
+            raise InputError(f"A question has more text than {self._room} tokens: shorten it.")
         ids = self._encoded(text)
         count = len(self._shared)
         if ids[:count] != self._shared:
@@ -323,9 +340,14 @@ class _Reader:
             system_prompt=self._options.get("system_prompt"),
         )
 
+    @property
+    def _room(self) -> int:
+        """Tokens that fit before a canvas."""
+        return self._model.config.text.max_position_embeddings - 2 * WIDTHS
+
     def _check_room(self, tokens: int) -> None:
-        limit = self._model.config.text.max_position_embeddings - 2 * WIDTHS
-        if tokens > limit:
+        if tokens > self._room:
             raise InputError(
-                f"The state and a question have {tokens} tokens but {limit} fit: shorten the state."
+                f"The state and a question have {tokens} tokens but {self._room} fit: shorten the "
+                "state or the question."
             )

@@ -108,8 +108,6 @@ def _read_choice(instructions: str | None, criteria: Any, where: tuple[str | int
     if isinstance(criteria, Sequence) and not isinstance(criteria, str):
         if not all(isinstance(name, str) for name in criteria):
             raise QuestionError(f"{_path(where)}: every option must be a string.", where)
-        if len(set(criteria)) < len(criteria):
-            raise QuestionError(f"{_path(where)} names an option twice.", where)
         return Choice(instructions, tuple((name, None) for name in criteria))
     raise QuestionError(
         f"{_path(where)} must be an object, option -> description or null, or a list of options.",
@@ -132,26 +130,53 @@ _READERS: dict[Any, _Reader] = {"noul": _read_noul, "choice": _read_choice, "sco
 
 
 def _check(question: Question, where: tuple[str | int, ...]) -> None:
+    _check_text(question.instructions, "instructions", where)
     if isinstance(question, Noul):
+        _check_text(question.true, "true", where)
+        _check_text(question.false, "false", where)
         if not any((question.instructions, question.true, question.false)):
             raise QuestionError(
                 f"{_path(where)} asks nothing: give it instructions or criteria.", where
             )
         return
-    count, most, what = (
-        (len(question.options), MAX_OPTIONS, "options")
-        if isinstance(question, Choice)
-        else (len(question.levels), MAX_LEVELS, "levels")
-    )
-    if not 2 <= count <= most:
+    here = (*where, "criteria")
+    if isinstance(question, Choice):
+        _check_count(question.options, MAX_OPTIONS, "options", here)
+        _check_options(question.options, here)
+        return
+    _check_count(question.levels, MAX_LEVELS, "levels", here)
+    if not all(isinstance(level, str) and level for level in question.levels):
+        raise QuestionError(f"{_path(here)} has a level without a description.", here)
+
+
+def _check_options(options: Sequence[Any], where: tuple[str | int, ...]) -> None:
+    names = set()
+    for option in options:
+        if not isinstance(option, Sequence) or isinstance(option, str) or len(option) != 2:
+            raise QuestionError(
+                f"{_path(where)}: every option must be a pair of a name and a description or None.",
+                where,
+            )
+        name, text = option
+        if not isinstance(name, str) or not name:
+            raise QuestionError(f"{_path(where)} has an option without a name.", where)
+        if name in names:
+            raise QuestionError(f"{_path(where)} names an option twice.", where)
+        names.add(name)
+        _check_text(text, name, where)
+
+
+def _check_count(given: Any, most: int, what: str, where: tuple[str | int, ...]) -> None:
+    if not isinstance(given, Sequence) or isinstance(given, str):
+        raise QuestionError(f"{_path(where)} must be a sequence of {what}.", where)
+    if not 2 <= len(given) <= most:
+        raise QuestionError(f"{_path(where)} has {len(given)} {what}: give 2 to {most}.", where)
+
+
+def _check_text(value: Any, name: str, where: tuple[str | int, ...]) -> None:
+    if value is not None and not isinstance(value, str):
         raise QuestionError(
-            f"{_path(where)}.criteria has {count} {what}: give 2 to {most}.", (*where, "criteria")
-        )
-    if isinstance(question, Choice) and any(
-        not isinstance(name, str) or not name for name, _ in question.options
-    ):
-        raise QuestionError(
-            f"{_path(where)}.criteria has an option without a name.", (*where, "criteria")
+            f"{_path(where)}.{name} must be a string or None, not a {type(value).__name__}.", where
         )
 
 
@@ -164,6 +189,8 @@ def as_text(value: Any) -> str | None:
         return value
     try:
         return json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except RecursionError:
+        raise InputError("A JSON value is nested too deep: give it as text.") from None
     except (TypeError, ValueError) as error:
         raise InputError(
             f"{type(value).__name__} values cannot be shown as JSON: {error}."

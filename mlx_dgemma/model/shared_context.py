@@ -53,7 +53,8 @@ class SharedContext(ContextCache):
         """The same through the decoder's layers from `first` up to `last`; where it goes on, the
         others go on with what they have."""
         if first > 0:
-            self._team.tell("decode_on", context=self.number, first=first, last=last)
+            if first < last:  # else those that were begun were all
+                self._team.tell("decode_on", context=self.number, first=first, last=last)
             return x
         told: dict[str, Any] = {}
         if held is not None:

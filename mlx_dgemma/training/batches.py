@@ -18,7 +18,7 @@ from mlx_dgemma.training.data import Example, Trail
 
 LEAST_NOISE = 1e-4  # of a canvas' tokens, as the most is 1 minus this
 CONDITIONED = 0.5  # share of examples that see a signal from a first pass
-FRESH = 0.5  # share of trails that are learned from their first canvas
+FRESH = 0.5  # share of the reference's answers that are learned from the noise they began with
 _PAD_TO = 8  # positions; so that few shapes of batches occur
 
 
@@ -39,6 +39,7 @@ class Batch(Rows):
 
     starts: int32 [B], where the canvas begins. learned: bool [B, L], the positions whose next
     token the encoder's loss counts. clean, noisy, noisier: int32 [B, C]. conditioned: bool [B].
+    sure: bool [B], rows whose canvas decides the answer, so that certainty is rewarded.
     canvas_weight, encoder_weight: what one position counts in the loss: one over the positions of
     the whole batch, of which this may be one machine's share.
     """
@@ -49,6 +50,7 @@ class Batch(Rows):
     noisy: np.ndarray
     noisier: np.ndarray
     conditioned: np.ndarray
+    sure: np.ndarray
     canvas_weight: float
     encoder_weight: float
 
@@ -149,15 +151,18 @@ class Batches:
             np.stack([one.noisy for one in drawn])[mine],
             np.stack([one.noisier for one in drawn])[mine],
             np.array([one.conditioned for one in drawn])[mine],
+            np.array([one.sure for one in drawn])[mine],
             canvas_weight=1 / (len(drawn) * length),
             encoder_weight=1 / max(int(learned.sum()), 1),
         )
 
     def _drawn(self, example: Example, rng: np.random.Generator) -> _Drawn:
-        if isinstance(example, Trail):
-            return _of_trail(example, rng)
         length = self._noise.canvas_length
         start = int(rng.integers(len(example.response) // length)) * length
+        if isinstance(example, Trail):
+            if len(example.canvases) > 1 or rng.random() < FRESH:
+                return _of_trail(example, rng)
+            start = len(example.response) - length
         clean = example.response[start : start + length]
         share = rng.uniform(LEAST_NOISE, 1 - LEAST_NOISE)
         order = rng.random(length)
@@ -177,24 +182,16 @@ class _Drawn(NamedTuple):
     noisy: np.ndarray
     noisier: np.ndarray
     conditioned: bool
+    sure: bool = False
 
 
 def _of_trail(trail: Trail, rng: np.random.Generator) -> _Drawn:
-    """The answer's last canvas, from noise that leads to it or from a canvas on its way."""
+    """The answer's last canvas, from a canvas on its way; from noise where it has no other."""
     count, length = trail.canvases.shape
-    fresh = count == 1 or rng.random() < FRESH
-    place = 0 if fresh else int(rng.integers(1, count))
-    first = trail.canvases[0]
-    # One of the candidates that lead to the same token, or the noise that did.
-    order = rng.random(trail.equivalent.shape) * trail.equivalent
-    other = trail.candidates[order.argmax(axis=1)]
-    count_equivalent = trail.equivalent.sum(axis=1)
-    noise = np.where(rng.random(length) * (count_equivalent + 1) < count_equivalent, other, first)
-    noisy, noisier = (
-        np.where(trail.canvases[at] == first, noise, trail.canvases[at])
-        for at in (place, max(place - 1, 0))
-    )
-    return _Drawn(trail.length - length, trail.response[-length:], noisy, noisier, not fresh)
+    sure = count > 1
+    place = int(rng.integers(1, count)) if sure else 0
+    noisy, noisier = trail.canvases[place], trail.canvases[max(place - 1, 0)]
+    return _Drawn(trail.length - length, trail.response[-length:], noisy, noisier, sure, sure)
 
 
 def padded(texts: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -54,13 +54,10 @@ class Example:
 class Trail(Example):
     """An example whose response ends with a canvas that the model denoised by itself.
 
-    canvases: int32 [K, C], noise first, then what each of its steps made of it. candidates: int32
-    [M], other noise. equivalent: bool [C, M], which of it would have led to the same token.
+    canvases: int32 [K, C], noise first, then what each of the model's own first steps made of it.
     """
 
     canvases: np.ndarray = field(kw_only=True)
-    candidates: np.ndarray = field(kw_only=True)
-    equivalent: np.ndarray = field(kw_only=True)
 
 
 def load_split(

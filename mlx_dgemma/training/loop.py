@@ -61,7 +61,6 @@ class Trainer:
         model: Model,
         objective: Objective,
         optimizer: optim.Optimizer,
-        train: Batches,
         valid: Sequence[Any] | None,
         plan: Plan,
         *,
@@ -74,7 +73,7 @@ class Trainer:
         self._passes = Passes(model, checkpoint=checkpoint)
         self._objective = objective
         self._optimizer = optimizer
-        self._train, self._valid = train, valid
+        self._valid = valid
         self._plan = plan
         self._folder = folder
         self._identity = json.dumps(identity, sort_keys=True)
@@ -82,9 +81,16 @@ class Trainer:
         self._world = mx.distributed.init()
         self.step = 0
 
-    def run(self, handle: Callable[[Event], None], *, cancelled: Callable[[], bool]) -> None:
-        """Trains to the plan's last step; hands out what happens. Ends early when `cancelled`,
-        between two steps and with a save.
+    def run(
+        self,
+        train: Batches,
+        handle: Callable[[Event], None],
+        *,
+        until: int,
+        cancelled: Callable[[], bool],
+    ) -> None:
+        """Trains to step `until`; hands out what happens. Ends early when `cancelled`, between two
+        steps. Saves at its end.
 
         Raises NumericsError at a loss that is no number; the last save stays as it is.
         """
@@ -93,13 +99,13 @@ class Trainer:
         self.model.train()
         since: list[list[float]] = []
         tokens, started = 0, time.perf_counter()
-        while self.step < plan.iters:
+        while self.step < until:
             if cancelled():
                 break
             mx.random.seed(plan.seed * 1_000_003 + self.step)
             total, parts = None, []
             for turn in range(plan.accumulate):
-                batch = self._train.at(self.step * plan.accumulate + turn)
+                batch = train.at(self.step * plan.accumulate + turn)
                 (loss, shares), found = step(batch)
                 total = found if total is None else tree_map(mx.add, total, found)
                 mx.eval(total, loss, shares)
@@ -118,7 +124,7 @@ class Trainer:
             ):
                 handle(self.evaluate())
                 started = time.perf_counter()
-            if self.step % plan.save == 0 and self.step < plan.iters:
+            if self.step % plan.save == 0 and self.step < until:
                 self._save(handle)
         self.model.eval()
         self._save(handle)

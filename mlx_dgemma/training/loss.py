@@ -18,6 +18,7 @@ from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from mlx_dgemma.kernels.gradients import exp, gradients, row_sums, tanh, with_gradient
 from mlx_dgemma.model import Model
@@ -35,12 +36,14 @@ def rows_at_once(vocabulary: int) -> int:
 @dataclass(frozen=True)
 class Objective:
     """encoder_weight: of the encoder's loss beside the canvas' one. detach_context: whether the
-    canvas' loss leaves the encoder pass alone. certainty_weight: of the entropy (nats) at the
-    canvas' positions where the likeliest token is the target."""
+    canvas' loss leaves the encoder pass alone. certainty_weight: of the entropy (nats) at positions
+    of a `sure` canvas where the likeliest token is the target. temperature: of the first pass of
+    such a canvas, as in sampling."""
 
     encoder_weight: float = 1.0
     detach_context: bool = False
     certainty_weight: float = 0.0
+    temperature: float = 1.0
 
     def __call__(self, passes: Passes, batch: Batch) -> tuple[mx.array, mx.array]:
         """The loss, and [2]: the canvas' and the encoder's part of it, unweighted."""
@@ -48,14 +51,17 @@ class Objective:
         encoded, context = passes.encode(batch)
         if self.detach_context:
             context = [(mx.stop_gradient(k), mx.stop_gradient(v)) for k, v in context]
-        soft = signal(passes, batch, context) if batch.conditioned.any() else None
+        soft = None
+        if batch.conditioned.any():
+            soft = signal(passes, batch, context, self.temperature)
+        sure = batch.sure.repeat(batch.clean.shape[1]) if self.certainty_weight else None
         hidden = passes.decode(mx.array(batch.noisy), batch.starts, context, soft)
         canvas = cross_entropy(
             model,
             hidden.reshape(-1, hidden.shape[-1]),
             mx.array(batch.clean.reshape(-1)),
             mx.full(batch.clean.size, batch.canvas_weight),
-            certainty=self.certainty_weight,
+            certainty=None if sure is None else self.certainty_weight * mx.array(sure),
         )
         encoder = mx.array(0.0)
         if self.encoder_weight:
@@ -82,9 +88,14 @@ def value_and_gradient(passes: Passes, objective: Objective) -> Callable[[Batch]
     return step
 
 
-def signal(passes: Passes, batch: Batch, context: list[tuple[mx.array, mx.array]]) -> mx.array:
+def signal(
+    passes: Passes,
+    batch: Batch,
+    context: list[tuple[mx.array, mx.array]],
+    temperature: float = 1.0,
+) -> mx.array:
     """[B, C, H] soft embeddings of a pass over the noisier canvas; zeros where the example is not
-    conditioned. Without gradient."""
+    conditioned. Without gradient. temperature: divides the logits of `sure` canvases."""
     model = passes.model
     rows = batch.conditioned.nonzero()[0]
     some = mx.array(rows)
@@ -94,12 +105,14 @@ def signal(passes: Passes, batch: Batch, context: list[tuple[mx.array, mx.array]
     hidden = passes.decode(mx.array(batch.noisier[rows]), batch.starts[rows], frozen, None)
     hidden = mx.stop_gradient(hidden)
     flat = hidden.reshape(-1, hidden.shape[-1])
+    divisors = np.where(batch.sure[rows], temperature, 1.0).astype(np.float32)
+    divided = mx.array(divisors.repeat(hidden.shape[1]))[:, None]
     parts: list[mx.array] = []
     count = rows_at_once(model.config.text.vocab_size)
     for start in range(0, len(flat), count):
         part = flat[start : start + count]
         part = mx.depends([part], parts[-1:])[0] if parts else part
-        _, likely, total = _exponentials(model, part)
+        _, likely, total = _exponentials(model, part, divided[start : start + count])
         mixed = model.embedding_matrix.apply((likely / total).astype(model.dtype), transpose=False)
         parts.append(mixed.astype(model.dtype) * model.embed_scale)
     found = mx.concatenate(parts).reshape(hidden.shape)
@@ -114,17 +127,22 @@ def cross_entropy(
     targets: mx.array,
     weights: mx.array,
     *,
-    certainty: float = 0.0,
+    certainty: mx.array | None = None,
     after: mx.array | None = None,
 ) -> mx.array:
     """sum of weights * (-log p[target] + certainty * entropy where target is argmax), float32.
 
-    hidden [R, H], targets int [R], weights float32 [R]; p = softmax(logits), of which no more than
-    `rows_at_once` are held at a time. A model in training finds the gradient with the loss. after:
-    what is computed first, with logits of its own."""
+    hidden [R, H], targets int [R], weights and certainty float32 [R]; p = softmax(logits), of which
+    no more than `rows_at_once` are held at a time. A model in training finds the gradient with the
+    loss. after: what is computed first, with logits of its own."""
     count = rows_at_once(model.config.text.vocab_size)
     parts = [
-        _Part(model, targets[start : start + count], weights[start : start + count], certainty)
+        _Part(
+            model,
+            targets[start : start + count],
+            weights[start : start + count],
+            None if certainty is None else certainty[start : start + count],
+        )
         for start in range(0, len(hidden), count)
     ]
     if not parts:
@@ -150,12 +168,15 @@ def cross_entropy(
     return cast("mx.array", with_gradient(read, gradient)(hidden)[0])
 
 
-def _exponentials(model: Model, hidden: mx.array) -> tuple[mx.array, mx.array, mx.array]:
-    """Of hidden [r, H], float32: logits over their softcap and their exponentials [r, V], and the
-    sums of these [r, 1]. No logit passes the softcap, so none needs to be subtracted first."""
+def _exponentials(
+    model: Model, hidden: mx.array, divisors: float | mx.array = 1.0
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Of hidden [r, H], float32: logits over their softcap and their exponentials [r, V], divided
+    by [r, 1] before, and the sums of these [r, 1]. No logit passes the softcap, so none needs to
+    be subtracted first."""
     cap = model.config.text.final_logit_softcapping
     bent = tanh(model.raw_logits(hidden).astype(mx.float32) * (1 / cap))
-    likely = exp(bent * cap)
+    likely = exp(bent * (cap / divisors))
     return bent, likely, row_sums(likely)
 
 
@@ -166,7 +187,7 @@ class _Part:
     model: Model
     targets: mx.array
     weights: mx.array
-    certainty: float
+    certainty: mx.array | None
 
     def read(self, hidden: mx.array, *, gradient: bool) -> tuple[mx.array, mx.array | None]:
         """Of hidden [r, H]: a float32 scalar, and its gradient [r, H]."""
@@ -175,8 +196,8 @@ class _Part:
         at = mx.take_along_axis(bent, self.targets[:, None], axis=-1)
         losses = mx.log(total) - at * cap
         certain = None
-        if self.certainty:
-            right = self.certainty * (bent.argmax(axis=-1) == self.targets)[:, None]
+        if self.certainty is not None:
+            right = (self.certainty * (bent.argmax(axis=-1) == self.targets))[:, None]
             expected = row_sums(likely * bent) / total * cap
             losses = losses + right * (mx.log(total) - expected)
             certain = 1 + right * expected, right * cap
@@ -198,7 +219,12 @@ class _Part:
 
 
 def obvious_cross_entropy(
-    model: Model, hidden: mx.array, targets: mx.array, weights: mx.array, *, certainty: float = 0.0
+    model: Model,
+    hidden: mx.array,
+    targets: mx.array,
+    weights: mx.array,
+    *,
+    certainty: mx.array | None = None,
 ) -> mx.array:
     """The same with all logits at once."""
     logits = model.softcap(model.raw_logits(hidden))
@@ -206,4 +232,6 @@ def obvious_cross_entropy(
     losses = -mx.take_along_axis(logs, targets[:, None], axis=-1)[:, 0]
     entropy = -(mx.exp(logs) * logs).sum(axis=-1)
     right = logs.argmax(axis=-1) == targets
-    return (weights * (losses + certainty * right * entropy)).sum()
+    if certainty is not None:
+        losses = losses + certainty * right * entropy
+    return (weights * losses).sum()

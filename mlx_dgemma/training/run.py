@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
@@ -17,19 +16,16 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.checkpoint.weights import EXPAND_BYTES, cast, expand
 from mlx_dgemma.decoding.events import Finish
-from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
-from mlx_dgemma.training.answers import Answers
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import Example, load_split, response_text
 from mlx_dgemma.training.events import Evaluated, Event, Report
-from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loop import STATE, Plan, Trainer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
+from mlx_dgemma.training.rounds import Judge, Rounds, begun
 from mlx_dgemma.training.schedule import make_optimizer
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
@@ -42,8 +38,6 @@ from mlx_dgemma.training.tuning import (
     trained,
     write_config,
 )
-
-ANSWERS = "answers-{}.safetensors"  # a split's, of the model itself
 
 
 class Prepared:
@@ -61,8 +55,7 @@ class Prepared:
         self.model, self.tokenizer = model, tokenizer
         self.plan = plan
         self.events: list[Event] = []
-        self._splits = splits
-        self._trails: dict[str, Sequence[Example]] = {}
+        self.splits = splits
         self._world = mx.distributed.init()
         self._check_batches()
 
@@ -70,17 +63,27 @@ class Prepared:
     def summary(self) -> str:
         """What is trained, and what that needs."""
         count = sum(tensor.size for tensor in trained(self.model).values())
-        lines = ", ".join(f"{len(rows)} {name}" for name, rows in self._splits.items() if rows)
+        lines = ", ".join(f"{len(rows)} {name}" for name, rows in self.splits.items() if rows)
         return (
             f"{self.settings.fine_tune_type}: {count / 1e6:.3g} million parameters; {lines}; "
             f"needs {self.plan}"
         )
 
-    def train(self, show: Callable[[Event], None], *, cancelled: Callable[[], bool]) -> bool:
-        """Trains; False when cancelled before the last step."""
+    def train(
+        self,
+        show: Callable[[Event], None],
+        *,
+        cancelled: Callable[[], bool],
+        judge: Judge | None = None,
+    ) -> bool:
+        """Trains; False when cancelled before the last step.
+
+        judge: for few steps, whether the model's own answer to a prompt may be learned from.
+        """
         settings = self.settings
         folder = Path(settings.adapter_path)
-        if settings.resume and not os.path.exists(folder / STATE) and not self._answered(folder):
+        started = os.path.exists(folder / STATE) or (settings.few_steps and begun(folder))
+        if settings.resume and not started:
             raise InputError(f"{folder} holds no save to go on from: leave out --resume.")
 
         def handle(event: Event) -> None:
@@ -88,58 +91,49 @@ class Prepared:
             if not self._world.rank():
                 show(event)
 
-        if settings.few_steps and not self._answer(folder, handle, cancelled):
+        rounds = None
+        if settings.few_steps:
+            rounds = Rounds(
+                self.model, self.tokenizer, settings, keep=not self._world.rank(), judge=judge
+            )
+
+        def rows(split: str, number: int) -> Sequence[Example] | None:
+            """What is learned: the data's examples, or the model's own answers to its prompts."""
+            prompts = self.splits[split]
+            if rounds is None or not prompts:
+                return prompts
+            return rounds.answers(split, prompts, number, handle, cancelled=cancelled)
+
+        valid = rows("valid", 0)
+        if valid is None:
             return False
-        trainer = self._make_trainer()
+        trainer = self._make_trainer(self._fixed(valid, settings.val_batches) if valid else None)
         if settings.resume:
             trainer.resume()
         if not self._world.rank():
             write_config(
                 folder, settings.tuning, model=settings.model or "demo",
                 objective=settings.objective,
+                **({"entropy_bound": settings.entropy_bound} if settings.few_steps else {}),
             )  # fmt: skip
-        trainer.run(handle, cancelled=cancelled)
-        return trainer.step >= settings.iters
-
-    def _answered(self, folder: Path) -> bool:
-        return self.settings.few_steps and os.path.exists(folder / ANSWERS.format("train"))
-
-    def _answer(
-        self, folder: Path, handle: Callable[[Event], None], cancelled: Callable[[], bool]
-    ) -> bool:
-        """Lets the model answer the prompts by itself, and puts its answers in their place."""
-        settings = self.settings
-        for split in ("train", "valid"):
-            prompts = self._splits[split]
-            if not prompts:
-                continue
-            answers = Answers(
-                folder / ANSWERS.format(split),
-                json.dumps(settings.answers_identity, sort_keys=True),
-                self.model.config.canvas_length,
-                keep=not self._world.rank(),
-            )
-            with twins_only():
-                done = answers.ask(
-                    Passes(self.model), prompts, settings.answers_per_prompt,
-                    settings.batch_size,
-                    DecodingSettings.from_defaults(self.model.config.generation, {}),
-                    frozenset(self.tokenizer.stop_ids), settings.seed, handle,
-                    cancelled=cancelled, max_length=settings.max_seq_length,
-                )  # fmt: skip
-            if not done:
+        for number in range(settings.round_of(trainer.step), settings.round_of(settings.iters) + 1):
+            learned = rows("train", number)
+            if learned is None:
                 return False
-            self._trails[split] = answers.trails(prompts)
-            self._check_batches()
+            until = settings.first_step(number + 1)
+            batches = self._batches(learned, settings.batch_size)
+            trainer.run(batches, handle, until=until, cancelled=cancelled)
+            if trainer.step < until:
+                return False
         return True
 
     def test_line(self) -> str:
         """The loss of test.jsonl, in a sentence."""
-        rows = self._splits["test"]
+        rows = self.splits["test"]
         if not rows:
             raise InputError(f"{self.settings.data} has no test.jsonl.")
         batches = self._fixed(rows, self.settings.test_batches)
-        tester = self._make_trainer(valid=batches)
+        tester = self._make_trainer(batches)
         if not self.settings.train:
             load_trained(self.model, Path(self.settings.adapter_path) / "adapters.safetensors")
         found = tester.evaluate()
@@ -161,16 +155,11 @@ class Prepared:
             **by_kind,
         }
 
-    def _make_trainer(self, valid: list[Batch] | None = None) -> Trainer:
+    def _make_trainer(self, valid: list[Batch] | None) -> Trainer:
         settings = self.settings
-        rows = self._rows("train") or self._rows("test")
-        if valid is None and self._rows("valid"):
-            valid = self._fixed(self._rows("valid"), settings.val_batches)
-        folder = Path(settings.adapter_path) if settings.train else None
-        size = min(settings.batch_size, len(rows)) if not settings.train else settings.batch_size
         return Trainer(
             self.model,
-            settings.loss,
+            replace(settings.loss, temperature=self.model.config.generation.t_max),
             make_optimizer(
                 settings.optimizer,
                 settings.learning_rate,
@@ -178,7 +167,6 @@ class Prepared:
                 settings.optimizer_config,
                 settings.lr_schedule,
             ),
-            self._batches(rows, size),
             valid,
             Plan(
                 settings.iters,
@@ -188,23 +176,18 @@ class Prepared:
                 save=settings.save_every,
                 seed=settings.seed,
             ),
-            folder=folder,
+            folder=Path(settings.adapter_path) if settings.train else None,
             identity=settings.identity,
             judge=self._judge if settings.val_replies else None,
             checkpoint=settings.grad_checkpoint,
         )
 
-    def _rows(self, split: str) -> Sequence[Example]:
-        """What is trained on: the data's examples, or the model's own answers to its prompts."""
-        return self._trails.get(split, self._splits[split])
-
     def _check_batches(self) -> None:
         """Raises InputError where there is no batch in the training data."""
         settings = self.settings
         if settings.train:
-            rows = self._rows("train")
-            times = settings.answers_per_prompt if settings.few_steps and not self._trails else 1
-            self._batches([*rows] * times, settings.batch_size)
+            times = settings.answers_per_prompt if settings.few_steps else 1
+            self._batches([*self.splits["train"]] * times, settings.batch_size)
 
     def _batches(self, rows: Sequence[Example], size: int) -> Batches:
         config = self.model.config
@@ -229,7 +212,7 @@ class Prepared:
         """Replies to validation prompts: the share that is the expected text, and their steps."""
         from mlx_dgemma.generate import stream_generate
 
-        rows = (self._splits["valid"] or self._splits["test"])[: self.settings.val_replies]
+        rows = (self.splits["valid"] or self.splits["test"])[: self.settings.val_replies]
         right, steps = 0, []
         for number, example in enumerate(rows):
             if example.images:

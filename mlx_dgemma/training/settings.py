@@ -46,8 +46,10 @@ class Settings:
     mask_prompt: bool = False
     objective: ObjectiveName = "diffusion"
     encoder_weight: float | None = None
-    certainty_weight: float = 2.0
+    entropy_bound: float = 3.0
+    certainty_weight: float = 1.0
     answers_per_prompt: int = 1
+    rounds: int = 3
     detach_context: bool = False
     grad_checkpoint: bool = False
     seed: int = 0
@@ -61,11 +63,11 @@ class Settings:
     def __post_init__(self) -> None:
         for name in (
             "batch_size", "iters", "grad_accumulation_steps", "max_seq_length",
-            "steps_per_report", "steps_per_eval", "save_every", "answers_per_prompt",
+            "steps_per_report", "steps_per_eval", "save_every", "answers_per_prompt", "rounds",
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more.")
-        for name in ("learning_rate", "encoder_weight", "certainty_weight"):
+        for name in ("learning_rate", "encoder_weight", "certainty_weight", "entropy_bound"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 0 or more.")
         unknown = set(self.trainable) - set(GROUPS)
@@ -126,14 +128,14 @@ class Settings:
         }  # fmt: skip
         return {f.name: getattr(self, f.name) for f in fields(self) if f.name not in free}
 
-    @property
-    def answers_identity(self) -> dict[str, Any]:
-        """What decides the model's own answers, beside its weights."""
-        names = (
-            "model", "revision", "dtype", "data", "batch_size", "answers_per_prompt",
-            "max_seq_length", "resume_adapter_file", "seed",
-        )  # fmt: skip
-        return {name: getattr(self, name) for name in names}
+    def first_step(self, number: int) -> int:
+        """The training step before which round `number` is answered; the last step after all."""
+        return self.iters * number // (self.rounds if self.few_steps else 1)
+
+    def round_of(self, step: int) -> int:
+        """The round that a step, counted from 0, belongs to."""
+        rounds = self.rounds if self.few_steps else 1
+        return sum(step >= self.first_step(number) for number in range(1, rounds))
 
 
 def _fits(value: Any, kind: Any) -> bool:

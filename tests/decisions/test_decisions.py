@@ -12,6 +12,7 @@ from mlx_dgemma import Choice, Noul, PromptCache, Runtime, Score, decide, load
 from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, passes
 from mlx_dgemma.decisions.answers import choice_confidence, make_answer, score_confidence
 from mlx_dgemma.decisions.forms import GROUP, groups, make_forms
+from mlx_dgemma.decisions.passes import decide_turns
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.generate import encode_prompt
@@ -96,6 +97,14 @@ def test_every_order_of_the_options_is_read_so_rotating_them_changes_nothing(dem
     second = decide(*demo, STATE, {"q": turned}, orders=3).answers["q"]
     for name, p in first.probabilities.items():
         assert second.probabilities[name] == pytest.approx(p, abs=1e-5)
+
+
+@pytest.mark.parametrize("orders", range(1, GROUP + 1))
+def test_no_order_of_the_options_is_read_twice(demo, orders):
+    for count in (2, 3, 7, GROUP):
+        question = Choice("Which?", tuple((f"option {i}", None) for i in range(count)))
+        found = {form.answers for form in make_forms(demo[1], question, orders)}
+        assert len(found) == min(orders, count)
 
 
 def test_labels_are_single_tokens_of_their_own(demo):
@@ -195,6 +204,15 @@ def test_cancelling_ends_between_forms(demo):
         ({"q": {"type": "score", "criteria": ["a", None]}}, ("questions", "q", "criteria", 1)),
         ({"q": {"type": "score", "criteria": ["x"] * 11}}, ("questions", "q", "criteria")),
         ({"": {"type": "noul", "instructions": "?"}}, ("questions", "")),
+        ({"q": Noul(5)}, ("questions", "q")),
+        ({"q": Noul("?", true=["x"])}, ("questions", "q")),
+        ({"q": Choice("?", ("ab", "cd"))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", (("a", None), ("a", "x")))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", (("a", 1), ("b", 2)))}, ("questions", "q", "criteria")),
+        ({"q": Choice("?", {"a": None, "b": None})}, ("questions", "q", "criteria")),
+        ({"q": Score("?", "abc")}, ("questions", "q", "criteria")),
+        ({"q": Score("?", (1, 2))}, ("questions", "q", "criteria")),
+        ({"q": Score("?", None)}, ("questions", "q", "criteria")),
     ],
 )
 def test_a_faulty_question_is_named(demo, questions, location):
@@ -211,3 +229,24 @@ def test_impossible_options_are_refused(demo):
         decide(*demo, "x", ASKED, seed=-1)
     with pytest.raises(InputError, match="shorten the state"):
         decide(*demo, "a " * 300_000, ASKED)
+    with pytest.raises(InputError, match="A question has more text"):
+        decide(*demo, "x", {"q": Noul("a " * 300_000)})
+    with pytest.raises(InputError, match="Unknown option 'order'; the options are: access, "):
+        decide(*demo, "x", ASKED, order=1)
+    with pytest.raises(InputError, match="cancel is a threading"):
+        decide(*demo, "x", ASKED, cancel=1)
+    with pytest.raises(InputError, match="images is a list"):
+        decide(*demo, "x", ASKED, images=1)
+    deep: list = []
+    for _ in range(100_000):
+        deep = [deep]
+    with pytest.raises(InputError, match="nested too deep"):
+        decide(*demo, deep, ASKED)
+
+
+def test_others_take_turns_between_the_forms_of_one_question(demo):
+    options = tuple((f"queue {i}", None) for i in range(21))
+    *turns, decision = decide_turns(*demo, "x", {"q": Choice("Which?", options)}, orders=2)
+    assert len(turns) == 2 * 3  # two orders of two groups, and of their winners
+    assert turns == sorted(set(turns))
+    assert decision.forwards == turns[-1]

@@ -16,7 +16,9 @@ import numpy as np
 
 import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary in slices
 from mlx_dgemma import Constraint, infill, load, stream_generate
+from mlx_dgemma.benchmark.synthetic import with_layers
 from mlx_dgemma.benchmark.together import step_traffic
+from mlx_dgemma.checkpoint.random_weights import lead_synthetic, synthetic_model
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import decide
 from mlx_dgemma.decoding.canvas import CanvasRequest
@@ -25,6 +27,7 @@ from mlx_dgemma.decoding.denoise import advance, denoise_block, step
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.demo.tasks import held_out
 from mlx_dgemma.replaying import replay
 
@@ -114,14 +117,7 @@ def presets(model, tokenizer, folder):
     ]
     cache = model.make_cache()
     model.prefill(np.arange(5, 25), cache)
-    settings = DecodingSettings.from_defaults(model.config.generation, {"preset": "turbo"})
-    requests = [CanvasRequest(SeededDraws(seed)) for seed in (1, 2, 3)]
-    steps = denoise_block(model, cache, settings, requests)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as ended:
-            return [found, [[row.ids.tolist(), row.steps] for row in ended.value]]
+    return [found, _block(model, cache, (1, 2, 3), preset="turbo")]
 
 
 def sliced(model, tokenizer, folder):
@@ -244,6 +240,28 @@ def counted(model, tokenizer, folder):
     return [decode[0], prefill[0], *whole]
 
 
+def synthetic(model, tokenizer, folder):
+    """A third model, which the benchmark draws: each process its part of the same weights, in one
+    layer, with which a step that is begun is done."""
+    raw = json.loads((CHECKPOINT / "config.json").read_text()) | {"vision_config": None}
+    raw, team = with_layers(raw, 1), model.team
+    drawn = synthetic_model(raw) if team is None else lead_synthetic(team, raw)
+    cache = drawn.make_cache()
+    drawn.prefill(np.arange(5, 25), cache)
+    return _block(drawn, cache, [1], max_denoising_steps=3)
+
+
+def _block(model, cache, seeds, **options):
+    """Ids and steps of canvases that are denoised together."""
+    settings = DecodingSettings.from_defaults(model.config.generation, options)
+    steps = denoise_block(model, cache, settings, [CanvasRequest(SeededDraws(n)) for n in seeds])
+    while True:
+        try:
+            next(steps)
+        except StopIteration as ended:
+            return [[row.ids.tolist(), row.steps] for row in ended.value]
+
+
 TASKS = {
     task.__name__: task
     for task in (
@@ -260,7 +278,7 @@ TASKS = {
             fillings,
             constrained,
         ),
-        *(turns, traced, decided, cancelled, adapted, counted),
+        *(turns, traced, decided, cancelled, adapted, counted, synthetic),
     )
 }
 

@@ -136,6 +136,19 @@ def test_the_doctor_measures_the_link(tmp_path):
     assert silent == ("", "")
 
 
+@pytest.mark.slow
+def test_the_benchmark_times_all_processes(tmp_path):
+    """Of the demo; and --compare, which measures one process, is refused."""
+    flags = ["--prompt-tokens", "8", "--runs", "1", "--steps", "1", "--json"]
+    (out, errors), silent = finish(start([*module("benchmark"), *flags], 2, tmp_path))
+    found = json.loads(out)
+    assert found["ranks"] == 2, errors
+    assert found["components"] == {}, "rank 0 would time its part alone"
+    assert silent == ("", "")
+    (_, errors), _ = finish(start([*module("benchmark"), "--compare", "mlx-vlm"], 2, tmp_path))
+    assert errors == "error: --compare measures one process: start it without mlx.launch.\n"
+
+
 def test_the_doctor_alone_says_how(capsys):
     from mlx_dgemma.cli.doctor import main
 

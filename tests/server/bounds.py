@@ -22,7 +22,8 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from mlx_dgemma.benchmark.synthetic import synthetic_model, with_layers
+from mlx_dgemma.benchmark.synthetic import with_layers
+from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.server import engine as engine_module

@@ -130,6 +130,15 @@ def test_pictures_come_with_the_request_as_parts_or_assets(url):
     )
 
 
+def test_an_assets_name_may_begin_with_anothers(url):
+    image = {name: {"data_base64": picture(name)} for name in ("red", "blue")}
+    asked = {"questions": {"q": ASKED["money"]}}
+    one = {"state": "pic-10", "assets": {"pic-1": image["red"], "pic-10": image["blue"]}}
+    other = {"state": "blue", "assets": {"blue": image["blue"]}}
+    first, second = (post(url, {**asked, **body}).json() for body in (one, other))
+    assert first["answers"] == second["answers"]
+
+
 def test_no_file_of_this_machine_is_read(url, tmp_path):
     secret = tmp_path / "secret.png"
     Image.new("RGB", (8, 8)).save(secret)
@@ -151,6 +160,10 @@ def test_no_file_of_this_machine_is_read(url, tmp_path):
         ({"questions": {"q": {"type": "x"}}}, ["body", "questions", "q", "type"]),
         ({"x_orders": 0}, ["body", "x_orders"]),
         ({"assets": {"a": {}}}, ["body", "assets.a"]),
+        ({"assets": {"": {"data_base64": ""}}}, ["body", "assets"]),
+        ({"state": "a" * 65, "assets": {"a": {"data_base64": picture("red")}}}, ["body", "state"]),
+        ({"state": ["x", {"type": "image", "image": "/x"}]}, ["body", "state[1]"]),
+        ({"questions": {"q": {"type": "noul", "instructions": "a " * 90_000}}}, ["body"]),
     ],
 )
 def test_a_bad_request_is_422_and_says_where(url, change, location):

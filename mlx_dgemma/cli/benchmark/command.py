@@ -16,6 +16,7 @@ from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.session import check_writable
 from mlx_dgemma.decoding.settings import PRESETS
+from mlx_dgemma.distributed.starting import launched
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.reports import report, write_report
@@ -162,6 +163,8 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(
             f"--preset and --against are both {preset}; give two (without --preset: reference)."
         )
+    if arguments.compare and launched():
+        raise InputError("--compare measures one process: start it without mlx.launch.")
     if arguments.kv_bits is not None and arguments.compare:
         raise InputError("--compare runs the exact context: leave --kv-bits out.")
     if arguments.plot is not None and chosen:

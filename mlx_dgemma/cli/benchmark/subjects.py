@@ -6,7 +6,6 @@ import argparse
 from typing import TYPE_CHECKING
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.machine.hardware import machine
 
 if TYPE_CHECKING:
     from mlx_dgemma.model import Model
@@ -38,15 +37,23 @@ def check_prompt(arguments: argparse.Namespace) -> ModelConfig:
 
 
 def model_of(arguments: argparse.Namespace) -> Model:
-    from mlx_dgemma.benchmark.synthetic import synthetic_config, synthetic_model
+    from mlx_dgemma.benchmark.synthetic import synthetic_config
     from mlx_dgemma.checkpoint.hub import resolve_model
     from mlx_dgemma.checkpoint.loading import load_network
-    from mlx_dgemma.checkpoint.plan import check_fits, plan
+    from mlx_dgemma.checkpoint.random_weights import (
+        check_synthetic,
+        lead_synthetic,
+        synthetic_model,
+    )
+    from mlx_dgemma.distributed import joining
+    from mlx_dgemma.distributed.team import Leader
 
     config = check_prompt(arguments)
     if not arguments.synthetic:
         folder = resolve_model(arguments.model, revision=arguments.revision)
         return load_network(folder, adapter_path=arguments.adapter_path, dtype=arguments.dtype)[0]
-    wanted = plan(config, context_tokens=arguments.prompt_tokens, kv_bits=arguments.kv_bits)
-    check_fits(wanted, machine(), name=arguments.synthetic)
-    return synthetic_model(synthetic_config(arguments.synthetic, arguments.layers))
+    check_synthetic(
+        config, arguments.prompt_tokens, name=arguments.synthetic, kv_bits=arguments.kv_bits
+    )
+    raw, team = synthetic_config(arguments.synthetic, arguments.layers), joining.current()
+    return lead_synthetic(team, raw) if isinstance(team, Leader) else synthetic_model(raw)

@@ -26,8 +26,9 @@ def run(arguments: argparse.Namespace, chip_name: str | None) -> dict[str, Any]:
     from mlx_dgemma.decoding.settings import DecodingSettings
 
     model = model_of(arguments)
-    chip = chips.known(chip_name)
-    if arguments.ceilings:
+    ranks = 1 if model.team is None else model.team.size
+    chip = chips.known(chip_name) if ranks == 1 else None  # a ceiling is one chip's
+    if arguments.ceilings and ranks == 1:
         chip = chips.measured(chip_name or "this machine", model.dtype)
     load = Workload(
         prompt_tokens=arguments.prompt_tokens,
@@ -41,16 +42,17 @@ def run(arguments: argparse.Namespace, chip_name: str | None) -> dict[str, Any]:
     weights = mx.get_active_memory()
     passes = time_passes(model, load)
     peak = mx.get_peak_memory()
+    # Of several processes rank 0 would time its own part alone.
+    components = time_components(model, load) if ranks == 1 else {}
     return {
         "prompt_tokens": load.prompt_tokens,
         "canvas_length": model.config.canvas_length,
         "dtype": str(model.dtype).removeprefix("mlx.core."),
         "runs": load.runs,
+        "ranks": ranks,
         "ceiling": None if chip is None else _ceiling(chip),
         "passes": {name: _timing(timing, chip) for name, timing in passes.items()},
-        "components": {
-            name: _timing(timing, chip) for name, timing in time_components(model, load).items()
-        },
+        "components": {name: _timing(timing, chip) for name, timing in components.items()},
         "weights_bytes": weights,
         "peak_bytes_above_weights": peak - weights,
     }
@@ -99,7 +101,9 @@ def show(found: dict[str, Any], console: Console) -> None:
         table.add_row()
     console.print(table)
     ceiling = found["ceiling"]
-    if ceiling is None:
+    if found["ranks"] > 1:
+        note = f"{found['ranks']} processes together; the memory is that of rank 0"
+    elif ceiling is None:
         note = "This chip is not in the table; --ceilings measures what it can do."
     else:
         note = (

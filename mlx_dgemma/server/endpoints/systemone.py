@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
+from collections.abc import Iterator
 from typing import Any
 
 from starlette.requests import Request
 
-from mlx_dgemma.decisions.questions import MAX_LEVELS, MAX_OPTIONS, as_text, read_questions
+from mlx_dgemma.decisions.questions import (
+    MAX_LEVELS,
+    MAX_OPTIONS,
+    QuestionError,
+    as_text,
+    read_questions,
+)
+from mlx_dgemma.errors import InputError
 from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Engine
-from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.images import MAX_IMAGES, count_images
 from mlx_dgemma.server.sampling import check_length, check_model
@@ -19,6 +28,7 @@ from mlx_dgemma.server.sse import unless_gone
 from mlx_dgemma.server.wire import JsonResponse
 
 PATH = "/v1/systemone"
+_PART = re.compile(r"messages\[0\]\.content(?=\[)")
 _FORMATS = ("png", "jpg", "jpeg")
 ALIASES = ("jev-latest",)  # what clients of this interface call the model by default
 
@@ -75,13 +85,17 @@ async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonRe
     if not isinstance(state, str | dict | list):
         raise ApiError(422, "state must be a string, an object or an array.", param="state")
     questions = read_questions(fields.raw("questions"))
+    orders = fields.integer("x_orders") or 2
     state = await asyncio.to_thread(with_assets, state, fields.object("assets"))
-    count_images([{"content": state}])
     check_length(engine, state, "state")
-    decision = await unless_gone(
-        request,
-        engine.decide(state, questions, orders=fields.integer("x_orders") or 2, hold=fields.hold),
-    )
+    with _named_as_the_state():
+        images = count_images([{"content": state}])
+        if images > MAX_IMAGES:
+            why = f"The state has {images} images; {MAX_IMAGES} are the most."
+            raise ApiError(422, why, param="state")
+        decision = await unless_gone(
+            request, engine.decide(state, questions, orders=orders, hold=fields.hold)
+        )
     usage: dict[str, Any] = {
         "input_tokens": decision.prompt_tokens,
         "output_tokens": 0,
@@ -89,6 +103,20 @@ async def system_one(engine: Engine, fields: Fields, request: Request) -> JsonRe
         "x_forwards": decision.forwards,
     }
     return JsonResponse({"model": model, "answers": decision.to_json(), "usage": usage})
+
+
+@contextlib.contextmanager
+def _named_as_the_state() -> Iterator[None]:
+    """What is said of a message's parts inside is said of the state's, which became them."""
+    try:
+        yield
+    except QuestionError:
+        raise
+    except (ApiError, InputError) as error:
+        told = as_api_error(error)
+        told.message = _PART.sub("state", told.message)
+        told.param = told.param and _PART.sub("state", told.param)
+        raise told from None
 
 
 def with_assets(state: Any, assets: Fields | None) -> Any:
@@ -100,6 +128,8 @@ def with_assets(state: Any, assets: Fields | None) -> Any:
         raise ApiError(422, why, param="assets")
     images = {}
     for name in assets.body:
+        if not name:
+            raise ApiError(422, "An asset needs a name: its placeholder.", param="assets")
         asset = assets.object(name)
         content = None if asset is None else asset.text("data_base64")
         if asset is None or content is None:
@@ -110,8 +140,9 @@ def with_assets(state: Any, assets: Fields | None) -> Any:
             "image_url": {"url": f"data:image/{kind};base64,{content}"},
         }
     text = as_text(state) or ""
-    pieces = re.split("|".join(map(re.escape, images)), text)
-    found = re.findall("|".join(map(re.escape, images)), text)
+    names = sorted(images, key=len, reverse=True)  # image-10 is not image-1 and a zero
+    placeholder = re.compile("|".join(map(re.escape, names)))
+    pieces, found = placeholder.split(text), placeholder.findall(text)
     parts: list[dict[str, Any]] = []
     for piece, name in zip(pieces, [*found, None], strict=True):
         if piece.strip():
