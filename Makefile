@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 # Processes that pytest runs in: one per core, or make test JOBS=2. What one file builds once stays
 # with one of them.
 JOBS ?= auto
-PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder --durations=25
 
 demo: $(VENV)/for-demo
 	@$(BIN)/python -m mlx_dgemma generate

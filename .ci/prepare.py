@@ -73,7 +73,7 @@ def compiler() -> None:
     elif importlib.util.find_spec("ziglang"):
         say("the emulator's compiler: zig c++, from the ziglang wheel")
     else:
-        pip("the emulator's compiler: zig c++ (ziglang, 100 MB)", "ziglang>=0.15")
+        pip("the emulator's compiler: zig c++ (ziglang, 100 MB)", "ziglang>=0.15,<0.18")
 
 
 def node_clients() -> None:

@@ -57,8 +57,8 @@ def record(
     from mlx_dgemma.decoding.canvas import CanvasRequest
     from mlx_dgemma.decoding.denoise import denoise_block
     from mlx_dgemma.decoding.draws import SeededDraws
-    from mlx_dgemma.decoding.schedule import temperature
     from mlx_dgemma.decoding.settings import DecodingSettings
+    from mlx_dgemma.decoding.temperature import temperature
     from mlx_dgemma.generate import encode_prompt
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 

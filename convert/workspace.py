@@ -24,6 +24,7 @@ from mlx_dgemma.files import read_json
 from mlx_dgemma.machine.memory import gigabytes
 
 _LOCK = ".lock"
+_REPLACED = ".replaced"  # a checkpoint that is being removed, whose files may be gone already
 # Room for the small files beside the weights.
 _SPARE_BYTES = 64 << 20
 
@@ -58,6 +59,21 @@ def check_disk(folder: Path, size: int) -> None:
             f"{folder}: {gigabytes(needed)} are needed and {gigabytes(free)} are free; "
             "make room or choose another --mlx-path."
         )
+
+
+def _remove_replaced(folder: Path) -> None:
+    """Removes a checkpoint so that, wherever a kill comes, it is known not to be one any more."""
+    marker = folder / _REPLACED
+    with contextlib.suppress(OSError):
+        if os.path.exists(folder / "config.json"):
+            os.rename(folder / "config.json", marker)
+        for path in folder.iterdir():
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            elif path != marker:
+                path.unlink()
+        marker.unlink()
+        folder.rmdir()
 
 
 class Workspace:
@@ -133,12 +149,16 @@ class Workspace:
         whole checkpoint where there is no target, else superseded."""
         name = re.compile(re.escape(self.target.name) + r"\.old-[0-9]+")
         for old in sorted(self.target.parent.iterdir()):
-            if not name.fullmatch(old.name) or not os.path.isfile(old / "config.json"):
+            if not name.fullmatch(old.name):
                 continue
-            if os.path.lexists(self.target):
-                shutil.rmtree(old, ignore_errors=True)
-            else:
+            whole = os.path.isfile(old / "config.json")
+            if os.path.isfile(old / _REPLACED) or (whole and os.path.lexists(self.target)):
+                _remove_replaced(old)
+            elif whole:
                 old.rename(self.target)
+            else:
+                with contextlib.suppress(OSError):
+                    old.rmdir()  # only what is empty: a kill came before its removal's last step
 
     def recover(self, plan: Plan, on_bytes: Callable[[int], None]) -> list[str]:
         """Which shards of an interrupted run can be kept; everything else there is removed.
@@ -222,4 +242,4 @@ class Workspace:
                 self.target / _LOCK
             ).unlink()  # kept until now, so that no other process takes the folder
         if replaced:
-            shutil.rmtree(old, ignore_errors=True)
+            _remove_replaced(old)

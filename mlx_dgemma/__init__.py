@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
     from mlx_dgemma.generate import generate, stream_generate
     from mlx_dgemma.infilling.fill import edit, infill, refine, regenerate
-    from mlx_dgemma.infilling.results import Infill
+    from mlx_dgemma.infilling.filled import Infill
     from mlx_dgemma.replaying import Replay, replay
     from mlx_dgemma.runtime import Runtime
 
@@ -33,7 +33,7 @@ _NAMES = {
     "decisions": ("Choice", "Decision", "Noul", "Score", "decide"),
     "decoding.events": ("Commit", "Draft", "Event", "Finish"),
     "infilling.fill": ("edit", "infill", "refine", "regenerate"),
-    "infilling.results": ("Infill",),
+    "infilling.filled": ("Infill",),
     "replaying": ("Replay", "replay"),
     "checkpoint.loading": ("load",),
     "constraints": ("Constraint",),

@@ -1,4 +1,4 @@
-"""What can go wrong and is the user's to mend.
+"""What can go wrong and the user can fix.
 
     DGemmaError
     ├── InputError         the request: prompt, flag, image, hole, message

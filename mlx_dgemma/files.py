@@ -32,7 +32,7 @@ _OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
 def open_regular(path: str | Path) -> io.BufferedReader:
-    """A regular file, opened for reading; never waits for whoever writes a pipe.
+    """A regular file, opened for reading; never waits for a pipe's writer.
 
     Raises OSError whose strerror says what is wrong, also for what is no regular file.
     """

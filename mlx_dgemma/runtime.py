@@ -26,7 +26,7 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.plan import prepare
 from mlx_dgemma.context.prompt_cache import check_cache
 from mlx_dgemma.decisions import Decision
-from mlx_dgemma.decisions.passes import DecideOptions, decide_turns
+from mlx_dgemma.decisions.label_passes import DecideOptions, decide_turns
 from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.events import Commit, Event

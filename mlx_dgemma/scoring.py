@@ -17,6 +17,7 @@ from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import ContextCache, Model
 from mlx_dgemma.model.network import CHUNK
+from mlx_dgemma.model.prompt_ids import token_ids
 from mlx_dgemma.model.scores import Scores, check_alternatives, scores
 
 
@@ -42,7 +43,7 @@ def prompt_score_turns(
     """`prompt_scores` for a thread that others wait for: yields the tokens read so far after every
     pass, and the Scores last. CancelledError when `cancelled` says so between two passes."""
     check_scorable(model, ids, top_logprobs)
-    tokens = np.array(ids, dtype=np.int32)
+    tokens = token_ids(ids, model.config.text.vocab_size)
     parts = [_nothing_before(top_logprobs)]
     cache = model.make_cache()
     for start, hidden in _passes(model, tokens[:-1], cache):
@@ -72,14 +73,15 @@ def continuation_scores(
         raise InputError("There is no context for these texts: begin it with the bos token.")
     cache = model.make_cache()
     last = mx.zeros((0, 0))
-    for _, hidden in _passes(model, np.array(context, dtype=np.int32), cache):
+    size = model.config.text.vocab_size
+    for _, hidden in _passes(model, token_ids(context, size), cache):
         last = hidden[-1:]
     mx.eval(last)
     before = cache.snapshot()
     found = []
     for continuation in continuations:
         cache.restore(before)
-        tokens = np.array(continuation, dtype=np.int32)
+        tokens = token_ids(continuation, size)
         rows = [last, *(hidden for _, hidden in _passes(model, tokens[:-1], cache))]
         with explained():
             found.append(scores(model, mx.concatenate(rows)[: len(tokens)], tokens, top_logprobs))

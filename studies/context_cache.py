@@ -30,16 +30,16 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma import load
-from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.quality import MAX_TOKENS, SEED, ask
 from mlx_dgemma.benchmark.synthetic import medium_config, published_config
+from mlx_dgemma.benchmark.timing import endless
 from mlx_dgemma.checkpoint import sizes
 from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.decoding.canvas import CanvasRequest
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import SeededDraws
-from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
+from mlx_dgemma.decoding.temperature import temperature
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.kernels.attention import Segment, attend

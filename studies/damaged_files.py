@@ -263,7 +263,7 @@ def _act(action: str, folder: Path, models: _Models, model: Path) -> None:
     from mlx_dgemma.convert.verify import verify
     from mlx_dgemma.errors import CheckpointError
     from mlx_dgemma.model.config import ModelConfig
-    from mlx_dgemma.prompt.images import ImageProcessor
+    from mlx_dgemma.prompt.patches import ImageProcessor
     from mlx_dgemma.prompt.tokenizer import load_tokenizer
 
     if action == "load":

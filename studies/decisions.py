@@ -64,7 +64,7 @@ def read(
     model: Any, tokenizer: Any, prompt: str, labels: list[str], width: int, seed: int
 ) -> np.ndarray:
     """float64 [labels]: the mean of four noises at the reply's first place."""
-    from mlx_dgemma.decisions.passes import NOISES
+    from mlx_dgemma.decisions.label_passes import NOISES
     from mlx_dgemma.decoding.draws import Place, SeededDraws
     from mlx_dgemma.generate import encode_prompt
 

@@ -33,7 +33,6 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma import generate, load
-from mlx_dgemma.benchmark.passes import endless
 from mlx_dgemma.benchmark.synthetic import (
     SLIDING,
     medium_config,
@@ -41,6 +40,7 @@ from mlx_dgemma.benchmark.synthetic import (
     synthetic_config,
     with_layers,
 )
+from mlx_dgemma.benchmark.timing import endless
 from mlx_dgemma.checkpoint.random_weights import synthetic_model
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.model import ContextCache, Model

@@ -30,7 +30,7 @@ from mlx_dgemma.benchmark.versus import compare
 from mlx_dgemma.cli.arguments import positive
 from mlx_dgemma.cli.command import command
 from mlx_dgemma.kernels import dispatch
-from mlx_dgemma.kernels.report import report
+from mlx_dgemma.kernels.verdict_report import report
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.kernel_shapes import kernel_shapes

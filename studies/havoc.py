@@ -125,7 +125,7 @@ class Havoc:
 
 
 def _any_value(rng: random.Random, tokens: Sequence[bytes]) -> int:
-    """Where a value begins: behind a colon, which most are; a few tries."""
+    """Where a value begins: after a colon, which most are; a few tries."""
     for _ in range(9):
         at = rng.randrange(len(tokens))
         before = [token for token in tokens[max(at - 2, 0) : at] if not token.isspace()]

@@ -3,7 +3,7 @@
     python studies/hostile_requests.py --mutator havoc --requests 20000 --seed 1 --runs 5
 
 The server's application runs in this process over a model with a fixed reply: what is tried is
-everything before and behind the model. `structure` damages sound requests by what their fields
+everything around the model. `structure` damages sound requests by what their fields
 mean, `havoc` recorded requests of real clients by AFL's mutations; `schemas`, `pictures` and
 `large` ask for much. Prints one line of JSON a run, with every problem and every long pause of the
 event loop: what was asked, and how long the same takes alone, in new processes. It fails if there

@@ -36,7 +36,7 @@ class Row(NamedTuple):
 def ask(model: Any, tokenizer: Any, example: Any, seed: int) -> Row:
     from mlx_dgemma import Noul, decide, stream_generate
     from mlx_dgemma.decisions.forms import make_forms
-    from mlx_dgemma.decisions.messages import question_messages, state_parts
+    from mlx_dgemma.decisions.question_prompt import question_messages, state_parts
     from mlx_dgemma.decisions.questions import read_questions
 
     asked, reads = {"it": example.question}, {}

@@ -5,13 +5,15 @@
 Starts `mlx_dgemma.server` with the bundled demo checkpoint on a free loopback port, asks a few
 questions one after the other, then lets the clients loose with the same questions and seeds. It
 fails (exit code 1) if a reply differs from its single run, a request gets no answer or another
-than it must, or the server's resident memory grows by more than 5 % after the first third.
+than it must, the server's resident memory grows by more than 5 % after the first third, or it has
+more open files in the end than before.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import socket
 import subprocess
@@ -27,6 +29,7 @@ from http.client import HTTPConnection, HTTPException
 from typing import Any
 
 GROWTH = 0.05
+SPARE_FILES = 8  # connections that are just ending, and the files of threads
 PATIENCE = 300.0  # seconds a client waits: the queue is long and the machine may be busy
 MAX_BODY = 1 << 20
 QUICK = {"max_tokens": 24, "max_denoising_steps": 4, "canvas_length": 16}
@@ -124,6 +127,14 @@ def resident(pid: int) -> int:
     return int(listed.stdout) << 10
 
 
+def open_files(pid: int) -> int:
+    """How many descriptors a process has open; 0 where nobody says."""
+    try:
+        return len(os.listdir(f"/proc/{pid}/fd"))
+    except OSError:
+        return 0
+
+
 @contextmanager
 def server() -> Iterator[tuple[int, int]]:
     """(port, process id) of a server that ends, within a minute, when the block does."""
@@ -174,7 +185,7 @@ def measure(seconds: float, clients: int) -> dict[str, Any]:
             status, answer = post(port, json.dumps(body(question, seed, stream=False)).encode())
             assert status == 200, answer
             expected.append(tokens(answer, False))
-        tally = Tally()
+        tally, opened = Tally(), open_files(pid)
         started = time.monotonic()
         until = started + seconds
         threads = [
@@ -189,12 +200,16 @@ def measure(seconds: float, clients: int) -> dict[str, Any]:
             time.sleep(min(1.0, seconds / 20))
         if not settled(port):
             tally.problems.append("requests are left over")
+        left_open = open_files(pid)
+        if left_open > opened + SPARE_FILES:
+            tally.problems.append(f"{left_open} open files, {opened} before")
     warm = [size for at, size in sizes if at >= seconds / 3]
     return {
         "seconds": round(sizes[-1][0], 1),
         "clients": clients,
         "outcomes": dict(sorted(tally.outcomes.items())),
         "problems": tally.problems[:20],
+        "open_files_before_and_after": (opened, left_open),
         "memory_after_warm_up": warm[0],
         "memory_at_most": max(warm),
         "growth": round(max(warm) / warm[0] - 1, 4),

@@ -3,15 +3,15 @@
     python -m studies.several_macs
 
 Floors: the largest part's arithmetic and bytes at the chip's ceilings, then the step's collectives
-one after another over an assumed link (`benchmark/together.py`). Their number and their bytes are
+one after another over an assumed link (`benchmark/shared_step.py`). Their number and bytes are
 those that two processes of the demo model really exchange (tests/distributed/test_same_ids.py).
 """
 
 from __future__ import annotations
 
 from mlx_dgemma.benchmark.chips import CHIPS
+from mlx_dgemma.benchmark.shared_step import ASSUMED, ring, step_seconds, step_traffic
 from mlx_dgemma.benchmark.synthetic import synthetic_config
-from mlx_dgemma.benchmark.together import ASSUMED, ring, step_seconds, step_traffic
 from mlx_dgemma.model.config import ModelConfig
 
 SIZES = (2, 4)

@@ -1,4 +1,4 @@
-"""Where a test may be skipped for want of an oracle; how property tests draw."""
+"""Where a test may be skipped when an oracle is missing; how property tests draw."""
 
 from __future__ import annotations
 
@@ -39,3 +39,9 @@ def pytest_sessionstart() -> None:
                 f"{name} cannot be imported ({error}), and REQUIRE_ORACLES=1 forbids skipping what "
                 "it is needed for: pip install -e '.[dev,server,clients]'"
             ) from error
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests come first, so that no process is left with one at the end."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)

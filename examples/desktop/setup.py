@@ -1,4 +1,4 @@
-"""py2app's configuration of the example; not run by us, for want of a Mac.
+"""py2app's configuration of the example; not run by us, as we have no Mac.
 
 pip install py2app && python setup.py py2app
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mlx_dgemma import load
 from mlx_dgemma.decisions.forms import GROUP, make_forms
-from mlx_dgemma.decisions.messages import question_messages, state_parts
+from mlx_dgemma.decisions.question_prompt import question_messages, state_parts
 from mlx_dgemma.decisions.questions import read_questions
 from mlx_dgemma.demo.tasks.questions import QUESTIONS, QuestionExample
 

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_dgemma import Commit, Draft, load, stream_generate
-from mlx_dgemma.cli.canvas import Pieces, bars, paint
+from mlx_dgemma.cli.draft_view import Pieces, bars, paint
 from mlx_dgemma.demo.tasks import held_out
 
 WIDTH = 64

@@ -11,7 +11,7 @@ import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
-from mlx_dgemma.benchmark.questions import QUESTIONS, questions
+from mlx_dgemma.benchmark.judged_questions import QUESTIONS, questions
 from mlx_dgemma.decoding.events import Commit, Finish
 from mlx_dgemma.demo.tasks import TASKS, Example, held_out
 from mlx_dgemma.errors import InputError

@@ -102,7 +102,7 @@ _Mark = Callable[[], None]  # called at the beginning of every step, and at the 
 
 
 def _ours(folder: Path, steps: int, prompt_tokens: int, sliced: bool, mark: _Mark) -> int:
-    from mlx_dgemma.benchmark.passes import endless
+    from mlx_dgemma.benchmark.timing import endless
     from mlx_dgemma.checkpoint.weights import load_model
     from mlx_dgemma.decoding.settings import DecodingSettings
 

@@ -18,14 +18,14 @@ from rich.text import Text
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
-from mlx_dgemma.cli.reply import Reply, print_summary, receive
 from mlx_dgemma.cli.session import Session, check_writable, open_session
+from mlx_dgemma.cli.show_reply import Reply, print_summary, receive
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
-from mlx_dgemma.prompt.images import ImageProcessor
 from mlx_dgemma.prompt.media import Medium
 from mlx_dgemma.prompt.messages import check_messages
+from mlx_dgemma.prompt.patches import ImageProcessor
 from mlx_dgemma.prompt.pictures import open_picture
 
 PROMPT = "› "

@@ -1,6 +1,6 @@
 """What every command shares: one-sentence errors, exit codes, and a calm start.
 
-Exit codes: 0 it worked, 2 the user can mend it (one sentence on standard error), 130 Ctrl-C.
+Exit codes: 0 it worked, 2 the user can fix it (one sentence on standard error), 130 Ctrl-C.
 A bug keeps its traceback.
 """
 

@@ -43,5 +43,5 @@ def read_constraint(arguments: argparse.Namespace) -> Constraint | None:
     except OSError as error:
         raise InputError(f"Cannot read the schema {path}: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
-        raise InputError(f"The schema {path} is not JSON: mend the file.") from error
+        raise InputError(f"The schema {path} is not JSON: fix the file.") from error
     return Constraint.json_schema(schema)

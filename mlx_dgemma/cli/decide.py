@@ -12,8 +12,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mlx_dgemma.cli import arguments as flags
-from mlx_dgemma.cli.canvas import printable
 from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
+from mlx_dgemma.cli.draft_view import printable
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     questions = _read_questions(arguments)
 
     from mlx_dgemma.decisions import decide
-    from mlx_dgemma.decisions.passes import check_orders
+    from mlx_dgemma.decisions.label_passes import check_orders
     from mlx_dgemma.decisions.questions import read_questions
 
     # Before the weights: a faulty question should not take a minute.

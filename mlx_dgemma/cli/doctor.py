@@ -21,7 +21,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
     LONGEST_CONTEXT_BYTES,
 )
 from mlx_dgemma.cli import arguments as flags
-from mlx_dgemma.cli import link
+from mlx_dgemma.cli import doctor_link
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
@@ -75,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         check_writable(arguments.report, "report", replaced=True)
     found = examine(machine(), check=arguments.check, audited=arguments.audit)
     if arguments.distributed is not None:
-        found["distributed"] = link.examine(arguments.distributed)
+        found["distributed"] = doctor_link.examine(arguments.distributed)
     text = json.dumps(found, indent=2)
     if arguments.report is not None:
         write_report(arguments.report, found)
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         show(found, Console(highlight=False, markup=False))
         if "distributed" in found:
-            link.show(found["distributed"], Console(highlight=False, markup=False))
+            doctor_link.show(found["distributed"], Console(highlight=False, markup=False))
     return 0
 
 
@@ -97,8 +97,8 @@ def examine(
     audited: audit this model's magnitudes first.
     """
     from mlx_dgemma.checkpoint import audits
-    from mlx_dgemma.kernels.report import age
-    from mlx_dgemma.kernels.report import report as kernels
+    from mlx_dgemma.kernels.verdict_report import age
+    from mlx_dgemma.kernels.verdict_report import report as kernels
 
     if check is not None:
         check_kernels(check)

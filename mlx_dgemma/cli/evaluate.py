@@ -19,8 +19,8 @@ from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark.tables import figures
-from mlx_dgemma.cli.canvas import printable
 from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.cli.draft_view import printable
 from mlx_dgemma.cli.session import check_writable, open_session
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError

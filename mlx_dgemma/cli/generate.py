@@ -17,13 +17,13 @@ from mlx_dgemma.cli import media, summary
 from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
 from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
-from mlx_dgemma.cli.reply import Reply, collect, print_summary, receive
 from mlx_dgemma.cli.session import (
     Session,
     check_writable,
     open_session,
     prepared,
 )
+from mlx_dgemma.cli.show_reply import Reply, collect, print_summary, receive
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.files import read_argument
 

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_dgemma.cli import arguments as flags
-from mlx_dgemma.cli.canvas import printable
 from mlx_dgemma.cli.command import Parser, command, read_stdin, stop_on_interrupt
 from mlx_dgemma.cli.constraint import add_constraint, read_constraint
+from mlx_dgemma.cli.draft_view import printable
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
 from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.errors import CancelledError, InputError

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from mlx_dgemma.cli.canvas import THINKING, Pieces, bars, paint, printable
+from mlx_dgemma.cli.draft_view import THINKING, Pieces, bars, paint, printable
 from mlx_dgemma.decoding.events import Commit, Draft, Event
 
 SEPARATOR = " · "

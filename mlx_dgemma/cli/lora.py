@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments["report"]:
         _write(arguments["report"], json.dumps(prepared.record(), indent=2) + "\n")
     if arguments["plot"]:
-        from mlx_dgemma.training.plot import curves
+        from mlx_dgemma.training.loss_plot import curves
 
         _write(arguments["plot"], curves(prepared.events))
     return 0 if done else INTERRUPTED
@@ -219,7 +219,7 @@ class _shown:  # noqa: N801  (a context manager that reads as a verb)
         self._progress.stop()
 
     def show(self, event: Any) -> None:
-        from mlx_dgemma.training.events import Answered, Evaluated, Report
+        from mlx_dgemma.training.run_events import Answered, Evaluated, Report
 
         self._progress.update(self._task, completed=event.step)
         if isinstance(event, Report):

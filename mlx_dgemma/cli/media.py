@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.prompt.media import Medium
+from mlx_dgemma.prompt.patches import BUDGETS
 from mlx_dgemma.prompt.pictures import open_picture, read_source
 
 STANDARD_INPUT = "standard input"

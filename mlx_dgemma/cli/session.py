@@ -14,7 +14,7 @@ from mlx_dgemma.checkpoint.hub import demo_path
 from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.checkpoint.plan import PLANNED_CONTEXT, Plan, prepare
 from mlx_dgemma.cli.arguments import settings
-from mlx_dgemma.cli.canvas import Pieces
+from mlx_dgemma.cli.draft_view import Pieces
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings

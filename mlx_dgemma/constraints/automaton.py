@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from mlx_dgemma.constraints.expressions import SYMBOLS, Node, Space
+from mlx_dgemma.constraints.groups import symbol_classes
 from mlx_dgemma.constraints.shortest import NEVER, shortest_length
 from mlx_dgemma.constraints.transitions import DEAD, END, Transitions
 from mlx_dgemma.constraints.vocabulary import OTHER_CONTROL, Vocabulary
@@ -34,7 +35,10 @@ class Automaton:
         self._space = space
         self._nodes: list[Node] = [space.none, space.anything]
         self._numbers = {space.none.number: DEAD, space.anything.number: END}
-        self.transitions = Transitions(vocabulary, self._row, lambda state: self.accepting[state])
+        classes = symbol_classes(language)
+        self.transitions = Transitions(
+            vocabulary, self._row, lambda state: bool(self.accepting[state]), classes
+        )
         self.accepting = np.zeros(64, dtype=bool)
         self.accepting[END] = True
         self.least = np.full(64, NEVER, dtype=np.int64)

@@ -7,7 +7,7 @@ Constraint.choice(["yes", "no"])          Constraint.json_object()
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -60,7 +60,8 @@ class Constraint:
     @classmethod
     def choice(cls, texts: Sequence[str]) -> Constraint:
         """One of the texts."""
-        return cls("choice", list(texts) if not isinstance(texts, str) else texts)
+        listed = isinstance(texts, Iterable) and not isinstance(texts, str | bytes)
+        return cls("choice", list(texts) if listed else texts)
 
     @classmethod
     def json_schema(cls, schema: Mapping[str, Any] | bool) -> Constraint:
@@ -97,17 +98,18 @@ class Constraint:
 
     def _compiled(self, tokenizer: Tokenizer, vocab_size: int, before: str, after: str) -> Language:
         space = Space()
-        node, unchecked = self._node(space)
-        node = space.sequence([space.text(before), node, space.text(after)])
-        least = shortest_length(space, node)
-        if least >= NEVER:
-            raise LanguageError("No text satisfies the constraint: take one of its rules out.")
-        if least > _MOST_NEEDED:
-            raise LanguageError(
-                f"The shortest text that satisfies the constraint has {least} bytes; "
-                f"{_MOST_NEEDED} are the most."
-            )
-        _look_ahead(space, node)
+        with space.bounded():
+            node, unchecked = self._node(space)
+            node = space.sequence([space.text(before), node, space.text(after)])
+            least = shortest_length(space, node)
+            if least >= NEVER:
+                raise LanguageError("No text satisfies the constraint: take one of its rules out.")
+            if least > _MOST_NEEDED:
+                raise LanguageError(
+                    f"The shortest text that satisfies the constraint has {least} bytes; "
+                    f"{_MOST_NEEDED} are the most."
+                )
+            _look_ahead(space, node)
         automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
         free = self.kind == "tool_calls" and not self.value.forced
         return Language(automaton, unchecked, tokenizer.ids.get("stc") if free else None)
@@ -162,9 +164,11 @@ def _choices(texts: Any) -> list[bytes]:
 
 def _check_schema(schema: Any) -> None:
     try:
-        size = len(json.dumps(schema))
+        size = len(json.dumps(schema, allow_nan=False))
     except (TypeError, ValueError, RecursionError):
-        raise LanguageError("The schema cannot be written as JSON.") from None
+        raise LanguageError(
+            "The schema cannot be written as JSON: leave out what JSON has no form for."
+        ) from None
     if size > _MOST_CHARACTERS:
         raise LanguageError(
             f"The schema has {size} characters as JSON; {_MOST_CHARACTERS} are the most."

@@ -11,7 +11,8 @@ Source: Brzozowski, "Derivatives of Regular Expressions", JACM 1964; Owens, Repp
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import ClassVar, NamedTuple, cast
 
 from mlx_dgemma.errors import LanguageError
@@ -20,6 +21,9 @@ SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
 # Expressions that one language may need, the states met while it is walked included.
 MOST_EXPRESSIONS = 60_000
+# Expressions and moves that may be looked at before it is walked; five million take four seconds
+# here. Counted, not timed: a busy machine refuses nothing.
+MOST_WORK = 5_000_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
 
@@ -64,12 +68,27 @@ class Space:
     def __init__(self, most: int = MOST_EXPRESSIONS) -> None:
         self._known: dict[tuple[object, ...], Node] = {}
         self._most = most
+        self._work, self._most_work = 0, float("inf")
         self.none = self._make("none", (), False, 0)
         self.empty = self._make("empty", (), True, 0)
         self.anything = self.repeat(self.symbols(EVERYTHING), 0)
 
     def __len__(self) -> int:
         return len(self._known)
+
+    @contextmanager
+    def bounded(self) -> Iterator[None]:
+        """LanguageError where what is made inside takes more than MOST_WORK."""
+        self._most_work = self._work + MOST_WORK
+        try:
+            yield
+        finally:
+            self._most_work = float("inf")
+
+    def _charge(self, count: int) -> None:
+        self._work += count
+        if self._work > self._most_work:
+            raise LanguageError("The constraint takes too long to prepare: make it simpler.")
 
     def symbols(self, mask: int) -> Node:
         """One symbol of the mask."""
@@ -122,6 +141,7 @@ class Space:
         if singles:
             single = self.symbols(singles)
             chosen[single.number] = single
+        self._charge(len(chosen) // 16)
         if len(chosen) > _MOST_ALTERNATIVES:
             raise LanguageError(
                 f"The constraint has more than {_MOST_ALTERNATIVES} alternatives at once: "
@@ -286,6 +306,7 @@ class Space:
         parts: list[tuple[int, list[Node]]] = []
         for moves in several:
             for mask, target in moves:
+                self._charge(len(parts) // 4)
                 rest, split = mask, []
                 for known, targets in parts:
                     common = known & rest
@@ -322,6 +343,7 @@ class Space:
         low: int = 0,
         high: int = 0,
     ) -> Node:
+        self._charge(1)
         key = (kind, *(child.number for child in children), -1, low, high)
         if kind in ("set", "none", "empty"):
             key = (kind, mask)

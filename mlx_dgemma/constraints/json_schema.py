@@ -17,7 +17,14 @@ from typing import Any
 from mlx_dgemma.constraints.expressions import UNBOUNDED, Node, Space
 from mlx_dgemma.constraints.formats import FORMATS
 from mlx_dgemma.constraints.json_text import JsonText
-from mlx_dgemma.constraints.keywords import apart, bounds, count, decimal, is_of_type
+from mlx_dgemma.constraints.keywords import (
+    apart,
+    bounds,
+    check_shapes,
+    count,
+    decimal,
+    is_of_type,
+)
 from mlx_dgemma.constraints.merging import merged
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
@@ -74,6 +81,7 @@ class SchemaLanguage:
             return self.space.none
         if not isinstance(schema, Mapping):
             raise LanguageError(f"A schema is an object or a boolean, not {schema!r:.40}.")
+        check_shapes(schema)
         opened = self._open | {id(schema)}
         if id(schema) in self._open:
             # The same schema inside itself: one level of recursion less is left.
@@ -144,10 +152,8 @@ class SchemaLanguage:
         """What stands beside the references and allOf of a schema, and what these hold."""
         siblings = {k: v for k, v in schema.items() if k not in ("$ref", "allOf")}
         parts = [self.resolve(schema["$ref"])] if "$ref" in schema else []
-        inner = schema.get("allOf", [])
-        if not isinstance(inner, list):
-            raise LanguageError("allOf is a list of schemas.")
-        return siblings, [*parts, *inner]
+        check_shapes(schema)
+        return siblings, [*parts, *schema.get("allOf", [])]
 
     def resolve(self, reference: Any) -> Any:
         """What a reference inside the root points at."""
@@ -210,8 +216,10 @@ class SchemaLanguage:
 
     def _without(self, schema: Mapping[str, Any], node: Node) -> Node:
         unwanted = schema.get("not")
-        if unwanted is None:
+        if unwanted is None or unwanted is False:
             return node
+        if unwanted is True:
+            return self.space.none
         values = unwanted.get("enum", [unwanted["const"]] if "const" in unwanted else None)
         if isinstance(values, list) and all(isinstance(v, str | bool | None) for v in values):
             return self.space.both([node, self.space.without(self.text.constants(values))])
@@ -236,8 +244,8 @@ class SchemaLanguage:
                 conditions.append(text.inside.search(schema["pattern"]))
             except UnsupportedError:
                 self.unchecked["pattern"] = None
-        elif schema.get("format") in FORMATS:
-            conditions.append(text.inside.full(FORMATS[schema["format"]]))
+        elif isinstance(name := schema.get("format"), str) and name in FORMATS:
+            conditions.append(text.inside.full(FORMATS[name]))
         low, high = count(schema, "minLength") or 0, count(schema, "maxLength")
         if low or high is not None or not conditions:
             conditions.append(
@@ -248,8 +256,7 @@ class SchemaLanguage:
     def _integer(self, schema: Mapping[str, Any], depth: int) -> Node:
         low, high = bounds(schema, 1)
         multiple = schema.get("multipleOf", 1)
-        whole = is_of_type(multiple, "number") and multiple > 0 and float(multiple).is_integer()
-        if not whole or multiple > 1000:
+        if not is_of_type(multiple, "integer") or not 0 < multiple <= 1000:
             self.unchecked["multipleOf"] = None
             multiple = 1
         first = None if low is None else math.ceil(low)
@@ -297,8 +304,6 @@ class SchemaLanguage:
         space, text = self.space, self.text
         properties = schema.get("properties", {})
         required = schema.get("required", [])
-        if not isinstance(properties, Mapping) or not isinstance(required, list):
-            raise LanguageError("properties is an object and required a list of names.")
         members = [
             (self._member(text.key(name), inner, depth), name in required)
             for name, inner in text.order(properties)

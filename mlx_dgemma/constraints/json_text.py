@@ -91,7 +91,8 @@ class JsonText:
         texts = [json.dumps(value, ensure_ascii=False)]
         if isinstance(value, dict | list):
             texts.append(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
-        return [text.encode() for text in dict.fromkeys(texts)]
+        # Half of a surrogate pair has no UTF-8: it is escaped.
+        return [text.encode("utf-8", "backslashreplace") for text in dict.fromkeys(texts)]
 
     def value(self, depth: int = ANY_DEPTH) -> Node:
         """Any value whose arrays and objects nest at most `depth` deep."""

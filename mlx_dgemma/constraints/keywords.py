@@ -9,6 +9,32 @@ from typing import Any
 
 from mlx_dgemma.errors import LanguageError
 
+_NUMBER = "a number"
+# The keywords of whose values the shape matters, the types of these, and their name.
+_SHAPES: dict[str, tuple[tuple[type, ...], str]] = {
+    **dict.fromkeys(("properties", "patternProperties"), ((Mapping,), "an object")),
+    **dict.fromkeys(("prefixItems", "required", "enum"), ((list,), "a list")),
+    **dict.fromkeys(("anyOf", "oneOf", "allOf"), ((list,), "a list of schemas")),
+    **dict.fromkeys(("minimum", "maximum"), ((int, float, type(None)), _NUMBER)),
+    **dict.fromkeys(("minLength", "maxLength"), ((int, float, type(None)), _NUMBER)),
+    **dict.fromkeys(("minItems", "maxItems"), ((int, float, type(None)), _NUMBER)),
+    **dict.fromkeys(("minProperties", "maxProperties"), ((int, float, type(None)), _NUMBER)),
+    **dict.fromkeys(("exclusiveMinimum", "exclusiveMaximum"), ((int, float, type(None)), _NUMBER)),
+    "not": ((Mapping, bool, type(None)), "a schema"),
+}
+
+
+def check_shapes(schema: Mapping[str, Any]) -> None:
+    """LanguageError for a keyword whose value is of no use."""
+    if not all(isinstance(name, str) for name in schema):
+        raise LanguageError("A schema has a name that is no text.")
+    for name, (types, form) in _SHAPES.items():
+        if name in schema and not isinstance(schema[name], types):
+            raise LanguageError(f"{name} is {schema[name]!r:.40}: use {form}.")
+    for name in schema.get("required", ()):
+        if not isinstance(name, str):
+            raise LanguageError(f"required lists {name!r:.40}: use names of properties.")
+
 
 def count(schema: Mapping[str, Any], name: str) -> int | None:
     value = schema.get(name)
@@ -20,7 +46,7 @@ def count(schema: Mapping[str, Any], name: str) -> int | None:
 
 
 def decimal(value: Any, name: str) -> Decimal:
-    if not is_of_type(value, "number") or not math.isfinite(value):
+    if not is_of_type(value, "number") or value in (math.inf, -math.inf) or value != value:
         raise LanguageError(f"{name} is {value!r:.40}: use a number.")
     found = Decimal(repr(value))
     if name == "multipleOf" and found <= 0:
@@ -89,6 +115,6 @@ def _constants(option: Mapping[str, Any]) -> dict[str, list[Any]]:
 def is_of_type(value: Any, kind: str) -> bool:
     if kind in ("integer", "number"):
         number = isinstance(value, int | float) and not isinstance(value, bool)
-        return number and (kind == "number" or float(value).is_integer())
+        return number and (kind == "number" or isinstance(value, int) or value.is_integer())
     types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     return isinstance(value, types[kind])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from mlx_dgemma.constraints.keywords import check_shapes
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 _ANNOTATIONS = frozenset(
@@ -28,6 +29,7 @@ def merged(schemas: list[Any]) -> Any:
             continue
         if not isinstance(schema, Mapping):
             raise LanguageError(f"A schema is an object or a boolean, not {schema!r:.40}.")
+        check_shapes(schema)
         result = _pair(result, dict(schema))
     return result
 
@@ -63,6 +65,8 @@ def _both(key: str, ours: Any, theirs: Any) -> Any:
         return _types(ours, theirs)
     if key == "enum":
         return [value for value in ours if value in theirs]
+    if None in (ours, theirs) and key in (*_LARGER, *_SMALLER):
+        return theirs if ours is None else ours
     if key in _LARGER:
         return max(ours, theirs)
     if key in _SMALLER:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from mlx_dgemma.constraints.expressions import SYMBOLS
+from mlx_dgemma.constraints.groups import MOST_LOOPS, Groups
 from mlx_dgemma.constraints.vocabulary import Vocabulary
 
 DEAD, END = 0, 1  # states: nothing can follow; everything may
@@ -30,9 +31,8 @@ _CHARACTERS = (
 class Transitions:
     """An id's symbols lead from state to state by the states' rows, int32 [SYMBOLS] each.
 
-    build: makes a state's row. accepts: whether a text may end in a state. What is known of an id
-    is a column: its number, its first two symbols, and which symbols come later, for most ids end
-    in a state that those lead back to.
+    build: makes a state's row. accepts: whether a text may end in a state. classes: of symbols that
+    no state tells apart. An id that is known has a column; those that came together are in groups.
     """
 
     def __init__(
@@ -40,8 +40,10 @@ class Transitions:
         vocabulary: Vocabulary,
         build: Callable[[int], np.ndarray],
         accepts: Callable[[int], bool],
+        classes: np.ndarray,
     ) -> None:
         self._vocabulary, self._build, self._accepts = vocabulary, build, accepts
+        self._classes = classes
         self._rows = np.zeros((_STATES, SYMBOLS), dtype=np.int32)
         self._has_row = np.zeros(_STATES, dtype=bool)
         self._has_row[DEAD] = self._has_row[END] = True
@@ -49,17 +51,20 @@ class Transitions:
         self._open = np.zeros((_STATES, 3), dtype=np.uint64)  # of `Vocabulary.later`
         self._judged = np.zeros(_STATES, dtype=bool)
         self._judged[DEAD] = True
+        self._loops: list[np.ndarray] = []  # what leads some state back to itself
+        self._loop = np.full(_STATES, -1, dtype=np.int64)
         self._column = np.full(vocabulary.size, -1, dtype=np.int32)
-        self._ids = np.zeros(0, dtype=np.int64)
-        self._first, self._second = (np.zeros(0, dtype=np.int64) for _ in range(2))
+        self._count = 0  # of columns
+        self._groups: list[tuple[int, Groups]] = []  # and their first columns
         self._kept = np.zeros((_STATES, _IDS), dtype=np.int16)
         self._walked = np.zeros(_STATES, dtype=np.int64)  # columns that are known, by state
 
     @property
     def nbytes(self) -> int:
-        arrays = (self._rows, self._has_row, self._open, self._judged, self._column, self._ids)
-        more = (self._first, self._second, self._kept, self._walked)
-        return sum(array.nbytes for array in (*arrays, *more))
+        arrays = (self._rows, self._has_row, self._open, self._judged, self._column)
+        more = (self._kept, self._walked, self._loop)
+        groups = [array for _, one in self._groups for array in (one.ids, one.group)]
+        return sum(array.nbytes for array in (*arrays, *more, *groups))
 
     def row(self, state: int) -> np.ndarray:
         """int32 [SYMBOLS]: where each symbol leads."""
@@ -78,6 +83,7 @@ class Transitions:
         self._has_row = np.concatenate([self._has_row, np.zeros(more, dtype=bool)])
         self._open = np.concatenate([self._open, np.zeros((more, 3), dtype=np.uint64)])
         self._judged = np.concatenate([self._judged, np.zeros(more, dtype=bool)])
+        self._loop = np.concatenate([self._loop, np.full(more, -1, dtype=np.int64)])
         wider = np.zeros((more, self._kept.shape[1]), dtype=np.int16)
         self._kept = np.concatenate([self._kept, wider])
         self._walked = np.concatenate([self._walked, np.zeros(more, dtype=np.int64)])
@@ -103,7 +109,7 @@ class Transitions:
             if columns.min(initial=0) < 0:
                 self.prepare(ids)
                 continue
-            unknown = self._walked.take(states) < self._ids.size
+            unknown = self._walked.take(states) < self._count
             if not unknown.any():
                 return columns.astype(np.intp)
             for state in states[unknown].tolist():
@@ -116,16 +122,14 @@ class Transitions:
         fresh = np.flatnonzero(wanted & (self._column < 0))
         if not fresh.size:
             return
-        if (self._ids.size + fresh.size) * len(self._kept) > _MOST_KEPT:
+        if (self._count + fresh.size) * len(self._kept) > _MOST_KEPT:
             self._forget()
             fresh = np.flatnonzero(wanted)
-        known, count = self._ids.size, self._ids.size + fresh.size
+        known, count = self._count, self._count + fresh.size
         self._column[fresh] = np.arange(known, count)
-        symbols, begin = self._vocabulary.symbols, self._vocabulary.offsets[fresh]
-        longer = np.minimum(begin + 1, symbols.size - 1)
-        self._ids = np.concatenate([self._ids, fresh])
-        self._first = np.concatenate([self._first, symbols[begin]])
-        self._second = np.concatenate([self._second, symbols[longer]])
+        groups = Groups(self._vocabulary, fresh, self._classes, self._loops)
+        self._groups.append((known, groups))
+        self._count = count
         if count > self._kept.shape[1]:
             room = max(count, min(2 * count, _MOST_KEPT // len(self._kept)))
             wider = np.zeros((len(self._kept), room), dtype=np.int16)
@@ -135,51 +139,62 @@ class Transitions:
     def _forget(self) -> None:
         """Drops the walked transitions; they are walked again by need."""
         self._column[:] = -1
-        self._ids, self._first, self._second = (np.zeros(0, dtype=np.int64) for _ in range(3))
+        self._count, self._groups = 0, []
         self._kept = np.zeros((len(self._kept), _IDS), dtype=np.int16)
         self._walked[:] = 0
 
     def _fill(self, state: int) -> None:
         """Walks every id that has a column from a state."""
-        ids, known = self._ids, int(self._walked[state])
+        known = int(self._walked[state])
         if state == END:
             self._kept[END] = END
-        elif state != DEAD:
-            found = self._walk(state, known)
-            if ids is not self._ids:  # forgotten on the way
+        for place, (begin, groups) in enumerate(self._groups):
+            if begin < known or state in (DEAD, END):
+                continue
+            if groups.loops < len(self._loops):
+                groups = Groups(self._vocabulary, groups.ids, self._classes, self._loops)
+                self._groups[place] = begin, groups
+            listed = self._groups
+            found = self._walk(state, groups)
+            if listed is not self._groups:  # forgotten on the way
                 return
-            self._kept[state, known : ids.size] = found
-        self._walked[state] = ids.size
+            self._kept[state, begin : begin + found.size] = found
+        self._walked[state] = self._count
 
-    def _walk(self, state: int, known: int) -> np.ndarray:
-        """int16: where the ids from the column `known` on lead."""
-        vocabulary, ids = self._vocabulary, self._ids[known:]
-        found = np.zeros(ids.size, dtype=np.int16)
-        here = self.row(state).take(self._first[known:])
-        going = np.flatnonzero(here)
-        here, some = here[going], ids[going]
-        length = vocabulary.lengths.take(some)
-        done = length == 1
-        found[going[done]] = here[done]
-        left = np.flatnonzero(~done)
-        going, some, length = going[left], some[left], length[left]
-        here = self._step(here[left], self._second[known:].take(going))
-        at, later = vocabulary.offsets.take(some) + 2, vocabulary.later_from.take(some)
-        end = at + length - 2
-        while True:
-            done = (at == end) | (here == DEAD)
-            ready = np.flatnonzero((at == later) & ~done)
-            done[ready] = self._back(here[ready], some[ready])
-            found[going[done]] = here[done]
-            left = np.flatnonzero(~done)
-            if not left.size:
-                break
-            going, some, here, at = going[left], some[left], here[left], at[left]
-            end, later = end[left], later[left]
-            here = self._step(here, vocabulary.symbols.take(at))
-            at += 1
-        stops = np.flatnonzero(vocabulary.is_stop.take(ids))
-        found[stops] = END if self._accepts(state) else DEAD
+    def _walk(self, state: int, groups: Groups) -> np.ndarray:
+        """int16 [n]: where ids lead; one of each group is walked, and others where they part."""
+        vocabulary, one = self._vocabulary, groups.one
+        led = np.zeros(one.size, dtype=np.int64)
+        led[:] = state
+        going = np.arange(one.size)
+        at, end = vocabulary.offsets.take(one), vocabulary.later_from.take(one)
+        while going.size:
+            here = self._step(led[going], vocabulary.symbols.take(at[going]))
+            led[going] = here
+            at[going] += 1
+            going = going[(here != DEAD) & (at[going] < end[going])]
+        longer = (end < vocabulary.offsets.take(one + 1)) & (led != DEAD)
+        self._judge_all(led)
+        loop = self._loop.take(led)
+        held = (loop >= 0) & (groups.held >> np.maximum(loop, 0) & 1 > 0)
+        found = led.take(groups.group)
+        parting = longer & ~held
+        if parting.any():
+            going = np.flatnonzero(parting.take(groups.group))
+            found[going] = self._go_on(found[going], groups.ids[going])
+        found[groups.stops] = END if self._accepts(state) else DEAD
+        return found.astype(np.int16)
+
+    def _go_on(self, here: np.ndarray, ids: np.ndarray) -> np.ndarray:
+        """Where the later symbols of each id lead its state."""
+        vocabulary = self._vocabulary
+        at, end = vocabulary.later_from.take(ids), vocabulary.offsets.take(ids + 1)
+        found, going = here.copy(), np.flatnonzero(~self._back(here, ids))
+        while going.size:
+            here = self._step(found[going], vocabulary.symbols.take(at[going]))
+            found[going] = here
+            at[going] += 1
+            going = going[(here != DEAD) & (at[going] < end[going])]
         return found
 
     def _step(self, states: np.ndarray, symbols: np.ndarray) -> np.ndarray:
@@ -190,9 +205,6 @@ class Transitions:
 
     def _back(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """bool [n]: whether all later symbols of each id lead its state back to itself."""
-        for state in np.flatnonzero(np.bincount(states, minlength=1)).tolist():
-            if not self._judged[state]:
-                self._judge(state)
         closed = ~self._open
         later = self._vocabulary.later
         found = np.ones(ids.size, dtype=bool)
@@ -200,12 +212,22 @@ class Transitions:
             found &= (later[part].take(ids) & closed[:, part].take(states)) == 0
         return found
 
+    def _judge_all(self, states: np.ndarray) -> None:
+        if not self._judged.take(states).all():
+            for state in np.unique(states).tolist():
+                if not self._judged[state]:
+                    self._judge(state)
+
     def _judge(self, state: int) -> None:
         row = self.row(state)
         back = row[:128] == state
         if back.sum() >= _OPEN:
             whole = row[_CHARACTERS[0][0] : _CHARACTERS[-1][1] + 1].all() and self._returns(state)
             self._open[state] = [*np.packbits(back, bitorder="little").view("<u8"), whole]
+            same = [n for n, loop in enumerate(self._loops) if (loop == self._open[state]).all()]
+            if same or len(self._loops) < MOST_LOOPS:
+                self._loop[state] = same[0] if same else len(self._loops)
+                self._loops += [] if same else [self._open[state].copy()]
         self._judged[state] = True
 
     def _returns(self, state: int) -> bool:

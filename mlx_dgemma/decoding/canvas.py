@@ -41,7 +41,7 @@ class Pins:
     def from_template(cls, template: Sequence[int | None]) -> Pins:
         """Pins the integers of `template`; None marks a free position."""
         mask = np.array([token is not None for token in template], dtype=bool)
-        ids = np.array([token or 0 for token in template], dtype=np.int32)
+        ids = np.array([token or 0 for token in template])  # `initial` looks at what they are
         return cls(ids, mask)
 
 

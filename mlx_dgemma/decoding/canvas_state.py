@@ -13,11 +13,11 @@ from typing import TYPE_CHECKING
 import mlx.core as mx
 import numpy as np
 
-from mlx_dgemma.decoding import schedule
 from mlx_dgemma.decoding.active_positions import ActivePositions
 from mlx_dgemma.decoding.canvas import CanvasRequest, PinArrays, pinned_positions, stack_pins
 from mlx_dgemma.decoding.draws import Place
 from mlx_dgemma.decoding.settings import DecodingSettings, PositionsRule
+from mlx_dgemma.decoding.temperature import temperature
 from mlx_dgemma.model.canvas_subset import Held, Subset
 
 if TYPE_CHECKING:
@@ -126,8 +126,8 @@ class CanvasState:
         n, t_min, t_max = settings.max_denoising_steps, settings.t_min, settings.t_max
         first = int(self.remaining[0])
         if (self.remaining == first).all():
-            return schedule.temperature(first, n, t_min, t_max)
-        each = [schedule.temperature(int(step), n, t_min, t_max) for step in self.remaining]
+            return temperature(first, n, t_min, t_max)
+        each = [temperature(int(step), n, t_min, t_max) for step in self.remaining]
         return mx.array(np.repeat(np.array(each, dtype=np.float32), self.canvas.shape[1]))
 
     def settled_after(self, draft: mx.array) -> mx.array:

@@ -23,8 +23,8 @@ import numpy as np
 from mlx_dgemma.constraints.automaton import Automaton
 from mlx_dgemma.constraints.transitions import END
 from mlx_dgemma.decoding.candidates import Distributions
+from mlx_dgemma.decoding.forward_backward import Messages
 from mlx_dgemma.decoding.lattice import explore
-from mlx_dgemma.decoding.messages import Messages
 
 # States followed per position: the most probable, and those nearest to an end of the text.
 MOST_STATES = 32

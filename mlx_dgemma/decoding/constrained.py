@@ -166,7 +166,10 @@ class _View:
         found, raw = self._seen.logits.candidates(self._rows)
         ids = np.array(found, dtype=np.int64)
         p = self._tempered(raw)
-        order = np.argsort(-p, axis=1, kind="stable")
+        if p.shape[1] > _MOST:
+            some = np.argpartition(-p, _MOST, axis=1)[:, :_MOST]
+            ids, p = np.take_along_axis(ids, some, 1), np.take_along_axis(p, some, 1)
+        order = np.argsort(-p, axis=1)
         ids, p = np.take_along_axis(ids, order, 1), np.take_along_axis(p, order, 1)
         count = min(max(int((p >= _LEAST).sum(axis=1).max()), _ALWAYS), _MOST)
         p = np.where(p >= _LEAST, p, 0)
@@ -215,9 +218,9 @@ def _mixture(seen: Prediction, found: dict[int, Conditioned]) -> Mixture | None:
     ids = np.zeros((batch, length, count), dtype=np.int32)
     weights = np.zeros((batch, length, count), dtype=np.float32)
     for line, one in found.items():
-        order = np.argsort(-np.abs(one.weights), axis=1, kind="stable")[:, :count]
-        some = order.shape[1]
-        plain[line] = one.plain
-        ids[line, :, :some] = np.take_along_axis(one.ids, order, 1)
-        weights[line, :, :some] = np.take_along_axis(one.weights, order, 1)
+        plain[line], own, own_ids = one.plain, one.weights, one.ids
+        if own.shape[1] > count:
+            most = np.argpartition(-np.abs(own), count, axis=1)[:, :count]
+            own, own_ids = np.take_along_axis(own, most, 1), np.take_along_axis(own_ids, most, 1)
+        ids[line, :, : own.shape[1]], weights[line, :, : own.shape[1]] = own_ids, own
     return Mixture(mx.array(plain), mx.array(ids), mx.array(weights))

@@ -25,7 +25,7 @@ from mlx_dgemma.decoding.report import Numbers, Report
 from mlx_dgemma.decoding.sampler import Decision, StepInput, make_sampler
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.step import Step
-from mlx_dgemma.decoding.stopping import stop_rules
+from mlx_dgemma.decoding.stopping import AllAccepted, StableAndConfident, stop_rules
 from mlx_dgemma.errors import NumericsError
 from mlx_dgemma.kernels.sparse_embeddings import Survivors
 
@@ -66,7 +66,7 @@ def denoise_block(
     state = CanvasState.initial(
         requests, fresh, length, vocab_size, steps, positions=settings.positions
     )
-    stable, accepted = stop_rules(settings)
+    rules = stop_rules(settings)
     results = untouched(state, alternatives=alternatives)
     state.keep(state.remaining > 0)
     model.await_context(cache, length)
@@ -76,12 +76,7 @@ def denoise_block(
         done = outcome.as_step(state)
         numbers = outcome.report.read()
         _check_finite(numbers, state)
-        state.repeats = stable.count(state.repeats, numbers.repeated)
-        converged = stable(state.repeats, numbers.mean_entropy)
-        fallen = None if state.active is None else state.active.fallen
-        converged |= accepted(numbers.complete, numbers.mean_entropy, fallen)
-        if state.active is not None:
-            converged &= ~active_steps.hold_back(state, outcome.seen, numbers, converged, settings)
+        converged = _converged(rules, state, outcome, numbers, settings)
         ended = converged | state.last
         results |= finished(
             state, ended, converged, outcome.seen, outcome.settled, alternatives=alternatives
@@ -90,9 +85,7 @@ def denoise_block(
             advance(model, state, outcome, numbers)
         state.keep(~ended)
         if state.rows:
-            state.begun = model.begin(state.canvas, cache, state.signal, held=state.held)
-            if state.active is not None:
-                mx.async_eval(state.active.kept)
+            _begin(model, cache, state)
         yield done
     return [results[row] for row in range(len(requests))]
 
@@ -177,6 +170,31 @@ def advance(model: Model, state: CanvasState, outcome: Outcome, numbers: Numbers
     state.taken, state.remaining = state.taken + 1, state.remaining - 1
 
 
+def _converged(
+    rules: tuple[StableAndConfident, AllAccepted],
+    state: CanvasState,
+    outcome: Outcome,
+    numbers: Numbers,
+    settings: DecodingSettings,
+) -> np.ndarray:
+    """bool [b]: which rows are done by either rule; `state` counts this step's repeated drafts."""
+    stable, accepted = rules
+    state.repeats = stable.count(state.repeats, numbers.repeated)
+    converged = stable(state.repeats, numbers.mean_entropy)
+    fallen = None if state.active is None else state.active.fallen
+    converged |= accepted(numbers.complete, numbers.mean_entropy, fallen)
+    if state.active is not None:
+        converged &= ~active_steps.hold_back(state, outcome.seen, numbers, converged, settings)
+    return converged
+
+
+def _begin(model: Model, cache: ContextCache, state: CanvasState) -> None:
+    """Sends the first layers of the step that comes next."""
+    state.begun = model.begin(state.canvas, cache, state.signal, held=state.held)
+    if state.active is not None:
+        mx.async_eval(state.active.kept)
+
+
 def _step_input(model: Model, state: CanvasState, seen: Prediction) -> StepInput:
     length, vocab_size = state.canvas.shape[1], model.config.text.vocab_size
     sources = zip(state.requests, state.places, strict=True)
@@ -199,6 +217,6 @@ def _check_finite(numbers: Numbers, state: CanvasState) -> None:
     place = state.places[int(numbers.finite.argmin())]
     raise NumericsError(
         f"The network's logits are not finite at block {place.block}, denoising step {place.step}: "
-        "the weights are damaged or the precision is too low; verify the checkpoint, or compute in "
-        "another dtype."
+        "the weights are damaged or the precision is too low; check the weights with "
+        "`mlx_dgemma.convert verify`, or compute in another dtype."
     )

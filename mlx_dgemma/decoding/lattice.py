@@ -105,6 +105,7 @@ class _Walk:
         self._candidates = Candidates(automaton, seen)
         self._layers: list[Layer] = []
         self._windows: list[Window] = []
+        self._gathered: set[int] = set()  # skeletons whose ids' probabilities are there
         self._ahead = 2  # positions of a window where nothing is remembered
         if memory.stood and not seen.whole:
             stood = np.unique(np.concatenate([*memory.stood.values()]))
@@ -112,47 +113,45 @@ class _Walk:
 
     def step(self, at: int, states: np.ndarray, weights: np.ndarray) -> np.ndarray:
         """Adds a layer; float64 [states]: the mass of each state after it."""
-        candidates = self._candidates
-        skeleton = self._memory.skeleton(states)
-        candidates.gather(skeleton.places)
+        candidates, skeleton = self._candidates, self._memory.skeleton(states)
+        if id(skeleton) not in self._gathered:
+            candidates.gather(skeleton.places)
+            self._gathered.add(id(skeleton))
         window = None if self._whole else self._window(at, states)
         count = len(self._automaton)
         row = candidates.listed[at]
         listed = row.take(skeleton.pairs)
-        top = float(listed.max(initial=0))
-        spread = np.zeros(count)
-        spread[states] = weights
+        came = own = np.zeros(0)
         if window is not None:
-            came = spread.take(window.source)
-            top = max(top, float((window.best[at - window.begin] * (came > 0)).max(initial=0)))
-        top = top or 1.0
-        floor = top * _FLOOR
-        if candidates.doubled[at]:
+            spread = np.zeros(count)
+            spread[states] = weights
+            came, own = spread.take(window.source), window.sums[at - window.begin]
+        top, floor, rest = 1.0, 0.0, 0.0
+        if min(candidates.least[at], np.minimum.reduce(listed, initial=1)) < _FLOOR:
+            best = 0 if window is None else window.best[at - window.begin] * (came > 0)
+            top = max(listed.max(initial=0), np.max(best, initial=0)) or 1.0
+            floor = top * _FLOOR
             listed = np.where(listed > 0, np.maximum(listed, floor), 0)
+            if window is not None and candidates.least[at] < floor:
+                window.raised(at, floor)
+            weights_here, came = weights / top, came / top
         else:
-            np.maximum(listed, floor, out=listed)
-        sums, best = np.zeros(0), np.zeros(0)
+            weights_here = weights
+        sums = best = np.zeros(0)
         if listed.size:
             sums = np.add.reduceat(listed, skeleton.first)
             best = np.maximum.reduceat(listed, skeleton.first)
-        flow = (weights / top).take(skeleton.source) * sums
-        mass = np.bincount(skeleton.target, flow, count)
+        mass = np.bincount(skeleton.target, weights_here.take(skeleton.source) * sums, count)
         if window is not None:
-            if candidates.least[at] < floor:
-                window.raised(at, floor)
-            flow = came * (window.sums[at - window.begin] / top)
-            mass += np.bincount(window.target, flow, count)
-        mass[END] += spread[END] / top
-        rest, aside = 0.0, skeleton.typical
-        if not self._whole:
-            rest = 1 - float(candidates.total[at]) - float(row.take(skeleton.places).sum())
+            mass += np.bincount(window.target, came * own, count)
+            rest = max(1 - candidates.total[at] - np.add.reduce(row.take(skeleton.places)), 0.0)
+        mass[END] += weights_here[states == END].sum()
+        aside = skeleton.typical
         if rest > 0:  # what no id stands for goes where some id goes
             aside = np.where(mass.take(aside) > 0, aside, DEAD)
-            mass += np.bincount(aside, weights * (rest / top), count)
+            mass += np.bincount(aside, weights_here * rest, count)
             mass[DEAD] = 0
-        self._layers.append(
-            Layer(states, weights, skeleton, sums, best, top, floor, max(rest, 0.0), aside)
-        )
+        self._layers.append(Layer(states, weights, skeleton, sums, best, top, floor, rest, aside))
         return mass
 
     def lattice(self, final: np.ndarray) -> Lattice:

@@ -236,7 +236,7 @@ class Comparison:
     def over(self, committed: int) -> bool:
         """Whether the trace holds nothing more, once so many blocks are committed.
 
-        A recording ends early where its request was cancelled or came upon a stop string.
+        A recording ends early where its request was cancelled or met a stop string.
         """
         done = committed >= len(self.trace.committed)
         return done and self.seen >= len(self.trace.steps)

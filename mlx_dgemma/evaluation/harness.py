@@ -20,7 +20,7 @@ from lm_eval.utils import get_rolling_token_windows
 
 from mlx_dgemma.decoding.draws import MAX_SEED
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.evaluation.replies import Answer, replies
+from mlx_dgemma.evaluation.several_replies import Answer, replies
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer, encode_messages
 from mlx_dgemma.scoring import continuation_scores

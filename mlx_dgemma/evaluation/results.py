@@ -25,7 +25,7 @@ from lm_eval.tasks import TaskManager
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.evaluation import harness as harness_module
 from mlx_dgemma.evaluation.harness import Asked, Harness
-from mlx_dgemma.evaluation.replies import Answer
+from mlx_dgemma.evaluation.several_replies import Answer
 
 logging.getLogger("lm_eval").setLevel(logging.WARNING)
 

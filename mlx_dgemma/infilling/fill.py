@@ -16,8 +16,8 @@ from mlx_dgemma.decoding.draws import check_seed, fresh_seed
 from mlx_dgemma.decoding.settings import DecodingSettings, PresetName, SamplerName
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.generate import Prompt
+from mlx_dgemma.infilling.filled import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.planning import MOST_TOGETHER, Job, LengthChoice
-from mlx_dgemma.infilling.results import Infill, Span, uncertain_spans
 from mlx_dgemma.infilling.windows import Filler
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mlx_dgemma.decoding.block_result import BlockResult
-from mlx_dgemma.infilling.results import Filling, TokenInfo
+from mlx_dgemma.infilling.filled import Filling, TokenInfo
 from mlx_dgemma.infilling.template import Slot
 from mlx_dgemma.prompt import Tokenizer
 

@@ -17,6 +17,7 @@ from mlx_dgemma.decoding.canvas import CanvasRequest, Start
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError
+from mlx_dgemma.infilling.filled import Filling, Infill
 from mlx_dgemma.infilling.lengths import (
     FEW,
     FINALISTS,
@@ -29,7 +30,6 @@ from mlx_dgemma.infilling.lengths import (
 )
 from mlx_dgemma.infilling.planning import Job, Plan, Window
 from mlx_dgemma.infilling.reading import read_filling
-from mlx_dgemma.infilling.results import Filling, Infill
 from mlx_dgemma.infilling.template import Template
 from mlx_dgemma.model import ContextCache
 

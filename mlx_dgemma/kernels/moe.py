@@ -15,7 +15,7 @@ from typing import Protocol
 import mlx.core as mx
 
 from mlx_dgemma.kernels import dispatch, expert_blocks, gradients, registry
-from mlx_dgemma.kernels.fuse import fused
+from mlx_dgemma.kernels.elementwise import fused
 from mlx_dgemma.kernels.matrix import DENSE, Matrix
 from mlx_dgemma.kernels.router import Routing
 from mlx_dgemma.kernels.router import twin as choose_experts

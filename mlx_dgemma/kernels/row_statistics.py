@@ -24,7 +24,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from mlx_dgemma.kernels import dispatch, registry
-from mlx_dgemma.kernels.fuse import fused
+from mlx_dgemma.kernels.elementwise import fused
 from mlx_dgemma.kernels.samples import dtype_named
 
 SLICE = 16384  # columns per slice; part of the meaning of a sample, so the same on every backend

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 
 import mlx.core as mx
 
-from mlx_dgemma.kernels.fuse import fused
+from mlx_dgemma.kernels.elementwise import fused
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.row_statistics import SLICE, Exponentials, Head, temper, tempering
 

@@ -277,7 +277,7 @@ class ModelConfig:
     vision_soft_tokens_per_image: int = 280
     quantization: dict[str, Any] | None = None
     generation: GenerationConfig = field(default_factory=GenerationConfig)
-    processor: dict[str, Any] = field(default_factory=dict)  # read by prompt/images.py
+    processor: dict[str, Any] = field(default_factory=dict)  # read by prompt/patches.py
 
     @property
     def stop_ids(self) -> frozenset[int]:

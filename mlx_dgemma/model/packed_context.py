@@ -93,7 +93,7 @@ class PackedLayerContext(LayerContext):
         before = self.used
         self._write((*pack(keys), *pack(values)))
         self.used += keys.shape[2]
-        # Read from the buffers as they are now: whoever held the old ones would make MLX copy them.
+        # Read from the buffers as they are now: a holder of the old ones would make MLX copy them.
         return [*self._span(0, before), (keys, values)]
 
     def with_canvas(self, keys: mx.array, values: mx.array) -> list[Segment]:

@@ -70,7 +70,7 @@ def encode_messages(
     pieces: list[Piece] = []
     for trusted, piece in tokenizer.split_control(rendered):
         if not trusted:
-            pieces = _put_texts_back(pieces, piece, spoken, escape)
+            _put_texts_back(pieces, piece, spoken, escape)
         else:
             pieces += [(True, piece)] if expand is None else expand(piece)
     ids: list[int] = []
@@ -128,20 +128,19 @@ def _take_texts_out(
 
 def _put_texts_back(
     pieces: list[Piece], piece: str, spoken: list[str], escape: _ControlEscape
-) -> list[Piece]:
-    """The pieces with a further one, texts that were taken out standing before their calls.
+) -> None:
+    """Adds a piece to the others, texts that were taken out standing before their calls.
 
     A call begins with the control token before its name. Its name comes again with its result.
     """
-    placed = list(pieces)
     parts = piece.split(escape.spare)
     for number in parts[1::2]:
         text = spoken[int(number)]
-        at = len(placed) - (1 if placed and placed[-1][0] else 0)
+        at = len(pieces) - (1 if pieces and pieces[-1][0] else 0)
         if text:
-            placed.insert(at, (False, escape.undo(text)))
+            pieces.insert(at, (False, escape.undo(text)))
             spoken[int(number)] = ""
-    return [*placed, (False, escape.undo("".join(parts[::2])))]
+    pieces.append((False, escape.undo("".join(parts[::2]))))
 
 
 def _closed_turns(pieces: list[Piece]) -> list[Piece]:

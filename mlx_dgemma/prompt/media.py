@@ -14,8 +14,8 @@ from typing import Any
 from mlx_dgemma.errors import CheckpointError, InputError, MediaError
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt.chat_template import Piece, encode_messages
-from mlx_dgemma.prompt.images import ImageProcessor, PreparedImage
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS, check_messages
+from mlx_dgemma.prompt.patches import ImageProcessor, PreparedImage
 from mlx_dgemma.prompt.pictures import LOCAL, Access, open_picture
 from mlx_dgemma.prompt.tokenizer import SPELLINGS, Tokenizer
 from mlx_dgemma.prompt.video import Sampling, open_video, timestamp

@@ -85,7 +85,7 @@ class Tokenizer:
                 "could forge it; mark every added token with special=true."
             )
         # Set once and for all: the library then never looks for control tokens in a text, and
-        # never cuts or fills a prompt as it did for whoever saved the file.
+        # never cuts or fills a prompt as it did for the person who saved the file.
         backend.encode_special_tokens = True
         backend.no_truncation()
         backend.no_padding()

@@ -12,8 +12,8 @@ from typing import Any, Literal
 
 from mlx_dgemma.decoding.draws import MAX_SEED
 from mlx_dgemma.decoding.settings import PRESETS, Setting, settings_by_name
-from mlx_dgemma.prompt.images import BUDGETS
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, ROLES, TEXT_PARTS
+from mlx_dgemma.prompt.patches import BUDGETS
 
 Kind = Literal[
     "any", "text", "integer", "limit", "number", "flag", "list", "strings", "object"

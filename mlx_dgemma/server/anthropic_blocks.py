@@ -1,7 +1,7 @@
 """Anthropic's messages and content blocks as chat messages.
 
 A block that cannot be read becomes a placeholder with its text, and a warning; in the newest
-question, which its author can still mend, one that is malformed is refused.
+question, which its author can still fix, one that is malformed is refused.
 """
 
 from __future__ import annotations

@@ -221,7 +221,7 @@ async def _no_such_route(request: Request, error: Exception) -> Response:
 
 
 def _base_url_advice(request: Request) -> str:
-    """How to mend an address that was given to a client with /v1 twice, or without it."""
+    """How to fix an address that was given to a client with /v1 twice, or without it."""
     path = request.url.path
     if path.startswith("/v1/v1/"):
         return ": leave /v1 out of the client's base URL"

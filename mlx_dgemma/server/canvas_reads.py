@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_dgemma.decisions.canvas import MOST_LISTED, CanvasForm
+from mlx_dgemma.decisions.canvas_read import MOST_LISTED, CanvasForm
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Call, Ended, Engine, Source

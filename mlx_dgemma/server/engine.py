@@ -28,8 +28,8 @@ from mlx_dgemma.context.disk_cache import DiskCache
 from mlx_dgemma.context.prefix_cache import PrefixCache
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import Decision
-from mlx_dgemma.decisions.canvas import CanvasForm, CanvasRead, read_canvas_turns
-from mlx_dgemma.decisions.passes import decide_turns
+from mlx_dgemma.decisions.canvas_read import CanvasForm, CanvasRead, read_canvas_turns
+from mlx_dgemma.decisions.label_passes import decide_turns
 from mlx_dgemma.decisions.questions import Question
 from mlx_dgemma.decoding.events import Commit, Draft, Finish
 from mlx_dgemma.errors import CancelledError, InputError

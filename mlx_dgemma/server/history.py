@@ -1,4 +1,4 @@
-"""Mends a conversation as agents send it, so that one odd message does not end it.
+"""Repairs a conversation as agents send it, so that one odd message does not end it.
 
 What cannot be read becomes a readable placeholder or goes, each with a warning; tool results are
 paired with their calls by id, wherever they stand. Sound and video are refused in the newest
@@ -17,7 +17,7 @@ _THOUGHT_PARTS = ("thinking", "reasoning", "redacted_thinking")
 Message = dict[str, Any]
 
 
-def mend(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
+def repair(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
     """The messages in an order and a form that templates take, and warnings.
 
     What is no message at all is left for the encoder to refuse.
@@ -29,17 +29,17 @@ def mend(messages: list[Any]) -> tuple[list[Any], tuple[str, ...]]:
         if not isinstance(message, Mapping):
             groups.append([message])
             continue
-        mended = _message(message, f"messages[{i}]", warnings, newest=i == newest)
-        if mended.get("role") != "tool":
-            groups.append([mended])
+        repaired = _message(message, f"messages[{i}]", warnings, newest=i == newest)
+        if repaired.get("role") != "tool":
+            groups.append([repaired])
             continue
-        group = _asked_in(groups, mended)
+        group = _asked_in(groups, repaired)
         if group is not None:
-            group.append(mended)
+            group.append(repaired)
             continue
         warnings.append(f"messages[{i}] answers a tool call that is not in the conversation")
-        called = mended.get("name") or "a tool call"
-        text = f"The result of {called}: {_text(mended['content'])}"
+        called = repaired.get("name") or "a tool call"
+        text = f"The result of {called}: {_text(repaired['content'])}"
         groups.append([{"role": "user", "content": text}])
     for group in groups[:-1]:
         missing = _unanswered(group)
@@ -62,28 +62,28 @@ def newest_question(messages: list[Any]) -> int:
 def _message(
     message: Mapping[str, Any], where: str, warnings: list[str], *, newest: bool
 ) -> Message:
-    mended = dict(message)
-    if mended.get("role") == "function":  # the name of the role before there were tools
-        mended["role"] = "tool"
-    role, content = mended.get("role"), mended.get("content")
+    repaired = dict(message)
+    if repaired.get("role") == "function":  # the name of the role before there were tools
+        repaired["role"] = "tool"
+    role, content = repaired.get("role"), repaired.get("content")
     if isinstance(content, list):
-        mended["content"] = _parts(content, mended, where, warnings, newest)
+        repaired["content"] = _parts(content, repaired, where, warnings, newest)
     elif content is None and role in ("system", "developer", "user", "tool"):
-        mended["content"] = ""
+        repaired["content"] = ""
         if role != "tool":
             warnings.append(f"{where}.content is null and was read as empty")
     elif role in ("tool", "assistant") and not isinstance(content, str | None):
-        mended["content"] = json.dumps(content, ensure_ascii=False)
+        repaired["content"] = json.dumps(content, ensure_ascii=False)
     if role == "assistant":
-        _read_calls(mended, where, warnings)
+        _read_calls(repaired, where, warnings)
     for name in ("name", "tool_call_id"):
-        if name in mended and not isinstance(mended[name], str | None):
-            mended[name] = str(mended[name])
+        if name in repaired and not isinstance(repaired[name], str | None):
+            repaired[name] = str(repaired[name])
     for name in ("reasoning", "reasoning_content"):
-        if not isinstance(mended.get(name), str | None):
+        if not isinstance(repaired.get(name), str | None):
             warnings.append(f"{where}.{name} is no text and was left out")
-            del mended[name]
-    return mended
+            del repaired[name]
+    return repaired
 
 
 def _parts(

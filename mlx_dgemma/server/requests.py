@@ -14,7 +14,7 @@ from starlette.requests import Request
 
 from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.history import mend
+from mlx_dgemma.server.history import repair
 from mlx_dgemma.server.sampling import (
     check_length,
     check_model,
@@ -108,7 +108,7 @@ class _Options:
 
 
 def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tuple[Chat, _Options]:
-    """The chat mended, and its options; at the end it warns of every field that was not read."""
+    """The chat repaired, and its options; at the end it warns of every field that was not read."""
     chat = read()
     model = check_model(engine, fields)
     decoding = decoding_options(engine, fields, chat.max_tokens)
@@ -119,11 +119,11 @@ def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tu
     streaming = read_streaming(fields)
     seed = read_seed(fields)
     image_tokens = fields.integer("image_tokens")
-    messages, mended = mend(chat.messages)
+    messages, repaired = repair(chat.messages)
     chat = replace(chat, messages=messages, wanted=chat.wanted or read_outputs(fields))
     check_length(engine, [messages, chat.tools.declared], "messages")
     unknown = read_warnings(engine, fields, chat.max_tokens)
-    warnings = (*chat.notes, *chat.tools.warnings, *mended, *unknown)
+    warnings = (*chat.notes, *chat.tools.warnings, *repaired, *unknown)
     return chat, _Options(model, decoding, streaming, seed, image_tokens, warnings)
 
 

@@ -15,7 +15,7 @@ from mlx_dgemma.server.accepted import SILENT, WITHOUT_EFFECT
 from mlx_dgemma.server.engine import Call, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.images import count_images, prepare_images
+from mlx_dgemma.server.request_images import count_images, prepare_images
 
 
 def check_model(engine: Engine, fields: Fields) -> str:

@@ -22,7 +22,7 @@ from mlx_dgemma.server.engine import Call, Ended, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.tool_choice import ToolUse
-from mlx_dgemma.server.validation import Rules
+from mlx_dgemma.server.validation import MOST_SCHEMAS, Rules
 from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 
@@ -151,11 +151,14 @@ async def held(
 def _parameters(functions: Sequence[dict[str, Any]]) -> tuple[list[tuple[str, Rules]], list[str]]:
     """The rules of every function's arguments, and warnings of those that have none."""
     rules, warnings = [], []
+    free, left = Rules(True, "parameters"), MOST_SCHEMAS
     for function in functions:
         try:
-            one = Rules(function.get("parameters") or True, "parameters")
+            one = free
+            if function.get("parameters"):
+                one = Rules(function["parameters"], "parameters", left)
+                left -= one.size
         except ApiError as unknown:
-            one = Rules(True, "parameters")
             why = unknown.message.partition(":")[0]
             warnings.append(f"the arguments of {function['name']} are not checked: {why}")
         rules.append((function["name"], one))

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.prompt.images import PreparedImage
+from mlx_dgemma.prompt.patches import PreparedImage
 from mlx_dgemma.training.data import Example, Trail
 
 LEAST_NOISE = 1e-4  # of a canvas' tokens, as the most is 1 minus this

@@ -22,7 +22,7 @@ from mlx_dgemma.files import read_argument
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.encode import prepare_prompt
-from mlx_dgemma.prompt.images import PreparedImage
+from mlx_dgemma.prompt.patches import PreparedImage
 from mlx_dgemma.prompt.reply import ReplyReader
 from mlx_dgemma.untrusted_json import parse
 

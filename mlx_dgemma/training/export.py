@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.training.files import write_tensors
+from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import EXPERTS, WEIGHTS, read_tuning
 
 DECODER, ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers."

@@ -25,10 +25,10 @@ from mlx_dgemma.kernels.gradients import gradients
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.training.batches import Batches
-from mlx_dgemma.training.events import Evaluated, Event, Report, Saved
-from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import Objective, value_and_gradient
+from mlx_dgemma.training.run_events import Evaluated, Event, Report, Saved
+from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import WEIGHTS, trained
 
 STATE = "training_state.safetensors"

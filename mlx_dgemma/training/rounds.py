@@ -12,10 +12,10 @@ from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
-from mlx_dgemma.training.answers import Answers, Asker
 from mlx_dgemma.training.data import Example, Trail
-from mlx_dgemma.training.events import Answered
 from mlx_dgemma.training.forward import Passes
+from mlx_dgemma.training.run_events import Answered
+from mlx_dgemma.training.sampled_answers import Answers, Asker
 from mlx_dgemma.training.settings import Settings
 
 ANSWERS = "answers-{}-{}.safetensors"  # a split's, of a round

@@ -22,11 +22,11 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import Example, load_split, response_text
-from mlx_dgemma.training.events import Evaluated, Event, Report
 from mlx_dgemma.training.loop import STATE, Plan, Trainer
+from mlx_dgemma.training.optimizers import make_optimizer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
 from mlx_dgemma.training.rounds import Judge, Rounds, begun
-from mlx_dgemma.training.schedule import make_optimizer
+from mlx_dgemma.training.run_events import Evaluated, Event, Report
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
     EXPERTS,

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from mlx_dgemma.cli.benchmark.command import main as benchmark
+from mlx_dgemma.cli.benchmark.flags import main as benchmark
 from mlx_dgemma.cli.doctor import main as doctor
 from mlx_dgemma.errors import InputError, ResourceError
 from mlx_dgemma.machine.reports import KINDS, SCHEMA, VERSION, read_report, report, write_report

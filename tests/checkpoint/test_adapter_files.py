@@ -153,7 +153,7 @@ def test_what_our_training_writes_is_applied_as_it_was_trained(rank, tmp_path):
 
 
 def logits(model):
-    """Of a step with a signal, behind a short prompt."""
+    """Of a step with a signal, after a short prompt."""
     cache = model.make_cache()
     model.prefill(list(range(5, 25)), cache)
     canvas = mx.arange(CONFIG.canvas_length)[None] % CONFIG.text.vocab_size

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from mlx_dgemma.cli.infill import main, paint
-from mlx_dgemma.infilling.results import Filling, Infill, TokenInfo
+from mlx_dgemma.infilling.filled import Filling, Infill, TokenInfo
 from mlx_dgemma.model import Model
 
 QUICK = ["--seed", "1", "--max-denoising-steps", "2"]

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from rich.text import Text
 
-from mlx_dgemma.cli.canvas import Pieces
+from mlx_dgemma.cli.draft_view import Pieces
 from mlx_dgemma.cli.live import LiveView, fit
 from mlx_dgemma.decoding.events import Commit
 from tests.cli.fakes import STOP, decode, draft, finish, settled

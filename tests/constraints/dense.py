@@ -39,21 +39,21 @@ def sums(automaton: Automaton, p: np.ndarray) -> Sums:
     count, length = len(states), len(p)
     dead = np.array([state == DEAD for state in states])
     end = np.array([state == END for state in states], dtype=float)
-    behind, best = [end], [end]
+    after, best = [end], [end]
     for row in p[::-1]:
-        behind.append(np.where(dead, 0, (row * behind[-1][table]).sum(1)))
-        # What stands behind the end is no text: all of it counts as one.
+        after.append(np.where(dead, 0, (row * after[-1][table]).sum(1)))
+        # What stands after the end is no text: all of it counts as one.
         most = (row * best[-1][table]).max(1)
         best.append(np.where(end == 1, best[-1], np.where(dead, 0, most)))
-    behind, best = behind[::-1], best[::-1]
+    after, best = after[::-1], best[::-1]
     marginals, forward = np.zeros_like(p), np.zeros(count)
     forward[0] = 1
     for at in range(length):
-        flow = forward[:, None] * p[at] * behind[at + 1][table]
+        flow = forward[:, None] * p[at] * after[at + 1][table]
         marginals[at] = flow.sum(0)
         forward = np.bincount(table.ravel(), (forward[:, None] * p[at]).ravel(), count)
         forward[dead] = 0
-    return Sums(marginals / behind[0][0], float(best[0][0]), float(behind[0][0]))
+    return Sums(marginals / after[0][0], float(best[0][0]), float(after[0][0]))
 
 
 def text_probability(automaton: Automaton, p: np.ndarray, ids: np.ndarray) -> float:

@@ -50,7 +50,7 @@ def brute(
 
 
 def until_end(automaton: Automaton, text: tuple[int, ...]) -> tuple[int, ...]:
-    """A text without what stands behind its stop id, which is no text."""
+    """A text without what stands after its stop id, which is no text."""
     return text[: text.index(3) + 1] if 3 in text else text
 
 
@@ -81,7 +81,7 @@ def test_sums_and_best_text_equal_every_sequence(
     np.testing.assert_allclose(found, marginals, atol=1e-6)
     entropy = -(marginals * np.log(np.maximum(marginals, 1e-300))).sum(1)
     np.testing.assert_allclose(result.entropy, entropy, atol=1e-5)
-    # A text with its end: what stands behind is summed over.
+    # A text with its end: what stands after is summed over.
     by_text: dict[tuple[int, ...], float] = {}
     for text, weight in weights.items():
         short = until_end(automaton, text)

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.constraints import Constraint, Language, LanguageError
+from mlx_dgemma.constraints import Constraint, Language, LanguageError, expressions
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -138,6 +138,79 @@ def test_a_language_that_grows_is_refused_by_a_count(monkeypatch: pytest.MonkeyP
     Constraint.json_schema(tool).language(tokenizer(), len(tokenizer()))
     with pytest.raises(LanguageError, match="grows too fast"):
         Constraint.regex("((a{1,50}){1,50}){1,4}").language(tokenizer(), len(tokenizer()))
+
+
+def test_a_language_that_takes_long_to_make_is_refused_by_a_count(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Five tools with a parameter of this kind took 17 seconds (tests/server/bombs.py, seed 8)."""
+    monkeypatch.setattr(expressions, "MOST_WORK", 50_000)
+    schema = {"type": "number", "minimum": -5e-324, "maximum": 5e-324, "multipleOf": 1e-300}
+    with pytest.raises(LanguageError, match="takes too long to prepare"):
+        Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+
+
+KEYWORDS = """type enum const anyOf oneOf allOf not items prefixItems minItems properties required
+additionalProperties patternProperties propertyNames minProperties format pattern maxLength minimum
+exclusiveMaximum multipleOf nullable $ref $defs"""
+
+
+def refusal(schema: Any) -> str:
+    """Why a schema is refused; "as asked" for one that is not."""
+    try:
+        Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+    except LanguageError as error:
+        return str(error)
+    return "as asked"
+
+
+@pytest.mark.parametrize(
+    "value", [None, True, 10**400, float("inf"), [[]], {"\ud800": {}}, {1: 2}], ids=ascii
+)
+def test_a_keyword_of_any_shape_is_read_or_refused_in_a_sentence(value: Any) -> None:
+    for name in KEYWORDS.split():
+        plain = {"type": "object", "properties": {"a": {"type": "integer"}}, name: value}
+        joined = {"allOf": [{"type": ["string", "array"], "enum": ["a"]}, {name: value}]}
+        for schema in (plain, joined):
+            found = refusal(schema)
+            assert found == "as asked" or len(found) > 20
+
+
+def test_half_of_a_surrogate_pair_is_written_as_an_escape() -> None:
+    schema = {"type": "object", "properties": {"\ud800": {"const": "\udfff"}},
+              "required": ["\ud800"]}  # fmt: skip
+    language = Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+    assert json.loads(walk(language, random.Random(1))) == {"\ud800": "\udfff"}
+
+
+@pytest.mark.parametrize("texts", [None, "yes", 5, [], ["a", 1]])
+def test_a_choice_that_is_no_list_of_texts_is_refused(texts: Any) -> None:
+    with pytest.raises(LanguageError, match="list of at least one text"):
+        Constraint.choice(texts).language(tokenizer(), len(tokenizer()))
+
+
+def test_ids_are_walked_as_symbol_by_symbol() -> None:
+    """Groups of ids, and sets of symbols that lead a state back to itself, change nothing."""
+    for constraint in (
+        Constraint.json_object(),
+        Constraint.regex(r"[A-Z][a-z]+( [a-z]+){2,9}\."),
+        Constraint.regex("[^x]*x.{3}\u00e9+"),
+        Constraint.json_schema({"type": "integer", "multipleOf": 7}),
+    ):
+        automaton = constraint.language(tokenizer(), len(tokenizer())).automaton
+        vocabulary, transitions = automaton.vocabulary, automaton.transitions
+        states, everything = [automaton.start], np.arange(automaton.vocabulary.size)
+        for state in states:
+            table = automaton.table(np.array([state]), everything)[0].tolist()
+            for id_, found in enumerate(table):
+                expected = state
+                for symbol in vocabulary.spelling(id_):
+                    expected = int(transitions.row(expected)[symbol])
+                if vocabulary.is_stop[id_]:
+                    expected = 1 if automaton.accepting[state] else 0
+                assert found == expected
+            fresh = [other for other in sorted({*table}) if other not in (0, 1, *states)]
+            states += fresh[: 12 - len(states)]
 
 
 def test_a_json_object_is_one() -> None:

@@ -11,6 +11,7 @@ from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.convert.recipes import RECIPES, Precision, parse_rule
 from mlx_dgemma.convert.shards import file_digest
+from mlx_dgemma.convert.verify import verify
 from mlx_dgemma.errors import CheckpointError, InputError
 
 
@@ -250,3 +251,17 @@ def test_a_folder_reached_by_relative_path(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     convert(checkpoint, "mlx_model", quantize=True)
     assert (Path("mlx_model") / "config.json").exists()
+
+
+def test_nan_in_weights_that_no_prompt_reaches(config, tensors, write, tmp_path):
+    """Loading does not look at every number: `verify` does, and what meets one says so."""
+    damaged = dict(tensors)
+    name = next(n for n in tensors if "vision" in n and tensors[n].ndim == 2)
+    damaged[name] = tensors[name].copy()
+    damaged[name][0, 1] = np.nan
+    source = write(tmp_path / "nan", config, damaged)
+    model = load_model(source)
+    cache = model.make_cache()
+    model.prefill([2, 5, 6], cache)
+    assert bool(mx.isfinite(model.denoise(mx.array([[1, 2, 3, 4]]), cache)).all())
+    assert verify(source).problems == (f"{name} holds NaN or Inf.",)

@@ -1,5 +1,6 @@
 """How an output takes its place, and a source that changes while it is read."""
 
+import contextlib
 import json
 import multiprocessing
 import os
@@ -103,11 +104,49 @@ def test_what_a_killed_replacement_left_is_removed(source, tmp_path):
     convert(source, target, **FLAGS)
     leave_old(target)
     leave_old(target, 7)
-    (tmp_path / "out.old-9").mkdir()  # holds no checkpoint
+    (tmp_path / "out.old-9").mkdir()
+    (tmp_path / "out.old-9" / "thesis.tex").write_text("no checkpoint")
     (tmp_path / "out.old-mine").mkdir()
     (tmp_path / "out.old-mine" / "config.json").write_text("{}")
     convert(source, target, **FLAGS, overwrite=True)
     assert names(tmp_path) == ["out", "out.old-9", "out.old-mine", "source"]
+
+
+@pytest.mark.parametrize("calls", range(9))
+def test_a_removal_that_was_killed_is_ended_by_the_next_run(calls, source, tmp_path, monkeypatch):
+    """Found by studies/conversion_kills.py: what a kill left of `out.old-PID` lay there for ever,
+    for its config.json was gone already."""
+
+    class Kill(BaseException):
+        pass
+
+    target, left = tmp_path / "out", calls
+    convert(source, target, **FLAGS)
+    remaining = {name: getattr(os, name) for name in ("unlink", "rmdir", "rename")}
+
+    def dying(name):
+        def act(path, *args, **kwargs):
+            nonlocal left
+            if ".old-" in str(path) and (left := left - 1) < 0:
+                raise Kill
+            return remaining[name](path, *args, **kwargs)
+
+        return act
+
+    with monkeypatch.context() as patch:
+        for name in remaining:
+            patch.setattr(os, name, dying(name))
+        with contextlib.suppress(Kill):
+            convert(source, target, **FLAGS, overwrite=True)
+    convert(source, target, **FLAGS, overwrite=True)
+    assert names(tmp_path) == ["out", "source"]
+
+
+def test_half_a_checkpoint_is_not_put_back(source, tmp_path):
+    old = leave_old(tmp_path / "out")
+    (old / "config.json").rename(old / ".replaced")
+    convert(source, tmp_path / "out", **FLAGS)
+    assert names(tmp_path) == ["out", "source"]
 
 
 def test_the_last_whole_checkpoint_is_put_back(source, tmp_path):

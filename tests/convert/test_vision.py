@@ -33,7 +33,7 @@ def test_the_tower_is_carried_in_bfloat16(checkpoint, tensors, expected, tmp_pat
     for name in carried:
         assert found[name].dtype == mx.bfloat16
         assert np.array_equal(np.array(found[name].astype(mx.float32)), tensors[name])
-    ours = soft_tokens(tmp_path / "out")  # the projection behind the tower is packed
+    ours = soft_tokens(tmp_path / "out")  # the projection after the tower is packed
     assert np.abs(ours - expected).max() < 0.2 * np.abs(expected).max()
 
 

@@ -9,10 +9,10 @@ import pytest
 from PIL import Image
 
 from mlx_dgemma import Choice, Noul, PromptCache, Runtime, Score, decide, load
-from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, passes
+from mlx_dgemma.decisions import ChoiceAnswer, NoulAnswer, QuestionError, ScoreAnswer, label_passes
 from mlx_dgemma.decisions.answers import choice_confidence, make_answer, score_confidence
 from mlx_dgemma.decisions.forms import GROUP, groups, make_forms
-from mlx_dgemma.decisions.passes import decide_turns
+from mlx_dgemma.decisions.label_passes import decide_turns
 from mlx_dgemma.decoding.draws import Place, SeededDraws
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.generate import encode_prompt
@@ -68,7 +68,7 @@ def test_one_read_is_the_softmax_of_the_labels_logits_at_the_slot(demo):
     form = make_forms(tokenizer, question, 1)[0]
     prompt = encode_prompt(tokenizer, f"{STATE}\n\n{form.text}")
     cache = model.make_cache()
-    reader = passes._Reader(model, tokenizer, STATE, {})
+    reader = label_passes._Reader(model, tokenizer, STATE, {})
     reader.read_state()
     shared = reader._prefix.ids
     assert prompt[: len(shared)] == shared
@@ -76,16 +76,16 @@ def test_one_read_is_the_softmax_of_the_labels_logits_at_the_slot(demo):
     model.prefill(np.array(prompt[len(shared) :])[None], cache)
     canvas, slot = reader._canvas()
     keys = np.array([0, *prompt], dtype=np.int64)
-    digest = passes.hashlib.sha256(keys.tobytes()).digest()
+    digest = label_passes.hashlib.sha256(keys.tobytes()).digest()
     noise = SeededDraws(int.from_bytes(digest[:7], "little")).canvas(
-        Place(0, 0, 0), passes.NOISES, model.config.text.vocab_size
+        Place(0, 0, 0), label_passes.NOISES, model.config.text.vocab_size
     )
-    rows = np.tile(canvas, (passes.NOISES, 1))
+    rows = np.tile(canvas, (label_passes.NOISES, 1))
     rows[:, slot] = np.array(noise)
     logits = np.array(model.denoise(mx.array(rows), cache))[:, slot][:, list(form.labels)]
     expected = np.exp(logits - logits.max(axis=1, keepdims=True))
     expected /= expected.sum(axis=1, keepdims=True)
-    found = reader._read_form(form, 1)[: passes.NOISES]
+    found = reader._read_form(form, 1)[: label_passes.NOISES]
     np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
@@ -124,7 +124,7 @@ def test_up_to_255_options_are_asked_in_groups(demo, count):
     if count in (21, 255):
         options = tuple((f"queue {i}", None) for i in range(count))
         decision = decide(*demo, "x", {"q": Choice("Which?", options)}, orders=1)
-        assert decision.forwards <= len(parts) + passes.MOST_READS  # a group is read once
+        assert decision.forwards <= len(parts) + label_passes.MOST_READS  # a group is read once
         found = decision.answers["q"]
         assert len(found.probabilities) == count
         assert sum(found.probabilities.values()) == pytest.approx(1)

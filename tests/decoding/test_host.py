@@ -35,7 +35,7 @@ def model():
 
 
 def run(model, rows=1, **options):
-    """The results of one block behind a short context, and how many steps it took."""
+    """The results of one block after a short context, and how many steps it took."""
     settings = DecodingSettings(max_denoising_steps=8, **options)
     cache = model.make_cache()
     model.prefill(np.arange(60, 90), cache)

@@ -262,7 +262,7 @@ def test_logprobs_are_those_of_the_untempered_logits():
 
 @pytest.mark.parametrize("canvas_length", [2, 3, 4, 8])
 def test_an_opening_is_pinned_across_canvases(canvas_length):
-    """Three ids pinned, one of two behind them, then what the network wants: a stop id."""
+    """Three ids pinned, one of two after them, then what the network wants: a stop id."""
     model = ScriptedModel(
         lambda block, step, canvas: certain(*[STOP] * canvas_length), canvas_length=canvas_length
     )

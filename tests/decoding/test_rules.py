@@ -18,9 +18,9 @@ from mlx_dgemma.decoding.sampler import (
     StepInput,
     make_sampler,
 )
-from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import PRESETS, DecodingSettings
 from mlx_dgemma.decoding.stopping import StableAndConfident, cut_at_stop, stop_rules
+from mlx_dgemma.decoding.temperature import temperature
 from mlx_dgemma.errors import InputError
 
 TRACES = Path(__file__).parents[2].parent / "shared/assets/traces/real_traces.json"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from mlx_dgemma import load
-from mlx_dgemma.decisions.passes import _Reader
+from mlx_dgemma.decisions.label_passes import _Reader
 from mlx_dgemma.decisions.questions import read_questions
 from mlx_dgemma.demo.tasks import is_held_out, words
 from mlx_dgemma.demo.tasks.questions import QUESTIONS

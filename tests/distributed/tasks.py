@@ -16,8 +16,8 @@ import numpy as np
 
 import mlx_dgemma.kernels  # noqa: F401  every module that walks the vocabulary in slices
 from mlx_dgemma import Constraint, infill, load, stream_generate
+from mlx_dgemma.benchmark.shared_step import step_traffic
 from mlx_dgemma.benchmark.synthetic import with_layers
-from mlx_dgemma.benchmark.together import step_traffic
 from mlx_dgemma.checkpoint.random_weights import lead_synthetic, synthetic_model
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decisions import decide

@@ -10,7 +10,7 @@ import pytest
 from mlx_dgemma import Finish, load, stream_generate
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import CancelledError, InputError
-from mlx_dgemma.evaluation.replies import replies
+from mlx_dgemma.evaluation.several_replies import replies
 from mlx_dgemma.generate import encode_prompt
 from mlx_dgemma.model import network
 from mlx_dgemma.scoring import continuation_scores, prompt_score_turns, prompt_scores

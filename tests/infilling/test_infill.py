@@ -13,7 +13,7 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.decoding.denoise import denoise_block
 from mlx_dgemma.errors import CancelledError, InputError
 from mlx_dgemma.infilling import edit, fill, infill, refine, regenerate, uncertain_spans, windows
-from mlx_dgemma.infilling.results import TokenInfo
+from mlx_dgemma.infilling.filled import TokenInfo
 from mlx_dgemma.infilling.template import Layout, TokenTexts
 from mlx_dgemma.prompt.holes import Hole, cut_spans, parse_holes
 
@@ -78,7 +78,7 @@ def outside(result):
     "text",
     [
         "<hole:2> sings in the garden.",  # at the start
-        "the old <hole:2> sings.",  # in the middle, behind a space
+        "the old <hole:2> sings.",  # in the middle, after a space
         "the old d<hole:2>g sings.",  # inside a word, on both sides
         "the old dog <hole:3>",  # at the end
         "the <hole:1><hole:2> sings.",  # adjacent
@@ -237,7 +237,7 @@ def test_healed_edges_may_only_hold_tokens_that_keep_the_text(demo):
 
 
 def test_a_word_at_the_edge_does_not_use_up_the_hole(demo):
-    """A token that words could go on from joins the hole behind it and keeps a place of its own."""
+    """A token that words could go on from joins the hole after it and keeps a place of its own."""
     _, tokenizer = demo
     texts = TokenTexts(tokenizer)
     word = next(

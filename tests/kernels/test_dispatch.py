@@ -71,7 +71,7 @@ def test_sparse_soft_embeddings_take_both_kernels(monkeypatch):
 
 
 def test_a_long_context_takes_the_attention_kernels(monkeypatch):
-    """A canvas behind more keys than a chunk, through the network's own attention."""
+    """A canvas after more keys than a chunk, through the network's own attention."""
     monkeypatch.setattr(network_attention, "KEY_CHUNK", 16)
     queries, (keys, values) = mx.random.normal((1, 4, 5, 16)), mx.random.normal((2, 1, 2, 40, 16))
     expected = network_attention.attend(queries, [(keys, values)])
@@ -126,7 +126,7 @@ def test_off_means_off(monkeypatch):
 
 
 def test_a_packed_context_takes_the_attention_kernels(monkeypatch):
-    """Its chunks, unpacked one after the other, and the canvas behind them as it is."""
+    """Its chunks, unpacked one after the other, and the canvas after them as it is."""
     monkeypatch.setattr(network_attention, "KEY_CHUNK", 16)
     queries, own = mx.random.normal((2, 4, 5, 32)), mx.random.normal((2, 2, 2, 5, 32))
     layer = PackedLayerContext(16)

@@ -122,7 +122,7 @@ def test_it_answers_and_fills_and_checks_in_itself_started_once(app, display, tm
     assert told["frozen"]
     assert not told["can_start_python"]
     assert str(app.parent) in told["package"]
-    # Every check was made, and failed for want of a GPU, under the names that
+    # Every check was made, and failed because there is no GPU, under the names that
     # `mlx_dgemma.doctor --check` gives them when it is run beforehand.
     planned = {
         verdicts.verdict_key(one, dispatch.shape_class(shape))

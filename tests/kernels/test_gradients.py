@@ -10,7 +10,7 @@ import pytest
 
 from mlx_dgemma import kernels
 from mlx_dgemma.kernels import expert_blocks
-from mlx_dgemma.kernels.fuse import fused
+from mlx_dgemma.kernels.elementwise import fused
 from mlx_dgemma.kernels.gradients import attend, exp, gradients, tanh
 from mlx_dgemma.kernels.matrix import Matrix
 from mlx_dgemma.kernels.moe import geglu

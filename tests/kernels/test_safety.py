@@ -17,9 +17,9 @@ from fake_self_check import FAKE
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.kernels import checking, dispatch, registry, self_checks, verdicts
-from mlx_dgemma.kernels.report import EVIDENCE, age, report
 from mlx_dgemma.kernels.self_checks import Request, judged
 from mlx_dgemma.kernels.table import operations
+from mlx_dgemma.kernels.verdict_report import EVIDENCE, age, report
 
 SCRIPT = Path(__file__).parent / "fake_self_check.py"
 

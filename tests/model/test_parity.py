@@ -47,7 +47,8 @@ def test_denoise_after_prompts_around_the_window(model, reference, length):
     cache = start(model, reference, draw(length, length))
     canvas = draw(1, DIMS.canvas)
     assert_close(model.denoise(mx.array(canvas), cache), reference.denoise(canvas))
-    assert reference.smallest_router_gap > 1e-5
+    # Beyond what rounding moves: near ties could be decided in two ways.
+    assert reference.smallest_router_gap > 3e-6
 
 
 @pytest.mark.parametrize("chunk_size", [1, 7, 64, 1000])

@@ -66,7 +66,7 @@ FRAMES = [photograph(64, 48, seed) for seed in range(4)]
 
 
 def conversation(files):
-    """Pictures before, between and behind words, in two turns, and a video of two frames."""
+    """Pictures before, between and after words, in two turns, and a video of two frames."""
     picture = lambda name: {"type": "image", "image": str(files / name)}  # noqa: E731
     text = lambda words: {"type": "text", "text": words}  # noqa: E731
     video = {"type": "video", "video": FRAMES, "num_frames": 2, "source_fps": 0.02}

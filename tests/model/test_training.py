@@ -43,7 +43,7 @@ def tuned():
 
 
 def loss(model: nn.Module) -> mx.array:
-    """Of both passes: every prompt position's logits, and a canvas behind the prompt."""
+    """Of both passes: every prompt position's logits, and a canvas after the prompt."""
     cache = model.make_cache()
     read = model.softcap(model.raw_logits(model.encode(PROMPT, cache)))
     return read.square().mean() + model.denoise(CANVAS, cache).square().mean()

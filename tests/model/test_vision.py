@@ -84,7 +84,7 @@ def test_prompts_with_images(model, reference, chunk_size):
 
 
 def test_a_second_turn_with_an_image(model, reference):
-    """An image behind an existing context: the cached keys are no part of its block."""
+    """An image after an existing context: the cached keys are no part of its block."""
     images = [image(15, 12), image(12, 3, seed=1)]
     first, second = prompt(20), prompt(4, seed=1)
     reference.reset()

@@ -221,7 +221,7 @@ def test_sixteen_bit_weights_become_float32_on_the_cpu_backend(tmp_path):
 
 
 def test_no_tensor_widens_the_activations(tmp_path):
-    """A float32 norm among 16-bit weights would turn everything behind it into float32."""
+    """A float32 norm among 16-bit weights would turn everything after it into float32."""
     values = config(**WIDE) | {"quantization": {"group_size": 64, "bits": 4}}
     model = load_model(write_plain(tmp_path, values), dtype=mx.bfloat16)
     kinds = {tensor.dtype for _, tensor in tree_flatten(model.parameters())}

@@ -32,7 +32,7 @@ class VlmReference:
         self.start = start
 
     def prefill(self, ids: np.ndarray, pixels: np.ndarray | None = None) -> None:
-        """pixels: one image [1, 3, height, width], behind the prompt's image tokens."""
+        """pixels: one image [1, 3, height, width], after the prompt's image tokens."""
         is_image = mx.array((ids == self.model.config.image_token_id).astype(np.int32))
         self.model.diffusion_prefill_cache(
             mx.array(ids),

@@ -14,8 +14,8 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt.chat_template import encode_messages
 from mlx_dgemma.prompt.encode import encode_prompt, prepare_prompt
-from mlx_dgemma.prompt.images import ImageProcessor
 from mlx_dgemma.prompt.media import PreparedPrompt, prepare_messages
+from mlx_dgemma.prompt.patches import ImageProcessor
 from mlx_dgemma.prompt.pictures import Access, open_picture
 from tests.prompt.drawings import animation, photograph, saved
 

@@ -1,4 +1,4 @@
-"""Agents' programs, unmodified, let loose on a small project: each reads a file and mends it.
+"""Agents' programs, unmodified, let loose on a small project: each reads a file and fixes it.
 
 The words of the model are scripted by what the prompt holds; the program, its tools, the socket
 and the server are real. test_agent_programs.py replays what they sent.
@@ -21,13 +21,13 @@ from .client_scripts import serving
 from .conftest import Script, config, tokenizer
 
 PROGRAMS = Path(__file__).parent / "agents"
-BROKEN, MENDED = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
+BROKEN, FIXED = "def add(a, b):\n    return a - b\n", "def add(a, b):\n    return a + b\n"
 WRONG, RIGHT = "    return a - b", "    return a + b"
 PATCH = (
     "apply_patch <<'EOF'\n*** Begin Patch\n*** Update File: calc.py\n@@\n def add(a, b):\n"
     f"-{WRONG}\n+{RIGHT}\n*** End Patch\nEOF"
 )
-TASK, ANSWER = "Mend calc.py", "add is mended."
+TASK, ANSWER = "Fix calc.py", "add is fixed."
 CODEX = """model = "default"
 model_provider = "local"
 [model_providers.local]
@@ -66,7 +66,7 @@ def call(name: str, **arguments: str) -> str:
 @dataclass(frozen=True)
 class Program:
     """arguments: before the task. files: of an empty home, ADDRESS in the place of the server's.
-    steps: what reads and mends the project's file, FILE in the place of its path."""
+    steps: what reads and fixes the project's file, FILE in the place of its path."""
 
     arguments: tuple[str, ...]
     files: dict[str, str]
@@ -157,4 +157,4 @@ def test_a_program_reads_and_mends_a_file(name: str, tmp_path: Path) -> None:
         )  # fmt: skip
     assert ANSWER in done.stdout, done.stdout[-2000:] + done.stderr[-2000:]
     assert done.returncode == 0
-    assert file.read_text() == MENDED
+    assert file.read_text() == FIXED

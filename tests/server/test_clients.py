@@ -173,7 +173,7 @@ def test_a_client_that_leaves_is_cancelled_within_a_step(stream: bool) -> None:
         asked = {"messages": user(), "stream": stream}
         started = time.monotonic()
         post = httpx2.stream("POST", f"{url}/v1/chat/completions", json=asked, timeout=0.4)
-        # The timeout may come before the headers or behind them.
+        # The timeout may come before the headers or after them.
         with pytest.raises(httpx2.ReadTimeout), post as response:  # noqa: PT012
             for _ in response.iter_bytes():
                 assert stream

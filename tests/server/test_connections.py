@@ -1,7 +1,9 @@
 """Hostile clients on raw sockets: slow, silent, greedy, and not speaking HTTP at all."""
 
+import itertools
 import json
 import logging
+import os
 import random
 import socket
 import threading
@@ -15,6 +17,7 @@ import pytest
 from mlx_dgemma.server import bodies, connections
 from mlx_dgemma.server.quiet import OncePerMinute
 
+from . import havoc
 from .conftest import Script, user
 from .test_clients import running, settled
 
@@ -160,12 +163,33 @@ def _mutated(rng: random.Random) -> bytes:
     return bytes(sent)
 
 
-def test_two_hundred_damaged_requests(server: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Each is answered or hung up on in time, and none is an error of the server's."""
-    rng = random.Random(5)
+def _havoc(seed: int) -> Iterator[bytes]:
+    """Recorded requests of clients, heads included, changed by AFL's mutations."""
+    rng = random.Random(seed)
+    whole = [request(body, path) for path, body in havoc.corpus()]
+    mutator = havoc.Havoc(whole)
+    while True:
+        sent = rng.choice(whole)
+        window = rng.choice((60, 160, len(sent)))
+        yield mutator.bytewise(rng, sent[:window]) + sent[window:]
+
+
+def _knowing(seed: int) -> Iterator[bytes]:
+    rng = random.Random(seed)
+    while True:
+        yield _mutated(rng)
+
+
+@pytest.mark.parametrize("requests", [_knowing, _havoc])
+def test_damaged_requests(
+    requests: Callable[[int], Iterator[bytes]], server: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each is answered or hung up on in time, none is an error of the server's, and sound ones
+    between them are answered. MLX_DGEMMA_SOCKETS sets how many, MLX_DGEMMA_HOSTILE_SEED which."""
+    count = int(os.environ.get("MLX_DGEMMA_SOCKETS", "200"))
+    seed = int(os.environ.get("MLX_DGEMMA_HOSTILE_SEED", "5"))
     slowest, failures = 0.0, []
-    for _ in range(200):
-        sent = _mutated(rng)
+    for number, sent in enumerate(itertools.islice(requests(seed), count)):
         started = time.monotonic()
         with dial(server) as opened:
             try:
@@ -177,6 +201,9 @@ def test_two_hundred_damaged_requests(server: str, caplog: pytest.LogCaptureFixt
         slowest = max(slowest, time.monotonic() - started)
         if answer[9:12] >= b"500" and not answer.startswith(b"HTTP/1.1 503"):
             failures.append((sent, answer))
+        if number % 50 == 0:
+            sound = httpx2.post(f"{server}{CHAT}", json={"messages": user()}, timeout=60)
+            assert sound.json()["choices"][0]["message"]["content"] == "one two three"
     assert not failures
     assert slowest < 10
     assert "Traceback" not in caplog.text

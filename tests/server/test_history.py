@@ -1,10 +1,10 @@
-"""Conversations as agents send them: mended, each repair with a warning, never refused."""
+"""Conversations as agents send them: repaired, each repair with a warning, never refused."""
 
 from typing import Any
 
 import pytest
 
-from mlx_dgemma.server.history import mend
+from mlx_dgemma.server.history import repair
 
 from .conftest import Open, Script, tokenizer, user
 
@@ -32,8 +32,8 @@ def order(messages: list[Any]) -> list[str]:
 def test_results_are_paired_by_id_wherever_they_stand(between: str) -> None:
     aside = {"role": between, "content": "hurry"}
     given = [*user("a"), call("1", "2"), result("2"), aside, result("1"), *user("b")]
-    mended, warnings = mend(given)
-    assert order(mended) == [
+    repaired, warnings = repair(given)
+    assert order(repaired) == [
         "user:a", "assistant:", "tool:1", "tool:2", f"{between}:hurry", "user:b"
     ]  # fmt: skip
     assert warnings == ()
@@ -41,15 +41,15 @@ def test_results_are_paired_by_id_wherever_they_stand(between: str) -> None:
 
 def test_results_come_in_the_order_of_their_calls() -> None:
     """The template names a result by its tool alone; agents send what is done first, first."""
-    mended, _ = mend([*user(), call("1", "2", "3"), result("3"), result("1"), *user("b")])
-    assert order(mended[2:5]) == ["tool:1", "tool:2", "tool:3"]
+    repaired, _ = repair([*user(), call("1", "2", "3"), result("3"), result("1"), *user("b")])
+    assert order(repaired[2:5]) == ["tool:1", "tool:2", "tool:3"]
     numbers = call("x", "y")
     numbers["tool_calls"][0]["id"], numbers["tool_calls"][1]["id"] = 7, 8
-    mended, warnings = mend([*user(), numbers, result("8"), result("7")])
-    assert order(mended[2:]) == ["tool:7", "tool:8"]
+    repaired, warnings = repair([*user(), numbers, result("8"), result("7")])
+    assert order(repaired[2:]) == ["tool:7", "tool:8"]
     assert warnings == ()
     empty = [*user(), call("", ""), result("", "a"), result("", "b"), result("", "c")]
-    assert [m.get("content") for m in mend(empty)[0][2:4]] == ["a", "b"]
+    assert [m.get("content") for m in repair(empty)[0][2:4]] == ["a", "b"]
 
 
 @pytest.mark.parametrize(
@@ -71,51 +71,53 @@ def test_sound_is_refused_in_the_newest_question_only(serve: Open, part: dict[st
 
 
 def test_a_result_nobody_asked_for_keeps_its_name() -> None:
-    mended, _ = mend([*user("a"), {**result("9", "42"), "name": "goal"}])
-    assert mended[1] == {"role": "user", "content": "The result of goal: 42"}
+    repaired, _ = repair([*user("a"), {**result("9", "42"), "name": "goal"}])
+    assert repaired[1] == {"role": "user", "content": "The result of goal: 42"}
 
 
 def test_a_result_without_an_id_answers_the_first_open_call() -> None:
-    mended, warnings = mend([*user(), call("1", "2"), result(None), result(None)])
-    assert [m.get("tool_call_id") for m in mended[2:]] == ["1", "2"]
+    repaired, warnings = repair([*user(), call("1", "2"), result(None), result(None)])
+    assert [m.get("tool_call_id") for m in repaired[2:]] == ["1", "2"]
     assert warnings == ()
 
 
 def test_the_old_function_role_answers_by_name() -> None:
-    mended, _ = mend([*user(), call(None), {"role": "function", "name": "look", "content": "r"}])
-    assert (mended[2]["role"], mended[2]["name"]) == ("tool", "look")
+    repaired, _ = repair(
+        [*user(), call(None), {"role": "function", "name": "look", "content": "r"}]
+    )
+    assert (repaired[2]["role"], repaired[2]["name"]) == ("tool", "look")
 
 
 def test_the_old_call_is_one() -> None:
     function = {"name": "look", "arguments": "{}"}
     old = {"role": "assistant", "content": None, "function_call": function}
     answered = {"role": "function", "name": "look", "content": "r"}
-    mended, warnings = mend([*user(), old, answered])
-    assert mended[1]["tool_calls"] == [{"type": "function", "function": function}]
-    assert (mended[2]["role"], warnings) == ("tool", ())
+    repaired, warnings = repair([*user(), old, answered])
+    assert repaired[1]["tool_calls"] == [{"type": "function", "function": function}]
+    assert (repaired[2]["role"], warnings) == ("tool", ())
 
 
 def test_a_call_nobody_answered_gets_an_empty_result() -> None:
-    mended, warnings = mend([*user("a"), call("1", "2"), result("1"), *user("b")])
-    assert order(mended) == ["user:a", "assistant:", "tool:1", "tool:2", "user:b"]
-    assert mended[3]["content"] == "(no result)"
+    repaired, warnings = repair([*user("a"), call("1", "2"), result("1"), *user("b")])
+    assert order(repaired) == ["user:a", "assistant:", "tool:1", "tool:2", "user:b"]
+    assert repaired[3]["content"] == "(no result)"
     assert warnings == ("tool calls without a result: 1",)
     running = [*user("a"), call("1")]
-    assert mend(running) == (running, ())
+    assert repair(running) == (running, ())
 
 
 def test_a_result_nobody_asked_for_is_told_by_the_user() -> None:
-    mended, warnings = mend([*user("a"), result("9", "42")])
-    assert mended[1] == {"role": "user", "content": "The result of a tool call: 42"}
+    repaired, warnings = repair([*user("a"), result("9", "42")])
+    assert repaired[1] == {"role": "user", "content": "The result of a tool call: 42"}
     assert "not in the conversation" in warnings[0]
 
 
 def test_parts_that_cannot_be_read_become_placeholders() -> None:
     file = {"type": "file", "file": {"filename": "a.pdf", "file_data": "AAAA"}}
     text = {"type": "text", "text": "?"}
-    mended, warnings = mend([{"role": "user", "content": [file, text, "bare"]}])
+    repaired, warnings = repair([{"role": "user", "content": [file, text, "bare"]}])
     head = {"type": "text", "text": "[file a.pdf: this model cannot read it]"}
-    assert mended[0]["content"] == [head, text, {"type": "text", "text": "bare"}]
+    assert repaired[0]["content"] == [head, text, {"type": "text", "text": "bare"}]
     assert warnings == ("messages[0].content[0] of type file cannot be read",)
 
 

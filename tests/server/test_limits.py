@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from mlx_dgemma.prompt import download, pictures, sandbox
-from mlx_dgemma.server import accepted, bodies, connections, images, tool_kinds, validation
+from mlx_dgemma.server import accepted, bodies, connections, request_images, tool_kinds, validation
 from mlx_dgemma.server.endpoints import openai_responses
 from mlx_dgemma.server.settings import SERVER_ACCESS, ServerSettings
 
@@ -14,7 +14,12 @@ DOCS = Path(__file__).parents[2] / "docs" / "server.md"
 
 def test_the_documented_limits_are_those_of_the_code() -> None:
     own = ServerSettings()
-    cap = tool_kinds.MAX_TOOLS, images.MAX_IMAGES, images.MAX_IMAGES, openai_responses.MOST_METADATA
+    cap = (
+        tool_kinds.MAX_TOOLS,
+        request_images.MAX_IMAGES,
+        request_images.MAX_IMAGES,
+        openai_responses.MOST_METADATA,
+    )
     expected = {
         "body": [f"{own.max_body_bytes >> 20} MB"],
         "values in a body, depth": [f"{bodies._PARTS:,}, 64"],

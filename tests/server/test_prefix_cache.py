@@ -124,7 +124,7 @@ def test_a_tool_loop_goes_on_from_its_very_end(owner: Any) -> None:
 
 
 def test_what_two_conversations_share_is_learned(owner: Any) -> None:
-    """A document both begin with lies behind the first division; the third one profits."""
+    """A document both begin with lies after the first division; the third one profits."""
     store = PrefixCache(owner, LARGE)
     text = "Here is a long story about a king and a garden. " * 4
     told = [{"role": "assistant", "content": "I have read it, and now I know it by heart. " * 3}]

@@ -53,7 +53,7 @@ class Turns:
 
 @pytest.fixture
 def turns(runtime: Runtime) -> Iterator[Turns]:
-    """Both wait behind a job, so that neither is finished before the other has begun."""
+    """Both wait for a job, so that neither is finished before the other has begun."""
     turns = Turns()
     waiting = threading.Thread(target=lambda: runtime.call(turns.begin.wait))
     waiting.start()

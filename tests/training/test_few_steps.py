@@ -10,10 +10,10 @@ import pytest
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.training import run
-from mlx_dgemma.training.answers import Answers
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.data import Trail
-from mlx_dgemma.training.events import Answered, Report, Saved
+from mlx_dgemma.training.run_events import Answered, Report, Saved
+from mlx_dgemma.training.sampled_answers import Answers
 from mlx_dgemma.training.settings import Settings
 
 CANVAS = 32

@@ -16,7 +16,6 @@ from mlx_dgemma.training import loss as losses
 from mlx_dgemma.training.batches import Batches, Noise
 from mlx_dgemma.training.data import Example
 from mlx_dgemma.training.export import to_peft
-from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import (
     Objective,
@@ -25,6 +24,7 @@ from mlx_dgemma.training.loss import (
     signal,
     value_and_gradient,
 )
+from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import (
     ATTENTION,
     DENSE,

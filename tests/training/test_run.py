@@ -22,8 +22,8 @@ from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.training import run
-from mlx_dgemma.training.events import Evaluated, Report, Saved
 from mlx_dgemma.training.loop import STATE
+from mlx_dgemma.training.run_events import Evaluated, Report, Saved
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import WEIGHTS
 

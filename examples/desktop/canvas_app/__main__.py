@@ -110,7 +110,7 @@ class Window:
             self.status["text"] = f"{event.reason}: seed {event.seed}, {event.blocks} blocks"
 
     def draw(self, draft: str = "", tag: str = "") -> None:
-        """The answer in ink, and a draft behind it, the fainter the less sure."""
+        """The answer in ink, and a draft after it, the fainter the less sure."""
         self.text.delete("1.0", "end")
         self.text.insert("end", self.answer)
         self.text.insert("end", draft, tag)

@@ -1,5 +1,5 @@
 """`mlx_dgemma.benchmark`: what a model costs on this machine, and what its answers are worth."""
 
-from mlx_dgemma.cli.benchmark.command import build_parser, main
+from mlx_dgemma.cli.benchmark.flags import build_parser, main
 
 __all__ = ["build_parser", "main"]

@@ -15,8 +15,8 @@ from mlx_dgemma.cli.benchmark.tables import figures
 
 def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     from mlx_dgemma.benchmark.against import side_by_side, summary
+    from mlx_dgemma.benchmark.judged_questions import QUESTIONS
     from mlx_dgemma.benchmark.quality import known_tasks, measure, overall
-    from mlx_dgemma.benchmark.questions import QUESTIONS
     from mlx_dgemma.checkpoint.loading import load
     from mlx_dgemma.demo import CHECKPOINT
     from mlx_dgemma.evaluation.significance import compare

@@ -15,14 +15,14 @@ from mlx_dgemma.machine.memory import gigabytes
 
 if TYPE_CHECKING:
     from mlx_dgemma.benchmark.chips import Chip
-    from mlx_dgemma.benchmark.passes import Timing
+    from mlx_dgemma.benchmark.timing import Timing
 
 
 def run(arguments: argparse.Namespace, chip_name: str | None) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlx_dgemma.benchmark import chips
-    from mlx_dgemma.benchmark.passes import Workload, time_components, time_passes
+    from mlx_dgemma.benchmark.timing import Workload, time_components, time_passes
     from mlx_dgemma.decoding.settings import DecodingSettings
 
     model = model_of(arguments)
@@ -118,7 +118,7 @@ def show(found: dict[str, Any], console: Console) -> None:
 
 
 def plot(found: dict[str, Any], path: Path) -> None:
-    from mlx_dgemma.benchmark.plot import svg
+    from mlx_dgemma.benchmark.bar_chart import svg
 
     note = "bar: median of the runs, line: their spread"
     if found["ceiling"] is not None:

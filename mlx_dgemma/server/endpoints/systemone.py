@@ -22,7 +22,7 @@ from mlx_dgemma.server.accepted import Accepts, Bounds
 from mlx_dgemma.server.engine import Engine
 from mlx_dgemma.server.errors import ApiError, as_api_error
 from mlx_dgemma.server.fields import Fields
-from mlx_dgemma.server.images import MAX_IMAGES, count_images
+from mlx_dgemma.server.request_images import MAX_IMAGES, count_images
 from mlx_dgemma.server.sampling import check_length, check_model
 from mlx_dgemma.server.sse import unless_gone
 from mlx_dgemma.server.wire import JsonResponse

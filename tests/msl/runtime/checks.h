@@ -194,12 +194,14 @@ extern "C" void mslsim_atomic_access(const void* p, int n) {
     report(K_OOB, "atomic access out of bounds", (uint64_t)__builtin_return_address(0));
 }
 #define PC ((uint64_t)__builtin_return_address(0))
-// __tsan_readN is emitted where the compiler relied on natural alignment, __tsan_unaligned_readN
-// where it did not
-static inline void al(void* p, int n, uint64_t pc) {
+// __tsan_readN is emitted where the compiler relied on natural alignment, or for 16 bytes on one of 8
+// (what two reads of 8 bytes became); __tsan_unaligned_readN elsewhere. What a vector type of 16 bytes
+// needs, mslsim_misaligned tells.
+static inline void al(void* p, int size, uint64_t pc) {
+  const int n = size < 8 ? size : 8;
   if (__builtin_expect((uintptr_t)p & (n - 1), 0)) {
     char m[100];
-    snprintf(m, sizeof m, "misaligned %d-byte vector access (address %% %d = %d)", n, n,
+    snprintf(m, sizeof m, "misaligned %d-byte vector access (address %% %d = %d)", size, n,
              int((uintptr_t)p & (n - 1)));
     report(K_UB, m, pc);
   }

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from mlx_dgemma.cli.canvas import ACCEPTED, NOISY, SHADE, Pieces, bars, paint, printable
+from mlx_dgemma.cli.draft_view import ACCEPTED, NOISY, SHADE, Pieces, bars, paint, printable
 from tests.cli.fakes import STOP, WORDS, decode, draft, settled
 
 

@@ -19,16 +19,16 @@ import mlx.core as mx
 import numpy as np
 
 from mlx_dgemma.decoding.sampler import EntropyBoundSampler, StepInput
-from mlx_dgemma.decoding.schedule import temperature
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.decoding.stopping import StableAndConfident
+from mlx_dgemma.decoding.temperature import temperature
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.training.batches import Rows, padded
 from mlx_dgemma.training.data import Example, Trail
-from mlx_dgemma.training.events import Answered
-from mlx_dgemma.training.files import write_tensors
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import rows_at_once
+from mlx_dgemma.training.run_events import Answered
+from mlx_dgemma.training.tensor_files import write_tensors
 
 OWN_STEPS = (0.5, 0.35, 0.15)  # how often an answer begins with one, two, three steps of its own
 MOST_STEPS = 16  # of a canvas that is learned from: one that takes more has lost its way

@@ -11,8 +11,8 @@ from rich.console import Console
 from rich.text import Text
 
 from mlx_dgemma.cli import summary
-from mlx_dgemma.cli.canvas import THINKING, printable
 from mlx_dgemma.cli.command import quiet_keyboard
+from mlx_dgemma.cli.draft_view import THINKING, printable
 from mlx_dgemma.cli.live import LiveView, describe_call, fit
 from mlx_dgemma.cli.session import Session
 from mlx_dgemma.decoding.events import Commit, Event, Finish

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from mlx_dgemma.training.events import Evaluated, Event, Report
+from mlx_dgemma.training.run_events import Evaluated, Event, Report
 
 WIDTH, HEIGHT, MARGIN = 720, 360, 48
 

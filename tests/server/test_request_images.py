@@ -11,7 +11,7 @@ import pytest
 from mlx_dgemma.prompt.download import public_address
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.pictures import Access
-from mlx_dgemma.server.images import MAX_IMAGES
+from mlx_dgemma.server.request_images import MAX_IMAGES
 from tests.prompt.drawings import photograph, saved
 
 from .conftest import Open, Script, config, user

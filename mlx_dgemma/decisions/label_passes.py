@@ -22,9 +22,9 @@ import numpy as np
 
 from mlx_dgemma.context.prompt_cache import PromptCache, check_cache, exclusively
 from mlx_dgemma.decisions.answers import Answer, make_answer
-from mlx_dgemma.decisions.canvas import read_prompt
+from mlx_dgemma.decisions.canvas_read import read_prompt
 from mlx_dgemma.decisions.forms import GROUP, Form, groups, make_forms
-from mlx_dgemma.decisions.messages import is_image, question_messages, state_parts
+from mlx_dgemma.decisions.question_prompt import is_image, question_messages, state_parts
 from mlx_dgemma.decisions.questions import Choice, Question, read_questions
 from mlx_dgemma.decoding.blocks import check_cancel
 from mlx_dgemma.decoding.draws import Place, SeededDraws, check_seed

@@ -13,7 +13,7 @@ from PIL import Image
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.model.config import ModelConfig
-from mlx_dgemma.prompt.images import BUDGETS, ImageProcessor
+from mlx_dgemma.prompt.patches import BUDGETS, ImageProcessor
 from mlx_dgemma.prompt.pictures import Picture, open_picture
 from tests.prompt.drawings import animation, photograph, saved, screenshot
 

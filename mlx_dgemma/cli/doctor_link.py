@@ -19,8 +19,8 @@ def examine(model: str) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlx_dgemma.benchmark import chips
+    from mlx_dgemma.benchmark.shared_step import step_seconds
     from mlx_dgemma.benchmark.synthetic import synthetic_config
-    from mlx_dgemma.benchmark.together import step_seconds
     from mlx_dgemma.checkpoint.sizes import weight_bytes
     from mlx_dgemma.distributed import joining
     from mlx_dgemma.distributed.link import measured

@@ -14,10 +14,10 @@ from mlx_dgemma.benchmark import code_judge
 from mlx_dgemma.benchmark.against import Pair, side_by_side, summary
 from mlx_dgemma.benchmark.code_judge import is_harmless, passes
 from mlx_dgemma.benchmark.costs import expert_rows, step_costs
+from mlx_dgemma.benchmark.judged_questions import QUESTIONS, questions
 from mlx_dgemma.benchmark.quality import Answer
-from mlx_dgemma.benchmark.questions import QUESTIONS, questions
 from mlx_dgemma.benchmark.synthetic import synthetic_config
-from mlx_dgemma.cli.benchmark.command import main
+from mlx_dgemma.cli.benchmark.flags import main
 from mlx_dgemma.cli.benchmark.quality import verdict
 from mlx_dgemma.evaluation.significance import compare
 from mlx_dgemma.model.config import ModelConfig
