@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-TASKS = ("text", "presets", "fillings", "constrained", "cancelled")
+TASKS = ("text", "long", "presets", "turns")
 LIMIT = 15.0
 _NEW_NETWORK, _SET_INTERFACE, _TUN = 0x40000000, 0x400454CA, 0x1001
 

@@ -10,7 +10,13 @@ those that two processes of the demo model really exchange (tests/distributed/te
 from __future__ import annotations
 
 from mlx_dgemma.benchmark.chips import CHIPS
-from mlx_dgemma.benchmark.shared_step import ASSUMED, ring, step_seconds, step_traffic
+from mlx_dgemma.benchmark.shared_step import (
+    ASSUMED,
+    alone_seconds,
+    ring,
+    step_seconds,
+    step_traffic,
+)
 from mlx_dgemma.benchmark.synthetic import synthetic_config
 from mlx_dgemma.model.config import ModelConfig
 
@@ -28,7 +34,7 @@ def main() -> None:
     print("| --- | --- | --- | " + " | ".join("---" for _ in SIZES) + " |")
     for name in ("Apple M4 Max", "Apple M3 Ultra"):
         chip = CHIPS[name]
-        alone = step_seconds(config, chip, 1, None)
+        alone = alone_seconds(config, chip)
         for link, latency, bandwidth in ASSUMED:
             cells = []
             for size in SIZES:
@@ -37,7 +43,7 @@ def main() -> None:
             print(f"| {name} | {link} | {1e3 * alone:.0f} ms | {' | '.join(cells)} |")
     print("Pipelines by layers, which there are none of yet, one canvas under way:")
     for name in ("Apple M4 Max", "Apple M3 Ultra"):
-        alone = step_seconds(config, CHIPS[name], 1, None)
+        alone = alone_seconds(config, CHIPS[name])
         for link, latency, bandwidth in ASSUMED:
             # From each machine to the next, and from the last to the first.
             hop = latency + config.canvas_length * config.text.hidden_size * 2 / bandwidth

@@ -66,6 +66,13 @@ def largest_part(config: ModelConfig, size: int) -> dict[str, float]:
     }
 
 
+def alone_seconds(config: ModelConfig, chip: Chip) -> float:
+    """The same of one machine, which in 16 bits sums a sure position's signal over its likely ids
+    alone; several do not."""
+    sparse = ITEM_SIZE[config.text.dtype] == 2
+    return step_seconds(config, chip, 1, None, conditioning="sparse" if sparse else "dense")
+
+
 def step_seconds(
     config: ModelConfig,
     chip: Chip,

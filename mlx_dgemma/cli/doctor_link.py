@@ -19,7 +19,7 @@ def examine(model: str) -> dict[str, Any]:
     import mlx.core as mx
 
     from mlx_dgemma.benchmark import chips
-    from mlx_dgemma.benchmark.shared_step import step_seconds
+    from mlx_dgemma.benchmark.shared_step import alone_seconds, step_seconds
     from mlx_dgemma.benchmark.synthetic import synthetic_config
     from mlx_dgemma.checkpoint.sizes import weight_bytes
     from mlx_dgemma.distributed import joining
@@ -46,7 +46,7 @@ def examine(model: str) -> dict[str, Any]:
     link = measured(team, config.canvas_length, config.text.hidden_size)
     known = chips.known(machine().chip)
     chip = known or chips.measured("this machine", mx.float32)
-    alone = step_seconds(config, chip, 1, None)
+    alone = alone_seconds(config, chip)
     together = step_seconds(config, chip, team.size, link)
     return {
         "link": link.record(),

@@ -1,6 +1,6 @@
 """What is asked of a model that several processes hold and of one that a single process holds.
 
-`python tasks.py OUT FOLDER [NAME ...]`, run on every rank of a group, writes rank 0's answers.
+`python tasks.py OUT FOLDER NAME ...`, run on every rank of a group, writes rank 0's answers.
 """
 
 from __future__ import annotations
@@ -92,21 +92,43 @@ def long(model, tokenizer, folder):
     ]
 
 
-def sampler(model, tokenizer, folder):
-    return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sampler="confidence-threshold")
+def brief(model, tokenizer, folder):
+    """Every feature in a pass or two each, of a network that means nothing by what it says; then
+    with PEFT's two deltas on one weight, of the encoder's and of the decoder's pass."""
+    few = {"max_denoising_steps": 2, "max_tokens": 32, "empty_reply": "allow", "seed": 1}
+    ids, path = [2, 5, 6, 7], Path(folder) / f"brief {model.team is None}"
+    example, cache = held_out("picture", 1, 3)[0], PromptCache(model)
 
+    def ask(prompt=ids, model=model, **options):
+        return reply(model, tokenizer, prompt, **few, **options)[::2]
 
-def few_steps(model, tokenizer, folder):
-    """Of a network that means nothing by what it says."""
-    return reply(
-        model,
-        tokenizer,
-        [2, 5, 6, 7],
-        seed=1,
-        max_tokens=40,
-        max_denoising_steps=3,
-        empty_reply="allow",
-    )
+    found = {
+        "drafts": ask(drafts=True, logprobs=True),
+        "confidence": ask(sampler="confidence-threshold"),
+        "turbo in 8 bits": ask(preset="turbo", kv_bits=8),
+        "picture": ask(example.messages, images=[example.picture.draw()]),
+        "choice": ask(constraint=Constraint.choice(["yes", "perhaps", "no"])),
+        "turn": ask(cache=cache),
+        "trace": ask(trace=path),
+        "replay": replay(model, tokenizer, path).divergence,
+    }
+    cache.save(path)
+    found["kept"] = ask([*ids, 8], cache=PromptCache.load(path, model))
+    holes = infill(model, tokenizer, "the <hole:1-2> sings.", n=2, seed=1, max_denoising_steps=2)
+    found["holes"] = [one.text for one in (holes, *holes.alternatives)]
+    left = stream_generate(model, tokenizer, ids, drafts=True, **few)
+    next(event for event in left if isinstance(event, Draft))
+    left.close()
+    cancel, reasons = threading.Event(), []
+    for event in stream_generate(model, tokenizer, ids, drafts=True, cancel=cancel, **few):
+        cancel.set()
+        reasons += [event.reason] if isinstance(event, Finish) else []
+    found["left and cancelled"] = [reasons, ask(sliced_head=True)]
+    question = {"type": "choice", "criteria": ["red", "green", "blue"]}
+    decided = decide(model, tokenizer, "The sky.", {"colour": question}, orders=1).to_json()
+    found["decided"] = json.loads(json.dumps(decided), parse_float=lambda one: round(float(one), 3))
+    model, _ = load(Path(folder) / "model", adapter_path=Path(folder) / "peft")
+    return found | {"two deltas": ask(model=model)}
 
 
 def presets(model, tokenizer, folder):
@@ -118,42 +140,6 @@ def presets(model, tokenizer, folder):
     cache = model.make_cache()
     model.prefill(np.arange(5, 25), cache)
     return [found, _block(model, cache, (1, 2, 3), preset="turbo")]
-
-
-def sliced(model, tokenizer, folder):
-    return reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, sliced_head=True)
-
-
-def packed(model, tokenizer, folder):
-    return reply(model, tokenizer, "Reverse the letters CANVAS", seed=2, kv_bits=8)
-
-
-def picture(model, tokenizer, folder):
-    example = held_out("picture", 1, 3)[0]
-    return reply(model, tokenizer, example.messages, images=[example.picture.draw()], seed=3)
-
-
-def fillings(model, tokenizer, folder):
-    """Holes, alternatives in one batch, pins."""
-    found = infill(
-        model,
-        tokenizer,
-        "the old <hole:1-2> sings in <hole:3>.",
-        n=2,
-        seed=1,
-        max_denoising_steps=9,
-    )
-    both = [found, *found.alternatives]
-    return [[one.text, one.steps, round(one.score, 3)] for one in both]
-
-
-def constrained(model, tokenizer, folder):
-    some = Constraint.choice(["yes", "perhaps", "no"])
-    schema = Constraint.json_schema({"type": "object", "properties": {"n": {"type": "integer"}}})
-    return [
-        reply(model, tokenizer, "Is it?", seed=1, constraint=some, max_denoising_steps=9),
-        reply(model, tokenizer, "A number.", seed=1, constraint=schema, max_denoising_steps=9),
-    ]
 
 
 def turns(model, tokenizer, folder):
@@ -173,35 +159,6 @@ def turns(model, tokenizer, folder):
     canvas = mx.array([[5] * 32])
     same = mx.abs(model.hidden(canvas, other)).sum().item() > 0
     return [first, second, third, len(cache.ids), len(loaded.ids), same]
-
-
-def traced(model, tokenizer, folder):
-    path = Path(folder) / f"{'one' if model.team is None else 'many'}.json"
-    found = reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, trace=path)
-    again = replay(model, tokenizer, path)
-    return [found, again.divergence, list(again.ids)]
-
-
-def decided(model, tokenizer, folder):
-    question = {"type": "choice", "criteria": ["red", "green", "blue"]}
-    found = decide(model, tokenizer, "The sky is blue.", {"colour": question}, orders=1)
-    return json.loads(json.dumps(found.to_json()), parse_float=lambda text: round(float(text), 3))
-
-
-def cancelled(model, tokenizer, folder):
-    """A request that is left in the middle, one that is cancelled, and one after them."""
-    events = stream_generate(model, tokenizer, "Count from 1 to 40.", seed=4, drafts=True)
-    first = next(event for event in events if isinstance(event, Draft))
-    events.close()
-    cancel = threading.Event()
-    reasons = []
-    for event in stream_generate(
-        model, tokenizer, "Count from 1 to 40.", seed=4, drafts=True, cancel=cancel
-    ):
-        cancel.set()
-        if isinstance(event, Finish):
-            reasons.append(event.reason)
-    return [first.ids.tolist(), reasons, text(model, tokenizer, folder)]
 
 
 def adapted(model, tokenizer, folder):
@@ -262,29 +219,13 @@ def _block(model, cache, seeds, **options):
             return [[row.ids.tolist(), row.steps] for row in ended.value]
 
 
-TASKS = {
-    task.__name__: task
-    for task in (
-        *(
-            logits,
-            text,
-            long,
-            sampler,
-            few_steps,
-            presets,
-            sliced,
-            packed,
-            picture,
-            fillings,
-            constrained,
-        ),
-        *(turns, traced, decided, cancelled, adapted, counted, synthetic),
-    )
-}
+DEMO = (logits, text, long, presets, turns, adapted, counted, synthetic)
+SMALL = (logits, brief)  # of a network without meaning
+TASKS = {task.__name__: task for task in (*DEMO, *SMALL)}
 
 
-def answers(model, tokenizer, folder, names):
-    return {name: TASKS[name](model, tokenizer, folder) for name in names}
+def answers(model, tokenizer, folder, tasks):
+    return {task.__name__: task(model, tokenizer, folder) for task in tasks}
 
 
 if __name__ == "__main__":
@@ -292,5 +233,5 @@ if __name__ == "__main__":
     own = Path(folder) / "model"
     with narrow_slices():
         model, tokenizer = load(own if own.exists() else None, group=mx.distributed.init())
-        found = answers(model, tokenizer, folder, names or TASKS)
+        found = answers(model, tokenizer, folder, [TASKS[name] for name in names])
     Path(out).write_text(json.dumps(found))

@@ -53,26 +53,31 @@ def alone(folder):
     """What one process answers."""
     with tasks.narrow_slices():
         model, tokenizer = load()
-        return tasks.answers(model, tokenizer, folder, tasks.TASKS)
+        return tasks.answers(model, tokenizer, folder, tasks.DEMO)
 
 
-def six_heads(folder):
-    """A random network beside the demo's tokenizer that three machines can share; in 4 bits, its
-    packed matrices are cut between groups."""
+@pytest.fixture(scope="module")
+def small(tmp_path_factory):
+    """Where all ranks find a random network of two layers beside the demo's tokenizer, which two,
+    three and four machines can share; in 4 bits, its packed matrices are cut between groups. And an
+    adapter of PEFT's form, whose passes have deltas of their own."""
+    shared = tmp_path_factory.mktemp("small")
+    folder = shared / "model"
     folder.mkdir()
-    for path in CHECKPOINT.glob("*token*"):
+    for path in (*CHECKPOINT.glob("*token*"), *CHECKPOINT.glob("*_config.json")):
         shutil.copy(path, folder / path.name)
+    shutil.copy(CHECKPOINT / "chat_template.jinja", folder)
     raw = json.loads((CHECKPOINT / "config.json").read_text())
-    raw["vision_config"] = None
     raw["text_config"] |= {
-        **{"num_attention_heads": 6, "num_key_value_heads": 3, "num_global_key_value_heads": 3},
-        **{"intermediate_size": 224, "moe_intermediate_size": 96},
+        **{"num_attention_heads": 12, "num_key_value_heads": 12, "num_global_key_value_heads": 1},
+        **{"intermediate_size": 224, "moe_intermediate_size": 128, "num_hidden_layers": 2},
+        "layer_types": ["sliding_attention", "full_attention"],
     }
     raw["quantization"] = {"group_size": 32, "bits": 4}
     (folder / "config.json").write_text(json.dumps(raw))
     mx.random.seed(3)
-    tensors = {}
-    for name, (shape, dtype) in parameter_shapes(ModelConfig.from_dict(raw)).items():
+    tensors, config = {}, ModelConfig.from_dict(raw)
+    for name, (shape, dtype) in parameter_shapes(config).items():
         if dtype == "uint32":
             numbers = mx.random.randint(0, 2**31 - 1, shape).astype(mx.uint32)
         elif name.endswith((".scales", ".biases")):
@@ -81,12 +86,28 @@ def six_heads(folder):
             numbers = mx.random.uniform(0.5, 1.0, shape)
         tensors[name] = numbers.astype(getattr(mx, dtype))
     mx.save_safetensors(str(folder / "model.safetensors"), tensors)
-    return folder
+    (shared / "peft").mkdir()
+    deltas, queries = {}, 12 * config.text.head_dim_of(0)
+    for tower in ("model.encoder.language_model", "model.decoder"):
+        module = f"base_model.model.{tower}.layers.0.self_attn.q_proj"
+        deltas[f"{module}.lora_A.weight"] = mx.random.normal((2, config.text.hidden_size))
+        deltas[f"{module}.lora_B.weight"] = mx.random.normal((queries, 2))
+    mx.save_safetensors(str(shared / "peft" / "adapter_model.safetensors"), deltas)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4}
+    (shared / "peft" / "adapter_config.json").write_text(json.dumps(settings))
+    return shared
 
 
-def together(size, folder, *names):
+@pytest.fixture(scope="module")
+def small_alone(small):
+    with tasks.narrow_slices():
+        return tasks.answers(*load(small / "model"), small, tasks.SMALL)
+
+
+def together(size, folder, asked):
     out = folder / f"{size}.json"
-    command = [sys.executable, str(PROGRAM), str(out), str(folder), *names]
+    command = [sys.executable, str(PROGRAM), str(out), str(folder)]
+    command += [task.__name__ for task in asked]
     spoken = finish(start(command, size, folder), timeout=240)
     assert out.exists(), spoken
     assert all(words == ("", "") for words in spoken[1:]), "only rank 0 speaks"
@@ -103,20 +124,11 @@ def check(found, alone, folder):
 
 @pytest.mark.slow
 def test_two_processes_answer_as_one_does(alone, folder):
-    check(together(2, folder), alone, folder)
+    check(together(2, folder, tasks.DEMO), alone, folder)
 
 
 @pytest.mark.slow
-def test_three_processes_answer_as_one_does(tmp_path):
-    """Where the heads allow it; with widths that do not divide evenly, and packed weights."""
-    folder = six_heads(tmp_path / "model").parent
-    names = ("logits", "few_steps")
-    with tasks.narrow_slices():
-        alone = tasks.answers(*load(folder / "model"), folder, names)
-    check(together(3, folder, *names), alone, folder)
-
-
-@pytest.mark.slow
-def test_four_processes_answer_as_one_does(alone, folder):
-    """More ranks than key heads."""
-    check(together(4, folder, "logits", "text", "turns"), alone, folder)
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_every_feature_of_several_processes(size, small_alone, small):
+    """Where the heads allow it: widths that do not divide evenly, more ranks than key heads."""
+    check(together(size, small, tasks.SMALL), small_alone, small)
