@@ -45,6 +45,7 @@ def plan(rank: int, length: int, batch: int) -> TrainingPlan:
         seq_length=length,
         checkpoint=True,
         itemsize=2,
+        cpu=False,
     )
 
 

@@ -12,7 +12,7 @@ from mlx_dgemma.constraints.vocabulary import Vocabulary
 
 DEAD, END = 0, 1  # states: nothing can follow; everything may
 # Transitions kept, states times ids: two bytes each.
-_MOST_KEPT = 8_000_000
+_MOST_KEPT = 4_000_000
 _STATES, _IDS = 64, 1024  # room at first
 _OPEN = 8  # symbols that lead back to a state for which the rest of an id is not walked
 # UTF-8: first bytes, the byte after them, and how many more follow (Unicode 15, table 3-7).

@@ -29,6 +29,15 @@ from mlx_dgemma.untrusted_json import parse
 # Of one file, which is held as text while it is read.
 _MOST_BYTES = 4 << 30
 SPLITS = ("train", "valid", "test")
+# Of a data set on the Hub: the lines, and the pictures that they can name.
+_WANTED = [
+    "*.jsonl",
+    *(
+        f"*.{end}"
+        for name in ("png", "jpg", "jpeg", "webp", "gif", "bmp")
+        for end in (name, name.upper())
+    ),
+]
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,7 @@ def _download(repository: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=["*.jsonl"]))
+        return Path(snapshot_download(repository, repo_type="dataset", allow_patterns=_WANTED))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(f"The data set {repository} cannot be downloaded: {reason}") from error

@@ -9,16 +9,18 @@ Metal kernels have no gradient, so their twins run.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
 import numpy as np
+from mlx.utils import tree_unflatten
 
-from mlx_dgemma.kernels.gradients import attend, rms_norm
+from mlx_dgemma.kernels.gradients import attend, rms_norm, with_gradient
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.backbone import Layer
 from mlx_dgemma.model.masks import image_blocks
+from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.model.rope import Table
 from mlx_dgemma.training.batches import Rows
 
@@ -75,10 +77,9 @@ class Passes:
         return rms_norm(x, norm.weight, norm.eps).astype(self.model.dtype)
 
     def _wrapped(self, layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
-        def run(*arrays: mx.array) -> Any:
-            return function(layer, *arrays)
-
-        return nn.utils.checkpoint(layer, run) if self._checkpoint else run
+        if self._checkpoint:
+            return _computed_again(layer, function)
+        return partial(function, layer)
 
     def _by_window(self, make: Callable[[int | None], mx.array]) -> dict[int | None, mx.array]:
         windows = {layer.self_attn.window for layer in self.model.layers}
@@ -99,6 +100,32 @@ class Passes:
                 features = mx.stop_gradient(self.model.image_features(image.patches))
                 x[row, places[0] : places[-1] + 1] = features.astype(x.dtype)
         return x
+
+
+def _computed_again(layer: Layer, function: Callable[..., Any]) -> Callable[..., Any]:
+    """function(layer, *arrays), whose insides are computed again for its gradient, once what comes
+    back to it is there. mx.checkpoint waits for what leaves it alone, so that MLX may begin all
+    layers again before it has gone back through one."""
+    own = list(named_tensors(layer.trainable_parameters()).items())
+
+    def run(*arrays: mx.array) -> Any:
+        tensors, inputs = arrays[: len(own)], arrays[len(own) :]
+        layer.update(_named(own, tensors))
+        found = function(layer, *inputs)
+        layer.update(_named(own, [tensor for _, tensor in own]))
+        return found
+
+    def gradient(arrays: Any, cotangents: Any, _: Any) -> Any:
+        given = list(cotangents) if isinstance(cotangents, tuple | list) else [cotangents]
+        inputs = mx.depends(list(arrays[len(own) :]), given)
+        return mx.vjp(run, [*arrays[: len(own)], *inputs], given)[1]
+
+    call = with_gradient(run, gradient)
+    return lambda *arrays: call(*(tensor for _, tensor in own), *arrays)
+
+
+def _named(own: list[tuple[str, mx.array]], tensors: Sequence[mx.array]) -> Any:
+    return tree_unflatten([(name, t) for (name, _), t in zip(own, tensors, strict=True)])
 
 
 def _encode_layer(

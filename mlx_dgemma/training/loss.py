@@ -25,11 +25,11 @@ from mlx_dgemma.model import Model
 from mlx_dgemma.training.batches import Batch
 from mlx_dgemma.training.forward import Passes
 
-HEAD_BYTES = 64 << 20  # of float32 logits that are held at once
+HEAD_BYTES = 32 << 20  # of float32 logits that are made at once
 
 
 def rows_at_once(vocabulary: int) -> int:
-    """Positions whose logits are held at once: 64 of the published vocabulary."""
+    """Positions whose logits are made at once: 32 of the published vocabulary."""
     return max(1, HEAD_BYTES // (4 * vocabulary))
 
 
@@ -72,6 +72,7 @@ class Objective:
                 encoded.reshape(-1, encoded.shape[-1])[places],
                 following,
                 mx.full(len(places), batch.encoder_weight),
+                after=canvas,
             )
         return canvas + self.encoder_weight * encoder, mx.stop_gradient(mx.stack([canvas, encoder]))
 
@@ -127,12 +128,13 @@ def cross_entropy(
     weights: mx.array,
     *,
     certainty: mx.array | None = None,
+    after: mx.array | None = None,
 ) -> mx.array:
     """sum of weights * (-log p[target] + certainty * entropy where target is argmax), float32.
 
     hidden [R, H], targets int [R], weights and certainty float32 [R]; p = softmax(logits), of which
     no more than `rows_at_once` are held at a time. A model in training finds the gradient with the
-    loss."""
+    loss. after: what is computed first, with logits of its own."""
     count = rows_at_once(model.config.text.vocab_size)
     parts = [
         _Part(
@@ -152,8 +154,9 @@ def cross_entropy(
         slopes: list[mx.array] = []
         for number, part in enumerate(parts):
             some = hidden[number * count : (number + 1) * count]
-            if number:  # after the part before it: else MLX computes several at once
-                some = mx.depends([some], [losses[-1], *slopes[-1:]])[0]
+            # After the part before it: else MLX computes several at once.
+            before = [losses[-1], *slopes[-1:]] if number else [] if after is None else [after]
+            some = mx.depends([some], before)[0] if before else some
             loss, slope = part.read(some, gradient=model.training)
             losses.append(loss)
             slopes += [] if slope is None else [slope]

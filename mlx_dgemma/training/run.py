@@ -29,6 +29,9 @@ from mlx_dgemma.training.rounds import Judge, Rounds, begun
 from mlx_dgemma.training.run_events import Evaluated, Event, Report
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
+    EXPERTS,
+    SELF_CONDITIONING,
+    Tuning,
     attach,
     load_trained,
     read_tuning,
@@ -280,6 +283,9 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         checkpoint=settings.grad_checkpoint,
         itemsize=model.residual_dtype.size,
         encoder_loss=bool(settings.loss.encoder_weight),
+        layers=_lowest(settings.tuning),
+        experts=EXPERTS in settings.tuning.keys,
+        whole=settings.tuning.kind == "full",
     )
     check_training(plan, machine())
     return Prepared(settings, model, tokenizer, splits, plan)
@@ -306,6 +312,12 @@ def settle_for_training(model: Model) -> None:
         if dense <= EXPAND_BYTES:
             expand(model)
             cast(model, model)
+
+
+def _lowest(tuning: Tuning) -> int:
+    """How many layers gradients go back through, from the last one; -1 is all."""
+    outside = any(key in SELF_CONDITIONING for key in tuning.keys)
+    return -1 if outside and tuning.kind != "full" else tuning.num_layers
 
 
 def _shapes(model: Model) -> list[tuple[int, ...]]:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
-_OF_THE_RING = re.compile(r"(Receiving from|Sending to|Socket \d|Too many send)")
+_OF_THE_RING = re.compile(r"(Receiving from|Sending to|Socket\b|Too many send)")
 
 
 def free_ports(count: int) -> list[int]:

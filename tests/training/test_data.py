@@ -8,7 +8,7 @@ from PIL import Image
 from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.demo.tasks import TASKS
 from mlx_dgemma.training.batches import Batches, Noise
-from mlx_dgemma.training.data import load_split
+from mlx_dgemma.training.data import find_data, load_split
 
 
 def test_tools_images_and_long_answers_become_examples(tmp_path):
@@ -40,3 +40,24 @@ def test_tools_images_and_long_answers_become_examples(tmp_path):
     assert starts == {len(long.prompt) + n for n in range(0, len(long.response), canvas)}
     one, other = batches.at(0), Batches([long] * 4, 4, Noise(canvas, 896), 1).at(0)
     assert not np.array_equal(one.noisy, other.noisy)
+
+
+def test_pictures_of_a_data_set_on_the_hub_come_with_its_lines(tmp_path, monkeypatch):
+    from fnmatch import fnmatch
+
+    import huggingface_hub
+
+    stored = {"train.jsonl": "{}", "pictures/one.PNG": "", "two.jpeg": "", "model.safetensors": ""}
+
+    def snapshot_download(repository, *, repo_type, allow_patterns):
+        assert (repository, repo_type) == ("someone/signs", "dataset")
+        for name, content in stored.items():
+            if any(fnmatch(name, pattern) for pattern in allow_patterns):
+                (tmp_path / name).parent.mkdir(exist_ok=True)
+                (tmp_path / name).write_text(content)
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    folder = find_data("someone/signs")
+    found = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    assert found == set(stored) - {"model.safetensors"}
