@@ -83,6 +83,7 @@ def node_clients() -> None:
         return
     say("installing the JavaScript clients of the tests")
     command = [npm, "install", "--silent", "--prefix", "tests/server/node"]
+    command += ["--fetch-retries=1", "--fetch-retry-mintimeout=2000"]  # without a network: seconds
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         say("npm could not: the tests of JavaScript clients will be skipped")
 

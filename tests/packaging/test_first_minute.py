@@ -13,7 +13,10 @@ from tests.packaging.test_distribution import committed
 
 pytestmark = pytest.mark.slow
 # Where this machine's packages come from; a reader's machine has its own.
-MACHINE = ("PATH", "PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT")
+MACHINE = (
+    *("PATH", "PIP_FIND_LINKS", "PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_CERT"),
+    *("NPM_CONFIG_REGISTRY", "NODE_EXTRA_CA_CERTS"),
+)
 # A few tests of the emulator and of plain text, none of which runs this file again.
 FEW = (
     "tests/msl/test_emulator.py tests/prompt/test_reply.py -k 'stop_string or wrapper_text or race'"
