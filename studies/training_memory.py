@@ -10,6 +10,7 @@ vocabulary beyond the head's own part.
 from __future__ import annotations
 
 import argparse
+import gc
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -45,6 +46,8 @@ def measured(
     tuning: Tuning | None = None,
 ) -> tuple[int, TrainingPlan]:
     """Peak bytes of a step, and the plan. divide: widths, for a quick look."""
+    gc.collect()
+    before = mx.get_active_memory()  # what else this process holds
     raw = with_layers(published_config(), layers)
     raw |= {"vision_config": None, "canvas_length": canvas, "dtype": "float32"}
     raw["text_config"] |= {"num_experts": experts, "vocab_size": vocabulary, "dtype": "float32"}
@@ -88,7 +91,7 @@ def measured(
         itemsize=4,
         encoder_loss=bool(encoder_weight),
     )
-    return mx.get_peak_memory(), plan
+    return mx.get_peak_memory() - before, plan
 
 
 def main() -> None:
