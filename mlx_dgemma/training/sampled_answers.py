@@ -2,9 +2,9 @@
 
 A first few steps are taken as the tuned model will take them, with a looser entropy bound: several
 tokens are drawn at once, and what was drawn decides which answer it becomes. From there the same
-model goes on by the checkpoint's rules, but takes the likeliest token instead of drawing: it mends
-what does not fit together and chooses nothing more, so that the answer is nearly a function of the
-canvas, and the network can learn to be sure of it at once.
+model goes on by the checkpoint's rules, but takes the likeliest token instead of drawing: it
+repairs what does not fit together and chooses nothing more, so that the answer is nearly a function
+of the canvas, and the network can learn to be sure of it at once.
 """
 
 from __future__ import annotations
