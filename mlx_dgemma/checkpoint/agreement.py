@@ -51,6 +51,7 @@ def facts(checkpoint: str, shapes: Sequence[Request]) -> dict[str, Any]:
 
 
 def identity_of(folder: Path) -> str:
+    """What tells a checkpoint from every other: its configuration and headers."""
     return identity((folder / "config.json").read_bytes(), read_headers(folder))
 
 

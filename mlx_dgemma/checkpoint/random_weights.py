@@ -25,7 +25,7 @@ from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
-from mlx_dgemma.model.packing import quantization_of
+from mlx_dgemma.model.packing import Quantization, quantization_of
 from mlx_dgemma.model.parameters import parameter_shapes
 from mlx_dgemma.model.share import Share
 
@@ -122,10 +122,9 @@ def random_tensors(config: ModelConfig, *, seed: int = 0) -> Iterator[tuple[str,
 
 
 def _packed(
-    name: str, shape: tuple[int, ...], key: mx.array, dtype: mx.Dtype, packing: Any
+    name: str, shape: tuple[int, ...], key: mx.array, dtype: mx.Dtype, packing: Quantization
 ) -> tuple[mx.array, ...]:
-    drawn = (min(shape[0], _DRAWN_EXPERTS if len(shape) == 3 else _DRAWN_ROWS), *shape[1:])
-    dense = _random(name, drawn, key).astype(dtype)
+    dense = _random(name, _drawn(shape), key).astype(dtype)
     parts = mx.quantize(dense, packing.group_size, packing.bits, mode=packing.mode)
     return tuple(_repeated(part, shape[0]) for part in parts)
 
@@ -134,11 +133,13 @@ def _random(name: str, shape: tuple[int, ...], key: mx.array) -> mx.array:
     if len(shape) < 2:
         return mx.random.uniform(0.9, 1.1, shape, key=key)
     spread = 1.0 if "router" in name else shape[-1] ** -0.5
-    drawn = shape
-    if prod(shape) > _DRAWN_ROWS * shape[-1]:
-        limit = _DRAWN_EXPERTS if len(shape) == 3 else _DRAWN_ROWS
-        drawn = (min(shape[0], limit), *shape[1:])
+    drawn = _drawn(shape) if prod(shape) > _DRAWN_ROWS * shape[-1] else shape
     return _repeated(mx.random.normal(drawn, key=key) * spread, shape[0])
+
+
+def _drawn(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Of a matrix or a stack of them: the shape of the part that is drawn."""
+    return (min(shape[0], _DRAWN_EXPERTS if len(shape) == 3 else _DRAWN_ROWS), *shape[1:])
 
 
 def _repeated(part: mx.array, count: int) -> mx.array:

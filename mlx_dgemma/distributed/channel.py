@@ -69,12 +69,14 @@ class Channel:
             self._socket.settimeout(_LAST)
             self._socket.sendall(_SIZES.pack(len(text), 0) + text)
 
-    def receive(self, silence: float, *, stranger: bool = False) -> Message:
+    def receive(self, silence: float, *, unverified: bool = False) -> Message:
         """The next message that is no beat. Raises LostError at the end of the connection, and when
         nothing came for `silence` seconds.
 
-        stranger: nobody knows yet who is at the other end, so nothing long is taken."""
-        most_object, most_payload = (_MOST_HELLO, 0) if stranger else (_MOST_OBJECT, _MOST_PAYLOAD)
+        unverified: the other end has not shown the secret yet, so only a short message is taken."""
+        most_object, most_payload = (
+            (_MOST_HELLO, 0) if unverified else (_MOST_OBJECT, _MOST_PAYLOAD)
+        )
         while True:
             lengths = _SIZES.unpack(self._read(_SIZES.size, silence))
             if lengths[0] > most_object or lengths[1] > most_payload:

@@ -85,7 +85,7 @@ def _admit(
             )
         with suppress(TimeoutError):
             opened = door.accept()[0]
-            # Whoever connects and says nothing holds up nobody else.
+            # A connection that sends nothing delays no other.
             threading.Thread(
                 target=_greet, args=(opened, secret, size, greeted), daemon=True
             ).start()
@@ -111,7 +111,7 @@ def _greet(
     with suppress(OSError):
         address, channel = opened.getpeername()[0], Channel(opened)
         with suppress(LostError):
-            hello = channel.receive(3.0, stranger=True)
+            hello = channel.receive(3.0, unverified=True)
             if _is_ours(hello, secret, size):
                 greeted.put((channel, hello, address))
                 return

@@ -93,7 +93,9 @@ def _read_hosts(path: Path) -> list[list[str]]:
         raise InputError(
             f"MLX_HOSTFILE={str(path)!r} cannot be read ({error}): {_START}."
         ) from error
-    if isinstance(hosts, dict) or (isinstance(hosts, list) and any(map(_is_of_launch, hosts))):
+    if isinstance(hosts, dict) or (
+        isinstance(hosts, list) and any(isinstance(entry, dict) for entry in hosts)
+    ):
         raise InputError(
             f"MLX_HOSTFILE={str(path)!r} is a host file for mlx.launch --hostfile: {_START}."
         )
@@ -103,10 +105,6 @@ def _read_hosts(path: Path) -> list[list[str]]:
             f'["192.168.0.1:32323"]: {_START}.'
         )
     return hosts
-
-
-def _is_of_launch(entry: object) -> bool:
-    return isinstance(entry, dict)
 
 
 def _are_addresses(entry: object) -> bool:

@@ -1,4 +1,4 @@
-"""What a process is started with, and strangers at the door: nothing waits for ever."""
+"""What a process is started with, and foreign connections: no rank waits without end."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_a_rank_that_nobody_joins_ends(tmp_path):
     assert found.returncode != 0
 
 
-def test_strangers_at_the_door_hold_up_nobody():
+def test_foreign_connections_delay_no_rank():
     with ExitStack() as opened:
         door = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
         found = []
