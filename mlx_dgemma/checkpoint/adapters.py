@@ -13,11 +13,9 @@ trained whole replace those of the checkpoint.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -223,21 +221,8 @@ def adapter_bytes(folder: str | Path) -> int:
     return sum(entry.nbytes for header in headers[:1] for entry in header.entries.values())
 
 
-def adapter_identity(folder: str | Path | None) -> str:
-    """SHA-256 of what is read of an adapter's folder; "" for no adapter. ModelNotFoundError without
-    a folder."""
-    if folder is None:
-        return ""
-    _check_there(Path(folder))
-    digest = hashlib.sha256()
-    for name in (CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS):
-        digest.update(name.encode())
-        with suppress(FileNotFoundError), (Path(folder) / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
-
-
-def _check_there(folder: Path) -> None:
+def check_there(folder: Path) -> None:
+    """ModelNotFoundError where this is no adapter's folder."""
     if not os.path.exists(folder / CONFIG):
         raise ModelNotFoundError(f"{folder} has no {CONFIG}; give the folder of an adapter.")
 
@@ -250,7 +235,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     made for another model, or of another kind.
     """
     folder = Path(folder)
-    _check_there(folder)
+    check_there(folder)
     settings = Section(read_json(folder / CONFIG), str(folder / CONFIG))
     peft = settings.get("peft_type") is not None
     if peft:
