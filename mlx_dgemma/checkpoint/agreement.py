@@ -7,20 +7,18 @@ than its twin. So all take what rank 0 found, except a kernel that some rank can
 
 from __future__ import annotations
 
-import hashlib
 import itertools
 import os
 import re
 import weakref
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.checkpoint.adapters import CONFIG, MLX_WEIGHTS, PEFT_WEIGHTS, check_there
+from mlx_dgemma.checkpoint.adapter_folder import adapter_identity
 from mlx_dgemma.checkpoint.parts import identity
 from mlx_dgemma.checkpoint.plan import computed_config, current_share
 from mlx_dgemma.checkpoint.weights import read_headers
@@ -61,20 +59,6 @@ def facts(checkpoint: str, shapes: Sequence[Request], adapter: str = "") -> dict
 def identity_of(folder: Path) -> str:
     """What tells a checkpoint from every other: its configuration and headers."""
     return identity((folder / "config.json").read_bytes(), read_headers(folder))
-
-
-def adapter_identity(folder: str | Path | None) -> str:
-    """SHA-256 of what is read of an adapter's folder; "" for no adapter. ModelNotFoundError without
-    a folder."""
-    if folder is None:
-        return ""
-    check_there(Path(folder))
-    digest = hashlib.sha256()
-    for name in (CONFIG, PEFT_WEIGHTS, MLX_WEIGHTS):
-        digest.update(name.encode())
-        with suppress(FileNotFoundError), (Path(folder) / name).open("rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 def next_number() -> int:

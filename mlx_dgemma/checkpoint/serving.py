@@ -10,7 +10,8 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.agreement import adapter_identity, facts, identity_of, own_shapes
+from mlx_dgemma.checkpoint.adapter_folder import adapter_identity
+from mlx_dgemma.checkpoint.agreement import facts, identity_of, own_shapes
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
 from mlx_dgemma.checkpoint.random_weights import (
     check_synthetic,

@@ -40,6 +40,7 @@ _REASONS = {
 _BETWEEN_BEATS = 1.0
 _LONGEST = 4096  # bytes of what came and is no whole line yet
 _UNKNOWN = 3.0  # seconds that a connection has to say who it is
+_TOGETHER = 0.3  # seconds in which processes end that are interrupted together
 _LINGER = 1.0  # seconds for the last words to arrive
 
 
@@ -222,9 +223,7 @@ class Vigil:
     def _end(self, rank: int, reason: str, of: Link | None = None) -> None:
         """Ends this process for the loss of a rank, after the others were told."""
         self._pass_on(f"end {rank} {reason}", of)
-        joined = self._rank in self._known["joined"]
-        # Where all are interrupted together, nobody is lost.
-        if not joined and not self._gone and not select.select([0], [], [], 0.3)[0]:
+        if not self._gone and not self._is_left_alone():
             self._close_process(rank, reason)
         until = time.monotonic() + _LINGER
         for link in self._links:
@@ -239,6 +238,20 @@ class Vigil:
                 if ended:
                     self._links = [link for link in self._links if link.socket is not opened]
         sys.exit(0)
+
+    def _is_left_alone(self) -> bool:
+        """Whether the process has joined a team, or ends by itself at this moment: where all are
+        interrupted together, nobody is lost."""
+        until = time.monotonic() + _TOGETHER
+        while self._rank not in self._known["joined"]:
+            left = until - time.monotonic()
+            if left <= 0 or not select.select([0], [], [], left)[0]:
+                return False
+            told = os.read(0, 64)
+            if not told:
+                return True
+            self._known["joined"] |= {self._rank} if b"j" in told else set()
+        return True
 
     def _close_process(self, rank: int, reason: str) -> None:
         """Rank 0 speaks, and where it never came, each for itself."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ from contextlib import ExitStack
 import mlx.core as mx
 import pytest
 
-from mlx_dgemma.distributed import joining
+from mlx_dgemma.distributed import joining, vigil
 from mlx_dgemma.distributed.channel import Channel
 from mlx_dgemma.distributed.starting import connect, launched
 from mlx_dgemma.errors import DGemmaError, ResourceError
@@ -106,6 +107,40 @@ def test_a_rank_that_is_killed_before_all_wait_is_named(does, tmp_path):
     assert ("error: " if does == "busy" else "ResourceError: ") + "Rank 2 ended before" in errors
     assert silent == [("", "")] * 2
     assert processes[1].returncode == (-signal.SIGKILL if does == "busy" else 2)
+
+
+def test_what_the_process_tells_meanwhile_is_not_its_end(tmp_path):
+    """MLX has connected rank 0 in the moment in which rank 1 is lost: it is said all the same."""
+    with ExitStack() as opened:
+        door = opened.enter_context(socket.create_server(("127.0.0.1", 0)))
+        process = opened.enter_context(subprocess.Popen(["sleep", "60"]))
+        answers, go = os.pipe()
+        told = {
+            **{"rank": 0, "size": 2, "process": process.pid, "go": go, "door": door.fileno()},
+            **{"accepts": 1, "targets": {}, "hosts": "same", "json": False},
+            **{"limit": 20.0, "silence": 20.0},
+        }
+        watch = opened.enter_context(
+            subprocess.Popen(
+                [sys.executable, "-I", "-S", vigil.__file__, json.dumps(told)],
+                stdin=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                pass_fds=[go, door.fileno()],
+            )
+        )
+        link = opened.enter_context(socket.create_connection(door.getsockname()))
+        watch.stdin.write(b"w")
+        watch.stdin.flush()
+        link.sendall(b"mlx_dgemma 1 1 same\nhere 1\nwaiting 1\n")
+        assert os.read(answers, 10) == b"go\n"
+        link.sendall(b"end 1 ended\n")
+        time.sleep(0.05)
+        watch.stdin.write(b"i")
+        watch.stdin.flush()
+        assert process.wait(timeout=20) == -signal.SIGKILL
+        assert watch.stderr.readline().startswith(b"error: Rank 1 ended before all had met")
+        os.close(go)
+        os.close(answers)
 
 
 def test_a_rank_that_is_stopped_or_never_connected_is_named(tmp_path):
