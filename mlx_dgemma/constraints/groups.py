@@ -71,7 +71,7 @@ class Groups:
             self._number = np.insert(self._number, spots, np.arange(count, count + keys.size))
 
     def split(self, groups: np.ndarray) -> None:
-        """Each id of some groups stands alone; the one that was walked for them keeps the number."""
+        """Each id of some groups stands alone; the one walked for them keeps the number."""
         parted = np.zeros(len(self), dtype=bool)
         parted[groups] = True
         self._number[np.searchsorted(self._keys, self._key[groups])] = -1

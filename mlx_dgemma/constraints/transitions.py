@@ -54,7 +54,9 @@ class Transitions:
         self._judged[DEAD] = True
         self._loops: list[np.ndarray] = []  # what leads some state back to itself
         self._loop = np.full(_STATES, -1, dtype=np.int64)
-        self._forget()
+        self._ids = Groups(vocabulary, classes, self._loops)
+        self._kept = np.zeros((_STATES, _IDS), dtype=np.int16)
+        self._walked = np.zeros(_STATES, dtype=np.int64)  # columns that are known, by state
 
     @property
     def nbytes(self) -> int:
@@ -137,7 +139,7 @@ class Transitions:
         """Drops the walked transitions; they are walked again by need."""
         self._ids = Groups(self._vocabulary, self._classes, self._loops)
         self._kept = np.zeros((len(self._rows), _IDS), dtype=np.int16)
-        self._walked = np.zeros(len(self._rows), dtype=np.int64)  # columns that are known, by state
+        self._walked = np.zeros(len(self._rows), dtype=np.int64)
 
     def _fill(self, states: np.ndarray) -> None:
         """Walks every column from some states, as far as none was forgotten on the way."""
