@@ -221,9 +221,10 @@ class Candidates:
         number = np.zeros(states.size * count, dtype=np.int32)
         number[keys] = 1
         number[kept_keys] = 1
-        edges = np.flatnonzero(number)
+        edges = number.nonzero()[0]
         number[edges] = np.arange(edges.size)
-        cell = number.take(keys) + slot // max(width, 1) * edges.size
+        cell = np.repeat(np.arange(end - begin) * edges.size, width).take(slot)
+        cell += number.take(keys)
         of_kept = number.take(kept_keys)
         source = edges // count
         target = edges - source * count
@@ -251,9 +252,10 @@ class Candidates:
         table = self._automaton.table(states[going], self.ids[begin:end].ravel())
         if not (self.p[begin:end, 0] > 0).all():
             table[:, self.p[begin:end].ravel() <= 0] = DEAD
-        flat = np.flatnonzero(table)
-        which = flat // size
-        return flat - which * size, going.take(which), table.ravel().take(flat)
+        each, slot = np.count_nonzero(table, axis=1), table.ravel().nonzero()[0]
+        led = table.ravel().take(slot)
+        slot -= np.repeat(np.arange(0, table.size, size), each)
+        return slot, np.repeat(going, each), led
 
     def sums(
         self, window: Window, p: np.ndarray, listed: np.ndarray

@@ -106,7 +106,7 @@ class Messages:
 
     def _scaled(self, sums: np.ndarray, top: np.ndarray) -> np.ndarray:
         found: np.ndarray = sums / top[:, None, None]
-        np.maximum(found, _FLOOR, out=found, where=sums > 0)
+        np.maximum(found, _FLOOR * (sums > 0), out=found)
         return found
 
     def _with_rest(self, listed: np.ndarray) -> np.ndarray:
