@@ -178,7 +178,7 @@ class Trainer:
     def _update(self, gradients: Any) -> None:
         # A machine's part of the loss is its part of the sum; MLX averages them.
         scale = self._world.size() / self._plan.accumulate
-        gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
+        gradients = tree_map(lambda g: g * scale, average_gradients(gradients, self._world))
         gradients, _ = optim.clip_grad_norm(gradients, self._plan.clip)
         self._optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self._optimizer.state)
