@@ -58,11 +58,11 @@ def test_a_killed_rank_ends_all(phase, tmp_path):
 
 @pytest.mark.slow
 def test_rank_0_takes_the_others_with_it(tmp_path):
-    processes = start([*PROGRAM, "denoising"], 4, tmp_path)
+    processes = start([*PROGRAM, "denoising"], 2, tmp_path)
     until_ready(processes[0], 3)
     processes[0].kill()
-    _, *others = ended(processes)
-    assert [said(errors) for _, errors in others] == [[], [], []]
+    _, (_, errors) = ended(processes)
+    assert said(errors) == []
 
 
 @pytest.mark.slow
@@ -166,7 +166,7 @@ def test_random_kills(tmp_path):
     from studies.kills import kill_once
 
     generator = random.Random(int(os.environ.get("KILLS_SEED", "16")))
-    for _ in range(3):
+    for _ in range(2):
         outcome = kill_once(generator, tmp_path)
         assert outcome.problem is None, outcome
 
