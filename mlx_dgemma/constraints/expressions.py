@@ -26,6 +26,7 @@ MOST_EXPRESSIONS = 60_000
 MOST_WORK = 5_000_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
+_DIGITS, _POINT = ((1 << 10) - 1) << ord("0"), 1 << ord(".")
 
 
 class Node:
@@ -95,8 +96,11 @@ class Space:
         return self._make("set", (), False, mask) if mask else self.none
 
     def text(self, text: str | bytes) -> Node:
-        """Exactly this text, in UTF-8."""
-        data = text.encode() if isinstance(text, str) else text
+        """Exactly this text, in UTF-8; none where it has half of a surrogate pair."""
+        try:
+            data = text.encode() if isinstance(text, str) else text
+        except UnicodeEncodeError:
+            return self.none
         return self.sequence([self.symbols(1 << byte) for byte in data])
 
     def sequence(self, parts: Sequence[Node]) -> Node:
@@ -232,10 +236,12 @@ class Space:
         return self._make("without", (part,), not part.nullable, EVERYTHING)
 
     def multiple(self, divisor: int, rest: int = 0, *, begun: bool = False) -> Node:
-        """Decimal digits of a multiple of `divisor`, after digits that leave the remainder."""
-        digits = ((1 << 10) - 1) << ord("0")
+        """Decimal digits of a multiple of `divisor`, after digits that leave the remainder; points
+        between them say nothing."""
         nullable = begun and rest == 0
-        return self._make("multiple", (), nullable, digits, divisor, rest + divisor * begun)
+        return self._make(
+            "multiple", (), nullable, _DIGITS | _POINT, divisor, rest + divisor * begun
+        )
 
     # Walking
 
@@ -250,6 +256,13 @@ class Space:
                     targets[target.number] = target
             node.moves = [Move(mask, targets[number]) for number, mask in joined.items()]
         return node.moves
+
+    def holds(self, node: Node, word: Iterable[int]) -> bool:
+        """Whether the expression holds a word of symbols."""
+        for symbol in word:
+            targets = (target for mask, target in self.moves(node) if mask >> symbol & 1)
+            node = next(targets, self.none)
+        return node.nullable
 
     # Moves, kind by kind
 
@@ -295,7 +308,7 @@ class Space:
 
     def _of_multiple(self, node: Node) -> list[Move]:
         divisor = node.low
-        return [
+        return [Move(_POINT, node)] + [
             Move(1 << (ord("0") + digit), self.multiple(divisor, rest, begun=True))
             for digit in range(10)
             for rest in [(node.high % divisor * 10 + digit) % divisor]

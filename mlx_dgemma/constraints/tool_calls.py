@@ -100,7 +100,10 @@ class CallText(JsonText):
         return sorted(properties.items(), key=lambda item: item[0].lower())
 
     def _spellings(self, value: Any) -> list[Sequence[int]]:
-        return [_spelled(value)]
+        try:
+            return [_spelled(value)]
+        except UnicodeEncodeError:  # half of a surrogate pair, for which there is no escape here
+            return []
 
     def object_of(self, depth: int) -> Node:
         member = self.space.sequence([self.any_key(None), self.colon, self.value(depth - 1)])

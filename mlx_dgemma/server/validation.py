@@ -11,7 +11,10 @@ import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
+from urllib.parse import unquote
 
 import jsonschema
 import referencing
@@ -71,7 +74,7 @@ class Rules:
         target = self.root
         inside = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
         for step in reference.split("/")[1:] if inside else [""]:
-            step = step.replace("~1", "/").replace("~0", "~")
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
             if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
                 target = target[int(step)]
             elif isinstance(target, Mapping) and step in target:
@@ -138,6 +141,9 @@ def _rewrite(schema: dict[str, Any]) -> None:
     for bound, limit in (("exclusiveMinimum", "minimum"), ("exclusiveMaximum", "maximum")):
         if isinstance(schema.get(bound), bool) and schema.pop(bound) and limit in schema:
             schema[bound] = schema.pop(limit)
+    for name in ("$dynamicRef", "$recursiveRef"):  # only differ across documents
+        if name in schema:
+            schema.setdefault("$ref", schema.pop(name))
     needs = schema.pop("dependencies", None)
     for name, need in needs.items() if isinstance(needs, Mapping) else ():
         keyword = "dependentRequired" if isinstance(need, list) else "dependentSchemas"
@@ -225,12 +231,21 @@ def _additional_properties(
             yield from judge.descend(inner, rule, path=name)
 
 
+def _multiple_of(_: Any, step: Any, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """Exactly, for 0.7 is a multiple of 0.1 as they are written, and none as binary fractions."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        exact, unit = (Fraction(Decimal(repr(number))) for number in (value, step))
+        if (exact / unit).denominator != 1:
+            yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step!r}")
+
+
 _Judge: Callable[..., Any] = jsonschema.validators.extend(
     jsonschema.Draft202012Validator,
     {
         "pattern": _pattern,
         "patternProperties": _pattern_properties,
         "additionalProperties": _additional_properties,
+        "multipleOf": _multiple_of,
     },
 )
 _METASCHEMA = jsonschema.Draft202012Validator.META_SCHEMA

@@ -57,6 +57,8 @@ def problem(wanted: Wanted, text: str) -> str | None:
         ({"pattern": "^[A-C]{2}-\\d+$"}, "AD-1", "does not match"),
         ({"uniqueItems": True}, [1, 1], "non-unique"),
         ({"multipleOf": 0.5}, 0.7, "not a multiple of 0.5"),
+        ({"multipleOf": 0.1, "maximum": 0.6}, 0.7, "greater than the maximum"),
+        ({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}, 2, "1 was expected"),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, 2, "less than the minimum"),
         ({"prefixItems": [{"const": 1}], "items": False}, [1, 2], "at most 1 item"),
         (
@@ -109,6 +111,7 @@ def test_any_of_and_one_of() -> None:
     "value",
     [
         3, {"type": "tree"}, {"$ref": "#/x"}, {"$ref": "other.json"}, {"$ref": "https://a.b/c"},
+        {"$dynamicRef": "#name"}, {"$ref": "#name", "$anchor": "name"},
         {"$ref": "#"}, {"type": "object", "properties": 3}, {"minLength": "2"}, {"anyOf": []},
         {"multipleOf": 0}, {"pattern": 3}, {"type": "object", "required": "a"},
         {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
