@@ -117,7 +117,7 @@ def is_between(low: Decimal | None, high: Decimal | None, places: int) -> bool:
     """Whether a number of so many decimal places lies within inclusive bounds."""
     if low is None or high is None:
         return True
-    scale = 10**places
+    scale = Fraction(10**places)
     return math.ceil(Fraction(low) * scale) <= math.floor(Fraction(high) * scale)
 
 
@@ -126,7 +126,7 @@ def is_same(one: Any, other: Any) -> bool:
     if isinstance(one, bool) or isinstance(other, bool):
         return isinstance(one, bool) and isinstance(other, bool) and one == other
     if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(is_same(one[k], other[k]) for k in one)
+        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
     if isinstance(one, list) and isinstance(other, list):
         return len(one) == len(other) and all(map(is_same, one, other))
     return bool(one == other)
