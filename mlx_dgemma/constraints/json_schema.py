@@ -25,9 +25,9 @@ from mlx_dgemma.constraints.keywords import (
     count,
     decimal,
     fits,
+    identity,
     is_between,
     is_of_type,
-    is_same,
 )
 from mlx_dgemma.constraints.merging import Patterns, merged
 from mlx_dgemma.constraints.object_members import ObjectMembers
@@ -212,14 +212,14 @@ class SchemaLanguage:
         if not isinstance(values, list) or not values:
             raise LanguageError("An enum is a list of at least one value.")
         if "const" in schema:
-            values = [value for value in values if is_same(value, schema["const"])]
+            wanted = identity(schema["const"])
+            values = [value for value in values if identity(value) == wanted]
         kinds = self._types({"type": [*_TYPES], **schema})
-        unwanted = _values(schema.get("not")) or ()
+        unwanted = set(map(identity, _values(schema.get("not")) or ()))
         fitting = [
             value
             for value in values
-            if any(is_of_type(value, kind) for kind in kinds)
-            and not any(is_same(value, other) for other in unwanted)
+            if any(is_of_type(value, kind) for kind in kinds) and identity(value) not in unwanted
         ]
         if any(name in schema for name in (*_OF_TYPE["string"], *_OF_TYPE["number"])):
             text = self._content(schema)

@@ -38,6 +38,8 @@ class JsonText:
         self.inside = Builder(space, self._character)
         self._outside = Builder(space, lambda characters: characters.expression(space))
         self._values: dict[int, Node] = {}
+        self._integers: dict[tuple[int | None, ...], Node] = {}
+        self._numbers: dict[tuple[Decimal | int | None, ...], Node] = {}
 
     @cached_property
     def comma(self) -> Node:
@@ -134,6 +136,11 @@ class JsonText:
 
     def integer(self, low: int | None, high: int | None, divisor: int = 1) -> Node:
         """Integers within inclusive bounds, multiples of the divisor."""
+        if (low, high, divisor) not in self._integers:
+            self._integers[low, high, divisor] = self._whole(low, high, divisor)
+        return self._integers[low, high, divisor]
+
+    def _whole(self, low: int | None, high: int | None, divisor: int) -> Node:
         _check_bounds(low, high)
         bounded = self.any_integer
         if low is not None or high is not None:
@@ -143,6 +150,12 @@ class JsonText:
     def number(self, low: Decimal | None, high: Decimal | None, divisors: Sequence[int]) -> Node:
         """Decimals within inclusive bounds without an exponent, with as many places as there are
         divisors of their digits, one less."""
+        key = (low, high, *divisors)
+        if key not in self._numbers:
+            self._numbers[key] = self._decimals(low, high, divisors)
+        return self._numbers[key]
+
+    def _decimals(self, low: Decimal | None, high: Decimal | None, divisors: Sequence[int]) -> Node:
         _check_bounds(low, high)
         parts = []
         for count, divisor in enumerate(divisors):

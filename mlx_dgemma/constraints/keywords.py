@@ -121,15 +121,13 @@ def is_between(low: Decimal | None, high: Decimal | None, places: int) -> bool:
     return math.ceil(Fraction(low) * scale) <= math.floor(Fraction(high) * scale)
 
 
-def is_same(one: Any, other: Any) -> bool:
-    """Whether two JSON values are equal: 1 is 1.0, and true is no number."""
-    if isinstance(one, bool) or isinstance(other, bool):
-        return isinstance(one, bool) and isinstance(other, bool) and one == other
-    if isinstance(one, Mapping) and isinstance(other, Mapping):
-        return one.keys() == other.keys() and all(is_same(one[key], other[key]) for key in one)
-    if isinstance(one, list) and isinstance(other, list):
-        return len(one) == len(other) and all(map(is_same, one, other))
-    return bool(one == other)
+def identity(value: Any) -> Any:
+    """What equal JSON values have in common: 1 is 1.0, and true is no number."""
+    if isinstance(value, Mapping):
+        return frozenset((name, identity(inner)) for name, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(identity, value))
+    return (type(value) is bool, value)
 
 
 def fits(number: float, schema: Mapping[str, Any]) -> bool:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_dgemma.constraints.keywords import check_shapes, is_same
+from mlx_dgemma.constraints.keywords import check_shapes, identity
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 _ANNOTATIONS = frozenset(
@@ -52,7 +52,7 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     result = {**other, **one}
     for key in one.keys() & other.keys():
         ours, theirs = one[key], other[key]
-        if key in _ANNOTATIONS or key.startswith("x-") or is_same(ours, theirs):
+        if key in _ANNOTATIONS or key.startswith("x-") or _are_same(ours, theirs):
             continue
         result[key] = _both(key, ours, theirs)
     closed = [s for s in (one, other) if s.get("additionalProperties") is False]
@@ -71,8 +71,17 @@ def _listed(schema: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
         return schema
     values = [schema["const"]]
     if isinstance(listed := schema.get("enum"), list):
-        values = [value for value in values if any(is_same(value, other) for other in listed)]
+        values = _common(values, listed)
     return {**{k: v for k, v in schema.items() if k != "const"}, "enum": values}
+
+
+def _are_same(ours: Any, theirs: Any) -> bool:
+    return bool(ours == theirs) and identity(ours) == identity(theirs)
+
+
+def _common(ours: list[Any], theirs: list[Any]) -> list[Any]:
+    known = set(map(identity, theirs))
+    return [value for value in ours if identity(value) in known]
 
 
 def _both(key: str, ours: Any, theirs: Any) -> Any:
@@ -88,7 +97,7 @@ def _both(key: str, ours: Any, theirs: Any) -> Any:
     if key == "type":
         return _types(ours, theirs)
     if key == "enum":
-        return [value for value in ours if any(is_same(value, other) for other in theirs)]
+        return _common(ours, theirs)
     if None in (ours, theirs) and key in (*_LARGER, *_SMALLER):
         return theirs if ours is None else ours
     if key in _LARGER:

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters
+from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters, Range
 from mlx_dgemma.constraints.expressions import UNBOUNDED
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
@@ -227,7 +227,8 @@ class _Parser:
 
     def members(self) -> Characters:
         negated = self.take("^")
-        narrow, wide = Characters([]), Characters([])
+        narrow: list[Range] = []
+        wide: list[Range] = []
         first = True
         while first or self.peek() != "]":
             if not self.peek():
@@ -236,9 +237,10 @@ class _Parser:
                 break  # ECMAScript: an empty class
             first = False
             some, excluded = self.member()
-            narrow, wide = narrow | some, wide | excluded
+            narrow += some.ranges
+            wide += excluded.ranges
         self.at += 1
-        chosen = ~self.every_case(wide) if negated else self.folded(narrow)
+        chosen = ~self.every_case(Characters(wide)) if negated else self.folded(Characters(narrow))
         if not chosen:
             raise self.fail("has a class without a character", UnsupportedError)
         return chosen

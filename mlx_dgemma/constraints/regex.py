@@ -42,11 +42,16 @@ class Builder:
         self._space = space
         self._writer = writer
         self._written: dict[tuple[tuple[int, int], ...], Node] = {}
+        self._full: dict[str, Node] = {}
+        self._found: dict[str, Node] = {}
         self.any_text = space.repeat(self._character(ANY), 0)
 
     def full(self, pattern: str) -> Node:
-        tree = parse(pattern)
-        return self._build(tree, self._space.empty, _START)
+        """The texts that the pattern matches from end to end."""
+        key = str(pattern)  # parse refuses what is no text
+        if key not in self._full:
+            self._full[key] = self._build(parse(pattern), self._space.empty, _START)
+        return self._full[key]
 
     def literal(self, text: str) -> Node:
         """Exactly this text."""
@@ -54,6 +59,12 @@ class Builder:
 
     def search(self, pattern: str) -> Node:
         """The texts in which the pattern matches somewhere."""
+        key = str(pattern)
+        if key not in self._found:
+            self._found[key] = self._search(pattern)
+        return self._found[key]
+
+    def _search(self, pattern: str) -> Node:
         space = self._space
         found = []
         for tree in alternatives(parse(pattern)):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
@@ -22,6 +24,7 @@ from mlx_dgemma.constraints import (
     expressions,
 )
 from mlx_dgemma.constraints.characters import Characters
+from mlx_dgemma.constraints.shortest import shortest_length
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -184,8 +187,6 @@ def test_a_constant_of_another_type_is_no_text() -> None:
 
 def test_a_language_that_grows_is_refused_by_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock refused the tools of an agent once in forty requests, while others were served."""
-    import time
-
     hours = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(hours)))
     tool = {"type": "object", "properties": {"q": {"type": "string"}}}
@@ -202,6 +203,50 @@ def test_a_language_that_takes_long_to_make_is_refused_by_a_count(
     schema = {"type": "number", "minimum": -1e20, "maximum": 1e20}
     with pytest.raises(LanguageError, match="takes too long to prepare"):
         Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+
+
+def test_what_multiplies_is_refused_in_a_moment() -> None:
+    """Twenty lookaheads took 1.6 seconds; a class of 6,000 characters, minutes."""
+    letters = "abcdefghijklmnopqrst"
+    hostile = [
+        Constraint.regex("".join(f"(?=.*{letter})" for letter in letters) + ".*"),
+        Constraint.regex("[" + "".join(chr(0x4E00 + 3 * n) for n in range(6000)) + "]+"),
+        Constraint.json_schema({"allOf": [{"pattern": f"{a}.*{a}"} for a in letters]}),
+        Constraint.json_schema({"type": "number", "minimum": -1e20, "multipleOf": 0.999}),
+        Constraint.json_schema({"required": [f"k{n}" for n in range(9000)]}),
+    ]
+    started = time.process_time()
+    for constraint in hostile:
+        with pytest.raises(LanguageError, match="simpler"):
+            constraint.language(tokenizer(), len(tokenizer()))
+    assert time.process_time() - started < 2 * len(hostile)  # on a busy machine
+
+
+def test_long_lists_are_made_in_a_moment() -> None:
+    """They are looked at where a text reaches them; 5,000 long texts took a second."""
+    texts = ["".join(random.Random(n).choices("abcdefghij", k=39)) for n in range(5000)]
+    numbers = {"allOf": [{"enum": [*range(3000)]}, {"enum": [*range(1500, 4500)]}]}
+    started = time.process_time()
+    language = Constraint.choice(texts).language(tokenizer(), len(tokenizer()))
+    assert {walk(language, random.Random(seed)) for seed in range(5)} <= {*texts}
+    language = Constraint.json_schema(numbers).language(tokenizer(), len(tokenizer()))
+    assert 1500 <= int(walk(language, random.Random(1))) < 3000
+    assert time.process_time() - started < 4  # on a busy machine
+
+
+def test_a_list_is_the_same_however_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(50):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("ab", k=rng.randrange(6))) for _ in range(rng.randrange(1, 9))]
+        space = expressions.Space()
+        for many in (2_000, 0):
+            monkeypatch.setattr(expressions, "_MANY", many)
+            node = space.choice([word.encode() for word in words])
+            assert shortest_length(space, node) == min(map(len, words))
+            for length in range(7):
+                for word in itertools.product("ab", repeat=length):
+                    held = space.holds(node, "".join(word).encode())
+                    assert held == ("".join(word) in words)
 
 
 KEYWORDS = """type enum const anyOf oneOf allOf not items prefixItems minItems properties required

@@ -210,6 +210,13 @@ def test_schemas_of_every_day_are_taken_and_judged(value: Any, right: Any, wrong
     assert made.constraint.language(tokenizer(), 896).automaton.start > 1
 
 
+def form(value: Any = PERSON) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "person", "schema": value}}
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Scripts what infilling gives; returns the list of (text, options) it was asked."""
@@ -227,10 +234,6 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
         return asked
 
     return script
-
-
-def form(value: Any = PERSON) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "person", "schema": value}}
 
 
 @pytest.fixture(scope="module")
@@ -314,6 +317,22 @@ def test_what_cannot_be_followed_is_refused_within_a_second(
     assert says in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": form()},
+        {"tools": [TOOL], "tool_choice": "required"},
+    ],
+)
+def test_two_things_that_a_reply_must_be_are_refused(serve: Open, other: Any) -> None:
+    """The second was ignored with a warning, or without one."""
+    body = {"messages": user(), "structured_outputs": {"regex": "a"}, **other}
+    reply = serve(Script("unused")).post(CHAT, json=body)
+    assert reply.status_code == 400
+    assert "given without another format" in reply.json()["error"]["message"]
+
+
 def test_what_no_automaton_holds_is_checked_and_reported(serve: Open) -> None:
     value = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     body = {"messages": user(), "response_format": form(value)}
@@ -328,9 +347,6 @@ def test_max_tokens_cuts_a_structured_reply(demo: TestClient) -> None:
     assert got["usage"]["completion_tokens"] == 3
     assert got["choices"][0]["finish_reason"] == "length"
     assert got["choices"][0]["message"]["content"].startswith("{")
-
-
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
 def test_with_tools_the_model_may_call_or_answer_in_the_schema(demo: TestClient) -> None:
