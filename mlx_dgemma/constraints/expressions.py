@@ -141,7 +141,7 @@ class Space:
         if singles:
             single = self.symbols(singles)
             chosen[single.number] = single
-        self._charge(len(chosen) // 16)
+        self._charge(len(chosen) // 4)
         if len(chosen) > _MOST_ALTERNATIVES:
             raise LanguageError(
                 f"The constraint has more than {_MOST_ALTERNATIVES} alternatives at once: "
@@ -313,9 +313,12 @@ class Space:
                     if not common:
                         split.append((known, targets))
                         continue
-                    split.append((common, [*targets, target]))
                     if known & ~common:
+                        split.append((common, [*targets, target]))
                         split.append((known & ~common, targets))
+                    else:  # the same list again: copies of long ones took most of the time
+                        targets.append(target)
+                        split.append((common, targets))
                     rest &= ~common
                 if rest:
                     split.append((rest, [target]))
