@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.context.prompt_cache import PromptCache
     from mlx_dgemma.decisions import Choice, Decision, Noul, Score, decide
     from mlx_dgemma.decoding.events import Commit, Draft, Event, Finish
+    from mlx_dgemma.distributed.starting import connect
     from mlx_dgemma.generate import generate, stream_generate
     from mlx_dgemma.infilling.fill import edit, infill, refine, regenerate
     from mlx_dgemma.infilling.filled import Infill
@@ -36,6 +37,7 @@ _NAMES = {
     "infilling.filled": ("Infill",),
     "replaying": ("Replay", "replay"),
     "checkpoint.loading": ("load",),
+    "distributed.starting": ("connect",),
     "constraints": ("Constraint",),
     "context.prompt_cache": ("PromptCache",),
     "runtime": ("Runtime",),
@@ -57,6 +59,7 @@ __all__ = [
     "Runtime",
     "Score",
     "__version__",
+    "connect",
     "decide",
     "edit",
     "generate",

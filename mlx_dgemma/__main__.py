@@ -69,7 +69,7 @@ def _together(verb: str) -> Iterator[None]:
     if verb not in SHARED or not (os.environ.keys() & {"MLX_RANK", "OMPI_COMM_WORLD_SIZE"}):
         yield
         return
-    from mlx_dgemma.cli.ranks import together  # imports MLX
+    from mlx_dgemma.cli.ranks import together
 
     with together():
         yield

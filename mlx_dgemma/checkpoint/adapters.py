@@ -13,7 +13,6 @@ trained whole replace those of the checkpoint.
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -22,13 +21,19 @@ from pathlib import Path
 import mlx.core as mx
 import regex
 
+from mlx_dgemma.checkpoint.adapter_folder import (
+    ADVICE,
+    CONFIG,
+    MLX_WEIGHTS,
+    PEFT_WEIGHTS,
+    check_there,
+)
 from mlx_dgemma.checkpoint.parts import cut
 from mlx_dgemma.checkpoint.peft_settings import PeftScales, refuse_kinds
 from mlx_dgemma.checkpoint.tensorfile import TensorFile
 from mlx_dgemma.checkpoint.whole_layers import check_whole
-from mlx_dgemma.errors import CheckpointError, ModelNotFoundError
+from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import read_json
-from mlx_dgemma.headers import read_header
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.model.low_rank import LAYERS, Factors, attach
 from mlx_dgemma.model.names import is_tied_duplicate, tied_to
@@ -38,10 +43,6 @@ from mlx_dgemma.model.section import MOST_NUMBER, Section
 from mlx_dgemma.model.share import Part, Share
 from mlx_dgemma.untrusted_json import printable
 
-CONFIG = "adapter_config.json"
-PEFT_WEIGHTS = "adapter_model.safetensors"
-MLX_WEIGHTS = "adapters.safetensors"
-ADVICE = "copy the adapter again"
 _PEFT_KEY = regex.compile(
     r"(?:base_model\.model\.)?(?P<module>[\w.]+?)(?P<nested>(?:\.base_layer)*)"
     r"\.lora_(?:(?P<side>[AB])(?:\.default)?\.weight"
@@ -211,16 +212,6 @@ def _part_of(factors: Factors, part: Part) -> Factors:
     return replace(factors, a=cut(factors.a, replace(part, axis="rows")))
 
 
-def adapter_bytes(folder: str | Path) -> int:
-    """Bytes of the matrices that loading an adapter adds; 0 for none or one of whole layers."""
-    config = Path(folder) / CONFIG
-    if os.path.exists(config) and read_json(config).get("fine_tune_type") == "full":
-        return 0
-    paths = [Path(folder) / name for name in (PEFT_WEIGHTS, MLX_WEIGHTS)]
-    headers = [read_header(path, ADVICE) for path in paths if os.path.exists(path)]
-    return sum(entry.nbytes for header in headers[:1] for entry in header.entries.values())
-
-
 def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     """Read an adapter (LoRA, DoRA, whole layers) of PEFT's or mlx-lm's form for a model of this
     config.
@@ -229,8 +220,7 @@ def read_adapter(folder: str | Path, config: ModelConfig) -> Adapter:
     made for another model, or of another kind.
     """
     folder = Path(folder)
-    if not os.path.exists(folder / CONFIG):
-        raise ModelNotFoundError(f"{folder} has no {CONFIG}; give the folder of an adapter.")
+    check_there(folder)
     settings = Section(read_json(folder / CONFIG), str(folder / CONFIG))
     peft = settings.get("peft_type") is not None
     if peft:

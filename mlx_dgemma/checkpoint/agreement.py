@@ -7,8 +7,10 @@ than its twin. So all take what rank 0 found, except a kernel that some rank can
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
+import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from typing import Any
 import mlx.core as mx
 
 from mlx_dgemma._version import __version__
+from mlx_dgemma.checkpoint.adapter_folder import adapter_identity
 from mlx_dgemma.checkpoint.parts import identity
 from mlx_dgemma.checkpoint.plan import computed_config, current_share
 from mlx_dgemma.checkpoint.weights import read_headers
@@ -25,8 +28,10 @@ from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.kernels import dispatch
 from mlx_dgemma.kernels.self_checks import Request
 from mlx_dgemma.kernels.verdicts import chip, mlx_version
+from mlx_dgemma.model import Model
 from mlx_dgemma.model.kernel_shapes import kernel_shapes
 
+_numbers = itertools.count(1)
 # A repository in the Hub's cache, which lies elsewhere on another machine.
 _CACHED = re.compile(
     r".*/models--(?P<owner>[^/]+)--(?P<name>[^/]+)/snapshots/(?P<commit>[0-9a-f]+)"
@@ -39,11 +44,12 @@ def own_shapes(folder: Path, dtype: str | None) -> list[Request]:
     return kernel_shapes(config if share is None else share.config(config), dtype)
 
 
-def facts(checkpoint: str, shapes: Sequence[Request]) -> dict[str, Any]:
-    """What is compared between the ranks. checkpoint: what tells it from another."""
+def facts(checkpoint: str, shapes: Sequence[Request], adapter: str = "") -> dict[str, Any]:
+    """What is compared between the ranks. checkpoint, adapter: what tells each from another."""
     return {
         "program": f"mlx_dgemma {__version__} with MLX {mlx_version()}",
         "checkpoint": checkpoint,
+        "adapter": adapter,
         "chip": chip(),
         "device": str(mx.default_device()),
         "kernels": dispatch.choices(shapes),
@@ -55,6 +61,17 @@ def identity_of(folder: Path) -> str:
     return identity((folder / "config.json").read_bytes(), read_headers(folder))
 
 
+def next_number() -> int:
+    """Of a model that several processes hold together."""
+    return next(_numbers)
+
+
+def number_model(team: Leader, model: Model, number: int) -> None:
+    """Gives rank 0's model the number of the other ranks' parts, which they keep as long."""
+    model.number = number
+    weakref.finalize(model, team.later, "forget_model", number=number)
+
+
 def agree(
     team: Leader,
     folder: Path,
@@ -64,13 +81,15 @@ def agree(
     adapter_path: str | Path | None,
     dtype: str | None,
     unit: int,
-) -> None:
+) -> int:
     """Makes the other ranks find the same model, and compares what they say with rank 0.
+
+    The number by which the others know the model from now on (`Model.number`).
 
     named: False where it is the demo's. dtype, unit: what rank 0 computes in, so all do.
 
     Raises ResourceError with what a rank cannot do, InputError or CheckpointError where it has
-    another program or checkpoint; each names the rank.
+    another program, checkpoint or adapter; each names the rank.
     """
     path = os.path.abspath(folder) if named else None
     cached = _CACHED.match(path or "")
@@ -82,8 +101,10 @@ def agree(
         adapter_path=None if adapter_path is None else os.path.abspath(adapter_path),
         dtype=dtype,
     )
-    chosen = settle_choices(team, facts(identity_of(folder), shapes), answers)
-    team.tell("load", kernels=chosen, unequal=team.unequal, unit=unit)
+    own = facts(identity_of(folder), shapes, adapter_identity(adapter_path))
+    number, chosen = next_number(), settle_choices(team, own, answers)
+    team.tell("load", number=number, kernels=chosen, unequal=team.unequal, unit=unit)
+    return number
 
 
 def settle_choices(
@@ -102,6 +123,10 @@ def settle_choices(
         if theirs["checkpoint"] != own["checkpoint"]:
             raise CheckpointError(
                 f"{who} has another checkpoint under this name than rank 0: copy rank 0's."
+            )
+        if theirs["adapter"] != own["adapter"]:
+            raise CheckpointError(
+                f"{who} has another adapter under this name than rank 0: copy rank 0's."
             )
         if theirs["device"].split(",")[0] != own["device"].split(",")[0]:
             raise InputError(

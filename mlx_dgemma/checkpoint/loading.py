@@ -6,7 +6,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.agreement import agree, own_shapes
+from mlx_dgemma.checkpoint.agreement import agree, number_model, own_shapes
 from mlx_dgemma.checkpoint.audits import choose
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
 from mlx_dgemma.checkpoint.serving import serve
@@ -44,7 +44,7 @@ def load(
     MLX's CPU backend, and float16 on M1 and M2 for a checkpoint that has passed its audit (see
     checkpoint.audits). In float16 the residual stream stays in float32. chat_template: a file with
     a Jinja template, or its text, in the place of the checkpoint's. group: the processes that hold
-    the model together, as `mx.distributed.init()` gives it. On rank 0 the model is then used as any
+    the model together, as `connect` gives it. On rank 0 the model is then used as any
     other. On the other ranks this call serves rank 0 and ends the process, quietly, once rank 0 has
     ended: the same script runs on all of them.
 
@@ -101,8 +101,9 @@ def load_network(
     if not lazy:  # the checks need memory of their own, which the weights will take
         dispatch.prepare(shapes)
     computed = None if dtype is None else getattr(mx, dtype)
+    number = 0
     if isinstance(team, Leader):
-        agree(
+        number = agree(
             team,
             folder,
             shapes,
@@ -116,6 +117,7 @@ def load_network(
             folder, lazy=lazy, dtype=computed, adapter_path=adapter_path, unit=unit, team=team
         )
     if isinstance(team, Leader):
+        number_model(team, model, number)
         team.ask("loaded")
     return model, folder
 

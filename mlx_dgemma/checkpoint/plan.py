@@ -9,7 +9,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.adapters import adapter_bytes
+from mlx_dgemma.checkpoint.adapter_folder import adapter_bytes
 from mlx_dgemma.checkpoint.sizes import (
     context_bytes,
     packable,

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from mlx_dgemma.checkpoint.agreement import facts, settle_choices
+from mlx_dgemma.checkpoint.agreement import facts, next_number, number_model, settle_choices
 from mlx_dgemma.checkpoint.parts import cut, drop_absent
 from mlx_dgemma.checkpoint.plan import check_fits, current_share, plan
 from mlx_dgemma.checkpoint.sizes import weight_bytes
@@ -58,8 +58,10 @@ def lead_synthetic(team: Leader, raw: Mapping[str, Any]) -> Model:
     """Rank 0's of a synthetic model that all ranks hold together."""
     answers = team.ask("synthetic", raw=dict(raw))
     chosen = settle_choices(team, synthetic_facts(Share(0, team.size), raw), answers)
-    team.tell("draw", raw=dict(raw), kernels=chosen, unequal=team.unequal)
+    number = next_number()
+    team.tell("draw", number=number, raw=dict(raw), kernels=chosen, unequal=team.unequal)
     model = synthetic_model(raw, team=team)
+    number_model(team, model, number)
     team.ask("loaded")
     return model
 

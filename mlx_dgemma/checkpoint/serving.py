@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
 import mlx.core as mx
 
+from mlx_dgemma.checkpoint.adapter_folder import adapter_identity
 from mlx_dgemma.checkpoint.agreement import facts, identity_of, own_shapes
 from mlx_dgemma.checkpoint.plan import LEAST_CONTEXT, prepare
 from mlx_dgemma.checkpoint.random_weights import (
@@ -39,45 +42,54 @@ def serve(team: Follower) -> NoReturn:
 
 
 def _serve(team: Follower) -> None:
-    following: Following | None = None
+    following = Following(team)
     found: tuple[Path, dict[str, Any]] | None = None
     for message in team.messages():
         if message.op == "prepare":
-            following = None  # of a model before
-            folder, adapter = _prepare(**message.fields)
-            found = folder, {"adapter_path": adapter, "dtype": message.fields["dtype"]}
-            shapes = own_shapes(folder, message.fields["dtype"])
-            team.answer(**facts(identity_of(folder), shapes))
+            with _refusing(team):
+                folder, adapter = _prepare(**message.fields)
+                found = folder, {"adapter_path": adapter, "dtype": message.fields["dtype"]}
+                shapes = own_shapes(folder, message.fields["dtype"])
+                team.answer(**facts(identity_of(folder), shapes, adapter_identity(adapter)))
         elif message.op == "synthetic":
-            following = None
-            raw = message.fields["raw"]
-            config = ModelConfig.from_dict(raw)
-            check_synthetic(config, LEAST_CONTEXT, name="The synthetic model")
-            team.answer(**synthetic_facts(Share(team.rank, team.size), raw))
+            with _refusing(team):
+                raw = message.fields["raw"]
+                config = ModelConfig.from_dict(raw)
+                check_synthetic(config, LEAST_CONTEXT, name="The synthetic model")
+                team.answer(**synthetic_facts(Share(team.rank, team.size), raw))
         elif message.op == "draw":
             _settle(team, message)
+            number = message.fields["number"]
             with explained():
-                following = Following(synthetic_model(message.fields["raw"], team=team), team)
+                following.models[number] = synthetic_model(message.fields["raw"], team=team)
         elif message.op == "load":
             assert found is not None
             _settle(team, message)
-            dtype = found[1]["dtype"]
-            with explained():
-                model = load_model(
+            number, dtype = message.fields["number"], found[1]["dtype"]
+            with explained():  # held there alone, so that it can be forgotten
+                following.models[number] = load_model(
                     found[0],
                     dtype=None if dtype is None else getattr(mx, dtype),
                     adapter_path=found[1]["adapter_path"],
                     unit=message.fields["unit"],
                     team=team,
                 )
-            following = Following(model, team)
         elif message.op == "loaded":
             team.answer()
         elif message.op == "measure":
             measure(team, **message.fields)
-        elif following is not None:
+        else:
             with explained():
                 following.do(message)
+
+
+@contextmanager
+def _refusing(team: Follower) -> Iterator[None]:
+    """What this rank cannot load, rank 0 refuses to its user; a model before stays."""
+    try:
+        yield
+    except DGemmaError as error:
+        team.refuse(spoken(error))
 
 
 def _settle(team: Follower, message: Message) -> None:

@@ -286,7 +286,14 @@ class SharedLogits(SlicedLogits):
         self._team, self._number = team, next(_numbers)
         dtype = str(hidden.dtype).split(".")[-1]
         shape, ids = list(hidden.shape), banned.tolist()
-        team.tell("logits", number=self._number, shape=shape, dtype=dtype, banned=ids)
+        team.tell(
+            "logits",
+            number=self._number,
+            model=model.number,
+            shape=shape,
+            dtype=dtype,
+            banned=ids,
+        )
         self._head = SharedHead(model, hidden, banned)
         weakref.finalize(self, team.later, "forget_logits", number=self._number)
 

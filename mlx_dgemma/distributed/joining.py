@@ -6,6 +6,7 @@ MLX's own connections are between loopback addresses, so is that port.
 
 from __future__ import annotations
 
+import atexit
 import hmac
 import json
 import os
@@ -16,13 +17,12 @@ import threading
 import time
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 
+from mlx_dgemma.distributed import starting
 from mlx_dgemma.distributed.channel import Channel, LostError, Message
-from mlx_dgemma.distributed.starting import connected, watched
 from mlx_dgemma.distributed.team import Follower, Leader, Team, machine_name
 from mlx_dgemma.errors import ResourceError
 
@@ -42,14 +42,16 @@ def join(group: mx.distributed.Group | None = None) -> Team | None:
     alone. Raises ResourceError where they cannot reach each other."""
     global _current
     if _current is None:
-        group = connected() if group is None else group
+        group = starting.connect() if group is None else group
         if group.size() > 1:
             _current = _lead(group) if group.rank() == 0 else _follow(group)
+            starting.joined()
+            atexit.register(leave)
     return _current
 
 
 def leave() -> None:
-    """Rank 0's work is done; the others end."""
+    """Rank 0's work is done, as it is when its process ends; the others end."""
     global _current
     if isinstance(_current, Leader):
         _current.end()
@@ -152,11 +154,12 @@ def _introduce(group: mx.distributed.Group, card: Mapping[str, Any] | None) -> d
     found = mx.distributed.all_sum(own, group=group)
     who = f"Rank {group.rank()}"
     try:
-        with watched(
+        with starting.watched(
             f"{who} has waited {_MEETING} seconds for the others: start all again.", _MEETING
         ):
             mx.eval(found)
     except RuntimeError as error:
+        starting.wait_for_verdict()
         raise ResourceError(
             "One of the processes ended before all had met: see what its machine says, and start "
             "all again."
@@ -173,13 +176,7 @@ def _introduce(group: mx.distributed.Group, card: Mapping[str, Any] | None) -> d
 
 def _addresses() -> list[str]:
     """Where the others may reach this machine, MLX's own connections first: they end together."""
-    found: list[str] = []
-    hosts = os.environ.get("MLX_HOSTFILE")
-    if hosts is not None:
-        with suppress(OSError, ValueError, IndexError, AttributeError):
-            found += [place.rpartition(":")[0] for place in json.loads(Path(hosts).read_text())[0]]
-    if coordinator := os.environ.get("MLX_JACCL_COORDINATOR"):
-        found.append(coordinator.rpartition(":")[0])
+    found = starting.addresses()
     if found and all(address.startswith("127.") for address in found):
         return list(dict.fromkeys(found))
     with suppress(OSError):

@@ -2,7 +2,7 @@
 
 MLX takes its environment at its word and waits for the other processes for as long as it takes,
 with the interpreter held: neither Ctrl-C nor a thread ends that. So what can be known to be wrong
-is said before, and the waiting is watched by a small process beside this one.
+is said before, and a small program beside this one watches over the rest (see meeting).
 """
 
 from __future__ import annotations
@@ -16,14 +16,19 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from threading import current_thread, main_thread
+from typing import TYPE_CHECKING
 
-import mlx.core as mx
-
+from mlx_dgemma.distributed.meeting import Meeting
 from mlx_dgemma.errors import InputError, ResourceError
 
-WAITING = 60  # seconds for all processes to start and connect
+if TYPE_CHECKING:
+    import mlx.core as mx
+
+WAITING = 60  # seconds for all processes to connect, where no `Meeting` watches over it
 _START = "start all ranks with mlx.launch, as docs/several-macs.md shows"
 # Ends when its input does, as this process' end of it closes; or after a time, and then both.
 _WATCH = """
@@ -35,35 +40,135 @@ if not select.select([0], [], [], seconds)[0]:
 """
 
 
-def launched() -> bool:
-    """Whether `mlx.launch` (or mpirun) started this process as one of several."""
-    if os.environ.get("MLX_RANK") is None and "OMPI_COMM_WORLD_SIZE" not in os.environ:
-        return False
-    hosts = os.environ.get("MLX_HOSTFILE")
-    if hosts is not None:  # of one process `mlx.launch` writes an empty one
-        with suppress(OSError, UnicodeDecodeError, InputError):
-            text = Path(hosts).read_text(encoding="utf-8").strip()
-            return bool(text) and len(_read_hosts(Path(hosts))) > 1
-    return True
+@dataclass(frozen=True)
+class Launch:
+    """What this process was started with. rank: None where mpirun knows it. hosts: the ring's
+    addresses, by rank. coordinator: jaccl's, which all ranks but 0 call; devices: its table."""
+
+    rank: int | None
+    hosts: tuple[tuple[str, ...], ...] | None = None
+    coordinator: str | None = None
+    devices: str | None = None
 
 
-def connected() -> mx.distributed.Group:
-    """MLX's group of all processes, once they are there. InputError where what this process was
-    started with cannot be right, ResourceError where MLX cannot connect it."""
-    hosts, given = os.environ.get("MLX_HOSTFILE"), os.environ.get("MLX_RANK")
-    who = "This process" if given is None else f"Rank {given}"
-    if given is not None and not (given.isascii() and given.isdigit()):
+_meeting: Meeting | None = None
+
+
+def launched() -> Launch | None:
+    """How `mlx.launch` (or mpirun) started this process as one of several; None where it is alone.
+    InputError where that cannot be right."""
+    given, hosts = os.environ.get("MLX_RANK"), os.environ.get("MLX_HOSTFILE")
+    if given is None:
+        return Launch(None) if "OMPI_COMM_WORLD_SIZE" in os.environ else None
+    read = None
+    if hosts is not None:
+        read = _read_hosts(Path(hosts))
+        if read is not None and len(read) < 2:
+            return None
+    if not (given.isascii() and given.isdigit()):
         raise InputError(f"MLX_RANK={given!r} is no rank: {_START}.")
-    if hosts is not None and given is not None:
-        _check_ring(_read_hosts(Path(hosts)), int(given))
-    with watched(f"{who} has waited {WAITING} seconds for the others: {_START}.", WAITING):
+    if read is not None:
+        return Launch(int(given), hosts=read)
+    devices = os.environ.get("MLX_IBV_DEVICES")
+    return Launch(int(given), None, os.environ.get("MLX_JACCL_COORDINATOR"), devices)
+
+
+def arrive() -> None:
+    """Shows the other processes that this one is here; at once, for nobody waits long. InputError
+    where what it was started with cannot be right, ResourceError for a port that is in use."""
+    global _meeting
+    launch = launched()
+    if _meeting is None and launch is not None:
+        _meeting = _meet(launch)
+
+
+def connect() -> mx.distributed.Group:
+    """MLX's group of all processes that `mlx.launch` started, for `load`; of this one alone where
+    it did not.
+
+    As `mx.distributed.init()`, which waits for ever for a process that is lost: here that ends all,
+    and rank 0 says which. Every process must call this, within 10 seconds of the others.
+
+    Raises InputError where what this process was started with cannot be right, ResourceError where
+    the processes cannot connect.
+    """
+    import mlx.core as mx  # the others know already that this process is here
+
+    launch = launched()
+    if launch is None:
+        # What a host file without hosts would end, or raise.
+        hosts = os.environ.pop("MLX_HOSTFILE", None)
         try:
+            return mx.distributed.init()
+        finally:
+            if hosts is not None:
+                os.environ["MLX_HOSTFILE"] = hosts
+    arrive()
+    who = "This process" if launch.rank is None else f"Rank {launch.rank}"
+    try:
+        if _meeting is not None:
+            _meeting.wait()
+            with _plain_interrupt():
+                group = mx.distributed.init(strict=True)
+            _meeting.inside()
+            return group
+        with watched(f"{who} has waited {WAITING} seconds for the others: {_START}.", WAITING):
             return mx.distributed.init(strict=True)
-        except (RuntimeError, ValueError) as error:
-            told = " ".join(str(error).split())
-            raise ResourceError(
-                f"{who} finds no other process to compute with ({told}): {_START}."
-            ) from error
+    except (RuntimeError, ValueError) as error:
+        wait_for_verdict()
+        told = " ".join(str(error).split())
+        raise ResourceError(
+            f"{who} finds no other process to compute with ({told}): {_START}."
+        ) from error
+
+
+def joined() -> None:
+    """This process is of a team, which watches from here on."""
+    if _meeting is not None:
+        _meeting.joined()
+
+
+def wait_for_verdict() -> None:
+    """After an error of MLX's before all have joined, as `Meeting.wait_for_verdict`."""
+    if _meeting is not None:
+        _meeting.wait_for_verdict()
+
+
+def addresses() -> list[str]:
+    """Rank 0's, as MLX connects to them."""
+    with suppress(InputError):
+        launch = launched()
+        if launch is not None and launch.hosts is not None:
+            return [place.rpartition(":")[0] for place in launch.hosts[0]]
+        if launch is not None and launch.coordinator is not None:
+            return [launch.coordinator.rpartition(":")[0]]
+    return []
+
+
+def _meet(launch: Launch) -> Meeting | None:
+    """None where the processes do not know each other's addresses, as under mpirun."""
+    if launch.rank is not None and launch.hosts is not None:
+        rank, size = launch.rank, len(launch.hosts)
+        door = _check_ring(launch.hosts, rank)
+        right = (rank + 1) % size
+        target = {right: _parted(launch.hosts[right][0])}
+        text = json.dumps(launch.hosts)
+        return Meeting(rank, size, door=door, accepts=1, targets=target, hosts=text)
+    if launch.rank is not None and launch.coordinator is not None and launch.devices is not None:
+        rank, place = launch.rank, launch.coordinator
+        with suppress(OSError, ValueError):
+            text = Path(launch.devices).read_text(encoding="utf-8")
+            size = len(json.loads(text))
+            if _is_address(place) and rank < size and size > 1:
+                return Meeting(
+                    rank,
+                    size,
+                    door=socket.create_server(_parted(place), backlog=size) if rank == 0 else None,
+                    accepts=size - 1 if rank == 0 else 0,
+                    targets={} if rank == 0 else {0: _parted(place)},
+                    hosts=text + place,
+                )
+    return None
 
 
 @contextmanager
@@ -73,6 +178,18 @@ def watched(why: str, seconds: float) -> Iterator[None]:
     watch = subprocess.Popen(
         [*command, str(os.getpid()), str(seconds), f"error: {why}\n"], stdin=subprocess.PIPE
     )
+    try:
+        with _plain_interrupt():
+            yield
+    finally:
+        assert watch.stdin is not None
+        watch.stdin.close()
+        watch.wait()
+
+
+@contextmanager
+def _plain_interrupt() -> Iterator[None]:
+    """Within it Ctrl-C ends this process, whoever holds the interpreter."""
     of_the_main_thread = current_thread() is main_thread()
     before = signal.signal(signal.SIGINT, signal.SIG_DFL) if of_the_main_thread else None
     try:
@@ -80,15 +197,15 @@ def watched(why: str, seconds: float) -> Iterator[None]:
     finally:
         if of_the_main_thread:
             signal.signal(signal.SIGINT, before)
-        assert watch.stdin is not None
-        watch.stdin.close()
-        watch.wait()
 
 
-def _read_hosts(path: Path) -> list[list[str]]:
-    """The addresses of every rank."""
+@cache
+def _read_hosts(path: Path) -> tuple[tuple[str, ...], ...] | None:
+    """The addresses of every rank; of one process `mlx.launch` writes an empty file, which is
+    none."""
     try:
-        hosts = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        hosts = json.loads(text) if text.strip() else []
     except (OSError, ValueError) as error:
         raise InputError(
             f"MLX_HOSTFILE={str(path)!r} cannot be read ({error}): {_START}."
@@ -104,7 +221,7 @@ def _read_hosts(path: Path) -> list[list[str]]:
             f"MLX_HOSTFILE={str(path)!r} is no list of the ranks' addresses, each a list like "
             f'["192.168.0.1:32323"]: {_START}.'
         )
-    return hosts
+    return tuple(map(tuple, hosts))
 
 
 def _are_addresses(entry: object) -> bool:
@@ -116,9 +233,9 @@ def _is_address(place: object) -> bool:
     return bool(host) and port.isascii() and port.isdigit() and 0 < int(port) < 1 << 16
 
 
-def _check_ring(hosts: list[list[str]], rank: int) -> None:
-    """Refuses a rank that is not there, addresses that are unknown or come twice, and a port of
-    this rank that is in use."""
+def _check_ring(hosts: tuple[tuple[str, ...], ...], rank: int) -> socket.socket:
+    """This rank's first port, where its neighbour is awaited. Refuses a rank that is not there,
+    addresses that are unknown or come twice, and a port of this rank that is in use."""
     size = len(hosts)
     if rank >= size:
         raise InputError(f"MLX_RANK={rank} is no rank of a host file of {size}: {_START}.")
@@ -134,32 +251,42 @@ def _check_ring(hosts: list[list[str]], rank: int) -> None:
                 f"The host file has {len(own)} addresses for rank {index} and {len(hosts[0])} for "
                 "rank 0: give all ranks as many."
             )
-    for index in {rank, (rank + 1) % size}:
-        for place in hosts[index]:
-            _check_place(place, index, own=index == rank)
+    for place in hosts[(rank + 1) % size]:
+        _found(place, (rank + 1) % size)
+    doors = [_opened(place, rank) for place in hosts[rank]]
+    for door in doors[1:]:
+        door.close()
+    return doors[0]
 
 
-def _check_place(place: str, rank: int, *, own: bool) -> None:
-    host, _, port = place.partition(":")
+def _opened(place: str, rank: int) -> socket.socket:
+    found = _found(place, rank)
     try:
-        found = socket.getaddrinfo(host, int(port), socket.AF_INET, socket.SOCK_STREAM)[0][4]
+        return socket.create_server(found, backlog=8)
+    except OSError as error:
+        if error.errno == errno.EADDRNOTAVAIL:
+            raise InputError(
+                f"The host file's address of rank {rank}, {place}, is none of the machine "
+                f"{socket.gethostname()}, on which this rank was started: check it."
+            ) from None
+        # Not `strerror`, to which Python adds the address.
+        raise ResourceError(
+            f"Rank {rank} cannot use {place} ({os.strerror(error.errno or 0)}): end the program "
+            "that has this port, or choose another with mlx.launch --starting-port."
+        ) from None
+
+
+def _found(place: str, rank: int) -> tuple[str, int]:
+    """Its numbers."""
+    try:
+        known = socket.getaddrinfo(*_parted(place), socket.AF_INET, socket.SOCK_STREAM)
     except OSError:
         raise InputError(
             f"The host file's address of rank {rank}, {place}, is unknown: check it."
         ) from None
-    if not own:
-        return
-    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(found)
-        except OSError as error:
-            if error.errno == errno.EADDRNOTAVAIL:
-                raise InputError(
-                    f"The host file's address of rank {rank}, {place}, is none of the machine "
-                    f"{socket.gethostname()}, on which this rank was started: check it."
-                ) from None
-            raise ResourceError(
-                f"Rank {rank} cannot use {place} ({error.strerror}): end the program that has this "
-                "port, or choose another with mlx.launch --starting-port."
-            ) from None
+    return str(known[0][4][0]), int(known[0][4][1])
+
+
+def _parted(place: str) -> tuple[str, int]:
+    host, _, port = place.partition(":")
+    return host, int(port)

@@ -133,9 +133,10 @@ class Leader(Team):
             found: dict[int, Message] = {}
             while len(found) < len(self._channels):
                 rank, message = self._replies.get()
+                found[rank] = message
+            for rank, message in sorted(found.items()):
                 if message.op == "failed":
                     raise ResourceError(f"{self.name(rank)}: {message.fields['why']}")
-                found[rank] = message
             return found
         finally:
             self._asking = False
@@ -246,10 +247,14 @@ class Follower(Team):
         with suppress(LostError):  # then `_listen` ends this process
             self._channel.send("answer", payload, **fields)
 
-    def fail(self, why: str) -> NoReturn:
-        """Tells rank 0 that this process cannot go on, and why, and ends it."""
+    def refuse(self, why: str) -> None:
+        """Answers that this process cannot do what was asked, and why; it goes on."""
         with suppress(LostError):
             self._channel.send("failed", why=why)
+
+    def fail(self, why: str) -> NoReturn:
+        """Tells rank 0 that this process cannot go on, and why, and ends it."""
+        self.refuse(why)
         time.sleep(_LEAVING)  # rank 0 ends this process, once it has said so
         os._exit(FAILED)
 

@@ -84,9 +84,10 @@ def choices(requests: Sequence[Request]) -> dict[str, bool]:
 
 
 def settle(chosen: Mapping[str, bool] | None) -> None:
-    """From now on these kinds run as kernels and no others; None: this process decides again."""
+    """From now on these kinds run as kernels, or not, and of others those that were settled before;
+    None: this process decides again."""
     global _settled
-    _settled = None if chosen is None else dict(chosen)
+    _settled = None if chosen is None else {**(_settled or {}), **chosen}
 
 
 def _kind(operation: Operation, shape: Shape) -> str:

@@ -19,10 +19,12 @@ from mlx_dgemma.model.shared_head import SharedHead
 
 
 class Following:
-    """A rank's contexts and logits by rank 0's numbers, and the work on them."""
+    """A rank's models, contexts and logits by rank 0's numbers, and the work on them."""
 
-    def __init__(self, model: Model, team: Follower) -> None:
-        self._model, self._team = model, team
+    def __init__(self, team: Follower) -> None:
+        self._team = team
+        self.models: dict[int, Model] = {}
+        self._of: dict[int, Model] = {}  # whose a context is
         self._held: dict[int, ContextCache | Snapshot | Frozen | CanvasKeys] = {}
         self._begun: dict[int, Begun] = {}  # passes that go on, by context
         self._heads: dict[int, SharedHead] = {}
@@ -30,6 +32,7 @@ class Following:
         self._work: dict[str, Callable[..., object]] = {
             "context": self._make,
             "forget": self._forget,
+            "forget_model": self._forget_model,
             "encode": self._encode,
             "decode": self._decode,
             "decode_on": self._decode_on,
@@ -64,10 +67,16 @@ class Following:
         assert isinstance(found, ContextCache)
         return found
 
-    def _make(self, number: int, kv_bits: int | None) -> None:
-        self._held[number] = self._model.make_cache(kv_bits)
+    def _make(self, number: int, model: int, kv_bits: int | None) -> None:
+        self._of[number] = self.models[model]
+        self._held[number] = self._of[number].make_cache(kv_bits)
+
+    def _forget_model(self, number: int) -> None:
+        self.models.pop(number, None)
+        mx.clear_cache()
 
     def _forget(self, number: int) -> None:
+        self._of.pop(number, None)
         self._held.pop(number, None)
         self._begun.pop(number, None)
 
@@ -76,7 +85,7 @@ class Following:
     ) -> None:
         cache, x = self._context(context), self._shared(shape, dtype)
         images = None if blocks is None else np.array(blocks)
-        self._model.through_encoder(x, cache, images, whole=whole, dispatch=True)
+        self._of[context].through_encoder(x, cache, images, whole=whole, dispatch=True)
         mx.eval(cache.arrays)
         mx.clear_cache()
 
@@ -89,8 +98,9 @@ class Following:
     def _decode_on(self, context: int, first: int, last: int) -> None:
         begun, cache = self._begun.pop(context), self._context(context)
         assert begun.layers == first
-        through = self._model.through_decoder(begun, last, cache, dispatch=True)
-        if last < len(self._model.layers):
+        model = self._of[context]
+        through = model.through_decoder(begun, last, cache, dispatch=True)
+        if last < len(model.layers):
             self._begun[context] = through
 
     def _held_of(self, told: dict[str, Any] | None) -> Held | None:
@@ -147,9 +157,11 @@ class Following:
         tensors = unpacked_arrays(message.fields["arrays"], message.payload)
         self._context(message.fields["context"]).hold(tensors, message.fields["bases"])
 
-    def _logits(self, number: int, shape: list[int], dtype: str, banned: list[int]) -> None:
-        hidden = mx.zeros(shape, getattr(mx, dtype))
-        self._heads[number] = SharedHead(self._model, hidden, np.array(banned, dtype=np.int32))
+    def _logits(
+        self, number: int, model: int, shape: list[int], dtype: str, banned: list[int]
+    ) -> None:
+        hidden, ids = mx.zeros(shape, getattr(mx, dtype)), np.array(banned, dtype=np.int32)
+        self._heads[number] = SharedHead(self.models[model], hidden, ids)
 
     def _forget_logits(self, number: int) -> None:
         self._heads.pop(number, None)

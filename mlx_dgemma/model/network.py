@@ -51,6 +51,7 @@ class Model(nn.Module):
         self.dtype = dtype
         self.residual_dtype = mx.float32 if dtype == mx.float16 else dtype
         self.team = team
+        self.number = 0  # by which the other ranks know it
         self.share = None if team is None else Share(team.rank, team.size)
         # The config of what this process holds.
         self.local = config if self.share is None else self.share.config(config)
@@ -79,7 +80,7 @@ class Model(nn.Module):
         windows = [text.window_of(index) for index in range(text.num_hidden_layers)]
         slack = self.config.canvas_length
         if isinstance(self.team, Leader):
-            return SharedContext(windows, slack, self.fingerprint, kv_bits, self.team)
+            return SharedContext(windows, slack, self.fingerprint, kv_bits, self.team, self.number)
         return ContextCache(windows, slack, self.fingerprint, kv_bits)
 
     def prefill(

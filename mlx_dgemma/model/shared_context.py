@@ -35,12 +35,14 @@ class SharedContext(ContextCache):
         fingerprint: Callable[[], str],
         kv_bits: int | None,
         team: Leader,
+        model: int,
     ) -> None:
+        """model: the number by which the others know whose context it is."""
         super().__init__(windows, slack, fingerprint, kv_bits)
         self._team = team
         self._numbers: weakref.WeakKeyDictionary[Snapshot, int] = weakref.WeakKeyDictionary()
         self.number = next(_numbers)
-        team.tell("context", number=self.number, kv_bits=kv_bits)
+        team.tell("context", number=self.number, model=model, kv_bits=kv_bits)
         weakref.finalize(self, team.later, "forget", number=self.number)
 
     def shared(self, x: mx.array, op: str, **fields: Any) -> mx.array:

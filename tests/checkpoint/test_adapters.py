@@ -17,7 +17,8 @@ from peft_adapters import BOTH, DECODER, ENCODER, LINEAR, make_adapter, referenc
 from random_checkpoint import Dims, write
 from transformers_oracle import assert_close
 
-from mlx_dgemma.checkpoint.adapters import adapter_bytes, read_adapter
+from mlx_dgemma.checkpoint.adapter_folder import adapter_bytes
+from mlx_dgemma.checkpoint.adapters import read_adapter
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.convert import convert
 from mlx_dgemma.errors import CheckpointError

@@ -162,9 +162,15 @@ def turns(model, tokenizer, folder):
 
 
 def adapted(model, tokenizer, folder):
-    """A second model, with an adapter beside its weights."""
-    model, tokenizer = load(adapter_path=Path(folder) / "adapter")
-    return [reply(model, tokenizer, "Sort 5 3 9 1.", seed=2, max_tokens=32)]
+    """A second model, with an adapter beside its weights; the first one goes on."""
+    second, _ = load(adapter_path=Path(folder) / "adapter")
+    found, canvas = [], mx.array([[5] * 32])
+    for one in (second, model, second):
+        cache = one.make_cache()
+        one.prefill(np.arange(5, 25), cache)
+        found.append(round(mx.abs(one.hidden(canvas, cache)).mean().item(), 3))
+    assert found[0] == found[2] != found[1]
+    return [found, reply(second, tokenizer, "Sort 5 3 9 1.", seed=2, max_tokens=32)]
 
 
 def counted(model, tokenizer, folder):

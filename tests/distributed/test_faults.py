@@ -113,6 +113,51 @@ def test_another_checkpoint_is_noticed(tmp_path):
     assert "has another checkpoint" in errors
 
 
+SEVERAL = """
+import mlx_dgemma
+group = mlx_dgemma.connect()
+from mlx_dgemma.errors import DGemmaError
+from mlx_dgemma.checkpoint.loading import load_network as load
+
+model, _ = load(group=group)
+for adapter in ("other", "missing"):
+    try:
+        load(adapter_path=f"/proc/self/cwd/{adapter}")
+    except DGemmaError as error:
+        print(error)
+model.prefill([2, 5, 6], model.make_cache())
+print("it goes on")
+"""
+
+
+@pytest.mark.slow
+def test_an_adapter_that_a_rank_has_otherwise_or_lacks_is_refused(tmp_path):
+    """And the model that was loaded before goes on."""
+    for rank, names in enumerate((("other", "missing"), ("other",))):
+        for name in names:
+            folder = tmp_path / str(rank) / name
+            folder.mkdir(parents=True)
+            (folder / "adapter_config.json").write_text('{"peft_type": "LORA", "r": 1}')
+            tensors = {
+                f"base_model.model.model.decoder.layers.0.self_attn.q_proj.lora_{side}.weight": (
+                    mx.full(shape, rank)
+                )
+                for side, shape in (("A", (1, 128)), ("B", (128, 1)))
+            }
+            mx.save_safetensors(str(folder / "adapter_model.safetensors"), tensors)
+    folders = [tmp_path / str(rank) for rank in (0, 1)]
+    processes = start([sys.executable, "-c", SEVERAL], 2, tmp_path, folders=folders)
+    (out, errors), silent = ended(processes)
+    assert [process.returncode for process in processes] == [0, 0], errors
+    other, missing, last = out.splitlines()
+    assert other.startswith("Rank 1 (")
+    assert other.endswith("has another adapter under this name than rank 0: copy rank 0's.")
+    assert missing.startswith("Rank 1 (")
+    assert "adapter_config.json" in missing
+    assert last == "it goes on"
+    assert silent == ("", "")
+
+
 @pytest.mark.slow
 def test_random_kills(tmp_path):
     """The study `studies/kills.py` does the same two hundred times."""

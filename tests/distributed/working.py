@@ -12,6 +12,16 @@ import sys
 import time
 from dataclasses import replace
 
+import mlx_dgemma
+
+if __name__ == "__main__":
+    try:
+        GROUP = mlx_dgemma.connect()  # before all that takes time
+    except mlx_dgemma.DGemmaError as error:  # as the commands print it
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print("joined", flush=True)
+
 import mlx.core as mx
 import numpy as np
 
@@ -38,11 +48,9 @@ def differ(what):
 def main(phase, what=""):
     differ(what)
     checkpoint = "/proc/self/cwd/model" if what == "checkpoint" else None
-    group = mx.distributed.init()
-    print("joined", flush=True)
     try:
-        model, _ = load(checkpoint, group=group)
-    except DGemmaError as error:  # as the commands print it
+        model, _ = load(checkpoint, group=GROUP)
+    except DGemmaError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     print("ready", flush=True)
