@@ -14,6 +14,7 @@ DEAD, END = 0, 1  # states: nothing can follow; everything may
 # Transitions kept, states times ids: two bytes each.
 _MOST_KEPT = 4_000_000
 _STATES, _IDS = 64, 1024  # room at first
+_AT_ONCE = 100_000  # transitions that are walked together
 _OPEN = 8  # symbols that lead back to a state for which the rest of an id is not walked
 # UTF-8: first bytes, the byte after them, and how many more follow (Unicode 15, table 3-7).
 _CHARACTERS = (
@@ -32,7 +33,7 @@ class Transitions:
     """An id's symbols lead from state to state by the states' rows, int32 [SYMBOLS] each.
 
     build: makes a state's row. accepts: whether a text may end in a state. classes: of symbols that
-    no state tells apart. An id that is known has a column; those that came together are in groups.
+    no state tells apart. Every group of ids has a column, and so has an id that stands alone.
     """
 
     def __init__(
@@ -53,18 +54,14 @@ class Transitions:
         self._judged[DEAD] = True
         self._loops: list[np.ndarray] = []  # what leads some state back to itself
         self._loop = np.full(_STATES, -1, dtype=np.int64)
-        self._column = np.full(vocabulary.size, -1, dtype=np.int32)
-        self._count = 0  # of columns
-        self._groups: list[tuple[int, Groups]] = []  # and their first columns
+        self._ids = Groups(vocabulary, classes, self._loops)
         self._kept = np.zeros((_STATES, _IDS), dtype=np.int16)
         self._walked = np.zeros(_STATES, dtype=np.int64)  # columns that are known, by state
 
     @property
     def nbytes(self) -> int:
-        arrays = (self._rows, self._has_row, self._open, self._judged, self._column)
-        more = (self._kept, self._walked, self._loop)
-        groups = [array for _, one in self._groups for array in (one.ids, one.group)]
-        return sum(array.nbytes for array in (*arrays, *more, *groups))
+        arrays = (self._rows, self._has_row, self._open, self._judged, self._kept)
+        return sum(array.nbytes for array in (*arrays, self._walked, self._loop)) + self._ids.nbytes
 
     def row(self, state: int) -> np.ndarray:
         """int32 [SYMBOLS]: where each symbol leads."""
@@ -77,13 +74,14 @@ class Transitions:
     def grow(self, size: int) -> None:
         """Makes room for more states."""
         more = size - len(self._rows)
-        if size * self._kept.shape[1] > _MOST_KEPT:
-            self._forget()
         self._rows = np.concatenate([self._rows, np.zeros((more, SYMBOLS), dtype=np.int32)])
         self._has_row = np.concatenate([self._has_row, np.zeros(more, dtype=bool)])
         self._open = np.concatenate([self._open, np.zeros((more, 3), dtype=np.uint64)])
         self._judged = np.concatenate([self._judged, np.zeros(more, dtype=bool)])
         self._loop = np.concatenate([self._loop, np.full(more, -1, dtype=np.int64)])
+        if size * self._kept.shape[1] > _MOST_KEPT:
+            self._forget()
+            return
         wider = np.zeros((more, self._kept.shape[1]), dtype=np.int16)
         self._kept = np.concatenate([self._kept, wider])
         self._walked = np.concatenate([self._walked, np.zeros(more, dtype=np.int64)])
@@ -105,67 +103,71 @@ class Transitions:
     def _columns(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Of the ids, walked from the states."""
         while True:
-            columns = self._column.take(ids)
+            columns = self._ids.of(ids)
             if columns.min(initial=0) < 0:
                 self.prepare(ids)
                 continue
-            unknown = self._walked.take(states) < self._count
-            if not unknown.any():
+            unknown = states[self._walked.take(states) < len(self._ids)]
+            if not unknown.size:
                 return columns.astype(np.intp)
-            for state in states[unknown].tolist():
-                self._fill(state)
+            self._fill(unknown)
 
     def prepare(self, ids: np.ndarray) -> None:
         """Makes room for ids, so that they are walked together."""
-        wanted = np.zeros(self._column.size, dtype=bool)
-        wanted[ids] = True
-        fresh = np.flatnonzero(wanted & (self._column < 0))
-        if not fresh.size:
+        fresh = ids[self._ids.of(ids) < 0]
+        if fresh.size:
+            wanted = np.zeros(self._vocabulary.size, dtype=bool)
+            wanted[fresh] = True
+            self._ids.add(np.flatnonzero(wanted))
+            self._make_room(ids)
+
+    def _make_room(self, ids: np.ndarray) -> None:
+        """For all columns; where there is too little, for those of some ids alone."""
+        count = len(self._ids)
+        if count <= self._kept.shape[1]:
             return
-        if (self._count + fresh.size) * len(self._kept) > _MOST_KEPT:
+        if count * len(self._kept) > _MOST_KEPT and self._kept.any():
             self._forget()
-            fresh = np.flatnonzero(wanted)
-        known, count = self._count, self._count + fresh.size
-        self._column[fresh] = np.arange(known, count)
-        groups = Groups(self._vocabulary, fresh, self._classes, self._loops)
-        self._groups.append((known, groups))
-        self._count = count
-        if count > self._kept.shape[1]:
-            room = max(count, min(2 * count, _MOST_KEPT // len(self._kept)))
-            wider = np.zeros((len(self._kept), room), dtype=np.int16)
-            wider[:, :known] = self._kept[:, :known]
-            self._kept = wider
+            self.prepare(ids)
+            return
+        room = max(count, min(2 * count, _MOST_KEPT // len(self._kept)))
+        wider = np.zeros((len(self._kept), room), dtype=np.int16)
+        wider[:, : self._kept.shape[1]] = self._kept
+        self._kept = wider
 
     def _forget(self) -> None:
         """Drops the walked transitions; they are walked again by need."""
-        self._column[:] = -1
-        self._count, self._groups = 0, []
-        self._kept = np.zeros((len(self._kept), _IDS), dtype=np.int16)
-        self._walked[:] = 0
+        self._ids = Groups(self._vocabulary, self._classes, self._loops)
+        self._kept = np.zeros((len(self._rows), _IDS), dtype=np.int16)
+        self._walked = np.zeros(len(self._rows), dtype=np.int64)
 
-    def _fill(self, state: int) -> None:
-        """Walks every id that has a column from a state."""
-        known = int(self._walked[state])
-        if state == END:
-            self._kept[END] = END
-        for place, (begin, groups) in enumerate(self._groups):
-            if begin < known or state in (DEAD, END):
-                continue
-            if groups.loops < len(self._loops):
-                groups = Groups(self._vocabulary, groups.ids, self._classes, self._loops)
-                self._groups[place] = begin, groups
-            listed = self._groups
-            found = self._walk(state, groups)
-            if listed is not self._groups:  # forgotten on the way
+    def _fill(self, states: np.ndarray) -> None:
+        """Walks every column from some states, as far as none was forgotten on the way."""
+        groups, count = self._ids, len(self._ids)
+        self._kept[END], self._walked[:2] = END, count
+        states = states[(states != DEAD) & (states != END)]
+        lengths = count - self._walked.take(states)
+        ends = lengths.cumsum()
+        for part in np.unique(ends // _AT_ONCE).tolist():
+            mine = ends // _AT_ONCE == part
+            each, length = states[mine], lengths[mine]
+            source = np.repeat(each, length)
+            before = np.repeat(length.cumsum() - length - self._walked.take(each), length)
+            column = np.arange(source.size) - before
+            led = self._walk(source, column)
+            if len(self._loops) > groups.loops:
+                self._forget()
+            if self._ids is not groups:
                 return
-            self._kept[state, begin : begin + found.size] = found
-        self._walked[state] = self._count
+            self._kept[source, column] = led
+            self._walked[each] = count
 
-    def _walk(self, state: int, groups: Groups) -> np.ndarray:
-        """int16 [n]: where ids lead; one of each group is walked, and others where they part."""
-        vocabulary, one = self._vocabulary, groups.one
-        led = np.zeros(one.size, dtype=np.int64)
-        led[:] = state
+    def _walk(self, source: np.ndarray, column: np.ndarray) -> np.ndarray:
+        """int64 [n]: where each column leads its state. Groups that a state tells apart are split:
+        what is found then is true of the id that was walked."""
+        vocabulary, groups = self._vocabulary, self._ids
+        one = groups.one.take(column)
+        led = source.copy()
         going = np.arange(one.size)
         at, end = vocabulary.offsets.take(one), vocabulary.later_from.take(one)
         while going.size:
@@ -173,17 +175,21 @@ class Transitions:
             led[going] = here
             at[going] += 1
             going = going[(here != DEAD) & (at[going] < end[going])]
-        longer = (end < vocabulary.offsets.take(one + 1)) & (led != DEAD)
+        longer = np.flatnonzero((end < vocabulary.offsets.take(one + 1)) & (led != DEAD))
         self._judge_all(led)
-        loop = self._loop.take(led)
-        held = (loop >= 0) & (groups.held >> np.maximum(loop, 0) & 1 > 0)
-        found = led.take(groups.group)
-        parting = longer & ~held
-        if parting.any():
-            going = np.flatnonzero(parting.take(groups.group))
-            found[going] = self._go_on(found[going], groups.ids[going])
-        found[groups.stops] = END if self._accepts(state) else DEAD
-        return found.astype(np.int16)
+        loop = self._loop.take(led[longer])
+        held = groups.held.take(column[longer]) >> np.maximum(loop, 0) & 1
+        parting = longer[(loop < 0) | (held == 0)]
+        if parting.size:
+            led[parting] = self._go_on(led[parting], one[parting])
+            parted = np.unique(column[parting])
+            parted = parted[~groups.single.take(parted)]
+            if parted.size:
+                groups.split(parted)
+                self._make_room(one)
+        stops = np.flatnonzero(vocabulary.is_stop.take(one))
+        led[stops] = [END if self._accepts(state) else DEAD for state in source[stops].tolist()]
+        return led
 
     def _go_on(self, here: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """Where the later symbols of each id lead its state."""
@@ -198,8 +204,9 @@ class Transitions:
         return found
 
     def _step(self, states: np.ndarray, symbols: np.ndarray) -> np.ndarray:
-        for state in np.flatnonzero(np.bincount(states, minlength=1)).tolist():
-            self.row(state)
+        if not self._has_row.take(states).all():
+            for state in np.unique(states).tolist():
+                self.row(state)
         found: np.ndarray = self._rows.ravel().take(states * SYMBOLS + symbols)
         return found
 

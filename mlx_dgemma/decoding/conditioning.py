@@ -96,26 +96,27 @@ def _marginals(
     entropy = np.array(seen.entropy, dtype=np.float32)
     certainty = np.full(length, np.nan, dtype=np.float32)
     plain = np.ones(length, dtype=np.float32)
-    ids = np.zeros((length, found.ids.shape[1]), dtype=np.int32)
-    weights = np.zeros(ids.shape, dtype=np.float32)
     if not count:
+        nothing = np.zeros((length, 0))
+        ids, weights = nothing.astype(np.int32), nothing.astype(np.float32)
         return Conditioned(draft, sample, entropy, certainty, plain, ids, weights, feasible, 0.0)
-    own, ended, other = found.shares()
-    p, rest = found.p, found.rest
-    share = np.divide(other, rest, out=np.zeros(count), where=rest > 0)
-    marginal = own + ended[:, None] * p
+    shares = found.shares()
+    p, ended = shares.p, shares.ended
+    ids = np.zeros((length, p.shape[1]), dtype=np.int32)
+    weights = np.zeros(ids.shape, dtype=np.float32)
+    marginal = shares.own + ended[:, None] * p
     amount = -_xlogx(marginal).sum(axis=1)
     unlisted = np.maximum(seen.entropy[:count] + _xlogx(p).sum(axis=1), 0)
-    kept = ended + share
+    kept = ended + shares.other
     logs = np.log(np.maximum(kept, _TINY))
-    amount += np.where(kept * rest > 0, kept * (unlisted - rest * logs), 0)
-    surely = (marginal * (found.ids == sample[:count, None])).sum(axis=1)
+    amount += np.where(kept * shares.rest > 0, kept * (unlisted - shares.rest * logs), 0)
+    surely = (marginal * (shares.ids == sample[:count, None])).sum(axis=1)
     at = np.flatnonzero(ended <= _SURELY_ENDED)
     plain[at], entropy[at] = kept[at], np.maximum(amount, 0)[at]
     certainty[at] = surely[at]
-    ids[at] = found.ids[at]
-    weights[at] = (own - share[:, None] * p)[at]
-    left = float(rest.max())
+    ids[at] = shares.ids[at]
+    weights[at] = (shares.own - shares.other[:, None] * p)[at]
+    left = shares.left_out
     return Conditioned(draft, sample, entropy, certainty, plain, ids, weights, feasible, left)
 
 

@@ -26,34 +26,34 @@ def plain(automaton: Automaton, seen: Distributions, p: np.ndarray, most: int) -
     """Of distributions p [C, V], the text to end within the canvas."""
     length, size = p.shape
     stood = [{automaton.start: 1.0}]
-    listed: list[np.ndarray] = []
+    listed: list[dict[int, np.ndarray]] = []  # of each state
     moves: list[list[tuple[int, int, int]]] = []  # from a state by an id, or by none (-1), to one
     for at in range(length):
         here = stood[-1]
         if list(here) == [END]:
             break
         own = seen.ids[at][seen.probabilities[at] > 0]
-        kept = [automaton.alive(state) for state in here if state != END]
-        ids = np.unique(np.concatenate([own, *kept]))
+        ids = {state: np.union1d(own, automaton.alive(state)) for state in here if state != END}
         mine, flow = [], {}
         for state, weight in here.items():
-            targets = {} if state == END else dict(
-                zip(ids.tolist(), automaton.table(np.array([state]), ids)[0].tolist(), strict=True)
+            targets = {-1: END} if state == END else dict(
+                zip(
+                    ids[state].tolist(),
+                    automaton.table(np.array([state]), ids[state])[0].tolist(),
+                    strict=True,
+                )
             )  # fmt: skip
-            if state == END:
-                targets = {-1: END}
             for id_, target in targets.items():
                 if target != DEAD:
                     mine.append((state, id_, target))
                     share = p[at, id_] if id_ >= 0 else 1.0
                     flow[target] = flow.get(target, 0.0) + weight * share
-        rest = 1 - p[at, ids].sum()
         reached = set(flow)
         for state, weight in here.items():
             target = int(automaton.typical(np.array([state]))[0])
             if state != END and target in reached:
                 mine.append((state, -1, target))
-                flow[target] += weight * rest
+                flow[target] += weight * (1 - p[at, ids[state]].sum())
         nearest = sorted(flow, key=lambda state: (automaton.least[state], state))[:NEAREST]
         likely = sorted(flow, key=lambda state: (-flow[state], state))[: most - NEAREST]
         chosen = sorted(flow) if len(flow) <= most else sorted({*nearest, *likely})
@@ -66,7 +66,7 @@ def plain(automaton: Automaton, seen: Distributions, p: np.ndarray, most: int) -
 
 def _backward(
     stood: list[dict[int, float]],
-    listed: list[np.ndarray],
+    listed: list[dict[int, np.ndarray]],
     moves: list[list[tuple[int, int, int]]],
     p: np.ndarray,
     size: int,
@@ -75,15 +75,14 @@ def _backward(
     best = {state: 0.0 if state == END else -np.inf for state in stood[-1]}
     marginals = p.copy()
     for at in range(len(moves) - 1, -1, -1):
-        rest = 1 - p[at, listed[at]].sum()
         sums, most = dict.fromkeys(stood[at], 0.0), dict.fromkeys(stood[at], -np.inf)
         row = np.zeros(size)
-        unlisted = np.ones(size, dtype=bool)
-        unlisted[listed[at]] = False
         for state, id_, target in moves[at]:
             if target not in behind:
                 continue
-            share = p[at, id_] if id_ >= 0 else 1.0 if state == END else rest
+            unlisted = np.ones(size, dtype=bool)
+            unlisted[listed[at].get(state, [])] = False
+            share = p[at, id_] if id_ >= 0 else 1.0 if state == END else p[at, unlisted].sum()
             sums[state] += share * behind[target]
             if id_ >= 0 or state == END:
                 most[state] = max(most[state], float(np.log(share)) + best[target])
