@@ -91,6 +91,7 @@ def agree(
     Raises ResourceError with what a rank cannot do, InputError or CheckpointError where it has
     another program, checkpoint or adapter; each names the rank.
     """
+    adapter = adapter_identity(adapter_path)  # what rank 0 lacks is no fault of another
     path = os.path.abspath(folder) if named else None
     cached = _CACHED.match(path or "")
     name = f"{cached['owner']}/{cached['name']}" if cached else path
@@ -101,7 +102,7 @@ def agree(
         adapter_path=None if adapter_path is None else os.path.abspath(adapter_path),
         dtype=dtype,
     )
-    own = facts(identity_of(folder), shapes, adapter_identity(adapter_path))
+    own = facts(identity_of(folder), shapes, adapter)
     number, chosen = next_number(), settle_choices(team, own, answers)
     team.tell("load", number=number, kernels=chosen, unequal=team.unequal, unit=unit)
     return number

@@ -37,6 +37,7 @@ def serve(team: Follower) -> NoReturn:
     try:
         _serve(team)
     except (DGemmaError, OSError, RuntimeError, MemoryError) as error:
+        team.wait_for_verdict(error)
         team.fail(spoken(error))
     sys.exit(0)
 

@@ -96,13 +96,7 @@ def connect() -> mx.distributed.Group:
 
     launch = launched()
     if launch is None:
-        # What a host file without hosts would end, or raise.
-        hosts = os.environ.pop("MLX_HOSTFILE", None)
-        try:
-            return mx.distributed.init()
-        finally:
-            if hosts is not None:
-                os.environ["MLX_HOSTFILE"] = hosts
+        return world()
     arrive()
     who = "This process" if launch.rank is None else f"Rank {launch.rank}"
     try:
@@ -120,6 +114,19 @@ def connect() -> mx.distributed.Group:
         raise ResourceError(
             f"{who} finds no other process to compute with ({told}): {_START}."
         ) from error
+
+
+def world() -> mx.distributed.Group:
+    """MLX's group, however long that waits; of this process alone where it is, for a host file
+    without hosts, as `mlx.launch -n 1` writes it, is an error or the end of the process to MLX."""
+    import mlx.core as mx
+
+    hosts = os.environ.pop("MLX_HOSTFILE", None) if launched() is None else None
+    try:
+        return mx.distributed.init()
+    finally:
+        if hosts is not None:
+            os.environ["MLX_HOSTFILE"] = hosts
 
 
 def joined() -> None:

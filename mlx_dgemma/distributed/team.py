@@ -174,7 +174,7 @@ class Leader(Team):
     def wait_for_verdict(self, error: BaseException) -> None:
         """After an error of MLX's collectives: who is missing is known within `SILENCE`, and is the
         better sentence. Returns where nobody is, and for any other error."""
-        if not isinstance(error, RuntimeError) or not _COLLECTIVES.search(str(error)):
+        if not _is_of_collectives(error):
             return
         time.sleep(_BETWEEN_BEATS)
         deadline = time.monotonic() + SILENCE
@@ -247,6 +247,12 @@ class Follower(Team):
         with suppress(LostError):  # then `_listen` ends this process
             self._channel.send("answer", payload, **fields)
 
+    def wait_for_verdict(self, error: BaseException) -> None:
+        """After an error of MLX's collectives: rank 0 knows who is missing, and ends this process.
+        Returns where nobody is, and for any other error."""
+        if _is_of_collectives(error):
+            time.sleep(SILENCE)
+
     def refuse(self, why: str) -> None:
         """Answers that this process cannot do what was asked, and why; it goes on."""
         with suppress(LostError):
@@ -270,6 +276,10 @@ class Follower(Team):
                     time.sleep(_LEAVING)  # the main thread may be in a collective for ever
                 os._exit(0)
             self._messages.put(message)
+
+
+def _is_of_collectives(error: BaseException) -> bool:
+    return isinstance(error, RuntimeError) and bool(_COLLECTIVES.search(str(error)))
 
 
 def _beat(channels: list[Channel]) -> None:

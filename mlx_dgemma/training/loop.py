@@ -20,6 +20,7 @@ import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
 from mlx.utils import tree_map, tree_unflatten
 
+from mlx_dgemma.distributed.starting import world
 from mlx_dgemma.errors import CheckpointError, NumericsError
 from mlx_dgemma.kernels.gradients import gradients
 from mlx_dgemma.model import Model
@@ -78,7 +79,7 @@ class Trainer:
         self._folder = folder
         self._identity = json.dumps(identity, sort_keys=True)
         self._judge = judge
-        self._world = mx.distributed.init()
+        self._world = world()
         self.step = 0
 
     def run(
@@ -177,7 +178,7 @@ class Trainer:
     def _update(self, gradients: Any) -> None:
         # A machine's part of the loss is its part of the sum; MLX averages them.
         scale = self._world.size() / self._plan.accumulate
-        gradients = tree_map(lambda g: g * scale, average_gradients(gradients))
+        gradients = tree_map(lambda g: g * scale, average_gradients(gradients, self._world))
         gradients, _ = optim.clip_grad_norm(gradients, self._plan.clip)
         self._optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self._optimizer.state)

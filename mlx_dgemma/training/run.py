@@ -16,6 +16,7 @@ from mlx_dgemma.checkpoint.loading import load
 from mlx_dgemma.checkpoint.sizes import stored_bytes
 from mlx_dgemma.checkpoint.weights import EXPAND_BYTES, cast, expand
 from mlx_dgemma.decoding.events import Finish
+from mlx_dgemma.distributed.starting import world
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.model import Model
@@ -56,7 +57,7 @@ class Prepared:
         self.plan = plan
         self.events: list[Event] = []
         self.splits = splits
-        self._world = mx.distributed.init()
+        self._world = world()
         self._check_batches()
 
     @property
@@ -278,7 +279,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
         model.config,
         weights=stored_bytes(folder),
         trained=sum(tensor.size for tensor in trained(model).values()),
-        batch_size=settings.batch_size // mx.distributed.init().size() or 1,
+        batch_size=settings.batch_size // world().size() or 1,
         seq_length=longest,
         checkpoint=settings.grad_checkpoint,
         itemsize=model.residual_dtype.size,

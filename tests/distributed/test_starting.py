@@ -17,7 +17,7 @@ import pytest
 
 from mlx_dgemma.distributed import joining, vigil
 from mlx_dgemma.distributed.channel import Channel
-from mlx_dgemma.distributed.starting import connect, launched
+from mlx_dgemma.distributed.starting import connect, launched, world
 from mlx_dgemma.errors import DGemmaError, ResourceError
 from tests.distributed.processes import finish, free_ports, start
 
@@ -60,7 +60,8 @@ def test_one_process_is_alone(text, tmp_path, monkeypatch):
     monkeypatch.setenv("MLX_HOSTFILE", str(tmp_path / "hosts.json"))
     monkeypatch.setenv("MLX_RANK", "0")
     assert launched() is None
-    assert connect().size() == 1
+    assert connect().size() == world().size() == 1
+    assert os.environ["MLX_HOSTFILE"]
 
 
 def test_a_port_in_use_is_named(tmp_path, monkeypatch):
