@@ -206,7 +206,7 @@ def _read_config(path: str) -> dict[str, Any]:
     exponent = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
     Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
     try:
-        values = yaml.load(read_argument(path, "configuration", _MOST_CONFIG), Loader)
+        values = yaml.load(read_argument(path, most=_MOST_CONFIG), Loader)
     except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not valid YAML: {reason}.") from error
