@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -22,7 +23,7 @@ from mlx_dgemma.convert.origin import (
     source_revision,
 )
 from mlx_dgemma.convert.plan import Plan, make_plan
-from mlx_dgemma.convert.recipes import Recipe, Rule
+from mlx_dgemma.convert.recipes import Precision, Recipe, Rule
 from mlx_dgemma.convert.shards import SHARD_BYTES, file_digest, write_json
 from mlx_dgemma.convert.source import (
     Source,
@@ -30,6 +31,7 @@ from mlx_dgemma.convert.source import (
     dense_shapes,
     describe_source,
     open_source,
+    packing_of,
 )
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import Workspace, check_target
@@ -87,6 +89,7 @@ def convert(
     rules: Sequence[Rule] = (),
     dtype: str | None = None,
     dequantize: bool = False,
+    requantize: bool = False,
     to_hf: bool = False,
     adapter_path: str | Path | None = None,
     revision: str | None = None,
@@ -102,7 +105,8 @@ def convert(
     Holds at most a few slices of 64 MB at a time. An interrupted conversion goes on where it
     was when called again with the same arguments; the output appears under its name only when
     it is whole. `recipe` is a name (see `recipes.RECIPES`) or a Recipe; `quantize` alone means
-    "4bit". `dry_run` writes nothing, and of a Hub repository reads the headers alone unless it
+    "4bit"; `requantize` packs every matrix as the source does, and copies those that nothing
+    changes. `dry_run` writes nothing, and of a Hub repository reads the headers alone unless it
     is to measure. `measure` also compares the recipe and its neighbours with the source
     (`measure.py`) and writes the figures into the model card. `progress(what, done, total)` is
     called with bytes.
@@ -140,12 +144,15 @@ def convert(
         opened = open_source(folder)
     with opened as source:
         explicit = recipe is not None or to_hf or dequantize or chosen.default is not None
+        again = requantize and not explicit and source.quantized
+        if again:
+            chosen, explicit = as_in(source), True
         _check_quantization(source, str(hf_path), dequantize=dequantize, explicit=explicit)
         adapter = None if adapter_path is None else read_adapter(adapter_path, source.config)
         if adapter is not None:
             refuse_merged(source.folder, adapter.folder)
             adapter.check_mergeable()
-        keep = to_hf or dequantize or not explicit
+        keep = to_hf or dequantize or again or not explicit
         plan = make_plan(
             source.config,
             source.raw_config,
@@ -227,12 +234,24 @@ def _measure(
 
 def _check_quantization(source: Source, name: str, *, dequantize: bool, explicit: bool) -> None:
     if dequantize and not source.quantized:
-        raise InputError(f"{name} is not quantized, so there is nothing for -d to undo.")
+        raise InputError(f"{name} is not quantized, so there is nothing to dequantize.")
     if source.quantized and not explicit:
         raise InputError(
             f"{name} is quantized already; add -d to dequantize it, "
             "or -q or --recipe to quantize it again."
         )
+
+
+def as_in(source: Source) -> Recipe:
+    """The recipe that packs every matrix as a quantized source does."""
+    found: dict[str, Precision | None] = {}
+    for name, tensor in source.tensors.items():
+        how = packing_of(tensor)
+        own = None if how is None else Precision(how.bits, how.group_size, how.mode)
+        found[name.removesuffix(".weight")] = own
+    ((usual, _),) = Counter(filter(None, found.values())).most_common(1)
+    rules = [Rule(name, own) for name, own in found.items() if own != usual]
+    return Recipe("as before", "every matrix as the source packs it", usual, tuple(rules))
 
 
 def _default_dtype(source: Source, *, keep: bool) -> str:

@@ -152,6 +152,38 @@ class Merged:
         return self.adapter.merged(self.name, self.tensor.rows(start, stop), start)
 
 
+def packing_of(tensor: Tensor) -> Quantization | None:
+    """How a tensor is packed; None where it is dense."""
+    match tensor:
+        case Packed():
+            return tensor.packing
+        case Stacked():
+            return packing_of(tensor.experts[0])
+        case Joined():
+            return packing_of(tensor.gate)
+    return None
+
+
+def packed_rows(
+    tensor: Tensor, packing: Quantization, start: int, stop: int
+) -> list[mx.array] | None:
+    """Weight, scales and biases of rows [start, stop) as they are stored; None for a tensor that
+    is not stored in this packing, or is changed by an adapter."""
+    if isinstance(tensor, Packed) and tensor.packing == packing:
+        parts = (tensor.weight, tensor.scales, tensor.biases)
+        return [part.rows(start, stop) for part in parts if part is not None]
+    if isinstance(tensor, Stacked):
+        experts = [packed_rows(e, packing, 0, e.shape[0]) for e in tensor.experts[start:stop]]
+        if all(expert is not None for expert in experts):
+            return [mx.stack(list(parts)) for parts in zip(*experts, strict=True)]
+    if isinstance(tensor, Joined):
+        gate = packed_rows(tensor.gate, packing, start, stop)
+        up = packed_rows(tensor.up, packing, start, stop)
+        if gate is not None and up is not None:
+            return [mx.concatenate(list(pair), axis=1) for pair in zip(gate, up, strict=True)]
+    return None
+
+
 @dataclass
 class Source:
     """An opened checkpoint. Nothing but headers has been read.

@@ -11,8 +11,9 @@ import numpy as np
 
 from mlx_dgemma.convert.plan import Plan, Step
 from mlx_dgemma.convert.shards import Shard, ShardWriter
-from mlx_dgemma.convert.source import Source, Tensor, slices
+from mlx_dgemma.convert.source import Source, Tensor, packed_rows, slices
 from mlx_dgemma.errors import CheckpointError
+from mlx_dgemma.model.packing import Quantization
 
 DTYPES = {"bfloat16": mx.bfloat16, "float16": mx.float16, "float32": mx.float32}
 
@@ -51,6 +52,28 @@ def quantize(rows: mx.array, step: Step) -> list[mx.array]:
             mode=precision.mode,
         )
     )
+
+
+def _as_stored(
+    tensor: Tensor, step: Step, start: int, stop: int, dtype: str
+) -> list[mx.array] | None:
+    """What `quantize` would give, where the source holds just that: quantizing it again would
+    round it again."""
+    wanted = step.precision
+    if wanted is None:
+        return None
+    packing = Quantization(wanted.group_size, wanted.bits, wanted.mode)
+    pieces = packed_rows(tensor, packing, start, stop)
+    if pieces is None:
+        return None
+    floats = [piece for piece in pieces[1:] if piece.dtype not in (mx.uint8, mx.uint32)]
+    same = all(piece.dtype == DTYPES[dtype] for piece in floats)
+    if not same:
+        return None
+    mx.eval(pieces)
+    if not all(map(is_finite, floats)):
+        raise CheckpointError(f"{step.name} holds NaN or Inf; the source is damaged.")
+    return pieces
 
 
 def cast_rows(name: str, tensor: Tensor, start: int, stop: int, dtype: str) -> mx.array:
@@ -126,7 +149,9 @@ def _write_step(
     parts = list(slices(step.shape))
     reported = 0
     for number, (start, stop) in enumerate(parts, 1):
-        pieces = quantize(cast_rows(step.name, tensor, start, stop, plan.dtype), step)
+        pieces = _as_stored(tensor, step, start, stop, plan.dtype)
+        if pieces is None:
+            pieces = quantize(cast_rows(step.name, tensor, start, stop, plan.dtype), step)
         mx.eval(*pieces)
         for index, piece in enumerate(pieces):
             if not wanted[index]:

@@ -28,6 +28,7 @@ _KINDS = (
 _LONGEST_NAME = 255  # bytes, of most file systems
 
 # Names of descriptors that the process was started with.
+_MARK = "\ufeff"
 _OPENED = ("/dev/fd/", "/dev/stdin", "/proc/self/fd/")
 
 
@@ -77,17 +78,18 @@ def read_text(path: str | Path, most: int = 16 << 20) -> str:
 def read_argument(path: str | Path, what: str = "", most: int = 16 << 20) -> str:
     """The text of a file that a command line names; InputError that says what to do instead.
 
-    What the shell has opened already, `/dev/stdin` and `<(command)`, is read to its end. most:
-    bytes. what: the kind of file, for the message.
+    What the shell has opened already, `/dev/stdin` and `<(command)`, is read to its end. A byte
+    order mark, which editors on Windows write, is left out. most: bytes. what: the kind of file,
+    for the message.
     """
     try:
         if not str(path).startswith(_OPENED):
-            return read_text(path, most)
+            return read_text(path, most).removeprefix(_MARK)
         with open(path, "rb") as file:
             content = file.read(most + 1)
         if len(content) > most:
             raise OSError(None, f"it is larger than {most:,} bytes")
-        return content.decode("utf-8")
+        return content.decode("utf-8").removeprefix(_MARK)
     except OSError as error:
         the = f"the {what} " if what else ""
         raise InputError(f"Cannot read {the}{path}: {error.strerror or error}.") from error

@@ -1,6 +1,7 @@
 """Many clients at once against the server, some of whom leave or send nonsense, on this machine.
 
     python studies/server_load.py --seconds 150
+    python studies/server_load.py --seconds 5000 --clients 12 --rest 20    # long and light
 
 Starts `mlx_dgemma.server` with the bundled demo checkpoint on a free loopback port, asks a few
 questions one after the other, then lets the clients loose with the same questions and seeds. It
@@ -26,6 +27,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.client import HTTPConnection, HTTPException
+from pathlib import Path
 from typing import Any
 
 GROWTH = 0.05
@@ -85,8 +87,10 @@ def tokens(content: bytes, stream: bool) -> list[str]:
     return [entry["token"] for part in scored for entry in part]
 
 
-def client(port: int, number: int, until: float, expected: list[list[str]], tally: Tally) -> None:
-    """Asks, leaves or misbehaves, at random, until the time is over."""
+def client(
+    port: int, number: int, until: float, rest: float, expected: list[list[str]], tally: Tally
+) -> None:
+    """Asks, leaves or misbehaves, at random, and rests at most so long, until the time is over."""
     rng = random.Random(number)
     while time.monotonic() < until:
         which = rng.randrange(len(QUESTIONS))
@@ -97,6 +101,7 @@ def client(port: int, number: int, until: float, expected: list[list[str]], tall
             if what == "leave":
                 post(port, asked, timeout=rng.uniform(0.05, 2.0))
                 tally.note("stayed")
+                time.sleep(rng.uniform(0, rest))
                 continue
             if what == "malformed":
                 asked = rng.choice(MALFORMED)
@@ -105,6 +110,7 @@ def client(port: int, number: int, until: float, expected: list[list[str]], tall
             status, answer = post(port, asked)
         except TimeoutError:
             tally.note("left", None if what == "leave" else f"{what}: no answer")
+            time.sleep(rng.uniform(0, rest))
             continue
         except (OSError, HTTPException) as error:
             tally.note("broken", f"{what}: {error!r}")
@@ -118,7 +124,7 @@ def client(port: int, number: int, until: float, expected: list[list[str]], tall
         else:
             right = status == {"malformed": 400, "oversized": 413}.get(what)
             tally.note("refused", None if right else f"{what}: status {status}")
-        time.sleep(rng.uniform(0, 0.2))
+        time.sleep(rng.uniform(0, rest))
 
 
 def resident(pid: int) -> int:
@@ -167,6 +173,15 @@ def _listens(port: int) -> bool:
     return True
 
 
+def processor_seconds(pid: int) -> float:
+    """What a process has computed; 0 where nobody says."""
+    try:
+        times = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    except OSError:
+        return 0.0
+    return sum(map(int, times)) / os.sysconf("SC_CLK_TCK")
+
+
 def settled(port: int) -> bool:
     """Whether nothing is left running once all clients are gone."""
     for _ in range(600):
@@ -178,7 +193,7 @@ def settled(port: int) -> bool:
     return False
 
 
-def measure(seconds: float, clients: int) -> dict[str, Any]:
+def measure(seconds: float, clients: int, rest: float) -> dict[str, Any]:
     with server() as (port, pid):
         expected = []
         for question, seed in QUESTIONS:
@@ -189,7 +204,7 @@ def measure(seconds: float, clients: int) -> dict[str, Any]:
         started = time.monotonic()
         until = started + seconds
         threads = [
-            threading.Thread(target=client, args=(port, number, until, expected, tally))
+            threading.Thread(target=client, args=(port, number, until, rest, expected, tally))
             for number in range(clients)
         ]
         for thread in threads:
@@ -200,18 +215,21 @@ def measure(seconds: float, clients: int) -> dict[str, Any]:
             time.sleep(min(1.0, seconds / 20))
         if not settled(port):
             tally.problems.append("requests are left over")
-        left_open = open_files(pid)
+        left_open, computed = open_files(pid), processor_seconds(pid)
         if left_open > opened + SPARE_FILES:
             tally.problems.append(f"{left_open} open files, {opened} before")
     warm = [size for at, size in sizes if at >= seconds / 3]
     return {
         "seconds": round(sizes[-1][0], 1),
         "clients": clients,
+        "rest": rest,
+        "server_processor_seconds": round(computed, 1),
         "outcomes": dict(sorted(tally.outcomes.items())),
         "problems": tally.problems[:20],
         "open_files_before_and_after": (opened, left_open),
         "memory_after_warm_up": warm[0],
         "memory_at_most": max(warm),
+        "memory_mb_by_tenths": [size >> 20 for _, size in sizes[:: max(1, len(sizes) // 10)]],
         "growth": round(max(warm) / warm[0] - 1, 4),
     }
 
@@ -220,8 +238,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--seconds", type=float, default=150)
     parser.add_argument("--clients", type=int, default=50)
+    parser.add_argument("--rest", type=float, default=0.2, help="seconds between requests, at most")
     arguments = parser.parse_args()
-    result = measure(arguments.seconds, arguments.clients)
+    result = measure(arguments.seconds, arguments.clients, arguments.rest)
     print(json.dumps(result, indent=2))
     return 1 if result["problems"] or result["growth"] > GROWTH else 0
 

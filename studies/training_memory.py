@@ -42,6 +42,7 @@ def measured(
     vocabulary: int = 262_144,
     checkpoint: bool = False,
     encoder_weight: float = 1.0,
+    certainty_weight: float = 0.0,
     divide: int = 1,
     tuning: Tuning | None = None,
 ) -> tuple[int, TrainingPlan]:
@@ -66,7 +67,10 @@ def measured(
     batches = Batches(
         examples, batch_size, Noise(canvas, vocabulary), 0, context_only=not encoder_weight
     )
-    passes, objective = Passes(model, checkpoint=checkpoint), Objective(encoder_weight)
+    passes, objective = (
+        Passes(model, checkpoint=checkpoint),
+        Objective(encoder_weight, certainty_weight=certainty_weight),
+    )
     optimizer = optim.AdamW(1e-4)
 
     of = value_and_gradient(passes, objective)
@@ -74,6 +78,7 @@ def measured(
     def step(number: int) -> None:
         batch = batches.at(number)
         batch.conditioned[:] = True
+        batch.sure[:] = bool(certainty_weight)
         (total, _), found = of(batch)
         optimizer.update(model, found)
         mx.eval(model.trainable_parameters(), optimizer.state, total)

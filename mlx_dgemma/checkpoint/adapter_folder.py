@@ -10,6 +10,7 @@ from pathlib import Path
 from mlx_dgemma.errors import ModelNotFoundError
 from mlx_dgemma.files import read_json
 from mlx_dgemma.headers import read_header
+from mlx_dgemma.model.section import Section
 
 CONFIG = "adapter_config.json"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -20,8 +21,10 @@ ADVICE = "copy the adapter again"
 def adapter_bytes(folder: str | Path) -> int:
     """Bytes of the matrices that loading an adapter adds; 0 for none or one of whole layers."""
     config = Path(folder) / CONFIG
-    if os.path.exists(config) and read_json(config).get("fine_tune_type") == "full":
-        return 0
+    if os.path.exists(config):
+        settings = Section(read_json(config), str(config))
+        if settings.get("fine_tune_type") == "full":
+            return 0
     paths = [Path(folder) / name for name in (PEFT_WEIGHTS, MLX_WEIGHTS)]
     headers = [read_header(path, ADVICE) for path in paths if os.path.exists(path)]
     return sum(entry.nbytes for header in headers[:1] for entry in header.entries.values())

@@ -42,13 +42,13 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     save = Path(arguments.save_path)
+    if os.path.lexists(save) and not (save.is_dir() and not any(save.iterdir())):
+        raise InputError(f"{save} is there already: name another --save-path.")
     if arguments.peft:
         from mlx_dgemma.training.export import to_peft
 
         if arguments.dequantize or arguments.upload_repo:
             raise InputError("--peft writes an adapter alone: leave out the other flags.")
-        if os.path.exists(save):
-            raise InputError(f"{save} is there already: name another --save-path.")
         to_peft(Path(arguments.adapter_path), save)
         print(f"Wrote the adapter in PEFT's form to {save}.")
         return 0
@@ -61,6 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         revision=arguments.revision,
         adapter_path=arguments.adapter_path,
         dequantize=arguments.dequantize,
+        requantize=not arguments.dequantize,
         upload_repo=arguments.upload_repo,
     )
     print(f"Fused {arguments.adapter_path} into {report.target}, {gigabytes(report.total_size)}.")

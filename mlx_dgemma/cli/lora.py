@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +23,7 @@ from mlx_dgemma.files import read_argument
 if TYPE_CHECKING:
     from mlx_dgemma.training.settings import Settings
 
+_MOST_CONFIG = 1 << 16  # bytes
 TRAINABLE = ("attention", "dense", "experts", "self-conditioning")
 
 
@@ -150,6 +153,8 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     settings = _settings(arguments)
+    for name in ("report", "plot"):
+        _check_writable(name, arguments[name])
     messages = Console(stderr=True, highlight=False, markup=False)
 
     from mlx_dgemma.training import run
@@ -172,6 +177,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0 if done else INTERRUPTED
 
 
+def _check_writable(name: str, path: str | None) -> None:
+    """Refuses before hours of training what could not be written after them."""
+    if path is None:
+        return
+    parent = Path(path).absolute().parent
+    if not parent.is_dir() or Path(path).is_dir() or not os.access(parent, os.W_OK):
+        raise InputError(f"--{name} {path} cannot be written: name a file in an existing folder.")
+
+
 def _settings(arguments: dict[str, Any]) -> Settings:
     from mlx_dgemma.training.settings import Settings
 
@@ -186,9 +200,14 @@ def _settings(arguments: dict[str, Any]) -> Settings:
 def _read_config(path: str) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Takes 1e-5 for a number, as mlx-lm does; to YAML 1.1 it is a text."""
+
+    exponent = re.compile(r"[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", exponent, list("-+.0123456789"))
     try:
-        values = yaml.safe_load(read_argument(path))
-    except (yaml.YAMLError, RecursionError) as error:
+        values = yaml.load(read_argument(path, most=_MOST_CONFIG), Loader)
+    except (yaml.YAMLError, RecursionError, ValueError) as error:
         reason = " ".join(str(error).split())
         raise InputError(f"{path} is not valid YAML: {reason}.") from error
     if not isinstance(values, dict):

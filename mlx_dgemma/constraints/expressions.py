@@ -387,9 +387,12 @@ class Space:
                     if not common:
                         split.append((known, targets))
                         continue
-                    split.append((common, [*targets, target]))
                     if known & ~common:
+                        split.append((common, [*targets, target]))
                         split.append((known & ~common, targets))
+                    else:  # the same list again: copies of long ones took most of the time
+                        targets.append(target)
+                        split.append((common, targets))
                     rest &= ~common
                 if rest:
                     split.append((rest, [target]))

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _MAX_DEPTH = 16
+_MAX_LINKED = 64  # references that lead from one to the next
 _MAX_SCHEMAS = 2000  # references followed; what comes after keeps its type alone
 
 
@@ -50,7 +51,8 @@ class _Plain:
         return plain
 
     def _without_references(self, schema: Mapping[str, Any]) -> dict[str, Any]:
-        """The schema with its references and allOf merged in; a recursive one is cut short."""
+        """The schema with its references and allOf merged in; a recursive one, or a long
+        chain of them, is cut short."""
         self._seen += 1
         plain = {k: v for k, v in schema.items() if k not in ("$defs", "definitions", "$schema")}
         parts = plain.pop("allOf", None)
@@ -58,7 +60,8 @@ class _Plain:
         reference = plain.pop("$ref", None)
         if isinstance(reference, str):
             target = self._target(reference)
-            if reference in self._inside and isinstance(target, Mapping):
+            around = reference in self._inside or len(self._inside) > _MAX_LINKED
+            if around and isinstance(target, Mapping):
                 return {"type": target.get("type", "object"), **plain}
             self._inside.append(reference)
             parts.append(target)

@@ -23,6 +23,7 @@ from mlx_dgemma.prompt.video import Sampling, open_video, timestamp
 Messages = Sequence[Mapping[str, Any]]
 _IMAGE_SOURCES = ("image", "image_url", "url", "path")
 _VIDEO_SOURCES = ("video", "video_url", "url", "path")
+SOURCES = frozenset(_IMAGE_SOURCES + _VIDEO_SOURCES)  # of a part, where it may say what it shows
 
 
 @dataclass(frozen=True)

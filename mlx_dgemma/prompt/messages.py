@@ -163,7 +163,7 @@ def _part(part: Any, role: str, where: str, clean: Any) -> dict[str, Any]:
         return {"type": "text", "text": clean(text)}
     if kind in IMAGE_PARTS + VIDEO_PARTS:
         if role not in ("user", "tool"):
-            raise InputError(f"{where}: a {role} message cannot hold an image or a video.")
+            raise InputError(f"{where}: a message of role {role} cannot hold an image or a video.")
         return {"type": "image" if kind in IMAGE_PARTS else "video"}
     if isinstance(kind, str) and "audio" in kind:
         raise InputError(f"{where}: DiffusionGemma does not hear; audio parts are not supported.")

@@ -244,6 +244,7 @@ class _Guard:
             started = time.perf_counter()
             identity = new_id("req")
             try:
+                _check_framing(request)
                 if not open_to_all:
                     self._check_key(request)
                 response = await endpoint(request)
@@ -315,6 +316,13 @@ class _Guard:
             "seconds": round(seconds, 3),
         }
         log.info(json.dumps(entry))
+
+
+def _check_framing(request: Request) -> None:
+    """Refuses a body of two lengths: a proxy that takes the other one sees another request."""
+    if {"content-length", "transfer-encoding"} <= set(request.headers):
+        why = "A request has content-length or transfer-encoding, not both."
+        raise ApiError(400, why, close=True)
 
 
 def _error(request: Request, error: ApiError) -> JsonResponse:

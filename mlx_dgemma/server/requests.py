@@ -132,11 +132,6 @@ def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tu
 
 async def _encode(engine: Engine, fields: Fields, chat: Chat, options: _Options) -> ParsedRequest:
     tools, thinking, warnings = chat.tools, chat.thinking, options.warnings
-    decoding = dict(options.decoding)
-    language, source, unchecked = await held(engine, await settled(chat.wanted), tools)
-    warnings += unchecked
-    if language is not None:
-        decoding["constraint"] = language
     if thinking and (tools.forced or chat.wanted is not None):
         what = "a forced tool_choice" if tools.forced else "response_format"
         thinking, warnings = False, (*warnings, f"thinking was left out for {what}")
@@ -144,15 +139,18 @@ async def _encode(engine: Engine, fields: Fields, chat: Chat, options: _Options)
         engine,
         chat.messages,
         tools.declared,
-        decoding,
+        options.decoding,
         thinking=thinking,
         drafts=options.streaming.drafts,
         seed=options.seed,
         warnings=warnings,
-        source=source,
         image_tokens=options.image_tokens,
         hold=fields.hold,
     )
+    # A prompt that is too long costs no language.
+    language, source, unchecked = await held(engine, await settled(chat.wanted), tools)
+    decoding = call.options if language is None else {**call.options, "constraint": language}
+    call = replace(call, options=decoding, source=source, warnings=(*call.warnings, *unchecked))
     return ParsedRequest(
         model=options.model,
         calls=[call.with_seed(options.seed + i) for i in range(chat.choices)],

@@ -12,7 +12,7 @@ from mlx_dgemma.prompt import encode_messages
 from mlx_dgemma.prompt.media import PreparedPrompt
 from mlx_dgemma.prompt.messages import IMAGE_PARTS
 from mlx_dgemma.server.accepted import SILENT, WITHOUT_EFFECT
-from mlx_dgemma.server.engine import Call, Engine, Source
+from mlx_dgemma.server.engine import Call, Engine
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.request_images import count_images, prepare_images
@@ -93,7 +93,6 @@ async def make_call(
     drafts: bool,
     seed: int,
     warnings: tuple[str, ...],
-    source: Source | None = None,
     image_tokens: int | None = None,
     hold: Callable[[int], None],
 ) -> Call:
@@ -106,7 +105,7 @@ async def make_call(
         ids = await asyncio.to_thread(encode_messages, engine.tokenizer, messages, **keywords)
         prompt = PreparedPrompt(ids)
     check_room(engine, ids, "messages")
-    return Call(prompt, ids, {**options, **keywords, "seed": seed}, drafts, warnings, source)
+    return Call(prompt, ids, {**options, **keywords, "seed": seed}, drafts, warnings)
 
 
 def check_length(engine: Engine, value: Any, param: str) -> None:

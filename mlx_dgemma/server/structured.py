@@ -22,7 +22,7 @@ from mlx_dgemma.server.engine import Call, Ended, Engine, Source
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.tool_choice import ToolUse
-from mlx_dgemma.server.validation import MOST_SCHEMAS, Rules
+from mlx_dgemma.server.validation import MOST_SCHEMAS, Rules, UnjudgedError
 from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 
@@ -194,15 +194,19 @@ def _checked(
 def _breach(
     text: str, calls: list[dict[str, Any]], wanted: Wanted | None, tools: dict[str, Rules]
 ) -> str | None:
-    for call in calls:
-        rules = tools.get(call["name"])
-        wrong = None if rules is None else rules.violation(call["arguments"])
-        if wrong is not None:
-            return f"the arguments of {call['name']} break its parameters: {wrong}"
-    if calls or wanted is None or wanted.rules is None:
-        return None
+    what = "the reply was not checked against its schema"
     try:
+        for call in calls:
+            what = f"the arguments of {call['name']} were not checked against its parameters"
+            rules = tools.get(call["name"])
+            wrong = None if rules is None else rules.violation(call["arguments"])
+            if wrong is not None:
+                return f"the arguments of {call['name']} break its parameters: {wrong}"
+        if calls or wanted is None or wanted.rules is None:
+            return None
         wrong = wanted.rules.violation(parse(text))
+    except UnjudgedError as why:
+        return f"{what}: {why}"
     except ValueError:
         wrong = "it is not valid JSON"
     return None if wrong is None else f"the reply breaks the schema: {wrong}"

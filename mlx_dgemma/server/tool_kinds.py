@@ -14,6 +14,7 @@ from typing import Any
 
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
+from mlx_dgemma.server.validation import MOST_SCHEMAS, count_schemas
 
 MAX_TOOLS = 1024
 _STRING = {"type": "string"}
@@ -99,10 +100,18 @@ class Declared:
 
 
 def check_count(found: Declared) -> None:
-    """ApiError 400 for more functions than anyone reads."""
+    """ApiError 400 for more functions, or larger ones, than anyone reads."""
     if len(found.functions) > MAX_TOOLS:
         why = f"The request has {len(found.functions)} tools; {MAX_TOOLS} are the most."
         raise ApiError(400, why, param="tools")
+    schemas = 0
+    for function in found.functions:
+        schemas += count_schemas(function)
+        if schemas > MOST_SCHEMAS:
+            why = (
+                f"The request's tools have more than {MOST_SCHEMAS:,} schemas in their parameters."
+            )
+            raise ApiError(400, why, param="tools")
 
 
 Declare = Callable[[list[Any]], Declared]

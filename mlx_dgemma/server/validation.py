@@ -8,7 +8,10 @@ is fetched, patterns have a time limit, and references may not multiply.
 from __future__ import annotations
 
 import functools
+import itertools
 import re
+import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
@@ -21,20 +24,35 @@ import referencing
 import regex
 
 from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.keyword_shapes import well_formed
 
 _MAX_DEPTH = 64
 MOST_SCHEMAS = 20_000  # of a request: checking each takes a sixth of a millisecond
 _MOST_WORK = 20_000  # subschemas that one value may have to be held against
+_MOST_LINKED = 200  # references and the like that lead from one schema to the next
 _PATTERN_SECONDS = 0.1
+JUDGE_SECONDS = 4.0  # to judge one value
+_PLAIN = re.compile(r"[^%~]*")  # a reference that every reader follows in the same way
 _MOST_REPEATS = 10_000  # of a pattern's counted repeats, multiplied
 _MAPS = ("properties", "patternProperties", "$defs", "definitions", "dependentSchemas")
 _LISTS = ("allOf", "anyOf", "oneOf", "prefixItems")
 _SINGLE = (
     *("items", "additionalProperties", "contains", "not", "if", "then", "else", "propertyNames"),
-    *("unevaluatedItems", "unevaluatedProperties"),
+    *("unevaluatedItems", "unevaluatedProperties", "contentSchema"),
 )
 # Keywords that hold further schemas against the same value.
 _IN_PLACE = ("allOf", "anyOf", "oneOf", "not", "if", "then", "else")
+
+
+class UnjudgedError(Exception):
+    """Nothing was found out about a value, and why."""
+
+
+class _Clock(threading.local):
+    deadline = float("inf")  # of this thread's own time: other work must not count
+
+
+_clock = _Clock()
 
 
 class Rules:
@@ -47,41 +65,82 @@ class Rules:
     def __init__(self, schema: Any, where: str, most: int = MOST_SCHEMAS) -> None:
         self.where = where
         self.size, self._most = 0, most
+        self._read: dict[int, Any] = {}  # by what stood there, which was read already or is now
+        self._targets: dict[int, Any] = {}  # of the references, by the schemas that hold them
         self.root = self._modern(schema, where, 0)
-        try:
-            jsonschema.Draft202012Validator(_METASCHEMA).validate(self.root)
-        except jsonschema.ValidationError as error:
-            path = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in error.absolute_path)
-            raise self.refuse(where + path, _short(error.message)) from None
-        except RecursionError:
-            raise self.refuse(where, "it is nested too deeply") from None
-        self._work(self.root, {}, ())
+        self._follow()
+        work: dict[int, int] = {}
+        for one in self._every():
+            self._work(one, work, ())
         self._judge = _Judge(self.root, format_checker=_FORMATS, registry=referencing.Registry())
 
     def violation(self, value: Any) -> str | None:
-        """How a JSON value breaks the schema, in a few words; None when it does not."""
+        """How a JSON value breaks the schema, in a few words; None when it does not.
+
+        Raises UnjudgedError for what cannot be judged, or not in time."""
+        _clock.deadline = time.thread_time() + JUDGE_SECONDS
         try:
             error = jsonschema.exceptions.best_match(self._judge.iter_errors(value))
-        except (RecursionError, OverflowError):
-            return None  # beyond what can be judged
+        except (RecursionError, OverflowError) as why:
+            raise UnjudgedError("it is nested too deeply, or its numbers are too large") from why
         return None if error is None else f"{error.json_path}: {_short(error.message)}"
 
     def refuse(self, where: str, why: str) -> ApiError:
         return ApiError(400, f"{where} is no JSON schema to answer in: {why}.", param=self.where)
 
-    def target(self, reference: Any, where: str) -> Any:
-        """What a reference inside the schema points at."""
-        target = self.root
-        inside = isinstance(reference, str) and (reference == "#" or reference.startswith("#/"))
-        for step in reference.split("/")[1:] if inside else [""]:
-            step = unquote(step).replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
-                target = target[int(step)]
-            elif isinstance(target, Mapping) and step in target:
-                target = target[step]
-            elif inside or step == "":
-                raise self.refuse(where, f"{reference!r} points at nothing inside it")
-        return target
+    def _follow(self) -> None:
+        """Finds what every reference points at, and reads it where it was not read as a schema.
+
+        Such a target, and one whose reference is written in an odd way, gets a place under
+        `$defs`, so that whoever follows the reference later finds the same.
+        """
+        taken = self.root.get("$defs", {}) if isinstance(self.root, dict) else {}
+        free = (name for i in itertools.count() if (name := f"target-{i}") not in taken)
+        places: dict[int, str] = {}
+        moved: dict[str, Any] = {}
+        for schema in self._every():
+            reference = schema.get("$ref")
+            if reference is None:
+                continue
+            found = self._found(reference)
+            target = self._read.get(id(found))
+            if target is None:
+                target = self._modern(found, f"{self.where}{_short(reference)[1:]}", 0)
+                self._read[id(found)] = target
+            self._targets[id(schema)] = target
+            if target is not found or not _PLAIN.fullmatch(reference):
+                if id(target) not in places:
+                    places[id(target)] = name = next(free)
+                    moved[name] = target
+                schema["$ref"] = f"#/$defs/{places[id(target)]}"
+        if moved:
+            self.root["$defs"] = {**taken, **moved}
+
+    def _every(self) -> Iterator[dict[str, Any]]:
+        """Every schema that a value may be held against; references are followed on the way."""
+        seen, waiting = set(), [self.root]
+        while waiting:
+            schema = waiting.pop()
+            if isinstance(schema, dict) and id(schema) not in seen:
+                seen.add(id(schema))
+                yield schema
+                waiting += [inner for _, inner in _subschemas(schema)]
+                waiting.append(self._targets.get(id(schema)))
+
+    def _found(self, reference: str) -> Any:
+        """What stands where a reference into the schema points."""
+        found = self.root
+        if reference != "#" and not reference.startswith("#/"):
+            raise self.refuse(self.where, f"{_short(reference)!r} points at nothing inside it")
+        for written in reference.split("/")[1:]:
+            plain, step = (_unescaped(text) for text in (written, unquote(written)))
+            if isinstance(found, list) and step.isdecimal() and int(step) < len(found):
+                found = found[int(step)]
+            elif isinstance(found, Mapping) and (step in found or plain in found):
+                found = found[step] if step in found else found[plain]
+            else:
+                raise self.refuse(self.where, f"{_short(reference)!r} points at nothing inside it")
+        return found
 
     def _modern(self, schema: Any, where: str, depth: int) -> Any:
         """The schema in draft 2020-12, the older spellings rewritten."""
@@ -108,28 +167,51 @@ class Rules:
                 ]
             elif name in _SINGLE:
                 modern[name] = self._modern(inner, at, depth + 1)
+        if not well_formed(modern):
+            self._complain(modern, where)
+        self._read[id(modern)] = modern
         return modern
 
+    def _complain(self, schema: Mapping[str, Any], where: str) -> None:
+        """Refuses a schema whose keywords are malformed, in jsonschema's words."""
+        alone = {name: _emptied(name, inner) for name, inner in schema.items()}
+        try:
+            _META.validate(alone)
+        except jsonschema.ValidationError as error:
+            path = "".join(f"[{s}]" if isinstance(s, int) else f".{s}" for s in error.absolute_path)
+            raise self.refuse(where + path, _short(error.message)) from None
+
     def _work(self, schema: Any, known: dict[int, int], inside: tuple[int, ...]) -> int:
-        """How many schemas one value may be held against; refuses loops and explosions."""
+        """How many schemas one value is held against at once; refuses loops and explosions."""
         if not isinstance(schema, Mapping):
             return 1
         if id(schema) in inside:
             raise self.refuse(self.where, "it refers to itself without end")
+        if len(inside) > _MOST_LINKED:
+            raise self.refuse(self.where, f"one value must pass {_MOST_LINKED} schemas in a row")
         if id(schema) not in known:
-            known[id(schema)] = 0  # further down, under properties and items, it may come again
             here = (*inside, id(schema))
-            work = 1
-            if "$ref" in schema:
-                work += self._work(self.target(schema["$ref"], self.where), known, here)
-            for name, inner in _subschemas(schema):
-                place = name in _IN_PLACE
-                cost = self._work(inner, known, here if place else ())
-                work += cost if place else 0
+            held = [inner for name, inner in _subschemas(schema) if name in _IN_PLACE]
+            if id(schema) in self._targets:
+                held.append(self._targets[id(schema)])
+            work = 1 + sum(self._work(inner, known, here) for inner in held)
             if work > _MOST_WORK:
                 raise self.refuse(self.where, "its references multiply")
             known[id(schema)] = work
         return known[id(schema)]
+
+
+def _unescaped(step: str) -> str:
+    return step.replace("~1", "/").replace("~0", "~")
+
+
+def _emptied(name: str, inner: Any) -> Any:
+    """A keyword's value with nothing in its schemas, which were looked at themselves."""
+    if name in _MAPS and isinstance(inner, Mapping):
+        return {key: isinstance(value, Mapping) or value for key, value in inner.items()}
+    if name in _LISTS and isinstance(inner, list):
+        return [isinstance(value, Mapping) or value for value in inner]
+    return name in _SINGLE or inner
 
 
 def _rewrite(schema: dict[str, Any]) -> None:
@@ -171,8 +253,28 @@ def _subschemas(schema: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
             yield name, schema[name]
 
 
+def count_schemas(schema: Any) -> int:
+    """Schemas in this one, about; counted until there are more than a request may hold."""
+    count, waiting = 0, [schema]
+    while waiting and count <= MOST_SCHEMAS:
+        one = waiting.pop()
+        if isinstance(one, Mapping):
+            count += 1
+            for name, inner in one.items():
+                named = name in _MAPS and isinstance(inner, Mapping)
+                waiting += inner.values() if named else (inner,)
+        elif isinstance(one, list):
+            waiting += one
+    return count
+
+
 def _short(message: str) -> str:
     return message if len(message) <= 200 else f"{message[:197]}..."
+
+
+def _look_at_the_clock() -> None:
+    if time.thread_time() > _clock.deadline:
+        raise UnjudgedError(f"that takes longer than {JUDGE_SECONDS:g} s")
 
 
 # Patterns
@@ -214,6 +316,7 @@ def _pattern_properties(
 ) -> Iterator[jsonschema.ValidationError]:
     for pattern, schema in patterns.items() if isinstance(value, dict) else ():
         for name, inner in value.items():
+            _look_at_the_clock()
             if _compiled(pattern) is not None and matches(pattern, name):
                 yield from judge.descend(inner, schema, path=name, schema_path=pattern)
 
@@ -223,6 +326,7 @@ def _additional_properties(
 ) -> Iterator[jsonschema.ValidationError]:
     patterns = schema.get("patternProperties", {})
     for name, inner in value.items() if isinstance(value, dict) else ():
+        _look_at_the_clock()
         if name in schema.get("properties", {}) or any(matches(p, name) for p in patterns):
             continue
         if rule is False:
@@ -239,16 +343,25 @@ def _multiple_of(_: Any, step: Any, value: Any, __: Any) -> Iterator[jsonschema.
             yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step!r}")
 
 
+def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
+    def timed(*given: Any) -> Any:
+        _look_at_the_clock()
+        return keyword(*given)
+
+    return timed
+
+
+_KEYWORDS = {
+    **jsonschema.Draft202012Validator.VALIDATORS,
+    "pattern": _pattern,
+    "patternProperties": _pattern_properties,
+    "additionalProperties": _additional_properties,
+    "multipleOf": _multiple_of,
+}
 _Judge: Callable[..., Any] = jsonschema.validators.extend(
-    jsonschema.Draft202012Validator,
-    {
-        "pattern": _pattern,
-        "patternProperties": _pattern_properties,
-        "additionalProperties": _additional_properties,
-        "multipleOf": _multiple_of,
-    },
+    jsonschema.Draft202012Validator, {name: _timed(known) for name, known in _KEYWORDS.items()}
 )
-_METASCHEMA = jsonschema.Draft202012Validator.META_SCHEMA
+_META = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
 _FORMATS = jsonschema.FormatChecker()
 
 

@@ -22,6 +22,8 @@ from mlx_dgemma.files import read_argument
 from mlx_dgemma.model import Model
 from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.prompt.encode import prepare_prompt
+from mlx_dgemma.prompt.media import SOURCES
+from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS
 from mlx_dgemma.prompt.patches import PreparedImage
 from mlx_dgemma.prompt.reply import ReplyReader
 from mlx_dgemma.untrusted_json import parse
@@ -148,7 +150,7 @@ def _lines(path: Path) -> Iterator[tuple[int, Any]]:
         try:
             yield number, parse(line)
         except ValueError as error:
-            raise InputError(f"{path}, line {number} is not JSON: {error}.") from error
+            raise InputError(f"{path}, line {number} {error}.") from error
     if not found:
         raise InputError(f"{path} is empty: write one JSON object a line.")
 
@@ -161,7 +163,7 @@ def _prompt(line: Any, model: Model, tokenizer: Tokenizer, folder: Path) -> Exam
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list of messages.")
     last = messages[-1]
-    if isinstance(last, Mapping) and last.get("role") in ("assistant", "model"):
+    if isinstance(last, Mapping) and last.get("role") == "assistant":
         messages = messages[:-1]
     if not messages:
         raise InputError("a message is needed before the assistant's.")
@@ -200,7 +202,7 @@ def _chat(messages: Any, tools: Any, model: Model, tokenizer: Tokenizer, folder:
     if not isinstance(messages, Sequence) or isinstance(messages, str) or not messages:
         raise InputError("messages must be a list of messages.")
     *before, last = messages
-    if not isinstance(last, Mapping) or last.get("role") not in ("assistant", "model"):
+    if not isinstance(last, Mapping) or last.get("role") != "assistant":
         raise InputError("the last message must be the assistant's: it is what is learned.")
     if not before:
         raise InputError("a message is needed before the assistant's.")
@@ -238,14 +240,19 @@ def answer_ids(
 
 
 def _at(messages: Sequence[Any], folder: Path) -> list[Any]:
-    """Messages whose image files are found beside the data."""
+    """Messages whose image and video files are found beside the data."""
 
     def placed(part: Any) -> Any:
-        if isinstance(part, Mapping) and part.get("type") == "image":
-            source = part.get("image") or part.get("path")
-            if isinstance(source, str) and "://" not in source and not Path(source).is_absolute():
-                return {"type": "image", "image": str(folder / source)}
-        return part
+        if not isinstance(part, Mapping) or part.get("type") not in IMAGE_PARTS + VIDEO_PARTS:
+            return part
+        named = {name: moved(part[name]) for name in SOURCES if name in part}
+        return {**part, **named}
+
+    def moved(source: Any) -> Any:
+        if isinstance(source, Mapping):
+            return {**source, "url": moved(source.get("url"))}
+        local = isinstance(source, str) and "://" not in source and not source.startswith("data:")
+        return str(folder / source) if local else source
 
     def whole(message: Any) -> Any:
         if isinstance(message, Mapping) and isinstance(message.get("content"), list):

@@ -12,9 +12,12 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from mlx_dgemma.errors import InputError
+from mlx_dgemma.checkpoint.adapter_folder import ADVICE
+from mlx_dgemma.checkpoint.tensorfile import TensorFile
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import EXPERTS, WEIGHTS, read_tuning
+from mlx_dgemma.untrusted_json import printable
 
 DECODER, ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers."
 
@@ -29,14 +32,10 @@ def to_peft(folder: Path, out: Path) -> None:
         raise InputError(
             f"An adapter of type {tuning.kind} cannot be written in PEFT's form: fuse it instead."
         )
-    loaded = mx.load(str(folder / WEIGHTS))
-    assert isinstance(loaded, dict)
-    pairs: dict[str, dict[str, mx.array]] = defaultdict(dict)
-    for name, tensor in loaded.items():
-        module, _, side = name.rpartition(".")
-        pairs[module][side] = tensor
+    pairs = _read_pairs(folder / WEIGHTS)
     tensors: dict[str, mx.array] = {}
     modules, parameters = [], []
+    rank = next(iter(pairs.values()))["lora_a"].shape[1]
     for module, pair in pairs.items():
         copies = [module]
         if module.startswith(DECODER):
@@ -55,8 +54,8 @@ def to_peft(folder: Path, out: Path) -> None:
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "r": tuning.rank,
-        "lora_alpha": tuning.scale * tuning.rank,
+        "r": rank,
+        "lora_alpha": tuning.scale * rank,
         "lora_dropout": tuning.dropout,
         "bias": "none",
         "use_dora": tuning.kind == "dora",
@@ -64,9 +63,41 @@ def to_peft(folder: Path, out: Path) -> None:
         "target_parameters": sorted(parameters, reverse=True) or None,  # gate_up before down
         "inference_mode": True,
     }
-    out.mkdir(parents=True, exist_ok=True)
-    write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
-    (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
+        (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+    except OSError as error:
+        raise ResourceError(f"{out} cannot be written: {error.strerror}.") from error
+
+
+def _read_pairs(path: Path) -> dict[str, dict[str, mx.array]]:
+    """The tensors of every module's delta by their side. CheckpointError where they are none."""
+    file = TensorFile(path, ADVICE)
+    pairs: dict[str, dict[str, mx.array]] = defaultdict(dict)
+    for name in file.entries:
+        module, _, side = name.rpartition(".")
+        pairs[module][side] = file.mlx(name)
+    if not pairs:
+        raise CheckpointError(f"{path} holds no tensors; {ADVICE}.")
+    ranks = set()
+    for module, pair in pairs.items():
+        if not {"lora_a", "lora_b"} <= set(pair) <= {"lora_a", "lora_b", "m"}:
+            raise CheckpointError(f"{path}: {printable(module)} is no low-rank delta.")
+        a, b = pair["lora_a"], pair["lora_b"]
+        experts = f".{EXPERTS}." in module
+        one, other = (a.shape[1:2], b.shape[2:3]) if experts else (a.shape[1:], b.shape[:1])
+        if a.ndim != (3 if experts else 2) or b.ndim != a.ndim or one != other:
+            raise CheckpointError(
+                f"{path}: lora_a {list(a.shape)} and lora_b {list(b.shape)} of "
+                f"{printable(module)} do not fit."
+            )
+        if not all(mx.isfinite(tensor).all() for tensor in pair.values()):
+            raise CheckpointError(f"{path}: the delta of {printable(module)} holds NaN or Inf.")
+        ranks.add(one)
+    if len(ranks) > 1:
+        raise CheckpointError(f"{path}: its deltas are of several ranks, and PEFT's form has one.")
+    return pairs
 
 
 def _matrices(module: str, a: mx.array, b: mx.array) -> tuple[mx.array, mx.array]:

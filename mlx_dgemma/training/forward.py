@@ -42,7 +42,10 @@ class Passes:
         x = self._embed(batch)
         rope = model.rope.span(0, batch.tokens.shape[1])
         blocks, dtype = self._blocks(batch), model.dtype
-        masks = self._by_window(lambda window: _encoder_mask(batch, window, blocks, dtype))
+        longest = batch.tokens.shape[1]
+        masks = self._by_window(
+            lambda window: _added(encoder_visible(batch.lengths, longest, window, blocks), dtype)
+        )
         pairs = []
         scalars = model.model.encoder.language_model.layers
         for layer, scalar in zip(model.layers, scalars, strict=True):
@@ -65,7 +68,7 @@ class Passes:
         places = mx.array((starts[:, None] + np.arange(length)).reshape(-1))
         rope = {kind: tuple(wave[places] for wave in table) for kind, table in tables.items()}
         masks = self._by_window(
-            lambda window: _decoder_mask(starts, encoded, length, window, model.dtype)
+            lambda window: _added(decoder_visible(starts, encoded, length, window), model.dtype)
         )
         for layer, (keys, values) in zip(model.layers, context, strict=True):
             run = self._wrapped(layer, _decode_layer)
@@ -166,32 +169,34 @@ def _attend(
     return layer.self_attn.o_proj(mixed.transpose(0, 2, 1, 3).reshape(batch, length, -1))
 
 
-def _encoder_mask(
-    batch: Rows, window: int | None, blocks: np.ndarray | None, dtype: mx.Dtype
-) -> mx.array:
-    """[B, 1, L, L]: causal within the row's length; what is padding sees itself."""
-    place = np.arange(batch.tokens.shape[1])
+def encoder_visible(
+    lengths: np.ndarray, longest: int, window: int | None, blocks: np.ndarray | None = None
+) -> np.ndarray:
+    """bool [B, 1, L, L], which key a position sees: causal within the row's length, and all of an
+    image's; what is padding sees itself. blocks: int [B, L], the image that a position belongs to,
+    or -1."""
+    place = np.arange(longest)
     visible = place[None, :] <= place[:, None]
     if window is not None:
         visible = visible & (place[None, :] > place[:, None] - window)
-    rows = visible[None] & (place < batch.lengths[:, None])[:, None, :]
+    rows = visible[None] & (place < lengths[:, None])[:, None, :]
     if blocks is not None:
         rows |= (blocks[:, :, None] == blocks[:, None, :]) & (blocks >= 0)[:, :, None]
-    rows |= np.eye(len(place), dtype=bool)[None]
-    return _added(rows[:, None], dtype)
+    rows |= np.eye(longest, dtype=bool)[None]
+    return rows[:, None]
 
 
-def _decoder_mask(
-    starts: np.ndarray, encoded: int, length: int, window: int | None, dtype: mx.Dtype
-) -> mx.array:
-    """[B, 1, 1, L + C]: the row's tokens before its canvas, within the window, and all of
+def decoder_visible(
+    starts: np.ndarray, encoded: int, length: int, window: int | None
+) -> np.ndarray:
+    """bool [B, 1, 1, L + C]: the row's tokens before its canvas, within the window, and all of
     the canvas."""
     place = np.arange(encoded)
     seen = place[None] < starts[:, None]
     if window is not None:
         seen = seen & (place[None] > starts[:, None] - window)
     whole = np.concatenate([seen, np.ones((len(starts), length), bool)], axis=1)
-    return _added(whole[:, None, None], dtype)
+    return whole[:, None, None]
 
 
 def _added(visible: np.ndarray, dtype: mx.Dtype) -> mx.array:

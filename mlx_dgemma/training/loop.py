@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.optimizers as optim
 from mlx.nn.utils import average_gradients
-from mlx.utils import tree_map, tree_unflatten
+from mlx.utils import tree_map
 
 from mlx_dgemma.distributed.starting import world
 from mlx_dgemma.errors import CheckpointError, NumericsError
@@ -28,6 +28,7 @@ from mlx_dgemma.model.names import named_tensors
 from mlx_dgemma.training.batches import Batches
 from mlx_dgemma.training.forward import Passes
 from mlx_dgemma.training.loss import Objective, value_and_gradient
+from mlx_dgemma.training.optimizers import Update
 from mlx_dgemma.training.run_events import Evaluated, Event, Report, Saved
 from mlx_dgemma.training.tensor_files import write_tensors
 from mlx_dgemma.training.tuning import WEIGHTS, trained
@@ -74,13 +75,15 @@ class Trainer:
         self._passes = Passes(model, checkpoint=checkpoint)
         self._objective = objective
         self._optimizer = optimizer
+        self._world = world()
+        # A machine's part of the loss is its part of the sum; MLX averages them.
+        self._apply = Update(model, optimizer, plan.clip, self._world.size() / plan.accumulate)
         self._valid = valid
         self._plan = plan
         self._folder = folder
         self._identity = json.dumps(identity, sort_keys=True)
         self._judge = judge
-        self._world = world()
-        self.step = 0
+        self.step = self._saved = 0
 
     def run(
         self,
@@ -114,7 +117,7 @@ class Trainer:
                 tokens += int(batch.lengths.sum())
             since.append(self._means(parts))
             if not math.isfinite(since[-1][0]):
-                raise NumericsError(self._not_finite())
+                raise NumericsError(self._not_finite(f"The loss of step {self.step + 1} is"))
             self._update(total)
             self.step += 1
             if self.step % plan.report == 0 or self.step == plan.iters:
@@ -166,9 +169,11 @@ class Trainer:
         weights = {k[2:]: v for k, v in tensors.items() if k.startswith("w.")}
         state = {k[2:]: v for k, v in tensors.items() if k.startswith("o.")}
         self.model.load_weights(list(weights.items()), strict=False)
-        self._optimizer.init(self.model.trainable_parameters())
-        self._optimizer.state = tree_unflatten(list(state.items()))
-        self.step = step
+        try:
+            self._apply.restore(state)
+        except KeyError as error:
+            raise CheckpointError(f"{path} is damaged: delete it to begin again.") from error
+        self.step = self._saved = step
         return True
 
     def _loss(self, batch: Any) -> tuple[mx.array, mx.array]:
@@ -176,11 +181,7 @@ class Trainer:
             return self._objective(self._passes, batch)
 
     def _update(self, gradients: Any) -> None:
-        # A machine's part of the loss is its part of the sum; MLX averages them.
-        scale = self._world.size() / self._plan.accumulate
-        gradients = tree_map(lambda g: g * scale, average_gradients(gradients, self._world))
-        gradients, _ = optim.clip_grad_norm(gradients, self._plan.clip)
-        self._optimizer.update(self.model, gradients)
+        self._apply(average_gradients(gradients, self._world))
         mx.eval(self.model.trainable_parameters(), self._optimizer.state)
 
     def _means(self, rows: list[list[float]]) -> list[float]:
@@ -203,24 +204,24 @@ class Trainer:
             mx.get_peak_memory(),
         )
 
-    def _not_finite(self) -> str:
-        saved = self.step // self._plan.save * self._plan.save
+    def _not_finite(self, what: str) -> str:
+        saved = self._saved
         kept = f"the adapter of step {saved} is kept" if saved else "nothing was saved yet"
-        return (
-            f"The loss of step {self.step + 1} is not a number; {kept}. Lower --learning-rate or "
-            "the scale."
-        )
+        return f"{what} not a number; {kept}. Lower --learning-rate or the scale."
 
     def _save(self, handle: Callable[[Event], None]) -> None:
         if self._folder is None or self._world.rank():
             return
         weights = trained(self.model)
+        if not mx.stack([mx.isfinite(tensor).all() for tensor in weights.values()]).all():
+            raise NumericsError(self._not_finite(f"What step {self.step} made of a weight is"))
         state = named_tensors(self._optimizer.state)
         both = {f"w.{k}": v for k, v in weights.items()} | {f"o.{k}": v for k, v in state.items()}
         header = {"step": str(self.step), "identity": self._identity}
         write_tensors(self._folder / STATE, both, header)
         path = self._folder / WEIGHTS
         write_tensors(path, weights, {"format": "mlx", "step": str(self.step)})
+        self._saved = self.step
         handle(Saved(self.step, path))
 
 

@@ -24,7 +24,6 @@ from mlx_dgemma.prompt import Tokenizer
 from mlx_dgemma.training.batches import Batch, Batches, Noise
 from mlx_dgemma.training.data import Example, load_split, response_text
 from mlx_dgemma.training.loop import STATE, Plan, Trainer
-from mlx_dgemma.training.optimizers import make_optimizer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
 from mlx_dgemma.training.rounds import Judge, Rounds, begun
 from mlx_dgemma.training.run_events import Evaluated, Event, Report
@@ -108,7 +107,7 @@ class Prepared:
         valid = rows("valid", 0)
         if valid is None:
             return False
-        trainer = self._make_trainer(self._fixed(valid, settings.val_batches) if valid else None)
+        trainer = self._make_trainer(self._fixed(valid, settings.val_batches) or None)
         if settings.resume:
             trainer.resume()
         if not self._world.rank():
@@ -121,6 +120,12 @@ class Prepared:
             learned = rows("train", number)
             if learned is None:
                 return False
+            if len(learned) < settings.batch_size:
+                raise InputError(
+                    f"The model ended {len(learned)} of its answers to {len(self.splits['train'])} "
+                    f"prompts, and a batch is {settings.batch_size}: add prompts, ask for more "
+                    "--answers-per-prompt, or lower --batch-size."
+                )
             until = settings.first_step(number + 1)
             batches = self._batches(learned, settings.batch_size)
             trainer.run(batches, handle, until=until, cancelled=cancelled)
@@ -161,13 +166,7 @@ class Prepared:
         return Trainer(
             self.model,
             replace(settings.loss, temperature=self.model.config.generation.t_max),
-            make_optimizer(
-                settings.optimizer,
-                settings.learning_rate,
-                settings.iters,
-                settings.optimizer_config,
-                settings.lr_schedule,
-            ),
+            settings.make_optimizer(),
             valid,
             Plan(
                 settings.iters,
@@ -204,6 +203,8 @@ class Prepared:
         )
 
     def _fixed(self, rows: Sequence[Example], most: int) -> list[Batch]:
+        if not rows:
+            return []
         size = min(self.settings.batch_size, len(rows) // self._world.size() * self._world.size())
         batches = self._batches(rows, max(size, 1))
         count = len(batches) if most == -1 else min(most, len(batches))
@@ -237,6 +238,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
     Raises InputError for data or settings that cannot be used, ResourceError where training does
     not fit this machine, and what loading raises.
     """
+    settings.make_optimizer()
     folder = resolve_model(settings.model, revision=settings.revision, progress=progress)
     mx.random.seed(settings.seed)
     np.random.seed(settings.seed % 2**32)

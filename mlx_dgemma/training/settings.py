@@ -5,14 +5,19 @@ from __future__ import annotations
 import types
 import typing
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
+
+from mlx.optimizers import Optimizer
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.training.loss import Objective
+from mlx_dgemma.training.optimizers import OPTIMIZERS, make_optimizer
 from mlx_dgemma.training.tuning import GROUPS, Kind, Tuning
+from mlx_dgemma.untrusted_json import shown
 
 ObjectiveName = Literal["diffusion", "few-steps"]
+_LARGEST = 2**53  # that counts and seeds may be
 
 
 @dataclass(frozen=True)
@@ -67,12 +72,18 @@ class Settings:
         ):  # fmt: skip
             if getattr(self, name) < 1:
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 1 or more.")
+        if not 0 <= self.seed <= _LARGEST:
+            raise InputError(f"seed {self.seed} is not possible: use 0 to 2^53.")
+        if self.val_batches < -1 or self.val_replies < 0:
+            raise InputError("val_batches begins at -1, which is all, and val_replies at 0.")
+        if self.test_batches < 1 and self.test_batches != -1:
+            raise InputError(f"test_batches {self.test_batches} is not possible: -1 is all.")
         for name in ("learning_rate", "encoder_weight", "certainty_weight", "entropy_bound"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 0 or more.")
-        unknown = set(self.trainable) - set(GROUPS)
-        if unknown:
-            raise InputError(f"trainable {sorted(unknown)[0]!r} is not one of {', '.join(GROUPS)}.")
+        for group in self.trainable:
+            if group not in GROUPS:
+                raise InputError(f"trainable {group!r} is not one of {', '.join(GROUPS)}.")
         if not self.data:
             raise InputError("--data is missing: name a folder with train.jsonl.")
         if not (self.train or self.test):
@@ -81,21 +92,33 @@ class Settings:
     @classmethod
     def from_config(cls, config: Mapping[str, Any], given: Mapping[str, Any]) -> Settings:
         """From a configuration file's values, which `given` ones overrule. mlx-lm's
-        `lora_parameters` are spread out; names that it has and we have no use for are refused."""
+        `lora_parameters` are spread out, and of its `optimizer_config` the chosen optimizer's are
+        taken; names that we have no use for are refused, unless they ask for nothing."""
         values = dict(config)
-        values |= values.pop("lora_parameters", None) or {}
+        deltas = values.pop("lora_parameters", None) or {}
+        if not isinstance(deltas, Mapping):
+            raise InputError("The setting lora_parameters must hold names and values.")
+        values |= deltas
         types_of = typing.get_type_hints(cls)
-        unknown = sorted(set(values) - set(types_of))
+        unknown = [name for name, value in values.items() if name not in types_of and value]
         if unknown:
             raise InputError(f"The configuration's {unknown[0]!r} is no setting of this command.")
         checked: dict[str, Any] = {}
         for name, value in {**values, **given}.items():
+            if name not in types_of:
+                continue
             if isinstance(value, list):
                 value = tuple(value)
             if not _fits(value, types_of[name]):
-                raise InputError(f"The setting {name} cannot be {value!r}.")
+                raise InputError(f"The setting {name} cannot be {shown(value)}.")
             checked[name] = float(value) if types_of[name] is float else value
-        return cls(**checked)
+        found = cls(**checked)
+        options = found.optimizer_config
+        if any(name in OPTIMIZERS for name in options):
+            options = options.get(found.optimizer) or {}
+            if not isinstance(options, Mapping):
+                raise InputError(f"The setting optimizer_config cannot be {shown(options)}.")
+        return replace(found, optimizer_config=dict(options))
 
     @property
     def tuning(self) -> Tuning:
@@ -104,6 +127,12 @@ class Settings:
             self.fine_tune_type,
             self.num_layers, self.rank, self.scale, self.dropout, named,
         )  # fmt: skip
+
+    def make_optimizer(self) -> Optimizer:
+        """InputError where its settings do not fit."""
+        return make_optimizer(
+            self.optimizer, self.learning_rate, self.iters, self.optimizer_config, self.lr_schedule
+        )
 
     @property
     def few_steps(self) -> bool:
@@ -140,12 +169,17 @@ class Settings:
 
 def _fits(value: Any, kind: Any) -> bool:
     if typing.get_origin(kind) is typing.Literal:
-        return value in typing.get_args(kind)
+        return isinstance(value, str) and value in typing.get_args(kind)
     options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    for option in options:
-        plain = typing.get_origin(option) or option
-        if plain is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return True
-        if isinstance(value, plain) and not (plain is int and isinstance(value, bool)):
-            return True
-    return False
+    return any(_is(value, option) for option in options)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    plain = typing.get_origin(kind) or kind
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        if isinstance(value, int) and not -_LARGEST <= value <= _LARGEST:
+            return False
+        return plain is float or (plain is int and isinstance(value, int))
+    if plain is tuple:
+        return isinstance(value, tuple) and all(isinstance(part, str) for part in value)
+    return plain is not int and isinstance(value, plain)

@@ -18,7 +18,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from mlx_dgemma import kernels
-from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.files import read_json, replacing
 from mlx_dgemma.headers import read_header
 from mlx_dgemma.kernels.moe import in_blocks
@@ -103,12 +103,16 @@ def attach(model: Model, tuning: Tuning) -> None:
                 )
             layer.unfreeze()
         return
-    names = {name for layer in model.layers for name, _ in layer.named_modules()}
-    names |= {name for name, _ in model.named_modules()}
+    width = model.config.text.hidden_size
+    if tuning.rank > width:
+        raise InputError(f"rank {tuning.rank} is not possible: the model's width is {width}.")
+    within = [pair for layer in model.layers for pair in layer.named_modules()]
+    named = [*within, *model.named_modules()]
+    names = {name for name, module in named if isinstance(module, nn.Linear)} | {EXPERTS}
     unknown = [key for key in tuning.keys if key not in names]
     if unknown or not tuning.keys:
         raise InputError(
-            f"The model has no module {unknown[0]!r}: name some of "
+            f"The model has no linear map {unknown[0]!r}: name some of "
             f"{', '.join((*ATTENTION, *DENSE, EXPERTS, *SELF_CONDITIONING))}."
             if unknown
             else "No module is named to be trained."
@@ -177,8 +181,12 @@ def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
         "lora_parameters": None if tuning.kind == "full" else tuning.parameters,
         **facts,
     }
-    with replacing(folder / CONFIG) as partial:
-        partial.write_text(json.dumps(values, indent=2) + "\n")
+    path = folder / CONFIG
+    try:
+        with replacing(path) as partial:
+            partial.write_text(json.dumps(values, indent=2) + "\n")
+    except OSError as error:
+        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error
 
 
 def read_tuning(folder: Path) -> Tuning:

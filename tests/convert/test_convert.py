@@ -22,8 +22,9 @@ def stored_name(name):
     )
 
 
-def assert_quantized(read, folder, tensors, dtype=mx.bfloat16):
-    """Every tensor of `folder` is MLX's own quantization of the source's."""
+def assert_quantized(read, folder, tensors, dtype=mx.bfloat16, kept=None):
+    """Every tensor of `folder` is MLX's own quantization of the source's; or what is `kept`, of a
+    module that the source holds in the same precision."""
     config = json.loads((folder / "config.json").read_text())
     block = config.get("quantization") or {}
     found = read(folder)
@@ -37,6 +38,8 @@ def assert_quantized(read, folder, tensors, dtype=mx.bfloat16):
             continue
         how = block.get(module, {k: v for k, v in block.items() if not isinstance(v, dict)})
         parts = mx.quantize(source, how["group_size"], how["bits"], how.get("mode", "affine"))
+        if kept is not None and how["bits"] == kept["bits"]:
+            parts = [kept[f"{module}.{suffix}"] for suffix in ("weight", "scales", "biases")]
         for suffix, part in zip(("weight", "scales", "biases"), parts, strict=False):
             assert mx.array_equal(found.pop(f"{module}.{suffix}"), part), f"{module}.{suffix}"
     assert not found
@@ -129,6 +132,12 @@ def test_requantize_and_dequantize(checkpoint, tensors, tmp_path, read_tensors):
     convert(checkpoint, tmp_path / "eight", recipe="8bit")
     with pytest.raises(InputError, match="quantized already"):
         convert(tmp_path / "eight", tmp_path / "copy")
+    convert(tmp_path / "eight", tmp_path / "same", requantize=True)
+    stored, again = (read_tensors(tmp_path / name) for name in ("eight", "same"))
+    assert set(stored) == set(again)
+    assert all(mx.array_equal(tensor, again[name]) for name, tensor in stored.items())
+    blocks = [json.loads((tmp_path / n / "config.json").read_text()) for n in ("eight", "same")]
+    assert blocks[0]["quantization"] == blocks[1]["quantization"]
     convert(tmp_path / "eight", tmp_path / "dense", dequantize=True)
     dense = read_tensors(tmp_path / "dense")
     name = "model.decoder.layers.0.experts.down_proj.weight"
@@ -145,7 +154,7 @@ def test_requantize_and_dequantize(checkpoint, tensors, tmp_path, read_tensors):
         )
         for key, value in dense.items()
     }
-    assert_quantized(read_tensors, tmp_path / "four", as_dense)
+    assert_quantized(read_tensors, tmp_path / "four", as_dense, kept={**stored, "bits": 8})
 
 
 def test_to_hf_and_back(checkpoint, tensors, tmp_path, read_tensors):

@@ -117,3 +117,9 @@ def test_what_the_model_reads_of_a_union(tokenizer: Tokenizer) -> None:
     assert 'city:{nullable:true,type:<|"|>STRING<|"|>}' in rendered
     assert 'n:{nullable:true,type:<|"|>INTEGER<|"|>}' in rendered
     assert rendered.count('type:<|"|>OBJECT<|"|>}') == 1
+
+
+def test_a_long_chain_of_references_is_cut_short() -> None:
+    chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5000)}
+    whole = {"properties": {"a": {"$ref": "#/$defs/d0"}}, "$defs": {**chain, "d5000": {}}}
+    assert plain_parameters(whole)["properties"]["a"]["type"] == "object"

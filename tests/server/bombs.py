@@ -28,7 +28,7 @@ PATTERNS = (
 
 def schema(rng: random.Random) -> Any:
     """A schema of at most a few kilobytes that means very much."""
-    kind = rng.randrange(14)
+    kind = rng.randrange(16)
     depth, wide = rng.choice((3, 8, 30, 63, 70, 400)), rng.choice((2, 5, 64, 500))
     leaf: Any = rng.choice(({"type": "integer"}, {"type": "string"}, {"enum": list(range(40))}, {}))
     if kind == 0:  # arrays of a fixed length, one in another
@@ -67,6 +67,51 @@ def schema(rng: random.Random) -> Any:
         parts = [{"type": "object", "properties": {f"p{i}{j}": leaf for j in range(9)}}
                  for i in range(min(wide, 60))]  # fmt: skip
         return {rng.choice(("allOf", "oneOf", "anyOf")): parts}
+    if kind == 14:  # a long chain of references, in place or through properties
+        length = rng.choice((60, 300, 4000))
+        wrap = rng.choice((lambda r: r, lambda r: {"properties": {"a": r}}, lambda r: {"not": r}))
+        links = {f"d{i}": wrap({"$ref": f"#/$defs/d{i + 1}"}) for i in range(length)}
+        return {"$ref": "#/$defs/d0", "$defs": {**links, f"d{length}": leaf}}
+    if kind == 15:  # references to what stands in no schema's place, or oddly written
+        inner: Any = rng.choice(
+            (
+                {"properties": 3},
+                {"type": 5},
+                {"$ref": "#/x y"},
+                {"minimum": []},
+                {"allOf": [{"$ref": "#/x y"}] * 2},
+                leaf,
+                "text",
+                None,
+                True,
+                [],
+            )
+        )
+        name = rng.choice(("x y", "x%20y", "", "a/b", "~1"))
+        reference = rng.choice(
+            (
+                "#/x y",
+                "#/x%20y",
+                "#/x%2520y",
+                "#/",
+                "#/a~1b",
+                "#/~01",
+                "#/%",
+                "#",
+                "#x",
+                "x",
+                "#/title/0",
+                "#/properties/a",
+                "#//",
+            )
+        )
+        return {
+            "type": "object",
+            name: inner,
+            "title": "t",
+            "not": {"required": ["z"]},
+            "properties": {"a": {rng.choice(("$ref", "$dynamicRef")): reference}},
+        }
     if kind == 12:
         return _nested(leaf, depth, lambda s: {"type": "object", "properties": {"a": s}})
     return _nested(leaf, min(depth, 40), lambda s: {"not": s, "if": s, "then": s, "else": s})

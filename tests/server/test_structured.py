@@ -10,15 +10,17 @@ import jsonschema
 import pytest
 from starlette.testclient import TestClient
 
-from mlx_dgemma import Runtime
+from mlx_dgemma import Constraint, Runtime
 from mlx_dgemma.infilling import Filling, Infill
 from mlx_dgemma.prompt.holes import Hole
 from mlx_dgemma.server import engine as engine_module
+from mlx_dgemma.server import validation
 from mlx_dgemma.server.app import create_app
 from mlx_dgemma.server.errors import ApiError
+from mlx_dgemma.server.keyword_shapes import well_formed
 from mlx_dgemma.server.settings import ServerSettings
-from mlx_dgemma.server.structured import Wanted
-from mlx_dgemma.server.validation import Rules
+from mlx_dgemma.server.structured import Wanted, _breach
+from mlx_dgemma.server.validation import Rules, UnjudgedError
 
 from .conftest import Open, Script, tokenizer, user
 
@@ -129,6 +131,110 @@ def test_references_that_multiply_are_refused_at_once() -> None:
     with pytest.raises(ApiError, match="multiply"):
         schema({"$ref": "#/$defs/d0", "$defs": {**twice, "d40": {"type": "string"}}})
     assert time.perf_counter() - started < 1
+
+
+def test_a_long_chain_of_references_is_refused_and_long_recursion_is_not() -> None:
+    chain = {f"d{i}": {"$ref": f"#/$defs/d{i + 1}"} for i in range(5000)}
+    with pytest.raises(ApiError, match="in a row"):
+        schema({"$ref": "#/$defs/d0", "$defs": {**chain, "d5000": {"type": "string"}}})
+    through = {f"d{i}": {"properties": {"a": {"$ref": f"#/$defs/d{i + 1}"}}} for i in range(2000)}
+    rules = Rules({"$ref": "#/$defs/d0", "$defs": {**through, "d2000": {}}}, "here")
+    assert "$.a.a" in (rules.violation({"a": {"a": 3}}) or "$.a.a")
+
+
+@pytest.mark.parametrize(
+    ("reference", "where"),
+    [
+        ("#/components/schemas/A", {"components": {"schemas": {"A": {"const": 1}}}}),
+        ("#/$defs/a%20b", {"$defs": {"a b": {"const": 1}}}),
+        ("#/$defs/a%20b", {"$defs": {"a%20b": {"const": 1}}}),
+        ("#/$defs/a~1b", {"$defs": {"a/b": {"const": 1}}}),
+        ("#/$defs/a~2b", {"$defs": {"a~2b": {"const": 1}}}),
+        ("#/x/0", {"x": [{"nullable": True, "const": 1}]}),
+        ("#/x", {"x": {"$ref": "#/y/z"}, "y": {"z": {"exclusiveMinimum": True, "minimum": 2}}}),
+        ("#/", {"": {"const": 1}, "$defs": {"target-0": {}}}),
+    ],
+)
+def test_references_lead_to_any_place_of_the_schema(reference: str, where: Any) -> None:
+    """Whoever follows them: the check of the schema, the language and the check of the reply."""
+    given = {"type": "object", "properties": {"a": {"$ref": reference}}, **where}
+    before = json.dumps(given)
+    wanted = Wanted.schema(given, "here")
+    assert wanted.rules is not None
+    assert "$.a: " in (wanted.rules.violation({"a": 2}) or "")
+    language = wanted.constraint.language(tokenizer(), 2048)
+    assert language.automaton.start
+    assert json.dumps(given) == before
+
+
+@pytest.mark.parametrize(
+    "place",
+    [{"properties": 3}, {"type": 5}, {"minimum": []}, {"allOf": [{"$ref": "#/x"}]}, "text", []],
+)  # fmt: skip
+def test_a_reference_to_what_is_no_schema_is_refused(place: Any) -> None:
+    with pytest.raises(ApiError, match="is no JSON schema to answer in"):
+        schema({"properties": {"a": {"$ref": "#/x"}}, "x": place})
+
+
+METASCHEMA = jsonschema.Draft202012Validator(jsonschema.Draft202012Validator.META_SCHEMA)
+KEYWORD_VALUES: list[Any] = [
+    *(
+        None,
+        True,
+        False,
+        0,
+        -1,
+        1,
+        1.0,
+        1.5,
+        -2.5,
+        "a",
+        "",
+        "string",
+        "#/a",
+        "1a",
+        {},
+        [],
+        [{}],
+        [3],
+    ),
+    *([True], ["a"], ["a", "a"], ["string", "null"], ["string", "x"], {"a": {}}, {"a": 3}, [[]]),
+    *({"a": True}, {"a": ["b"]}, {"a": ["b", "b"]}, {"a": [1]}, {"a": None}, [None], ["a", 1]),
+]
+
+
+def test_the_quick_check_of_keywords_says_what_the_metaschema_says() -> None:
+    names = {"$defs", "$ref", "$anchor", "$dynamicAnchor", "$comment", "$vocabulary", "unknown",
+             *jsonschema.Draft202012Validator.VALIDATORS, "title", "description", "deprecated",
+             "readOnly", "writeOnly", "examples", "default", "contentEncoding", "contentMediaType",
+             "contentSchema",
+             "minContains", "maxContains", "definitions", "then", "else"}  # fmt: skip
+    for name in sorted(names):
+        for value in KEYWORD_VALUES:
+            given = {name: value}
+            valid = METASCHEMA.is_valid(given)
+            assert well_formed(given) == valid, given
+
+
+def test_many_schemas_are_checked_in_a_moment() -> None:
+    started = time.thread_time()
+    Rules(
+        {"properties": {f"k{i}": {"type": "integer", "minimum": i} for i in range(15_000)}}, "here"
+    )
+    assert time.thread_time() - started < 4  # the metaschema took 2.5 s, and 8 on a busy machine
+
+
+def test_judging_a_value_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(validation, "JUDGE_SECONDS", 0.3)
+    options = [{"properties": {"a": {"const": i}}, "required": ["a"]} for i in range(2000)]
+    rules = Rules({"type": "array", "items": {"not": {"anyOf": options}}}, "here")
+    started = time.thread_time()
+    with pytest.raises(UnjudgedError, match=r"longer than 0\.3 s"):
+        rules.violation([{"a": -1}] * 4000)
+    assert time.thread_time() - started < 2
+    wanted = Wanted(Constraint.json_object(), "here", rules)
+    said = _breach(json.dumps([{"a": -1}] * 4000), [], wanted, {})
+    assert said == "the reply was not checked against its schema: that takes longer than 0.3 s"
 
 
 @pytest.mark.parametrize("pattern", ["^(a+)+$", "^(a|aa)+$", "(x{1000}){1000}", "^(\\w+\\s?)*!$"])

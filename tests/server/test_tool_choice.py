@@ -93,6 +93,15 @@ def test_parameters_beyond_the_rules_are_not_checked_and_said_so(serve: Open) ->
     )
 
 
+def test_tools_of_too_many_schemas_are_refused(serve: Open) -> None:
+    large = {"properties": {f"k{i}": {"type": "integer"} for i in range(500)}}
+    tools = [{"type": "function", "function": {"name": f"f{i}", "parameters": large}}
+             for i in range(41)]  # fmt: skip
+    answer = serve(Script(RIGHT)).post(CHAT, json={"messages": user(), "tools": tools})
+    assert answer.status_code == 400
+    assert "more than 20,000 schemas" in answer.json()["error"]["message"]
+
+
 @pytest.mark.parametrize("mode", ["auto", "required"])
 def test_allowed_tools_hide_the_others(serve: Open, mode: str) -> None:
     script = Script(RIGHT)

@@ -26,10 +26,13 @@ def test_tools_images_and_long_answers_become_examples(tmp_path):
         {"messages": talk(question, "A circle.")},
         {"prompt": f"Repeat {letters}", "completion": letters},
     ]
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    with_tools, picture, long = load_split(tmp_path, "train", model, tokenizer, 512)
+    url = [{"type": "image_url", "image_url": {"url": "white.png"}}, question[1]]
+    lines.append({"messages": talk(url, "A circle.")})
+    content = "\ufeff" + "\n".join(map(json.dumps, lines))  # as Windows' editors begin a file
+    (tmp_path / "train.jsonl").write_text(content, encoding="utf-8")
+    with_tools, picture, long, linked = load_split(tmp_path, "train", model, tokenizer, 512)
     assert "get_weather" in tokenizer.decode(with_tools.prompt.tolist())
-    assert len(picture.images) == 1
+    assert len(picture.images) == len(linked.images) == 1
     assert (picture.prompt == model.config.image_token_id).sum() > 0
     canvas = model.config.canvas_length
     assert len(long.response) >= 2 * canvas

@@ -11,17 +11,20 @@ import time
 from pathlib import Path
 
 import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
 import numpy as np
 import pytest
+from mlx.utils import tree_flatten, tree_map
 
 from mlx_dgemma.checkpoint.weights import load_model
 from mlx_dgemma.cli.fuse import main as fuse
-from mlx_dgemma.cli.lora import main
+from mlx_dgemma.cli.lora import _read_config, main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.kernels.dispatch import twins_only
-from mlx_dgemma.training import run
+from mlx_dgemma.training import optimizers, run
 from mlx_dgemma.training.loop import STATE
 from mlx_dgemma.training.run_events import Evaluated, Report, Saved
 from mlx_dgemma.training.settings import Settings
@@ -172,7 +175,7 @@ def test_yaml_settings_are_mlx_lms(data, tmp_path, capsys):
 
 
 BAD_LINES = {
-    "not json": ("{", "line 2 is not JSON"),
+    "not json": ("{", "line 2 is not valid JSON"),
     "no object": ("[1]", "line 2: a JSON object is needed"),
     "no form": ('{"a": 1}', "line 2: none of messages"),
     "no answer": ('{"messages": [{"role": "user", "content": "a"}]}', "the last message must be"),
@@ -211,6 +214,10 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
             ("--train", "--data", "DATA", "--fine-tune-type", "dora", "--trainable", "experts"),
             "DoRA cannot train experts",
         ),
+        (("--train", "--data", "DATA", "--seed", "-1"), "seed -1 is not possible"),
+        (("--train", "--data", "DATA", "--rank", "99999999999"), "the model's width is 128"),
+        (("--train", "--data", "DATA", "--val-batches", "-5"), "val_batches begins at -1"),
+        (("--train", "--data", "DATA", "--report", "/no/x.json"), "--report /no/x.json cannot be"),
         (("--test", "--data", "DATA", "--adapter-path", "EMPTY"), "holds no adapters.safetensors"),
         (("--train", "--data", "DATA", "--adapter-path", "/proc/x"), "cannot be written"),
         (
@@ -230,6 +237,60 @@ def test_mistakes_get_one_sentence(data, tmp_path, capsys, flags, message):
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert not captured.out
+
+
+CONFIGURATIONS = {
+    "unknown names of two types": ("1: 2\nfoo: 3\n", "'s 1 is no setting"),
+    "too many digits": (f"seed: 1{'0' * 5000}\n", "is not valid YAML"),
+    "too large a number": (f"learning_rate: 1{'0' * 400}\n", "learning_rate cannot be"),
+    "deltas in a list": ("lora_parameters: [1]\n", "lora_parameters must hold names"),
+    "nested keys": ("lora_parameters: {keys: [[a]]}\n", "keys cannot be"),
+    "no linear map": ("lora_parameters: {keys: [self_attn]}\n", "no linear map 'self_attn'"),
+    "parts of two types": ("trainable: [1, foo]\n", "trainable cannot be"),
+    "one beta": ("optimizer_config: {betas: [0.9]}\n", "the optimizer adamw"),
+    "no schedule": ("lr_schedule: {name: __class__, arguments: []}\n", "'__class__' is not one of"),
+}
+
+
+@pytest.mark.parametrize("kind", CONFIGURATIONS)
+def test_a_configuration_that_cannot_be_used_gets_one_sentence(data, tmp_path, capsys, kind):
+    content, message = CONFIGURATIONS[kind]
+    (tmp_path / "c.yaml").write_text(content)
+    flags = ["--train", "--data", str(data), "--adapter-path", str(tmp_path / "a")]
+    assert main([*flags, "-c", str(tmp_path / "c.yaml")]) == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1
+
+
+def test_numbers_and_optimizers_are_written_as_in_mlx_lm(data):
+    text = (
+        "learning_rate: 1e-5\noptimizer: sgd\noptimizer_config: {sgd: {momentum: 5e-1}, adam: {}}\n"
+        "lr_schedule: {name: cosine_decay, warmup: 4, arguments: [1e-3, 100]}\nreport_to: null\n"
+    )
+    (data / "c.yaml").write_text(text)
+    found = Settings.from_config(_read_config(str(data / "c.yaml")), {"data": "x", "train": True})
+    assert found.learning_rate == 1e-5
+    assert found.optimizer_config == {"momentum": 0.5}
+    assert found.make_optimizer().momentum == 0.5
+
+
+def test_an_optimizers_step_on_joined_tensors_is_its_step_on_each(monkeypatch):
+    found = []
+    for joined in (0, 40, 1 << 20):
+        monkeypatch.setattr(optimizers, "JOINED", joined)
+        mx.random.seed(0)
+        module = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 3), nn.Linear(3, 3))
+        module.layers[1].set_dtype(mx.bfloat16)
+        step = optimizers.Update(module, optim.AdamW(0.1), 1.0, 0.5)
+        for number in range(3):
+            key = mx.random.key(number)
+            parameters = module.trainable_parameters()
+            step(tree_map(lambda x: mx.random.normal(x.shape, x.dtype, key=key), parameters))  # noqa: B023
+        found.append(dict(tree_flatten(module.parameters())))
+    for other in found[1:]:
+        for name, tensor in found[0].items():
+            assert mx.allclose(tensor, other[name], atol=1e-6), name
 
 
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_save(data, tmp_path, capsys):
@@ -310,7 +371,23 @@ def test_what_cannot_be_fused_gets_one_sentence(data, tmp_path, capsys):
     trained(data, tmp_path / "full", fine_tune_type="full", num_layers=1, iters=1)
     exported = ["--adapter-path", str(tmp_path / "full"), "--save-path", str(tmp_path / "x")]
     assert fuse([*exported, "--peft"]) == 2
+    trained(data, tmp_path / "lora", iters=1)
+    weights = tmp_path / "lora" / WEIGHTS
+    export = ["--adapter-path", str(tmp_path / "lora"), "--peft", "--save-path"]
+    assert fuse([*export, "/proc/x/y"]) == 2
+    tensors = mx.load(str(weights))
+    name = next(name for name in tensors if name.endswith("lora_a"))
+    for wrong in (
+        {**tensors, name: mx.zeros((3, 3))},
+        {**tensors, name: tensors[name] * float("nan")},
+        {key: value for key, value in tensors.items() if key != name},
+    ):
+        mx.save_safetensors(str(weights), wrong)
+        assert fuse([*export, str(tmp_path / "x")]) == 2
+    weights.write_bytes(b"")
+    assert fuse([*export, str(tmp_path / "x")]) == 2
     error = capsys.readouterr().err
     assert "type full" in error
+    assert all(words in error for words in ("do not fit", "NaN", "no low-rank delta", "truncated"))
     assert "Traceback" not in error
     assert not (tmp_path / "x").exists()
