@@ -11,14 +11,16 @@ Source: Brzozowski, "Derivatives of Regular Expressions", JACM 1964; Owens, Repp
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain
 from operator import attrgetter
-from typing import ClassVar, NamedTuple, cast
+from typing import ClassVar, cast
 
+from mlx_dgemma.constraints.nodes import Move, Node, branches
 from mlx_dgemma.errors import LanguageError
+
+__all__ = ["EVERYTHING", "SYMBOLS", "UNBOUNDED", "Move", "Node", "Space"]
 
 SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
@@ -32,38 +34,6 @@ MOST_WORK = 500_000
 _MOST_ALTERNATIVES = 5_000
 _MANY = 2_000  # symbols of a choice from which on it is not built as a whole
 _DIGITS, _POINT = ((1 << 10) - 1) << ord("0"), 1 << ord(".")
-
-
-class Node:
-    """One expression of a Space. nullable: whether it holds the empty string.
-
-    mask: the symbols of a set, or those a word may begin with. low, high: bounds of a repetition;
-    the number of an alternative's only set, the place of words in a list, a divisor and remainder.
-    """
-
-    __slots__ = ("children", "high", "kind", "least", "low", "mask", "moves", "nullable", "number")
-
-    def __init__(
-        self,
-        number: int,
-        kind: str,
-        children: tuple[Node, ...],
-        nullable: bool,
-        mask: int,
-        low: int,
-        high: int,
-    ) -> None:
-        self.number, self.kind, self.children = number, kind, children
-        self.nullable, self.mask, self.low, self.high = nullable, mask, low, high
-        self.least: int | None = 0 if nullable else None
-        self.moves: list[Move] | None = None
-
-
-class Move(NamedTuple):
-    """Symbols that lead to the same expression."""
-
-    mask: int
-    target: Node
 
 
 _NUMBER = attrgetter("number")
@@ -200,11 +170,12 @@ class Space:
         if ended and high - low == 1:
             return self.empty
         mask = 0
-        for at, _ in self._branches(words, low + ended, high, depth):
+        for at, _ in branches(words, low + ended, high, depth):
             mask |= 1 << words[at][depth]
         symbols: tuple[Node, ...] = ()
         if depth == 0:  # for whoever asks which symbols the language tells apart
             symbols = tuple(self.symbols(1 << one) for one in sorted({*chain.from_iterable(words)}))
+        self.charge(mask.bit_count())
         place = self._places.setdefault((number, low, high, depth), len(self._places))
         if place == len(self._ranges):
             self._ranges.append((number, low, high, depth))
@@ -212,17 +183,6 @@ class Space:
         if node.least is None:
             node.least = min(map(len, words[low:high])) - depth
         return node
-
-    def _branches(
-        self, words: list[tuple[int, ...]], low: int, high: int, depth: int
-    ) -> Iterator[tuple[int, int]]:
-        """Where the words of a range part by their next symbol."""
-        while low < high:
-            symbol = words[low][depth]
-            end = bisect_right(words, symbol, low, high, key=lambda word: word[depth])
-            self.charge(1)
-            yield low, end
-            low = end
 
     def _tree(self, tree: dict[int, object], end: int) -> Node:
         order, stack = [], [tree]
@@ -364,7 +324,7 @@ class Space:
         words = self._lists[number]
         return [
             Move(1 << words[start][depth], self._words(number, start, end, depth + 1))
-            for start, end in self._branches(words, low + node.nullable, high, depth)
+            for start, end in branches(words, low + node.nullable, high, depth)
         ]
 
     def _of_multiple(self, node: Node) -> list[Move]:
