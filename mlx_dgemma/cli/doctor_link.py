@@ -78,8 +78,8 @@ def show(found: dict[str, Any], console: Console) -> None:
     )
     speedup = found["alone_seconds"] / found["together_seconds"]
     console.print(
-        f"  a denoising step takes at least {1e3 * found['alone_seconds']:.0f} ms on one machine "
-        f"and {1e3 * found['together_seconds']:.0f} ms on {ranks} "
+        f"  a denoising step takes at least {_time(found['alone_seconds'])} on one machine "
+        f"and {_time(found['together_seconds'])} on {ranks} "
         f"(predicted from {found['chip']}, {found['chip_figures']}): {speedup:.1f} times as fast",
         soft_wrap=True,
     )
@@ -89,3 +89,7 @@ def show(found: dict[str, Any], console: Console) -> None:
         else "over this link one machine is faster: use several only for a model that fits none"
     )
     console.print(Text(f"  {verdict}", "green" if found["pays"] else "yellow"), soft_wrap=True)
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds >= 10 else f"{1e3 * seconds:.0f} ms"

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache, lru_cache
 
 from mlx_dgemma.constraints.expressions import Node, Space
 
 Range = tuple[int, int]
 LAST = 0x10FFFF
 _SURROGATES = (0xD800, 0xDFFF)
+_FEW = 1000  # characters that are looked up one by one
+_WITH_CASES = (
+    *((0, 0x2FFF), (0xA640, 0xABFF), (0xFB00, 0xFFFF)),
+    *((0x10400, 0x10DFF), (0x11800, 0x118FF), (0x16E00, 0x16EFF), (0x1E900, 0x1E9FF)),
+)
 _ENDS = (0x7F, 0x7FF, 0xFFFF, LAST)
 
 
@@ -60,6 +66,10 @@ class Characters:
                     extra.append((a + shift, b + shift))
         return Characters([*self.ranges, *extra])
 
+    def every_case(self) -> Characters:
+        """With all other cases of its letters, in all of Unicode."""
+        return _every_case(self.ranges)
+
     def expression(self, space: Space) -> Node:
         """One character of the set, in UTF-8."""
         ascii_mask, longer = 0, []
@@ -70,6 +80,34 @@ class Characters:
                 else:
                     longer.append(_encoded(space, chr(low).encode(), chr(high).encode()))
         return space.either([space.symbols(ascii_mask), *longer])
+
+
+@lru_cache(maxsize=256)
+def _every_case(ranges: tuple[Range, ...]) -> Characters:
+    whole = Characters(ranges)
+    if sum(last - first for first, last in ranges) < _FEW:
+        letters = [chr(point) for first, last in ranges for point in range(first, last + 1)]
+    else:
+        letters = [letter for letter in _cases() if letter in whole]
+    others = (case for letter in letters for case in _cases().get(letter, ()))
+    return Characters([*ranges, *((ord(case), ord(case)) for case in others)])
+
+
+@cache
+def _cases() -> dict[str, set[str]]:
+    """Every letter that has cases, and these. A long s is an s, the sign of Kelvin a k."""
+    alike = {"i": {"\u0130"}}  # a Turkish I with its dot; the one without is its own lower case
+    for first, last in _WITH_CASES:
+        for sign in map(chr, range(first, last + 1)):
+            lower, upper = sign.lower(), sign.upper()
+            if lower != sign or upper != sign:
+                for folded in {lower, upper.lower(), sign.casefold()}:
+                    alike.setdefault(folded, set()).add(sign)
+    found: dict[str, set[str]] = {}
+    for signs in alike.values():
+        for sign in signs:
+            found.setdefault(sign, set()).update(signs)
+    return found
 
 
 def _without_surrogates(ranges: list[Range]) -> Iterable[Range]:

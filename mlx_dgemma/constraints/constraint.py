@@ -159,7 +159,12 @@ def _choices(texts: Any) -> list[bytes]:
         raise LanguageError(
             f"A choice has at most {MOST_CHOICES} texts of {_MOST_CHARACTERS} characters together."
         )
-    return [text.encode("utf-8", "replace") for text in texts]
+    try:
+        return [text.encode() for text in texts]
+    except UnicodeEncodeError:
+        raise LanguageError(
+            "A choice holds half of a surrogate pair, which no text has: take it out."
+        ) from None
 
 
 def _check_schema(schema: Any) -> None:

@@ -11,8 +11,11 @@ Source: Brzozowski, "Derivatives of Regular Expressions", JACM 1964; Owens, Repp
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
+from operator import attrgetter
 from typing import ClassVar, NamedTuple, cast
 
 from mlx_dgemma.errors import LanguageError
@@ -21,17 +24,21 @@ SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
 # Expressions that one language may need, the states met while it is walked included.
 MOST_EXPRESSIONS = 60_000
-# Expressions and moves that may be looked at before it is walked; five million take four seconds
-# here. Counted, not timed: a busy machine refuses nothing.
-MOST_WORK = 5_000_000
+# Expressions, alternatives and conditions that may be looked at before it is walked: under a second
+# here, of which a hundred tools of a dozen parameters take a fifth. Counted, not timed: a busy
+# machine refuses nothing.
+MOST_WORK = 500_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
+_MANY = 2_000  # symbols of a choice from which on it is not built as a whole
+_DIGITS, _POINT = ((1 << 10) - 1) << ord("0"), 1 << ord(".")
 
 
 class Node:
     """One expression of a Space. nullable: whether it holds the empty string.
 
-    mask: the symbols of a set, or those a word may begin with.
+    mask: the symbols of a set, or those a word may begin with. low, high: bounds of a repetition;
+    the number of an alternative's only set, the place of words in a list, a divisor and remainder.
     """
 
     __slots__ = ("children", "high", "kind", "least", "low", "mask", "moves", "nullable", "number")
@@ -59,6 +66,7 @@ class Move(NamedTuple):
     target: Node
 
 
+_NUMBER = attrgetter("number")
 UNBOUNDED = -1  # the upper bound of a repetition without one
 
 
@@ -68,6 +76,9 @@ class Space:
     def __init__(self, most: int = MOST_EXPRESSIONS) -> None:
         self._known: dict[tuple[object, ...], Node] = {}
         self._most = most
+        self._lists: list[list[tuple[int, ...]]] = []
+        self._ranges: list[tuple[int, int, int, int]] = []
+        self._places: dict[tuple[int, int, int, int], int] = {}
         self._work, self._most_work = 0, float("inf")
         self.none = self._make("none", (), False, 0)
         self.empty = self._make("empty", (), True, 0)
@@ -85,7 +96,8 @@ class Space:
         finally:
             self._most_work = float("inf")
 
-    def _charge(self, count: int) -> None:
+    def charge(self, count: int) -> None:
+        """Counts what was looked at; LanguageError where `bounded` allows no more."""
         self._work += count
         if self._work > self._most_work:
             raise LanguageError("The constraint takes too long to prepare: make it simpler.")
@@ -95,8 +107,11 @@ class Space:
         return self._make("set", (), False, mask) if mask else self.none
 
     def text(self, text: str | bytes) -> Node:
-        """Exactly this text, in UTF-8."""
-        data = text.encode() if isinstance(text, str) else text
+        """Exactly this text, in UTF-8; none where it has half of a surrogate pair."""
+        try:
+            data = text.encode() if isinstance(text, str) else text
+        except UnicodeEncodeError:
+            return self.none
         return self.sequence([self.symbols(1 << byte) for byte in data])
 
     def sequence(self, parts: Sequence[Node]) -> Node:
@@ -108,6 +123,8 @@ class Space:
     def then(self, first: Node, second: Node) -> Node:
         """One after the other. Of a sequence the first part stands alone, the rest in the second
         place; the parts of a long text are not a matter of recursion."""
+        if second is self.empty:
+            return first
         parts = []
         while first.kind == "then":
             parts.append(first.children[0])
@@ -129,19 +146,25 @@ class Space:
     def either(self, parts: Iterable[Node]) -> Node:
         """Any of the parts; those that begin with the same symbol alone share it."""
         chosen: dict[int, Node] = {}
-        singles = 0
+        singles = mask = 0
+        nullable = False
         for part in parts:
-            for one in part.children if part.kind == "either" else (part,):
-                if one.kind == "set":
-                    singles |= one.mask
-                elif one is not self.none:
-                    chosen[one.number] = one
+            mask |= part.mask
+            nullable = nullable or part.nullable
+            if part.kind == "either":  # at once, for it may have thousands
+                chosen.update(zip(map(_NUMBER, part.children), part.children, strict=True))
+                if part.low:
+                    singles |= chosen.pop(part.low).mask
+            elif part.kind == "set":
+                singles |= part.mask
+            elif part is not self.none:
+                chosen[part.number] = part
         if self.anything.number in chosen:
             return self.anything
+        single = self.symbols(singles)
         if singles:
-            single = self.symbols(singles)
             chosen[single.number] = single
-        self._charge(len(chosen) // 4)
+        self.charge(len(chosen) // 4)
         if len(chosen) > _MOST_ALTERNATIVES:
             raise LanguageError(
                 f"The constraint has more than {_MOST_ALTERNATIVES} alternatives at once: "
@@ -151,22 +174,55 @@ class Space:
             return self.none
         if len(chosen) == 1:
             return next(iter(chosen.values()))
-        ordered = tuple(chosen[number] for number in sorted(chosen))
-        mask = 0
-        for one in ordered:
-            mask |= one.mask
-        return self._make("either", ordered, any(one.nullable for one in ordered), mask)
+        ordered = tuple(map(chosen.__getitem__, sorted(chosen)))
+        return self._make("either", ordered, nullable, mask, single.number if singles else 0)
 
     def choice(self, texts: Iterable[Sequence[int]]) -> Node:
-        """One of the symbol strings, as a tree of their beginnings."""
+        """One of the symbol strings; long lists are looked at where a text reaches them."""
+        listed = list(texts)
+        if sum(map(len, listed)) > _MANY:
+            words = sorted({tuple(text) for text in listed})
+            self._lists.append(words)
+            return self._words(len(self._lists) - 1, 0, len(words), 0)
         tree: dict[int, object] = {}
         end = -1
-        for text in texts:
+        for text in listed:
             at = tree
             for byte in text:
                 at = cast("dict[int, object]", at.setdefault(byte, {}))
             at[end] = True
         return self._tree(tree, end)
+
+    def _words(self, number: int, low: int, high: int, depth: int) -> Node:
+        """What follows the symbols that words low to high of a sorted list have in common."""
+        words = self._lists[number]
+        ended = len(words[low]) == depth
+        if ended and high - low == 1:
+            return self.empty
+        mask = 0
+        for at, _ in self._branches(words, low + ended, high, depth):
+            mask |= 1 << words[at][depth]
+        symbols: tuple[Node, ...] = ()
+        if depth == 0:  # for whoever asks which symbols the language tells apart
+            symbols = tuple(self.symbols(1 << one) for one in sorted({*chain.from_iterable(words)}))
+        place = self._places.setdefault((number, low, high, depth), len(self._places))
+        if place == len(self._ranges):
+            self._ranges.append((number, low, high, depth))
+        node = self._make("words", symbols, ended, mask, place)
+        if node.least is None:
+            node.least = min(map(len, words[low:high])) - depth
+        return node
+
+    def _branches(
+        self, words: list[tuple[int, ...]], low: int, high: int, depth: int
+    ) -> Iterator[tuple[int, int]]:
+        """Where the words of a range part by their next symbol."""
+        while low < high:
+            symbol = words[low][depth]
+            end = bisect_right(words, symbol, low, high, key=lambda word: word[depth])
+            self.charge(1)
+            yield low, end
+            low = end
 
     def _tree(self, tree: dict[int, object], end: int) -> Node:
         order, stack = [], [tree]
@@ -207,6 +263,7 @@ class Space:
             for one in part.children if part.kind == "both" else (part,):
                 if one is not self.anything:
                     chosen[one.number] = one
+        self.charge(len(chosen))
         if self.none.number in chosen:
             return self.none
         if not chosen:
@@ -232,10 +289,12 @@ class Space:
         return self._make("without", (part,), not part.nullable, EVERYTHING)
 
     def multiple(self, divisor: int, rest: int = 0, *, begun: bool = False) -> Node:
-        """Decimal digits of a multiple of `divisor`, after digits that leave the remainder."""
-        digits = ((1 << 10) - 1) << ord("0")
+        """Decimal digits of a multiple of `divisor`, after digits that leave the remainder; points
+        between them say nothing."""
         nullable = begun and rest == 0
-        return self._make("multiple", (), nullable, digits, divisor, rest + divisor * begun)
+        return self._make(
+            "multiple", (), nullable, _DIGITS | _POINT, divisor, rest + divisor * begun
+        )
 
     # Walking
 
@@ -250,6 +309,13 @@ class Space:
                     targets[target.number] = target
             node.moves = [Move(mask, targets[number]) for number, mask in joined.items()]
         return node.moves
+
+    def holds(self, node: Node, word: Iterable[int]) -> bool:
+        """Whether the expression holds a word of symbols."""
+        for symbol in word:
+            targets = (target for mask, target in self.moves(node) if mask >> symbol & 1)
+            node = next(targets, self.none)
+        return node.nullable
 
     # Moves, kind by kind
 
@@ -293,9 +359,17 @@ class Space:
             left &= ~mask
         return [*found, Move(left, self.anything)] if left else found
 
+    def _of_words(self, node: Node) -> list[Move]:
+        number, low, high, depth = self._ranges[node.low]
+        words = self._lists[number]
+        return [
+            Move(1 << words[start][depth], self._words(number, start, end, depth + 1))
+            for start, end in self._branches(words, low + node.nullable, high, depth)
+        ]
+
     def _of_multiple(self, node: Node) -> list[Move]:
         divisor = node.low
-        return [
+        return [Move(_POINT, node)] + [
             Move(1 << (ord("0") + digit), self.multiple(divisor, rest, begun=True))
             for digit in range(10)
             for rest in [(node.high % divisor * 10 + digit) % divisor]
@@ -306,7 +380,7 @@ class Space:
         parts: list[tuple[int, list[Node]]] = []
         for moves in several:
             for mask, target in moves:
-                self._charge(len(parts) // 4)
+                self.charge(len(parts) // 4)
                 rest, split = mask, []
                 for known, targets in parts:
                     common = known & rest
@@ -335,6 +409,7 @@ class Space:
         "both": _of_both,
         "without": _of_without,
         "multiple": _of_multiple,
+        "words": _of_words,
     }
 
     def _make(
@@ -346,8 +421,8 @@ class Space:
         low: int = 0,
         high: int = 0,
     ) -> Node:
-        self._charge(1)
-        key = (kind, *(child.number for child in children), -1, low, high)
+        self.charge(1)
+        key = (kind, *map(_NUMBER, children), -1, low, high)
         if kind in ("set", "none", "empty"):
             key = (kind, mask)
         found = self._known.get(key)

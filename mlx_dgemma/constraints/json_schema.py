@@ -10,39 +10,50 @@ it: uniqueItems, contains, dependencies, conditions, some `not` and `oneOf`, lar
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
-from decimal import Decimal
+from collections.abc import Callable, Mapping, Sequence
+from fractions import Fraction
 from typing import Any
+from urllib.parse import unquote
 
 from mlx_dgemma.constraints.expressions import UNBOUNDED, Node, Space
 from mlx_dgemma.constraints.formats import FORMATS
-from mlx_dgemma.constraints.json_text import JsonText
+from mlx_dgemma.constraints.json_text import MOST_DIVISOR, JsonText
 from mlx_dgemma.constraints.keywords import (
     apart,
     bounds,
     check_shapes,
     count,
     decimal,
+    fits,
+    identity,
+    is_between,
     is_of_type,
 )
-from mlx_dgemma.constraints.merging import merged
+from mlx_dgemma.constraints.merging import Patterns, merged
+from mlx_dgemma.constraints.object_members import ObjectMembers
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 DEPTH = 5  # how often a reference may recurse
 _MOST_NESTED = 60
 _MOST_MERGES = 2_000
 _PLACES = 6  # of a number with bounds
+_FINEST = 20  # of one whose bounds are closer than that
+_MOST_PLACES = 10  # of a multiple
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _CHECKED_LATER = (
     *("uniqueItems", "contains", "minContains", "dependentRequired", "dependentSchemas"),
     *("dependencies", "if", "unevaluatedProperties", "unevaluatedItems"),
 )
+# The dynamic ones only differ across documents, of which there is one.
+_REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
+_JOINING = frozenset((*_REFERENCES, "allOf"))
 _OF_TYPE = {
     "object": ("properties", "required", "additionalProperties", "patternProperties"),
     "array": ("items", "prefixItems", "minItems", "maxItems"),
     "string": ("pattern", "minLength", "maxLength", "format"),
     "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
 }
+_OF_SCALARS = (_OF_TYPE["string"], _OF_TYPE["number"])
 
 
 class SchemaLanguage:
@@ -61,8 +72,9 @@ class SchemaLanguage:
         self._plained: dict[tuple[int, str], Any] = {}
         self._merges = 0
         self._level = 0
+        self._members = ObjectMembers(space, self.text, self.unchecked, self._all_of)
         self._kinds: dict[str, Callable[[Mapping[str, Any], int], Node]] = {
-            "object": self._object,
+            "object": self._members.expression,
             "array": self._array,
             "string": self._string,
             "number": self._number,
@@ -102,20 +114,19 @@ class SchemaLanguage:
         return self._known[key]
 
     def _described(self, schema: Mapping[str, Any], depth: int) -> Node:
-        if "$ref" in schema or "allOf" in schema:
+        if _JOINING & schema.keys():
             return self._any(self._plain(schema), depth)
         for name in _CHECKED_LATER:
             if schema.get(name) not in (None, False):
                 self.unchecked[name] = None
-        if "const" in schema:
-            return self._enum({**schema, "enum": [schema["const"]]})
-        if "enum" in schema:
-            return self._enum(schema)
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 return self._options(schema, name, depth)
-        kinds = self._types(schema)
-        node = self.space.either(self._kinds[kind](schema, depth) for kind in kinds)
+        if "const" in schema or "enum" in schema:
+            node = self._enum(schema)
+        else:
+            kinds = self._types(schema)
+            node = self.space.either(self._kinds[kind](schema, depth) for kind in kinds)
         return self._without(schema, node)
 
     def _plain(self, schema: Mapping[str, Any]) -> Any:
@@ -138,7 +149,7 @@ class SchemaLanguage:
         return result
 
     def _flat(self, schema: Any, level: int) -> Any:
-        if not isinstance(schema, Mapping) or not ("$ref" in schema or "allOf" in schema):
+        if not isinstance(schema, Mapping) or not _JOINING & schema.keys():
             return schema
         self._merges += 1
         if level > _MOST_NESTED or self._merges > _MOST_MERGES:
@@ -150,22 +161,22 @@ class SchemaLanguage:
 
     def _parts(self, schema: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """What stands beside the references and allOf of a schema, and what these hold."""
-        siblings = {k: v for k, v in schema.items() if k not in ("$ref", "allOf")}
-        parts = [self.resolve(schema["$ref"])] if "$ref" in schema else []
+        siblings = {k: v for k, v in schema.items() if k not in _JOINING}
+        parts = [self.resolve(schema[name]) for name in _REFERENCES if name in schema]
         check_shapes(schema)
         return siblings, [*parts, *schema.get("allOf", [])]
 
     def resolve(self, reference: Any) -> Any:
         """What a reference inside the root points at."""
-        if not isinstance(reference, str) or not reference.startswith("#"):
+        if not isinstance(reference, str) or not (reference == "#" or reference[:2] == "#/"):
             raise LanguageError(
                 f"The schema refers to {reference!r:.60}: only references into itself (#/...) "
                 "can be followed; put it under $defs."
             )
         target: Any = self.root
-        for step in reference[1:].split("/")[1:]:
-            step = step.replace("~1", "/").replace("~0", "~")
-            if isinstance(target, list) and step.isdigit() and int(step) < len(target):
+        for step in reference.split("/")[1:]:
+            step = unquote(step).replace("~1", "/").replace("~0", "~")
+            if isinstance(target, list) and step.isdecimal() and int(step) < len(target):
                 target = target[int(step)]
             elif isinstance(target, Mapping) and step in target:
                 target = target[step]
@@ -184,17 +195,44 @@ class SchemaLanguage:
                 raise LanguageError(f"The schema has a type {kind!r:.40}: use {', '.join(_TYPES)}.")
         if schema.get("nullable") is True and "null" not in kinds:  # OpenAPI 3.0
             kinds = [*kinds, "null"]
-        return list(dict.fromkeys(kinds))
+        unwanted = self._unwanted(schema)
+        return [kind for kind in dict.fromkeys(kinds) if kind not in unwanted]
+
+    def _unwanted(self, schema: Mapping[str, Any]) -> list[str]:
+        """Types that a `not` takes out altogether."""
+        inner = schema.get("not")
+        if not isinstance(inner, Mapping) or MEANINGFUL & inner.keys() != {"type"}:
+            return []
+        kinds = inner["type"] if isinstance(inner["type"], list) else [inner["type"]]
+        return [*kinds, "integer"] if "number" in kinds else kinds
 
     def _enum(self, schema: Mapping[str, Any]) -> Node:
-        values = schema["enum"]
+        """The listed values that are all else that the schema asks for."""
+        values = schema.get("enum", [schema.get("const")])
         if not isinstance(values, list) or not values:
             raise LanguageError("An enum is a list of at least one value.")
-        kinds = self._types(schema) if "type" in schema else list(_TYPES)
-        fitting = [value for value in values if any(is_of_type(value, kind) for kind in kinds)]
-        if any(name in MEANINGFUL - {"type", "enum", "const", "nullable"} for name in schema):
-            self.unchecked["enum"] = None  # what else is asked of the values
+        if "const" in schema:
+            wanted = identity(schema["const"])
+            values = [value for value in values if identity(value) == wanted]
+        kinds = self._types({"type": [*_TYPES], **schema})
+        unwanted = set(map(identity, _values(schema.get("not")) or ()))
+        fitting = [
+            value
+            for value in values
+            if any(is_of_type(value, kind) for kind in kinds) and identity(value) not in unwanted
+        ]
+        if any(name in schema for name in (*_OF_TYPE["string"], *_OF_TYPE["number"])):
+            text = self._content(schema)
+            fitting = [value for value in fitting if self._is_right(value, schema, text)]
+        asked = MEANINGFUL.difference(("type", "enum", "const", "nullable", "not"), *_OF_SCALARS)
+        if asked & schema.keys() and any(isinstance(value, list | Mapping) for value in fitting):
+            self.unchecked["enum"] = None
         return self.text.constants(fitting)
+
+    def _is_right(self, value: Any, schema: Mapping[str, Any], text: Node) -> bool:
+        if isinstance(value, str):
+            return self.space.holds(text, self.text.spelled(value)[1:-1])
+        return not is_of_type(value, "number") or fits(value, schema)
 
     def _options(self, schema: Mapping[str, Any], name: str, depth: int) -> Node:
         options = schema[name]
@@ -218,12 +256,16 @@ class SchemaLanguage:
         unwanted = schema.get("not")
         if unwanted is None or unwanted is False:
             return node
-        if unwanted is True:
+        if unwanted is True or unwanted == {}:
             return self.space.none
-        values = unwanted.get("enum", [unwanted["const"]] if "const" in unwanted else None)
-        if isinstance(values, list) and all(isinstance(v, str | bool | None) for v in values):
+        values = _values(unwanted)
+        if values is not None and {"enum", "const"} & schema.keys():
+            return node  # taken out already
+        if values is not None and all(isinstance(v, str | bool | None) for v in values):
             return self.space.both([node, self.space.without(self.text.constants(values))])
-        self.unchecked["not"] = None
+        kinds = self._unwanted(schema)
+        if not kinds or ("integer" in kinds and "number" not in kinds):
+            self.unchecked["not"] = None
         return node
 
     # Kinds of values
@@ -235,15 +277,12 @@ class SchemaLanguage:
         """What stands between the quotes of a string."""
         text, space = self.text, self.space
         conditions = []
-        if "$ref" in schema or "allOf" in schema:
-            schema = self._plain(schema)
-        if isinstance(values := schema.get("enum"), list):
-            conditions.append(space.either(text.inside.literal(str(value)) for value in values))
         if "pattern" in schema:
-            try:
-                conditions.append(text.inside.search(schema["pattern"]))
-            except UnsupportedError:
-                self.unchecked["pattern"] = None
+            for pattern in Patterns.of(schema["pattern"]):
+                try:
+                    conditions.append(text.inside.search(pattern))
+                except UnsupportedError:
+                    self.unchecked["pattern"] = None
         elif isinstance(name := schema.get("format"), str) and name in FORMATS:
             conditions.append(text.inside.full(FORMATS[name]))
         low, high = count(schema, "minLength") or 0, count(schema, "maxLength")
@@ -255,27 +294,36 @@ class SchemaLanguage:
 
     def _integer(self, schema: Mapping[str, Any], depth: int) -> Node:
         low, high = bounds(schema, 1)
-        multiple = schema.get("multipleOf", 1)
-        if not is_of_type(multiple, "integer") or not 0 < multiple <= 1000:
-            self.unchecked["multipleOf"] = None
-            multiple = 1
         first = None if low is None else math.ceil(low)
         last = None if high is None else math.floor(high)
-        return self.text.integer(first, last, int(multiple))
+        return self.text.integer(first, last, self._divisors(schema, 0)[0])
 
     def _number(self, schema: Mapping[str, Any], depth: int) -> Node:
-        places, multiple = _PLACES, schema.get("multipleOf")
-        if multiple is not None:
-            step = decimal(multiple, "multipleOf")
-            if step == step.to_integral_value():
-                return self._integer(schema, depth)
-            places = -int(step.as_tuple().exponent)
-            if step != Decimal(1).scaleb(-places) or places > 10:
-                self.unchecked["multipleOf"] = None
-        low, high = bounds(schema, 10**places)
-        if low is None and high is None and multiple is None:
+        if schema.get("multipleOf") is not None:
+            step = decimal(schema["multipleOf"], "multipleOf")
+            places = min(max(-int(step.normalize().as_tuple().exponent), 0), _MOST_PLACES)
+            low, high = bounds(schema, 10**places)
+            return self.text.number(low, high, self._divisors(schema, places))
+        low, high = bounds(schema, 10**_PLACES)
+        if low is None and high is None:
             return self.text.any_number
-        return self.text.number(low, high, places)
+        places = _PLACES
+        while places < _FINEST and not is_between(low, high, places):
+            places += 1
+            low, high = bounds(schema, 10**places)
+        return self.text.number(low, high, [1] * (places + 1))
+
+    def _divisors(self, schema: Mapping[str, Any], places: int) -> list[int]:
+        """Of what number the digits of a multiple are one, for up to so many decimal places."""
+        step = schema.get("multipleOf")
+        if step is None:
+            return [1] * (places + 1)
+        exact = Fraction(decimal(step, "multipleOf"))
+        found = [(exact * 10**count).numerator for count in range(places + 1)]
+        if max(found) > MOST_DIVISOR or (exact * 10**places).denominator > 1 < places:
+            self.unchecked["multipleOf"] = None
+            found = [1] * (places + 1)
+        return found
 
     def _array(self, schema: Mapping[str, Any], depth: int) -> Node:
         space, text = self.space, self.text
@@ -300,81 +348,25 @@ class SchemaLanguage:
             tail = space.optional(ahead) if index >= low else ahead
         return space.sequence([space.text("["), tail, space.text("]")])
 
-    def _object(self, schema: Mapping[str, Any], depth: int) -> Node:
-        space, text = self.space, self.text
-        properties = schema.get("properties", {})
-        required = schema.get("required", [])
-        members = [
-            (self._member(text.key(name), inner, depth), name in required)
-            for name, inner in text.order(properties)
-        ]
-        patterns = schema.get("patternProperties", {})
-        extra = schema.get("additionalProperties", not properties and not patterns)
-        for name in required:
-            if name not in properties:
-                if extra is False:
-                    raise LanguageError(f"The schema requires {name!r:.60} and describes it not.")
-                members.append((self._member(text.key(name), extra, depth), True))
-        others = self._others(schema, properties, patterns, extra, depth)
-        return space.sequence([space.text("{"), self._members(schema, members, others),
-                               space.text("}")])  # fmt: skip
-
-    def _member(self, name: Node, schema: Any, depth: int) -> Node:
-        return self.space.sequence([name, self.text.colon, self._any(schema, depth)])
-
-    def _others(
-        self,
-        schema: Mapping[str, Any],
-        properties: Mapping[str, Any],
-        patterns: Mapping[str, Any],
-        extra: Any,
-        depth: int,
+    def _all_of(
+        self, owner: Mapping[str, Any], place: str, schemas: Sequence[Any], depth: int
     ) -> Node:
-        """A member that the schema does not name."""
-        space, text = self.space, self.text
-        found: list[Node] = []
-        taken: list[Node] = []
-        for pattern, inner in patterns.items():
-            name = text.any_key(text.inside.search(pattern))
-            free = space.both([name, *map(space.without, taken)])
-            found.append(self._member(free, inner, depth))
-            taken.append(name)
-        described = extra is True and not properties and not patterns
-        if described or isinstance(extra, Mapping):
-            rule = schema.get("propertyNames", True)
-            name = text.any_key(None)
-            if isinstance(rule, Mapping):
-                content = self._content(rule)
-                name = text.any_key(content) if content else name
-            names = [text.key(known) for known in properties]
-            free = space.both([name, *map(space.without, [*names, *taken])])
-            found.append(self._member(free, extra, depth))
-        return space.either(found)
+        """What satisfies all of some schemas at a place of their owner."""
+        if len(schemas) == 1:
+            return self._any(schemas[0], depth)
+        key = (id(owner), place)
+        if key not in self._plained:
+            self._plained[key] = self._merged(list(schemas))
+        return self._any(self._plained[key], depth)
 
-    def _members(
-        self, schema: Mapping[str, Any], members: list[tuple[Node, bool]], others: Node
-    ) -> Node:
-        space, comma = self.space, self.text.comma
-        low, high = count(schema, "minProperties") or 0, count(schema, "maxProperties")
-        needed = sum(is_required for _, is_required in members)
-        if len(members) > needed and (low > needed or high is not None):
-            self.unchecked["minProperties"] = None
-            low, high = needed, None
-        more = UNBOUNDED if high is None else max(high - needed, 0)
-        least = max(low - needed, 0)
-        if others is space.none:
-            more = least = 0
-        # From the back: `after` follows a member, `first` nothing.
-        after = space.repeat(space.then(comma, others), least, more)
-        rest = space.repeat(space.then(comma, others), max(least - 1, 0), max(more - 1, -1))
-        first = space.empty if more == 0 else space.then(others, rest)
-        if least == 0:
-            first = space.optional(first)
-        for member, is_required in reversed(members):
-            here, follow = space.then(member, after), space.sequence([comma, member, after])
-            first = here if is_required else space.either([here, first])
-            after = follow if is_required else space.either([follow, after])
-        return first
+
+def _values(schema: Any) -> list[Any] | None:
+    """The values that a schema lists; None where it says something else."""
+    if not isinstance(schema, Mapping) or len(MEANINGFUL & schema.keys()) != 1:
+        return None
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None
 
 
 MEANINGFUL = frozenset(

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
+from fractions import Fraction
 from functools import cached_property
 from typing import Any
 
@@ -20,8 +21,10 @@ from mlx_dgemma.errors import LanguageError
 
 ANY_DEPTH = 4  # how deeply a value of any shape may nest
 _MOST_DIGITS = 40
+MOST_DIVISOR = 1000
 _SHORT = {'"': b'\\"', "\\": b"\\\\", "\n": b"\\n", "\t": b"\\t", "\r": b"\\r"}
 _CONTROL = Characters([(0, 0x1F)])
+_SPELLED = {**{chr(c): b"\\u%04x" % c for c in (*range(0x20), 0x7F)}, **_SHORT}
 _PLAIN = ANY - _CONTROL - Characters.of('"\\') - Characters([(0x7F, 0x7F)])
 _INTEGER = r"(0|-?[1-9]\d{0,15})"
 _NUMBER = r"(0|-?(0|[1-9]\d{0,15})(\.\d{1,15})?([eE][+-]?\d{1,2})?)"
@@ -35,6 +38,8 @@ class JsonText:
         self.inside = Builder(space, self._character)
         self._outside = Builder(space, lambda characters: characters.expression(space))
         self._values: dict[int, Node] = {}
+        self._integers: dict[tuple[int | None, ...], Node] = {}
+        self._numbers: dict[tuple[Decimal | int | None, ...], Node] = {}
 
     @cached_property
     def comma(self) -> Node:
@@ -87,7 +92,13 @@ class JsonText:
         """Properties in the order in which they are written."""
         return list(properties.items())
 
+    def spelled(self, text: str) -> Sequence[int]:
+        """A text as a string of this language, with its quotes; empty where it cannot be one."""
+        return next(iter(self._spellings(text)), b"")
+
     def _spellings(self, value: Any) -> list[Sequence[int]]:
+        if isinstance(value, str):
+            return [b'"%b"' % _escaped(value)]
         texts = [json.dumps(value, ensure_ascii=False)]
         if isinstance(value, dict | list):
             texts.append(json.dumps(value, ensure_ascii=False, separators=(",", ":")))
@@ -123,28 +134,42 @@ class JsonText:
             inner = space.none
         return space.sequence([space.text(left), inner, space.text(right)])
 
-    def integer(self, low: int | None, high: int | None, multiple: int = 1) -> Node:
-        """Integers within inclusive bounds."""
-        space = self.space
+    def integer(self, low: int | None, high: int | None, divisor: int = 1) -> Node:
+        """Integers within inclusive bounds, multiples of the divisor."""
+        if (low, high, divisor) not in self._integers:
+            self._integers[low, high, divisor] = self._whole(low, high, divisor)
+        return self._integers[low, high, divisor]
+
+    def _whole(self, low: int | None, high: int | None, divisor: int) -> Node:
+        _check_bounds(low, high)
         bounded = self.any_integer
         if low is not None or high is not None:
             bounded = self._between(low, high)
-        if multiple <= 1:
-            return bounded
-        if multiple > 1000:
-            raise LanguageError(f"multipleOf {multiple} is too large for an automaton.")
-        sign = space.optional(space.text("-"))
-        return space.both([bounded, space.then(sign, space.multiple(multiple))])
+        return self._multiples(bounded, divisor)
 
-    def number(self, low: Decimal | None, high: Decimal | None, places: int) -> Node:
-        """Decimals within inclusive bounds, with at most so many places and no exponent."""
+    def number(self, low: Decimal | None, high: Decimal | None, divisors: Sequence[int]) -> Node:
+        """Decimals within inclusive bounds without an exponent, with as many places as there are
+        divisors of their digits, one less."""
+        key = (low, high, *divisors)
+        if key not in self._numbers:
+            self._numbers[key] = self._decimals(low, high, divisors)
+        return self._numbers[key]
+
+    def _decimals(self, low: Decimal | None, high: Decimal | None, divisors: Sequence[int]) -> Node:
+        _check_bounds(low, high)
         parts = []
-        for count in range(places + 1):
+        for count, divisor in enumerate(divisors):
             scale = 10**count
-            first = None if low is None else math.ceil(low * scale)
-            last = None if high is None else math.floor(high * scale)
-            parts.append(self._between(first, last, count))
+            first = None if low is None else math.ceil(Fraction(low) * scale)
+            last = None if high is None else math.floor(Fraction(high) * scale)
+            parts.append(self._multiples(self._between(first, last, count), divisor))
         return self.space.either(parts)
+
+    def _multiples(self, digits: Node, divisor: int) -> Node:
+        if divisor == 1:
+            return digits
+        sign = self.space.optional(self.space.text("-"))
+        return self.space.both([digits, self.space.then(sign, self.space.multiple(divisor))])
 
     def _between(self, low: int | None, high: int | None, places: int = 0) -> Node:
         """Whole numbers within inclusive bounds, a point before their last `places` digits."""
@@ -163,9 +188,11 @@ class JsonText:
     def _unsigned(self, low: int, high: int | None, places: int) -> Node:
         """From low to high, without needless zeros; at most 16 whole digits without a bound."""
         least = places + 1
+        if high is not None and high >= 10**_MOST_DIGITS:
+            high = None  # nobody writes so many
         last = 10 ** max(16 + places, len(str(low))) - 1 if high is None else high
-        if max(len(str(low)), len(str(last))) > _MOST_DIGITS:
-            raise LanguageError(f"A bound of a number has more than {_MOST_DIGITS} digits.")
+        if low >= 10**_MOST_DIGITS:
+            return self.space.none
         parts = []
         for digits in range(max(len(str(low)), least), max(len(str(last)), least) + 1):
             first = max(low, 10 ** (digits - 1) if digits > least else 0)
@@ -208,8 +235,19 @@ class JsonText:
         space = self.space
         escapes = [text for sign, text in _SHORT.items() if sign in characters]
         for first, last in (characters & (_CONTROL | Characters([(0x7F, 0x7F)]))).ranges:
-            escapes += [b"\\u%04x" % c for c in range(first, last + 1) if chr(c) not in _SHORT]
+            escapes += [_SPELLED[chr(c)] for c in range(first, last + 1) if chr(c) not in _SHORT]
         return space.either([(characters & _PLAIN).expression(space), space.choice(escapes)])
+
+
+def _escaped(text: str) -> bytes:
+    """A text as a string holds it, each character in its only spelling."""
+    return b"".join(_SPELLED.get(sign) or sign.encode("utf-8", "backslashreplace") for sign in text)
+
+
+def _check_bounds(low: Decimal | int | None, high: Decimal | int | None) -> None:
+    most = 10**_MOST_DIGITS
+    if (low is not None and low >= most) or (high is not None and high <= -most):
+        raise LanguageError(f"A bound of a number has more than {_MOST_DIGITS} digits.")
 
 
 def _digit(space: Space, first: int, last: int) -> Node:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 
 from mlx_dgemma.errors import LanguageError
@@ -110,6 +111,50 @@ def _constants(option: Mapping[str, Any]) -> dict[str, list[Any]]:
         if isinstance(inner, Mapping) and ("const" in inner or "enum" in inner):
             found[name] = inner["enum"] if "enum" in inner else [inner["const"]]
     return found
+
+
+def is_between(low: Decimal | None, high: Decimal | None, places: int) -> bool:
+    """Whether a number of so many decimal places lies within inclusive bounds."""
+    if low is None or high is None:
+        return True
+    scale = Fraction(10**places)
+    return math.ceil(Fraction(low) * scale) <= math.floor(Fraction(high) * scale)
+
+
+def identity(value: Any) -> Any:
+    """What equal JSON values have in common: 1 is 1.0, and true is no number."""
+    if isinstance(value, Mapping):
+        return frozenset((name, identity(inner)) for name, inner in value.items())
+    if isinstance(value, list):
+        return tuple(map(identity, value))
+    return (type(value) is bool, value)
+
+
+def fits(number: float, schema: Mapping[str, Any]) -> bool:
+    """Whether a number is within the bounds of a schema, and a multiple."""
+    value = decimal(number, "enum")
+    low, high, least, most = (
+        None if schema.get(name) is None or isinstance(schema[name], bool)
+        else decimal(schema[name], name)
+        for name in ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum")
+    )  # fmt: skip
+    if schema.get("exclusiveMinimum") is True:  # draft 4
+        least = low
+    if schema.get("exclusiveMaximum") is True:
+        most = high
+    step = schema.get("multipleOf")
+    return (
+        (low is None or low <= value)
+        and (high is None or value <= high)
+        and (least is None or least < value)
+        and (most is None or value < most)
+        and (step is None or is_multiple(value, decimal(step, "multipleOf")))
+    )
+
+
+def is_multiple(value: Decimal, step: Decimal) -> bool:
+    """Whether a number is a whole number of steps, exactly."""
+    return (Fraction(value) / Fraction(step)).denominator == 1
 
 
 def is_of_type(value: Any, kind: str) -> bool:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from mlx_dgemma.constraints.keywords import check_shapes
+from mlx_dgemma.constraints.keywords import check_shapes, identity
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 _ANNOTATIONS = frozenset(
@@ -17,6 +18,16 @@ _ANNOTATIONS = frozenset(
 )
 _LARGER = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties", "minContains")
 _SMALLER = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
+
+
+class Patterns(tuple[str, ...]):
+    """Patterns that all must be found in a text: the value of a joined `pattern`."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: Any) -> Patterns:
+        return value if isinstance(value, cls) else cls((value,))
 
 
 def merged(schemas: list[Any]) -> Any:
@@ -31,14 +42,17 @@ def merged(schemas: list[Any]) -> Any:
             raise LanguageError(f"A schema is an object or a boolean, not {schema!r:.40}.")
         check_shapes(schema)
         result = _pair(result, dict(schema))
+        if result.get("enum") == [] != schema.get("enum"):
+            return False
     return result
 
 
 def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
+    one, other = _listed(one, other), _listed(other, one)
     result = {**other, **one}
     for key in one.keys() & other.keys():
         ours, theirs = one[key], other[key]
-        if key in _ANNOTATIONS or key.startswith("x-") or ours == theirs:
+        if key in _ANNOTATIONS or key.startswith("x-") or _are_same(ours, theirs):
             continue
         result[key] = _both(key, ours, theirs)
     closed = [s for s in (one, other) if s.get("additionalProperties") is False]
@@ -49,6 +63,25 @@ def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
                 if name not in known and "patternProperties" not in schema:
                     result["properties"] = {**result["properties"], name: False}
     return result
+
+
+def _listed(schema: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
+    """A constant as a list of one, where both name values."""
+    if "const" not in schema or not {"const", "enum"} & beside.keys():
+        return schema
+    values = [schema["const"]]
+    if isinstance(listed := schema.get("enum"), list):
+        values = _common(values, listed)
+    return {**{k: v for k, v in schema.items() if k != "const"}, "enum": values}
+
+
+def _are_same(ours: Any, theirs: Any) -> bool:
+    return bool(ours == theirs) and identity(ours) == identity(theirs)
+
+
+def _common(ours: list[Any], theirs: list[Any]) -> list[Any]:
+    known = set(map(identity, theirs))
+    return [value for value in ours if identity(value) in known]
 
 
 def _both(key: str, ours: Any, theirs: Any) -> Any:
@@ -64,24 +97,22 @@ def _both(key: str, ours: Any, theirs: Any) -> Any:
     if key == "type":
         return _types(ours, theirs)
     if key == "enum":
-        return [value for value in ours if value in theirs]
+        return _common(ours, theirs)
     if None in (ours, theirs) and key in (*_LARGER, *_SMALLER):
         return theirs if ours is None else ours
     if key in _LARGER:
         return max(ours, theirs)
     if key in _SMALLER:
         return min(ours, theirs)
+    if key == "multipleOf" and isinstance(ours, int) and isinstance(theirs, int):
+        return math.lcm(ours, theirs)
     if key in ("items", "additionalProperties", "propertyNames"):
         return {"allOf": [ours, theirs]}
     if key == "pattern":
-        return f"^(?=[^]*(?:{ours}))(?=[^]*(?:{theirs}))" if _plain(ours, theirs) else _no(key)
+        return Patterns((*Patterns.of(ours), *Patterns.of(theirs)))
     if key in ("anyOf", "oneOf"):
         return [{"allOf": [a, b]} for a in ours for b in theirs]
     return _no(key)
-
-
-def _plain(*patterns: str) -> bool:
-    return all("^" not in pattern for pattern in patterns)
 
 
 def _no(key: str) -> Any:

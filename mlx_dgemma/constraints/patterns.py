@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters
+from mlx_dgemma.constraints.characters import ANY, DIGIT, LAST, SPACE, WORD, Characters, Range
 from mlx_dgemma.constraints.expressions import UNBOUNDED
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
@@ -26,6 +26,7 @@ _LINE_ENDS = Characters.of("\n\r\u2028\u2029")
 _NAMED = {"d": DIGIT, "w": WORD, "s": SPACE}
 _CONTROLS = {"t": "\t", "n": "\n", "r": "\r", "f": "\f", "v": "\v", "0": "\0"}
 _HEX_DIGITS = {"x": 2, "u": 4}
+_HEX = frozenset("0123456789abcdefABCDEF")
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ class _Parser:
         if sign == "(":
             return self.group(depth)
         if sign == "[":
-            return Set(self.folded(self.members()))
+            return Set(self.members())
         if sign == ".":
             return Set(ANY - _LINE_ENDS)
         if sign in "^$":
@@ -200,6 +201,8 @@ class _Parser:
             narrow = _NAMED[sign.lower()]
             wide = narrow | _BEYOND_ASCII
             return (narrow, wide) if sign.islower() else (~wide, ~narrow)
+        if sign == "0" and self.peek().isdecimal():
+            raise self.fail("uses an octal code: write it as \\x and two digits", UnsupportedError)
         if sign in _CONTROLS or (inside and sign == "b"):
             one = Characters.of(_CONTROLS.get(sign, "\b"))
         elif sign in _HEX_DIGITS:
@@ -216,18 +219,16 @@ class _Parser:
         if count == 4 and self.take("{"):
             end = self.pattern.find("}", self.at) + 1
             digits = self.pattern[self.at : max(end - 1, self.at)]
-        try:
-            point = int(digits, 16)
-        except ValueError:
-            point = LAST + 1
-        if point > LAST or not digits or end > len(self.pattern):
+        point = int(digits, 16) if set(digits) <= _HEX and 0 < len(digits) <= 8 else LAST + 1
+        if point > LAST or end > len(self.pattern):
             raise self.fail("has a code that is no character")
         self.at = end
         return Characters([(point, point)])
 
     def members(self) -> Characters:
         negated = self.take("^")
-        narrow, wide = Characters([]), Characters([])
+        narrow: list[Range] = []
+        wide: list[Range] = []
         first = True
         while first or self.peek() != "]":
             if not self.peek():
@@ -236,9 +237,10 @@ class _Parser:
                 break  # ECMAScript: an empty class
             first = False
             some, excluded = self.member()
-            narrow, wide = narrow | some, wide | excluded
+            narrow += some.ranges
+            wide += excluded.ranges
         self.at += 1
-        chosen = ~wide if negated else narrow
+        chosen = ~self.every_case(Characters(wide)) if negated else self.folded(Characters(narrow))
         if not chosen:
             raise self.fail("has a class without a character", UnsupportedError)
         return chosen
@@ -266,7 +268,12 @@ class _Parser:
         return one, one
 
     def folded(self, characters: Characters) -> Characters:
+        """With (?i), the letters that every dialect takes for the same."""
         return characters.folded() if self.fold else characters
+
+    def every_case(self, characters: Characters) -> Characters:
+        """With (?i), the letters that any dialect takes for the same."""
+        return characters.every_case() if self.fold else characters
 
     def take(self, text: str) -> bool:
         if self.pattern.startswith(text, self.at):
@@ -285,6 +292,24 @@ def begins_anchored(tree: Tree) -> bool:
     if isinstance(tree, Row):
         return bool(tree.parts) and begins_anchored(tree.parts[0])
     return tree == Anchor("start")
+
+
+def has_start(tree: Tree) -> bool:
+    """Whether a ^ is somewhere in the tree."""
+    if isinstance(tree, Options | Row):
+        return any(map(has_start, tree.parts))
+    return has_start(tree.part) if isinstance(tree, Repeat | Look) else tree == Anchor("start")
+
+
+def may_be_empty(tree: Tree) -> bool:
+    """Whether the tree may match no character at all."""
+    if isinstance(tree, Options):
+        return any(map(may_be_empty, tree.parts))
+    if isinstance(tree, Row):
+        return all(map(may_be_empty, tree.parts))
+    if isinstance(tree, Repeat):
+        return tree.low == 0 or may_be_empty(tree.part)
+    return not isinstance(tree, Set)
 
 
 def alternatives(tree: Tree) -> Sequence[Tree]:

@@ -49,7 +49,7 @@ def _search(space: Space, node: Node) -> int:
     """A shortest word of an intersection or complement, which its parts do not tell."""
     if node.kind == "both" and max(cast("int", c.least) for c in node.children) >= NEVER:
         return NEVER
-    best = {node.number: 0}
+    best: dict[int, tuple[int, Node | None]] = {node.number: (0, None)}  # how far, and from where
     queue = [(_bound(space, node), 0, node.number, node)]
     done: set[int] = set()
     while queue:
@@ -57,7 +57,7 @@ def _search(space: Space, node: Node) -> int:
         if number in done:
             continue
         if at.least is not None and (at.nullable or at.least < NEVER):
-            return far + at.least
+            return _settle(best, at, far + at.least)
         done.add(number)
         if len(done) > _MOST_SEARCHED:
             raise LanguageError(
@@ -65,11 +65,23 @@ def _search(space: Space, node: Node) -> int:
                 f"{_MOST_SEARCHED} states: make it simpler."
             )
         for _, target in space.moves(at):
-            if far + 1 < best.get(target.number, NEVER) and _bound(space, target) < NEVER:
-                best[target.number] = far + 1
+            space.charge(1 + len(target.children))
+            known, _ = best.get(target.number, (NEVER, None))
+            if far + 1 < known and _bound(space, target) < NEVER:
+                best[target.number] = far + 1, at
                 bound = far + 1 + _bound(space, target)
                 heapq.heappush(queue, (bound, far + 1, target.number, target))
     return NEVER
+
+
+def _settle(best: dict[int, tuple[int, Node | None]], end: Node, total: int) -> int:
+    """The length of a word, which is that of the rest for every expression on the way."""
+    at: Node | None = end
+    while at is not None:
+        far, before = best[at.number]
+        at.least = total - far
+        at = before
+    return total
 
 
 def _bound(space: Space, node: Node) -> int:

@@ -40,13 +40,13 @@ class ToolCalls:
 
 def tool_language(space: Space, calls: ToolCalls) -> tuple[Node, tuple[str, ...]]:
     """The replies, and what of the tools' schemas they are not held to."""
-    options, unchecked = [], []
+    options, unchecked, text = [], [], CallText(space)
     for name, parameters in calls.tools:
         if not is_tool_name(name):
             if calls.forced:
                 raise LanguageError(f"The tool {name!r:.60} has a name that no call can write.")
             continue
-        arguments, left = _arguments(space, parameters)
+        arguments, left = _arguments(space, text, parameters)
         unchecked += [f"{keyword} in the parameters of {name}" for keyword in left]
         options.append(space.sequence([space.text(f"call:{name}"), arguments]))
     marked = [_symbol(space, _BEGIN), space.either(options), _symbol(space, _END)]
@@ -63,13 +63,13 @@ def tool_language(space: Space, calls: ToolCalls) -> tuple[Node, tuple[str, ...]
     return space.then(free, more), tuple(unchecked)
 
 
-def _arguments(space: Space, parameters: Any) -> tuple[Node, Sequence[str]]:
+def _arguments(space: Space, text: CallText, parameters: Any) -> tuple[Node, Sequence[str]]:
     parameters = parameters or {}
     if isinstance(parameters, Mapping) and not parameters.get("properties"):
         closed = "properties" in parameters or parameters.get("additionalProperties") is False
         if closed and not parameters.get("required") and "$ref" not in parameters:
             return space.text("{}"), ()
-    schema = SchemaLanguage(space, {"type": "object", **parameters}, CallText(space))
+    schema = SchemaLanguage(space, {"type": "object", **parameters}, text)
     return schema.build(), tuple(schema.unchecked)
 
 
@@ -100,7 +100,10 @@ class CallText(JsonText):
         return sorted(properties.items(), key=lambda item: item[0].lower())
 
     def _spellings(self, value: Any) -> list[Sequence[int]]:
-        return [_spelled(value)]
+        try:
+            return [_spelled(value)]
+        except UnicodeEncodeError:  # half of a surrogate pair, for which there is no escape here
+            return []
 
     def object_of(self, depth: int) -> Node:
         member = self.space.sequence([self.any_key(None), self.colon, self.value(depth - 1)])

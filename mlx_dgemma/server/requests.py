@@ -120,7 +120,10 @@ def _read_fields(engine: Engine, fields: Fields, read: Callable[[], Chat]) -> tu
     seed = read_seed(fields)
     image_tokens = fields.integer("image_tokens")
     messages, repaired = repair(chat.messages)
-    chat = replace(chat, messages=messages, wanted=chat.wanted or read_outputs(fields))
+    outputs = read_outputs(fields)
+    if outputs is not None and (chat.wanted is not None or chat.tools.forced):
+        raise fields.fail("structured_outputs", "given without another format and forced tools")
+    chat = replace(chat, messages=messages, wanted=chat.wanted or outputs)
     check_length(engine, [messages, chat.tools.declared], "messages")
     unknown = read_warnings(engine, fields, chat.max_tokens)
     warnings = (*chat.notes, *chat.tools.warnings, *repaired, *unknown)

@@ -14,6 +14,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
+from decimal import Decimal
+from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
@@ -333,6 +335,14 @@ def _additional_properties(
             yield from judge.descend(inner, rule, path=name)
 
 
+def _multiple_of(_: Any, step: Any, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
+    """Exactly, for 0.7 is a multiple of 0.1 as they are written, and none as binary fractions."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        exact, unit = (Fraction(Decimal(repr(number))) for number in (value, step))
+        if (exact / unit).denominator != 1:
+            yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step!r}")
+
+
 def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
     def timed(*given: Any) -> Any:
         _look_at_the_clock()
@@ -346,6 +356,7 @@ _KEYWORDS = {
     "pattern": _pattern,
     "patternProperties": _pattern_properties,
     "additionalProperties": _additional_properties,
+    "multipleOf": _multiple_of,
 }
 _Judge: Callable[..., Any] = jsonschema.validators.extend(
     jsonschema.Draft202012Validator, {name: _timed(known) for name, known in _KEYWORDS.items()}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import random
 import re
+import time
 from typing import Any
 
 import jsonschema
@@ -14,7 +16,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mlx_dgemma.constraints import Constraint, Language, LanguageError, expressions
+from mlx_dgemma.constraints import (
+    Constraint,
+    Language,
+    LanguageError,
+    ToolCalls,
+    expressions,
+)
+from mlx_dgemma.constraints.characters import Characters
+from mlx_dgemma.constraints.shortest import shortest_length
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
@@ -64,6 +74,32 @@ SCHEMAS: list[Any] = [
                {"properties": {"a": {"type": "integer", "maximum": 5}}, "required": ["a"]}]},
     TREE,
     True,
+    # Each was once given texts that do not satisfy it, or refused.
+    *({"type": "string", "pattern": pattern}
+      for pattern in ("(^|,)foo(,|$)", "(^a|b)c", "(?!x)^a", "(?i)^[^a-z]$", "^(?=a)|b$")),
+    {"allOf": [{"type": "string", "pattern": "a]"}, {"pattern": "^b"}, {"pattern": "c$"}]},
+    {"$ref": "#/$defs/a%20b~1c", "$defs": {"a b/c": {"type": "boolean"}}},
+    {"type": "object", "properties": {"a": {"$recursiveRef": "#"}}},
+    {"type": "string", "maxLength": 1, "not": {"enum": ["\b", "\x7f"]}},
+    {"enum": ["a", "bb", 3, 7, 0.5, True], "minLength": 2, "maximum": 3, "multipleOf": 1,
+     "not": {"const": True}},
+    {"const": "b", "enum": ["a", "b"], "anyOf": [{"pattern": "b"}, {"type": "null"}]},
+    {"allOf": [{"const": 1}, {"enum": [True, 1, 2]}]},
+    {"not": {"type": ["object", "array", "number"]}},
+    {"type": "object", "properties": {"xa": {"type": "string"}}, "required": ["xa", "xb", "y"],
+     "patternProperties": {"^x": {"minLength": 2}, "b$": {"maxLength": 3, "type": "string"}}},
+    {"type": "object", "patternProperties": {"^x": {"type": "integer"}, "y$": {"const": 1}},
+     "additionalProperties": False, "minProperties": 1},
+    {"type": "object", "propertyNames": {"const": "k"}, "minProperties": 1},
+    {"type": "object", "propertyNames": False},
+    {"type": "object", "properties": {"a": True, "bc": True}, "propertyNames": {"minLength": 2},
+     "patternProperties": {"d$": {"type": "null"}}},
+    {"type": "number", "minimum": 1e-8, "exclusiveMaximum": 2e-8},
+    {"type": "number", "minimum": -1.7976931348623157e308, "maximum": 1.7976931348623157e308},
+    {"type": "number", "minimum": -3.4028234663852886e38, "maximum": 3.4028234663852886e38},
+    {"type": "number", "multipleOf": 0.25, "exclusiveMinimum": 0.3, "maximum": 2},
+    {"type": "integer", "multipleOf": 2.5},
+    {"type": "integer", "allOf": [{"multipleOf": 4}, {"multipleOf": 6}], "minimum": 1},
 ]  # fmt: skip
 
 
@@ -112,8 +148,8 @@ def test_every_text_satisfies_its_schema(schema: Any) -> None:
     [
         ({"type": "null", "const": None}, ()),
         ({"const": "a", "description": "d"}, ()),
-        ({"const": "a", "pattern": "b"}, ("enum",)),
-        ({"enum": ["a", "bb"], "minLength": 2}, ("enum",)),
+        ({"enum": ["a", "bb"], "minLength": 2}, ()),
+        ({"enum": [[1], "a"], "minItems": 2}, ("enum",)),
     ],
 )
 def test_what_else_is_asked_of_constants_is_checked_later(
@@ -123,6 +159,27 @@ def test_what_else_is_asked_of_constants_is_checked_later(
     assert language.unchecked == unchecked
 
 
+@pytest.mark.parametrize(
+    ("schema", "says"),
+    [
+        ({"$ref": "#name", "$defs": {"a": {"$anchor": "name"}}}, "only references into itself"),
+        ({"$dynamicRef": "#name"}, "only references into itself"),
+        ({"properties": {"a": True}, "required": ["b"], "additionalProperties": False}, "forbids"),
+        ({"not": {}}, "No text"),
+        ({"const": "a", "enum": ["b"]}, "No text"),
+        ({"enum": []}, "at least one value"),
+        ({"type": "number", "minimum": 1e300}, "more than 40 digits"),
+    ],
+)
+def test_what_has_no_text_is_refused(schema: Any, says: str) -> None:
+    assert says in refusal(schema)
+
+
+def test_names_that_may_come_twice_are_checked_later() -> None:
+    schema = {"type": "object", "additionalProperties": {"type": "integer"}, "minProperties": 2}
+    assert Constraint.json_schema(schema).language(tokenizer(), 896).unchecked == ("minProperties",)
+
+
 def test_a_constant_of_another_type_is_no_text() -> None:
     with pytest.raises(LanguageError, match="No text satisfies"):
         Constraint.json_schema({"type": "object", "const": None}).language(tokenizer(), 896)
@@ -130,8 +187,6 @@ def test_a_constant_of_another_type_is_no_text() -> None:
 
 def test_a_language_that_grows_is_refused_by_a_count(monkeypatch: pytest.MonkeyPatch) -> None:
     """A clock refused the tools of an agent once in forty requests, while others were served."""
-    import time
-
     hours = iter(range(0, 10**9, 3600))
     monkeypatch.setattr(time, "monotonic", lambda: float(next(hours)))
     tool = {"type": "object", "properties": {"q": {"type": "string"}}}
@@ -144,10 +199,54 @@ def test_a_language_that_takes_long_to_make_is_refused_by_a_count(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Five tools with a parameter of this kind took 17 seconds (tests/server/bombs.py, seed 8)."""
-    monkeypatch.setattr(expressions, "MOST_WORK", 50_000)
-    schema = {"type": "number", "minimum": -5e-324, "maximum": 5e-324, "multipleOf": 1e-300}
+    monkeypatch.setattr(expressions, "MOST_WORK", 2_000)
+    schema = {"type": "number", "minimum": -1e20, "maximum": 1e20}
     with pytest.raises(LanguageError, match="takes too long to prepare"):
         Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+
+
+def test_what_multiplies_is_refused_in_a_moment() -> None:
+    """Twenty lookaheads took 1.6 seconds; a class of 6,000 characters, minutes."""
+    letters = "abcdefghijklmnopqrst"
+    hostile = [
+        Constraint.regex("".join(f"(?=.*{letter})" for letter in letters) + ".*"),
+        Constraint.regex("[" + "".join(chr(0x4E00 + 3 * n) for n in range(6000)) + "]+"),
+        Constraint.json_schema({"allOf": [{"pattern": f"{a}.*{a}"} for a in letters]}),
+        Constraint.json_schema({"type": "number", "minimum": -1e20, "multipleOf": 0.999}),
+        Constraint.json_schema({"required": [f"k{n}" for n in range(9000)]}),
+    ]
+    started = time.process_time()
+    for constraint in hostile:
+        with pytest.raises(LanguageError, match="simpler"):
+            constraint.language(tokenizer(), len(tokenizer()))
+    assert time.process_time() - started < 2 * len(hostile)  # on a busy machine
+
+
+def test_long_lists_are_made_in_a_moment() -> None:
+    """They are looked at where a text reaches them; 5,000 long texts took a second."""
+    texts = ["".join(random.Random(n).choices("abcdefghij", k=39)) for n in range(5000)]
+    numbers = {"allOf": [{"enum": [*range(3000)]}, {"enum": [*range(1500, 4500)]}]}
+    started = time.process_time()
+    language = Constraint.choice(texts).language(tokenizer(), len(tokenizer()))
+    assert {walk(language, random.Random(seed)) for seed in range(5)} <= {*texts}
+    language = Constraint.json_schema(numbers).language(tokenizer(), len(tokenizer()))
+    assert 1500 <= int(walk(language, random.Random(1))) < 3000
+    assert time.process_time() - started < 4  # on a busy machine
+
+
+def test_a_list_is_the_same_however_it_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(50):
+        rng = random.Random(seed)
+        words = ["".join(rng.choices("ab", k=rng.randrange(6))) for _ in range(rng.randrange(1, 9))]
+        space = expressions.Space()
+        for many in (2_000, 0):
+            monkeypatch.setattr(expressions, "_MANY", many)
+            node = space.choice([word.encode() for word in words])
+            assert shortest_length(space, node) == min(map(len, words))
+            for length in range(7):
+                for word in itertools.product("ab", repeat=length):
+                    held = space.holds(node, "".join(word).encode())
+                    assert held == ("".join(word) in words)
 
 
 KEYWORDS = """type enum const anyOf oneOf allOf not items prefixItems minItems properties required
@@ -217,6 +316,49 @@ def test_a_json_object_is_one() -> None:
     language = Constraint.json_object().language(tokenizer(), len(tokenizer()))
     texts = [walk(language, random.Random(seed)) for seed in range(25)]
     assert all(isinstance(json.loads(text), dict) for text in texts)
+
+
+@pytest.mark.parametrize(
+    "pattern",
+    ["(?i)[^a-z]{3}", "(?i)[^k\u00e9]", "(?i)[^\u0131]", "(?i)[k-m\u00e9]+", "a?b|^c", "(^a|b)c"],
+)
+def test_every_text_of_a_pattern_that_once_held_others(pattern: str) -> None:
+    language = Constraint.regex(pattern).language(tokenizer(), len(tokenizer()))
+    for seed in range(25):
+        text = walk(language, random.Random(seed))
+        assert re.fullmatch(pattern, text), text
+
+
+@pytest.mark.parametrize(
+    ("one", "others"),
+    [
+        ("k", "K\u212a"),
+        ("s", "S\u017f"),
+        ("\u00e9", "\u00c9"),
+        ("i", "I\u0130\u0131"),
+        ("\u03c3", "\u03a3\u03c2"),
+    ],
+)
+def test_a_class_without_a_letter_is_without_its_other_cases(one: str, others: str) -> None:
+    excluded = Characters.of(one).every_case()
+    assert all(other in excluded for other in one + others)
+    assert "z" not in excluded
+
+
+@pytest.mark.parametrize("pattern", [r"\01", r"\x+1", r"\u{}", r"\u{110000}", r"\p{L}", r"a?^b"])
+def test_what_a_pattern_cannot_say_is_refused(pattern: str) -> None:
+    with pytest.raises(LanguageError, match="regular expression"):
+        Constraint.regex(pattern).language(tokenizer(), len(tokenizer()))
+
+
+def test_half_a_surrogate_pair_is_no_text() -> None:
+    """In a schema it is an escape; a choice or the call of a tool has none."""
+    with pytest.raises(LanguageError, match="half of a surrogate pair"):
+        Constraint.choice(["a", "\ud83d"]).language(tokenizer(), len(tokenizer()))
+    parameters = {"type": "object", "properties": {"a": {"enum": ["x", "\ud83d"]}, "\ud83d": True}}
+    calls = ToolCalls((("t", {**parameters, "required": ["a"]}),), forced=True)
+    language = Constraint.tool_calls(calls).language(tokenizer(), len(tokenizer()))
+    assert 'a:<|"|>x<|"|>' in walk(language, random.Random(1))
 
 
 atoms = st.sampled_from(

@@ -59,6 +59,8 @@ def problem(wanted: Wanted, text: str) -> str | None:
         ({"pattern": "^[A-C]{2}-\\d+$"}, "AD-1", "does not match"),
         ({"uniqueItems": True}, [1, 1], "non-unique"),
         ({"multipleOf": 0.5}, 0.7, "not a multiple of 0.5"),
+        ({"multipleOf": 0.1, "maximum": 0.6}, 0.7, "greater than the maximum"),
+        ({"$ref": "#/$defs/a%20b", "$defs": {"a b": {"const": 1}}}, 2, "1 was expected"),
         ({"allOf": [{"type": "integer"}, {"minimum": 3}]}, 2, "less than the minimum"),
         ({"prefixItems": [{"const": 1}], "items": False}, [1, 2], "at most 1 item"),
         (
@@ -111,6 +113,7 @@ def test_any_of_and_one_of() -> None:
     "value",
     [
         3, {"type": "tree"}, {"$ref": "#/x"}, {"$ref": "other.json"}, {"$ref": "https://a.b/c"},
+        {"$dynamicRef": "#name"}, {"$ref": "#name", "$anchor": "name"},
         {"$ref": "#"}, {"type": "object", "properties": 3}, {"minLength": "2"}, {"anyOf": []},
         {"multipleOf": 0}, {"pattern": 3}, {"type": "object", "required": "a"},
         {"allOf": [{"$ref": "#/$defs/a"}], "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}},
@@ -313,6 +316,13 @@ def test_schemas_of_every_day_are_taken_and_judged(value: Any, right: Any, wrong
     assert made.constraint.language(tokenizer(), 896).automaton.start > 1
 
 
+def form(value: Any = PERSON) -> dict[str, Any]:
+    return {"type": "json_schema", "json_schema": {"name": "person", "schema": value}}
+
+
+TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+
+
 @pytest.fixture
 def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
     """Scripts what infilling gives; returns the list of (text, options) it was asked."""
@@ -330,10 +340,6 @@ def filled(monkeypatch: pytest.MonkeyPatch) -> Any:
         return asked
 
     return script
-
-
-def form(value: Any = PERSON) -> dict[str, Any]:
-    return {"type": "json_schema", "json_schema": {"name": "person", "schema": value}}
 
 
 @pytest.fixture(scope="module")
@@ -417,6 +423,22 @@ def test_what_cannot_be_followed_is_refused_within_a_second(
     assert says in reply.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"response_format": {"type": "json_object"}},
+        {"response_format": form()},
+        {"tools": [TOOL], "tool_choice": "required"},
+    ],
+)
+def test_two_things_that_a_reply_must_be_are_refused(serve: Open, other: Any) -> None:
+    """The second was ignored with a warning, or without one."""
+    body = {"messages": user(), "structured_outputs": {"regex": "a"}, **other}
+    reply = serve(Script("unused")).post(CHAT, json=body)
+    assert reply.status_code == 400
+    assert "given without another format" in reply.json()["error"]["message"]
+
+
 def test_what_no_automaton_holds_is_checked_and_reported(serve: Open) -> None:
     value = {"type": "array", "items": {"type": "integer"}, "uniqueItems": True}
     body = {"messages": user(), "response_format": form(value)}
@@ -431,9 +453,6 @@ def test_max_tokens_cuts_a_structured_reply(demo: TestClient) -> None:
     assert got["usage"]["completion_tokens"] == 3
     assert got["choices"][0]["finish_reason"] == "length"
     assert got["choices"][0]["message"]["content"].startswith("{")
-
-
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
 
 
 def test_with_tools_the_model_may_call_or_answer_in_the_schema(demo: TestClient) -> None:
