@@ -153,7 +153,10 @@ def check_name(path: str | Path) -> None:
     try:
         os.lstat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
-        pass
+        # Which is also said of a name too long in a folder that is not there.
+        if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):
+            name = printable(str(path))
+            raise InputError(f"{name} cannot be written: File name too long.") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
         raise InputError(f"{printable(str(path))} cannot be written: {why}.") from error
