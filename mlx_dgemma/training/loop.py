@@ -172,7 +172,10 @@ class Trainer:
         try:
             self._apply.restore(state)
         except KeyError as error:
-            raise CheckpointError(f"{path} is damaged: delete it to begin again.") from error
+            raise CheckpointError(
+                f"{path} is damaged, or another version's: delete it to begin again, or go on from "
+                "the adapter beside it with --resume-adapter-file."
+            ) from error
         self.step = self._saved = step
         return True
 
