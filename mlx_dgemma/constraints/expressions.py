@@ -32,7 +32,7 @@ MOST_EXPRESSIONS = 60_000
 MOST_WORK = 500_000
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
-_MANY = 2_000  # symbols of a choice from which on it is not built as a whole
+_MANY = 8_000  # symbols of a choice from which on it is not built as a whole
 _DIGITS, _POINT = ((1 << 10) - 1) << ord("0"), 1 << ord(".")
 
 
@@ -48,7 +48,7 @@ class Space:
         self._most = most
         self._lists: list[list[tuple[int, ...]]] = []
         self._ranges: list[tuple[int, int, int, int]] = []
-        self._places: dict[tuple[int, int, int, int], int] = {}
+        self._places: dict[tuple[int, ...], int] = {}
         self._work, self._most_work = 0, float("inf")
         self.none = self._make("none", (), False, 0)
         self.empty = self._make("empty", (), True, 0)
@@ -176,7 +176,9 @@ class Space:
         if depth == 0:  # for whoever asks which symbols the language tells apart
             symbols = tuple(self.symbols(1 << one) for one in sorted({*chain.from_iterable(words)}))
         self.charge(mask.bit_count())
-        place = self._places.setdefault((number, low, high, depth), len(self._places))
+        # A single word's end is the same in whichever list it stands.
+        key = (number, low, high, depth) if high - low > 1 else (-1, *words[low][depth:])
+        place = self._places.setdefault(key, len(self._places))
         if place == len(self._ranges):
             self._ranges.append((number, low, high, depth))
         node = self._make("words", symbols, ended, mask, place)
