@@ -95,8 +95,11 @@ async def _half_a_number(scope: Any, receive: Any, send: Any) -> None:
 def test_what_breaks_a_bound_is_seen(app: Any, broken: str | None) -> None:
     requests = [("POST", "/v1/chat/completions", bounds.JSON, b"{}")]
     seen = bounds.check(lambda: nullcontext(app), requests, None, repeat=bounds.longest_pause)
-    assert len(seen.broken()) == (broken is not None), seen.broken()
-    assert broken is None or broken in seen.broken()[0]
+    found = seen.broken()
+    if broken is None:
+        assert not found
+    else:  # on a slow machine 300 MB take so long to fill that the loop stands still, too
+        assert any(broken in one for one in found), found
 
 
 def test_a_pause_counts_as_it_repeats_in_a_new_process(monkeypatch: pytest.MonkeyPatch) -> None:
