@@ -24,7 +24,8 @@ class Groups:
     ) -> None:
         """classes: int [SYMBOLS], from 1 on. loops: uint64 [3] each, sets as in `Vocabulary`."""
         self._vocabulary, self._classes, self._loops = vocabulary, classes, list(loops)
-        self.loops = len(loops)
+        self._base = int(classes.max()) + 1
+        self._heads = self._base**_HEAD
         self._of = np.full(vocabulary.size, -1, dtype=np.int32)
         self._keys = np.zeros(0, dtype=np.int64)  # ascending
         self._number = np.zeros(0, dtype=np.int32)  # of each key, -1 for one that was split
@@ -35,6 +36,11 @@ class Groups:
 
     def __len__(self) -> int:
         return self.one.size
+
+    @property
+    def loops(self) -> int:
+        """How many were known."""
+        return len(self._loops)
 
     @property
     def nbytes(self) -> int:
@@ -87,7 +93,8 @@ class Groups:
         self.one = np.concatenate([self.one, ones])
         self._key = np.concatenate([self._key, keys])
         self.single = np.concatenate([self.single, np.full(ones.size, single)])
-        self.held = np.concatenate([self.held, self._held(ones)])
+        held = (keys // self._heads // 4).astype(np.uint8)  # the key begins with them
+        self.held = np.concatenate([self.held, held])
 
     def _held(self, ids: np.ndarray) -> np.ndarray:
         """uint8: the loops that hold each id's later symbols, a bit each."""
@@ -104,11 +111,11 @@ class Groups:
         longer = later < begin + vocabulary.lengths.take(ids)
         key = self._held(ids) * np.int64(2) + longer
         key = key * 2 + vocabulary.is_stop.take(ids)
-        base, head = int(self._classes.max()) + 1, later - begin
+        head = later - begin
         last = vocabulary.symbols.size - 1
         for place in range(_HEAD):
             symbol = vocabulary.symbols.take(np.minimum(begin + place, last))
-            key = key * base + np.where(place < head, self._classes.take(symbol), 0)
+            key = key * self._base + np.where(place < head, self._classes.take(symbol), 0)
         return key
 
 
@@ -123,7 +130,7 @@ def symbol_classes(language: Node) -> np.ndarray:
         if node.kind == "set":
             masks.add(node.mask)
         elif node.kind == "multiple":
-            masks |= {1 << symbol for symbol in range(ord("0"), ord("9") + 1)}
+            masks |= {1 << symbol for symbol in b".0123456789"}
         for child in node.children:
             if child.number not in known:
                 known.add(child.number)

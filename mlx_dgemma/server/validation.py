@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from datetime import datetime
 from decimal import Decimal
-from fractions import Fraction
 from typing import Any
 from urllib.parse import unquote
 
@@ -23,6 +22,7 @@ import jsonschema
 import referencing
 import regex
 
+from mlx_dgemma.constraints.keywords import is_multiple
 from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.keyword_shapes import well_formed
 
@@ -337,10 +337,9 @@ def _additional_properties(
 
 def _multiple_of(_: Any, step: Any, value: Any, __: Any) -> Iterator[jsonschema.ValidationError]:
     """Exactly, for 0.7 is a multiple of 0.1 as they are written, and none as binary fractions."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        exact, unit = (Fraction(Decimal(repr(number))) for number in (value, step))
-        if (exact / unit).denominator != 1:
-            yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step!r}")
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if is_number and not is_multiple(Decimal(repr(value)), Decimal(repr(step))):
+        yield jsonschema.ValidationError(f"{value!r} is not a multiple of {step!r}")
 
 
 def _timed(keyword: Callable[..., Any]) -> Callable[..., Any]:
