@@ -36,7 +36,7 @@ from mlx_dgemma.convert.source import (
 from mlx_dgemma.convert.stream import DTYPES, write_shards
 from mlx_dgemma.convert.workspace import Workspace, check_target
 from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
-from mlx_dgemma.files import check_name, read_json
+from mlx_dgemma.files import check_name, expanded, read_json
 from mlx_dgemma.headers import INDEX
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise InputError(f"dtype {dtype!r} is unknown; use {', '.join(DTYPES)}.")
     check_name(mlx_path)
-    target = Path(mlx_path).expanduser().resolve()
+    target = expanded(mlx_path).resolve()
     remote = local_folder(hf_path) is None
     if remote and not dry_run:
         small = resolve_source(str(hf_path), revision, weights=False)

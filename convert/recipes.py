@@ -8,7 +8,6 @@ module's path decides. Patterns are shell patterns on paths such as
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import read_argument
+from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
 # Group sizes and bits that MLX's modes have; the first is the mode's default.
 MODE_CHOICES: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
@@ -292,15 +293,12 @@ def parse_rule(text: str) -> Rule:
 
 def read_rules(path: Path) -> list[Rule]:
     """Rules from a file: a JSON object {pattern: precision}, or one PATTERN=PRECISION a line."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: the rules cannot be read ({error}).") from error
+    text = read_argument(path, "rules file")
     if text.lstrip().startswith("{"):
         try:
-            items = json.loads(text).items()
-        except ValueError as error:
-            raise InputError(f"{path}: not valid JSON ({error}).") from error
+            items = parse(text).items()
+        except UntrustedJSONError as error:
+            raise InputError(f"The rules file {path} {error}.") from error
         return [Rule(key, parse_precision(str(value)), must_match=True) for key, value in items]
     lines = (line.split("#")[0].strip() for line in text.splitlines())
     return [parse_rule(line) for line in lines if line]

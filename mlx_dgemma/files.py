@@ -13,10 +13,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mlx_dgemma.errors import CheckpointError, InputError
 from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse, printable
+
+T = TypeVar("T")
 
 _KINDS = (
     (stat.S_ISDIR, "a folder"),
@@ -50,7 +52,25 @@ def open_regular(path: str | Path) -> io.BufferedReader:
     if kind is not None:
         os.close(descriptor)
         raise OSError(None, f"it is {kind}, not a file")
-    return os.fdopen(descriptor, "rb")
+    return io.BufferedReader(_Regular(descriptor))
+
+
+class _Regular(io.FileIO):
+    """A file whose data is there: one of the kernel's that would have to be waited for is none."""
+
+    def readinto(self, buffer: Any, /) -> int:
+        count: int | None = super().readinto(buffer)
+        return _there(count)
+
+    def readall(self) -> bytes:
+        content: bytes | None = super().readall()
+        return _there(content)
+
+
+def _there(got: T | None) -> T:
+    if got is None:
+        raise OSError(None, "it has no data yet")
+    return got
 
 
 def _kind(mode: int) -> str | None:
@@ -142,6 +162,11 @@ def replacing(path: Path, suffix: str = ".part", *, sync: bool = False) -> Itera
             beside.unlink(missing_ok=True)
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with `~` and `~user` replaced where there is such a user."""
+    return Path(os.path.expanduser(path))
+
+
 def is_plain(name: str) -> bool:
     """Whether a name that stands in a file may be one of a file beside it."""
     short = len(name.encode("utf-8", "replace")) <= _LONGEST_NAME
@@ -151,7 +176,7 @@ def is_plain(name: str) -> bool:
 def check_name(path: str | Path) -> None:
     """Refuses what no file can be called: a name too long, a null character, a loop of links."""
     try:
-        os.lstat(path)
+        os.stat(path)
     except (FileNotFoundError, NotADirectoryError, PermissionError):
         # Which is also said of a name too long in a folder that is not there.
         if any(len(os.fsencode(part)) > _LONGEST_NAME for part in Path(path).parts):

@@ -21,6 +21,7 @@ from mlx_dgemma.checkpoint.sizes import (
 from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.distributed import joining
 from mlx_dgemma.errors import ResourceError
+from mlx_dgemma.files import expanded
 from mlx_dgemma.machine.hardware import Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.model.config import ModelConfig
@@ -102,7 +103,7 @@ def prepare(
         from mlx_dgemma.checkpoint.hub import resolve_model  # huggingface-hub takes a moment
 
         folder = resolve_model(source, revision=revision, weights=weights, progress=progress)
-    stored = weights or source is None or os.path.isdir(Path(source).expanduser())
+    stored = weights or source is None or os.path.isdir(expanded(source))
     here = machine()
     config, widened = computed_config(folder, dtype)
     beside = 0 if adapter_path is None else adapter_bytes(adapter_path)

@@ -23,6 +23,7 @@ from mlx_dgemma.cli.show_reply import Reply, print_summary, receive
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
+from mlx_dgemma.files import expanded
 from mlx_dgemma.prompt.media import Medium
 from mlx_dgemma.prompt.messages import check_messages
 from mlx_dgemma.prompt.patches import ImageProcessor
@@ -74,7 +75,7 @@ class Conversation:
         """Reads a picture for the next message. It is prepared once for all turns."""
         model = self.session.model
         if "://" not in source[:16]:
-            source = str(Path(source).expanduser().absolute())
+            source = str(expanded(source).absolute())
         image = ImageProcessor.from_config(model.config).prepare(open_picture(source))
         self.shown.append({"type": "image", "image": image, "path": source})
         return Medium.of(image)
@@ -248,14 +249,14 @@ def _save(talk: Conversation, rest: str) -> str:
         raise InputError("/save takes a file name.")
     if not talk.turns:
         raise InputError("There is nothing to save yet.")
-    talk.save(Path(rest).expanduser())
+    talk.save(expanded(rest))
     return f"Saved {_turns(talk)} to {rest}."
 
 
 def _load(talk: Conversation, rest: str) -> str:
     if not rest:
         raise InputError("/load takes a file name.")
-    talk.load(Path(rest).expanduser())
+    talk.load(expanded(rest))
     return f"Continuing {rest}: {_turns(talk)}."
 
 

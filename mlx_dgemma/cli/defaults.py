@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.files import read_text
+from mlx_dgemma.files import expanded, read_text
 
 MODEL_VARIABLE = "MLX_DGEMMA_MODEL"
 FILE_VARIABLE = "MLX_DGEMMA_CONFIG"
@@ -30,7 +30,7 @@ _OTHER_MODELS = ("--synthetic", "--demo", "--replay")
 def config_file() -> Path:
     """MLX_DGEMMA_CONFIG, else mlx_dgemma/config.toml in XDG_CONFIG_HOME (~/.config)."""
     if given := os.environ.get(FILE_VARIABLE):
-        return Path(given).expanduser()
+        return expanded(given)
     folder = os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config"
     return Path(folder) / "mlx_dgemma" / "config.toml"
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.errors import CheckpointError, InputError
-from mlx_dgemma.files import read_text
+from mlx_dgemma.files import expanded, read_text
 from mlx_dgemma.prompt.messages import check_messages, declared, merge_turns
 from mlx_dgemma.prompt.tokenizer import SPELLINGS
 
@@ -168,7 +168,7 @@ def read_template(template: str | Path) -> str:
     source = template if isinstance(template, str) else ""
     if "{{" not in source and "{%" not in source:
         try:
-            source = read_text(Path(template).expanduser())
+            source = read_text(expanded(template))
         except OSError as error:
             raise InputError(
                 f"The chat template {template} cannot be read ({error.strerror}): name a Jinja "

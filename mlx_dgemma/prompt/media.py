@@ -16,7 +16,7 @@ from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt.chat_template import Piece, encode_messages
 from mlx_dgemma.prompt.messages import IMAGE_PARTS, VIDEO_PARTS, check_messages
 from mlx_dgemma.prompt.patches import ImageProcessor, PreparedImage
-from mlx_dgemma.prompt.pictures import LOCAL, Access, open_picture
+from mlx_dgemma.prompt.pictures import LOCAL, Access, Picture, open_picture
 from mlx_dgemma.prompt.tokenizer import SPELLINGS, Tokenizer
 from mlx_dgemma.prompt.video import Sampling, open_video, timestamp
 
@@ -280,13 +280,26 @@ class _Reader:
         if count is not None and rate is not None:
             raise InputError(f"{where} has both num_frames and fps: keep one of the two.")
         sampling = Sampling(processor.num_frames if count is None else int(count), rate)
+        room = self._config.text.max_position_embeddings
+
+        def prepare(frame: Picture) -> PreparedImage:
+            nonlocal room
+            prepared = processor.prepare(frame, processor.frame_tokens)
+            room -= prepared.soft_tokens
+            if room < 0:
+                raise InputError(
+                    f"The frames of {frame.name} do not fit into the context: ask for fewer."
+                )
+            return prepared
+
         video = open_video(
             source,
             sampling,
             source_fps=_number(part, "source_fps", where),
             access=self._access,
+            keep=prepare,
         )
-        frames = [processor.prepare(frame, processor.frame_tokens) for frame in video.frames]
+        frames: list[PreparedImage] = video.frames
         soft = sum(frame.soft_tokens for frame in frames)
         first = frames[0]
         self.media.append(Medium(video.name, first.width, first.height, soft, len(frames)))

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import math
-import struct
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -26,6 +24,12 @@ from PIL import Image, UnidentifiedImageError
 
 from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt.download import MAX_BYTES, MAX_SECONDS, Resolver, any_address, fetch
+from mlx_dgemma.prompt.picture_files import (
+    TooManyPartsError,
+    count_scans,
+    counted,
+    hidden_bytes,
+)
 
 MAX_PIXELS = 50_000_000  # of any picture
 _MEMORY = 200 << 20  # bytes that reading one picture may take
@@ -33,7 +37,7 @@ _MEMORY = 200 << 20  # bytes that reading one picture may take
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "LA": 4, "PA": 4}
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 8, "JPEG2000": 20}
 _PROGRESSIVE_BYTES = 6  # the coefficients of a whole JPEG
-_ICON_SIDE = 1024
+_MOST_SCANNED = 1_000_000_000  # pixels of all scans of a progressive JPEG; a usual one has ten
 _STRIP = 1 << 20  # pixels that are laid over white at a time
 # Formats that are pictures and nothing else: no documents, no programs that draw.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO",
@@ -170,6 +174,10 @@ def decoding(name: str) -> Iterator[None]:
             ) from None
         except (Image.DecompressionBombError, Image.DecompressionBombWarning, MemoryError):
             raise too_large(name) from None
+        except TooManyPartsError:
+            raise InputError(
+                f"{name} is made of too many small parts to be read: save it anew."
+            ) from None
         except Exception as error:  # decoders raise anything on untrusted bytes
             reason = " ".join(str(error).split()).rstrip(".") or type(error).__name__
             raise InputError(f"{name} is damaged or truncated: {reason}.") from error
@@ -189,14 +197,19 @@ def open_image(content: bytes | Path, name: str) -> Image.Image:
     try:
         _allow_heif(content, name)
         readable = [form for form in FORMATS if form in Image.OPEN]
-        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        file = counted(content)
         image = Image.open(file, formats=readable)
     except PermissionError:
         raise InputError(f"{name} cannot be read: permission denied.") from None
-    if image.format == "ICO":
-        _check_icon(image, name)
-    if image.info.get("progressive") and image.width * image.height > MAX_PIXELS // 2:
-        raise too_large(name, image.size)
+    hidden = hidden_bytes(image, content)
+    if hidden and hidden + _cost(image) > _MEMORY:
+        raise too_large(name)
+    if image.info.get("progressive"):
+        if image.width * image.height > MAX_PIXELS // 2:
+            raise too_large(name, image.size)
+        scans = count_scans(content)
+        if scans * image.width * image.height > _MOST_SCANNED:
+            raise InputError(f"{name} has {scans:,} scans, too many to be read: save it anew.")
     if image.format in ("JPEG", "MPO") and _cost(image) > _MEMORY:
         # Half, a quarter or an eighth of the size, which the decoder gives for less memory.
         shrink = math.sqrt(_cost(image) / _MEMORY)
@@ -243,16 +256,6 @@ def _cost(image: Image.Image) -> int:
     if image.format in ("JPEG", "MPO") and _turn(image) is not None:
         each += 4
     return image.width * image.height * each
-
-
-def _check_icon(image: Any, name: str) -> None:
-    """An icon's pictures have sizes of their own, beside those in its list."""
-    for entry in image.ico.entry:
-        image.ico.buf.seek(entry.offset)
-        head = image.ico.buf.read(24)
-        size = struct.unpack(">II", head[16:24]) if head[:4] == b"\x89PNG" else (0, 0)
-        if max(size) > _ICON_SIDE:
-            raise too_large(name, size)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -184,7 +184,7 @@ def test_rules_from_files(tmp_path):
     as_json.write_text("{")
     with pytest.raises(InputError, match="not valid JSON"):
         read_rules(as_json)
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="Cannot read the rules file"):
         read_rules(tmp_path / "absent")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -41,3 +42,10 @@ def animation(count: int = 5, form: str = "GIF", duration: object = 100) -> byte
     return saved(
         frames[0], form, save_all=True, append_images=frames[1:], duration=duration, **options
     )
+
+
+def gif(frames: int, between: bytes = b"", size: tuple[int, int] = (1, 1)) -> bytes:
+    """A GIF of frames of one pixel each, with something between them."""
+    head = b"GIF89a" + struct.pack("<HHBBB", *size, 0x80, 0, 0) + b"\0\0\0\xff\xff\xff"
+    frame = b"," + struct.pack("<HHHHB", 0, 0, 1, 1, 0) + b"\x02\x02\x44\x01\x00"
+    return head + (between + frame) * frames + b";"

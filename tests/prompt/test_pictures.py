@@ -23,7 +23,7 @@ from mlx_dgemma.prompt.pictures import (
     open_picture,
     to_rgb,
 )
-from tests.prompt.drawings import animation, photograph, saved
+from tests.prompt.drawings import animation, gif, photograph, saved
 
 PICTURE = photograph(40, 30)
 FILES = {
@@ -159,6 +159,73 @@ def test_pictures_of_too_many_pixels_are_refused_before_they_are_read(size, recw
     assert not recwarn.list
     assert "million pixels" in refusal(np.broadcast_to(np.uint8(0), size[::-1]))
     assert size[0] * size[1] > MAX_PIXELS
+
+
+@pytest.fixture
+def few_looks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mlx_dgemma.prompt.picture_files._LOOKS", 8_000)
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_file_of_millions_of_parts_is_refused_after_some() -> None:
+    """Comments of one byte each took 35 times their size, and held every other thread."""
+    comment = b"!\xfe\x01a\0"
+    assert open_picture(gif(3, comment * 1000)).image.size == (1, 1)
+    assert "too many small parts" in refusal(gif(1, comment * 5_000))
+    chunk = b"\0\0\0\0abcd" + struct.pack(">I", zlib.crc32(b"abcd"))
+    png = FILES["PNG"]
+    assert open_picture(png[:33] + chunk * 1000 + png[33:]).image.size == (40, 30)
+    assert "too many small parts" in refusal(png[:33] + chunk * 5_000 + png[33:])
+
+
+@pytest.mark.usefixtures("few_looks")
+def test_a_file_on_the_disk_is_counted_too(tmp_path) -> None:
+    path = tmp_path / "a.gif"
+    path.write_bytes(gif(1, b"!\xfe\x01a\0" * 5_000))
+    assert "a.gif is made of too many small parts" in refusal(path)
+
+
+def test_a_jpeg_of_thousands_of_scans_is_refused() -> None:
+    """A scan of a few bytes goes through all the pixels."""
+    usual = saved(photograph(300, 300), "JPEG", progressive=True)
+    assert open_picture(usual).image.size == (300, 300)
+    scan = usual[usual.rindex(b"\xff\xda") : -2]
+    assert "scans, too many to be read" in refusal(usual[:-2] + scan * 12_000 + usual[-2:])
+
+
+def test_a_tiff_whose_tile_is_larger_than_it_is_refused() -> None:
+    def tag(number: int, value: int) -> bytes:
+        return struct.pack("<HHII", number, 4, 1, value)
+
+    data = zlib.compress(b"\0" * 256)
+    for side, words in ((16, ""), (20_000, "MB of memory")):
+        tags = {256: 10, 257: 10, 258: 8, 259: 8, 262: 1, 277: 1, 322: side, 323: side,
+                324: 8, 325: len(data)}  # fmt: skip
+        place = 8 + len(data)
+        directory = struct.pack("<H", len(tags)) + b"".join(tag(*one) for one in tags.items())
+        content = b"II*\0" + struct.pack("<I", place) + data + directory + bytes(4)
+        if words:
+            assert words in refusal(content)
+        else:
+            assert open_picture(content).image.size == (10, 10)
+
+
+@pytest.mark.parametrize("options", [{"tile_size": (4, 4)}, {"codeblock_size": (4, 4)}])
+def test_a_jpeg_2000_of_tiny_pieces_is_refused(
+    options: dict[str, tuple[int, int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """62,500 tiles took 730 MB; a code block of 4x4 takes as much as one of 64x64."""
+    monkeypatch.setattr("mlx_dgemma.prompt.pictures._MEMORY", 20 << 20)
+    small, large = Image.new("RGB", (90, 90)), Image.new("RGB", (500, 500))
+    assert open_picture(saved(small, "JPEG2000", **options)).image.size == (90, 90)
+    usual = {"tile_size": (256, 256), "codeblock_size": (32, 32), "precinct_size": (128, 128)}
+    assert open_picture(saved(large, "JPEG2000", **usual)).image.size == (500, 500)
+    assert "MB of memory" in refusal(saved(large, "JPEG2000", **options))
+
+
+def test_a_plain_ppm_is_read_up_to_a_size() -> None:
+    assert open_picture(b"P3 2 1 255 " + b"1 2 3 " * 2).image.getpixel((1, 0)) == (1, 2, 3)
+    assert "too many small parts" in refusal(b"P3 2 1 255 " + b"1 " * (9 << 20))
 
 
 def test_a_picture_of_no_width():

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 import builtins
 import io
+from typing import Any
 
 import numpy as np
 import pytest
 
+from mlx_dgemma.demo import CHECKPOINT
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.model.config import ModelConfig
+from mlx_dgemma.prompt.media import prepare_messages
+from mlx_dgemma.prompt.patches import ImageProcessor
+from mlx_dgemma.prompt.pictures import Picture
+from mlx_dgemma.prompt.tokenizer import load_tokenizer
 from mlx_dgemma.prompt.video import Sampling, open_video, timestamp
-from tests.prompt.drawings import animation, photograph, saved
+from tests.prompt.drawings import animation, gif, photograph, saved
 
 
 @pytest.fixture(scope="module")
@@ -159,6 +166,44 @@ def test_sound_alone_is_no_video():
         container.mux(stream.encode(frame))
         container.mux(stream.encode())
     assert "no pictures in it" in refusal(file.getvalue())
+
+
+def test_an_animation_of_too_many_frames_is_refused() -> None:
+    """The frames are one pixel each, or a picture of 25 million each."""
+    assert len(open_video(gif(500), Sampling(4)).frames) == 4
+    assert "10,001 frames of 1x1" in refusal(gif(10_001))
+    assert "100 frames of 5000x5000, and at most 20" in refusal(gif(100, size=(5000, 5000)))
+
+
+def test_a_frame_is_kept_as_what_is_made_of_it() -> None:
+    """So that no two frames of a large video need be in memory together."""
+    made = []
+
+    def keep(picture: Picture) -> int:
+        made.append(picture)
+        return len(made)
+
+    pictures = [photograph(20, 10, seed) for seed in range(4)]
+    for source in (animation(6, "GIF"), pictures):
+        made.clear()
+        assert open_video(source, Sampling(3), keep=keep).frames == [1, 2, 3]
+        assert all(one.image.mode == "RGB" for one in made)
+
+
+def test_frames_that_do_not_fit_the_context_are_not_all_prepared(monkeypatch) -> None:
+    tokenizer, config = load_tokenizer(CHECKPOINT, [1]), ModelConfig.from_folder(CHECKPOINT)
+    prepared = []
+    prepare = ImageProcessor.prepare
+
+    def counted(self: ImageProcessor, *arguments: Any) -> Any:
+        prepared.append(arguments)
+        return prepare(self, *arguments)
+
+    monkeypatch.setattr(ImageProcessor, "prepare", counted)
+    part = {"type": "video", "video": gif(1000, size=(64, 64)), "fps": 1000}
+    with pytest.raises(InputError, match="do not fit into the context: ask for fewer"):
+        prepare_messages(tokenizer, config, [{"role": "user", "content": [part]}])
+    assert len(prepared) < 500
 
 
 def test_without_the_extra(monkeypatch, tmp_path):
