@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.untrusted_json import DEFAULT, Limits, UntrustedJSONError, parse, printable
 
 T = TypeVar("T")
@@ -192,3 +192,34 @@ def check_replaceable(path: str | Path) -> None:
     check_name(path)
     if os.path.exists(path) and not os.path.isfile(path):
         raise InputError(f"{path} is no regular file and must not be replaced: name another.")
+
+
+def check_writable(path: str | Path, flag: str) -> None:
+    """Refuses a file that cannot be written whole, before the work whose result it is to hold.
+
+    flag: what names it on the command line.
+    """
+    folder = Path(path).absolute().parent
+    refused = f"{flag} {printable(str(path))} cannot be written:"
+    try:
+        if not folder.is_dir():
+            raise InputError(f"{refused} there is no folder {printable(str(folder))}.")
+        if Path(path).is_dir():
+            raise InputError(f"{refused} it is a folder.")
+    except OSError as error:  # a name too long, say
+        raise InputError(f"{refused} {error.strerror}.") from error
+    if not os.access(folder, os.W_OK):
+        raise InputError(f"{refused} {printable(str(folder))} is read-only.")
+    check_replaceable(path)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Writes a file whole or not at all. Raises InputError for what is no regular file,
+    ResourceError where it cannot be written."""
+    check_replaceable(path)
+    try:
+        with replacing(Path(path)) as beside:
+            beside.write_text(text, encoding="utf-8")
+    except OSError as error:
+        name = printable(str(path))
+        raise ResourceError(f"{name} cannot be written: {error.strerror}.") from error

@@ -73,7 +73,7 @@ def batches(model: Any, tokenizer: Any, size: int, encoder_weight: float) -> Bat
 
 def ours(model: Any, encoder_weight: float) -> Step:
     of = value_and_gradient(Passes(model), Objective(encoder_weight))
-    optimizer = optim.AdamW(RATE, betas=list(BETAS), weight_decay=DECAY)
+    optimizer = optim.AdamW(RATE, betas=list(BETAS), weight_decay=DECAY, bias_correction=True)
     update = Update(model, optimizer, CLIP)
 
     def step(batch: Batch) -> float:
@@ -246,7 +246,8 @@ def compare(kind: str, batch_size: int, steps: int) -> None:
             if number:  # the first one warms up
                 wall[name].append(time.perf_counter() - began)
                 cpu[name].append(time.process_time() - used)
-        if abs(losses[0] - losses[1]) > (1e-2 if number else 1e-4) * abs(losses[1]):
+        # Rounding moves a loss by 4e-6; where it changes the choice of an expert, by 2e-4.
+        if abs(losses[0] - losses[1]) > (1e-3 if number else 1e-5) * abs(losses[1]):
             sys.exit(f"The losses of step {number + 1} differ: {losses}")
     for name in both:
         clock, used = statistics.median(wall[name]), statistics.median(cpu[name])

@@ -18,12 +18,12 @@ from rich.text import Text
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import media
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
-from mlx_dgemma.cli.session import Session, check_writable, open_session
+from mlx_dgemma.cli.session import Session, open_session
 from mlx_dgemma.cli.show_reply import Reply, print_summary, receive
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.errors import DGemmaError, InputError
-from mlx_dgemma.files import expanded
+from mlx_dgemma.files import check_writable, expanded
 from mlx_dgemma.prompt.media import Medium
 from mlx_dgemma.prompt.messages import check_messages
 from mlx_dgemma.prompt.patches import ImageProcessor
@@ -148,7 +148,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     file = arguments.prompt_cache_file
     if file is not None:
-        check_writable(file, "prompt cache", replaced=True)
+        check_writable(file, "--prompt-cache-file")
     session = open_session(arguments, messages)
     talk = Conversation(
         session,

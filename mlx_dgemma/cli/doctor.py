@@ -23,6 +23,7 @@ from mlx_dgemma.checkpoint.known_repositories import (
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli import doctor_link
 from mlx_dgemma.cli.command import Parser, command
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.machine.hardware import Conditions, Machine, machine
 from mlx_dgemma.machine.memory import gigabytes, usable
 from mlx_dgemma.machine.reports import report, write_report
@@ -70,9 +71,7 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     if arguments.report is not None:  # before minutes of checks, whose result it is to hold
-        from mlx_dgemma.cli.session import check_writable  # imports MLX
-
-        check_writable(arguments.report, "report", replaced=True)
+        check_writable(arguments.report, "--report")
     found = examine(machine(), check=arguments.check, audited=arguments.audit)
     if arguments.distributed is not None:
         found["distributed"] = doctor_link.examine(arguments.distributed)

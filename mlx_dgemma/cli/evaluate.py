@@ -21,9 +21,10 @@ from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark.tables import figures
 from mlx_dgemma.cli.command import Parser, command
 from mlx_dgemma.cli.draft_view import printable
-from mlx_dgemma.cli.session import check_writable, open_session
+from mlx_dgemma.cli.session import open_session
 from mlx_dgemma.decoding.settings import DecodingSettings
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.machine.reports import report, write_report
 from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
 
@@ -152,7 +153,7 @@ def run(arguments: argparse.Namespace, messages: Console) -> dict[str, Any]:
     arguments.pace, seed = 0.0, arguments.seed
     session = open_session(arguments, messages)
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
-    check_writable(target, "result", replaced=True)
+    check_writable(target, "The result file")
 
     chat = arguments.apply_chat_template
     defaults = session.model.config.generation

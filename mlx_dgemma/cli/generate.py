@@ -19,13 +19,12 @@ from mlx_dgemma.cli.constraint import add_constraint, read_constraint
 from mlx_dgemma.cli.exit_codes import INTERRUPTED, USER_ERROR
 from mlx_dgemma.cli.session import (
     Session,
-    check_writable,
     open_session,
     prepared,
 )
 from mlx_dgemma.cli.show_reply import Reply, collect, print_summary, receive
 from mlx_dgemma.errors import InputError
-from mlx_dgemma.files import read_argument
+from mlx_dgemma.files import check_writable, read_argument
 
 if TYPE_CHECKING:
     from mlx_dgemma.demo.tasks import Example
@@ -111,9 +110,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # 1. What is asked, before anything slow
     if arguments.trace is not None:
-        check_writable(arguments.trace, "trace", replaced=True)
+        check_writable(arguments.trace, "--trace")
     if arguments.prompt_cache_file is not None:
-        check_writable(arguments.prompt_cache_file, "prompt cache", replaced=True)
+        check_writable(arguments.prompt_cache_file, "--prompt-cache-file")
     example = _example(arguments)
     shown = media.parts(arguments)
     prompt: Prompt = example.messages if example else _read_prompt(arguments)

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -17,10 +16,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.command import Parser, command, stop_on_interrupt
 from mlx_dgemma.cli.exit_codes import INTERRUPTED
-from mlx_dgemma.errors import InputError, ResourceError
-from mlx_dgemma.files import read_argument
+from mlx_dgemma.errors import DGemmaError, InputError
+from mlx_dgemma.files import check_writable, read_argument, write_text
 
 if TYPE_CHECKING:
+    from mlx_dgemma.training.run import Prepared
     from mlx_dgemma.training.settings import Settings
 
 _MOST_CONFIG = 1 << 16  # bytes
@@ -154,36 +154,56 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     settings = _settings(arguments)
     for name in ("report", "plot"):
-        _check_writable(name, arguments[name])
+        if arguments[name] is not None:
+            check_writable(arguments[name], f"--{name}")
     messages = Console(stderr=True, highlight=False, markup=False)
 
     from mlx_dgemma.training import run
 
     with stop_on_interrupt() as cancel:
         prepared = run.prepare(settings, progress=messages.is_terminal)
-        messages.print(prepared.summary, soft_wrap=True)
+        if prepared.leads:
+            messages.print(prepared.summary, soft_wrap=True)
         if arguments["dry_run"]:
             return 0
-        with _shown(messages, settings.iters) as show:
-            done = prepared.train(show, cancelled=cancel.is_set) if settings.train else True
-        if settings.test and done:
-            print(prepared.test_line())
-    if arguments["report"]:
-        _write(arguments["report"], json.dumps(prepared.record(), indent=2) + "\n")
-    if arguments["plot"]:
-        from mlx_dgemma.training.loss_plot import curves
-
-        _write(arguments["plot"], curves(prepared.events))
+        try:
+            with _shown(messages, settings.iters) as show:
+                handle = _recording(prepared, arguments, show)
+                done = prepared.train(handle, cancelled=cancel.is_set) if settings.train else True
+            if settings.test and done:
+                line = prepared.test_line()
+                if prepared.leads:
+                    print(line)
+        except DGemmaError:
+            with suppress(DGemmaError):
+                _record(prepared, arguments)
+            raise
+    _record(prepared, arguments)
     return 0 if done else INTERRUPTED
 
 
-def _check_writable(name: str, path: str | None) -> None:
-    """Refuses before hours of training what could not be written after them."""
-    if path is None:
-        return
-    parent = Path(path).absolute().parent
-    if not parent.is_dir() or Path(path).is_dir() or not os.access(parent, os.W_OK):
-        raise InputError(f"--{name} {path} cannot be written: name a file in an existing folder.")
+def _recording(
+    prepared: Prepared, arguments: dict[str, Any], show: Callable[[Any], None]
+) -> Callable[[Any], None]:
+    """Shows events, and writes the figures with every save: a run may end at any time."""
+    from mlx_dgemma.training.run_events import Saved
+
+    def handle(event: Any) -> None:
+        show(event)
+        if isinstance(event, Saved):
+            with suppress(DGemmaError):  # said at the end, if it is still so
+                _record(prepared, arguments)
+
+    return handle
+
+
+def _record(prepared: Prepared, arguments: dict[str, Any]) -> None:
+    if arguments["report"] and prepared.leads:
+        write_text(arguments["report"], json.dumps(prepared.record(), indent=2) + "\n")
+    if arguments["plot"] and prepared.leads:
+        from mlx_dgemma.training.loss_plot import curves
+
+        write_text(arguments["plot"], curves(prepared.events))
 
 
 def _settings(arguments: dict[str, Any]) -> Settings:
@@ -258,10 +278,3 @@ class _shown:  # noqa: N801  (a context manager that reads as a verb)
             self._console.print(line, soft_wrap=True)
         else:
             print(line, file=sys.stdout, flush=True)
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error

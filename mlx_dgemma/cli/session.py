@@ -18,8 +18,6 @@ from mlx_dgemma.cli.draft_view import Pieces
 from mlx_dgemma.context.prompt_cache import PromptCache
 from mlx_dgemma.decoding.draws import check_seed
 from mlx_dgemma.decoding.settings import DecodingSettings
-from mlx_dgemma.errors import InputError
-from mlx_dgemma.files import check_replaceable
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.config import ModelConfig
 from mlx_dgemma.prompt import Tokenizer
@@ -56,27 +54,6 @@ class Session:
         if path is not None and os.path.exists(path):
             return PromptCache.load(path, self.model, kv_bits)
         return PromptCache(self.model, kv_bits)
-
-
-def check_writable(path: str | Path, what: str, *, replaced: bool = False) -> None:
-    """Refuses a file that cannot be written, before the work whose result it is to hold.
-
-    replaced: it is written under another name and renamed.
-    """
-    folder = Path(path).absolute().parent
-    try:
-        if not folder.is_dir():
-            raise InputError(
-                f"The {what} file {path} cannot be written: there is no folder {folder}."
-            )
-        if Path(path).is_dir():
-            raise InputError(f"The {what} file {path} cannot be written: it is a folder.")
-    except OSError as error:  # a name too long, say
-        raise InputError(f"The {what} file {path} cannot be written: {error.strerror}.") from error
-    if not os.access(folder, os.W_OK):
-        raise InputError(f"The {what} file {path} cannot be written: {folder} is read-only.")
-    if replaced:
-        check_replaceable(path)
 
 
 def prepared(

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_dgemma._version import __version__
-from mlx_dgemma.errors import InputError, ResourceError
-from mlx_dgemma.files import check_replaceable, read_bytes, replacing
+from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import read_bytes, write_text
 from mlx_dgemma.machine.hardware import Machine, conditions, machine
 from mlx_dgemma.untrusted_json import Limits, UntrustedJSONError, parse
 
@@ -37,14 +37,8 @@ def report(kind: str, this: Machine | None = None, **content: Any) -> dict[str, 
 
 
 def write_report(path: str | Path, found: dict[str, Any]) -> None:
-    """Writes a report whole or not at all; ResourceError where the file cannot be written."""
-    path = Path(path)
-    check_replaceable(path)
-    try:
-        with replacing(path) as beside:
-            beside.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
-    except OSError as error:
-        raise ResourceError(f"The report cannot be written to {path}: {error.strerror}.") from error
+    """Writes a report whole or not at all; raises what `files.write_text` does."""
+    write_text(path, json.dumps(found, indent=2) + "\n")
 
 
 def read_report(path: str | Path, kinds: Sequence[str] = KINDS) -> dict[str, Any]:

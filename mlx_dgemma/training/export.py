@@ -7,6 +7,8 @@ so PEFT's form holds each delta twice, for the decoder's module and for the enco
 from __future__ import annotations
 
 import json
+import os
+import shutil
 from collections import defaultdict
 from pathlib import Path
 
@@ -23,7 +25,8 @@ DECODER, ENCODER = "model.decoder.layers.", "model.encoder.language_model.layers
 
 
 def to_peft(folder: Path, out: Path) -> None:
-    """Writes `out`/adapter_model.safetensors and adapter_config.json.
+    """Writes `out`/adapter_model.safetensors and adapter_config.json, both or none; `out` may be an
+    empty folder.
 
     Raises InputError for whole layers, which are no adapter to PEFT.
     """
@@ -63,12 +66,18 @@ def to_peft(folder: Path, out: Path) -> None:
         "target_parameters": sorted(parameters, reverse=True) or None,  # gate_up before down
         "inference_mode": True,
     }
+    out = Path(os.path.abspath(out))
+    growing = out.with_name(f"{out.name}.partial")
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        write_tensors(out / "adapter_model.safetensors", tensors, {"format": "pt"})
-        (out / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        shutil.rmtree(growing, ignore_errors=True)  # what a kill left
+        growing.mkdir(parents=True)
+        (growing / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+        write_tensors(growing / "adapter_model.safetensors", tensors, {"format": "pt"})
+        growing.rename(out)
     except OSError as error:
         raise ResourceError(f"{out} cannot be written: {error.strerror}.") from error
+    finally:
+        shutil.rmtree(growing, ignore_errors=True)
 
 
 def _read_pairs(path: Path) -> dict[str, dict[str, mx.array]]:

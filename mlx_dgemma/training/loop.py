@@ -53,8 +53,9 @@ class Plan:
 class Trainer:
     """Trains what `attach` made trainable of a model.
 
-    folder: where adapters.safetensors and the state are saved; None saves nothing. identity:
-    settings that a state to resume must have been made with. judge: called with the model at
+    folder: where adapters.safetensors and the state are saved; None saves nothing. configure:
+    called before the first adapter is saved, to write what describes it. identity: settings that a
+    state to resume must have been made with. judge: called with the model at
     every evaluation; its result is in `Evaluated.facts`. checkpoint: see `Passes`.
     """
 
@@ -67,6 +68,7 @@ class Trainer:
         plan: Plan,
         *,
         folder: Path | None,
+        configure: Callable[[], None] | None = None,
         identity: dict[str, Any],
         judge: Callable[[Model], dict[str, Any]] | None = None,
         checkpoint: bool = False,
@@ -81,6 +83,7 @@ class Trainer:
         self._valid = valid
         self._plan = plan
         self._folder = folder
+        self._configure = configure
         self._identity = json.dumps(identity, sort_keys=True)
         self._judge = judge
         self.step = self._saved = 0
@@ -134,7 +137,8 @@ class Trainer:
         self._save(handle)
 
     def evaluate(self) -> Evaluated:
-        """The loss on the validation batches, whose noise is always the same."""
+        """The loss on the validation batches, whose noise is always the same. NumericsError where
+        it is no number."""
         assert self._valid is not None
         started = time.perf_counter()
         self.model.eval()
@@ -145,6 +149,8 @@ class Trainer:
         facts = self._judge(self.model) if self._judge is not None else {}
         self.model.train()
         whole, canvas, encoder = self._means(losses)
+        if not math.isfinite(whole):
+            raise NumericsError(self._not_finite(f"The loss of step {self.step} on other data is"))
         return Evaluated(self.step, whole, canvas, encoder, time.perf_counter() - started, facts)
 
     def resume(self) -> bool:
@@ -222,6 +228,9 @@ class Trainer:
         both = {f"w.{k}": v for k, v in weights.items()} | {f"o.{k}": v for k, v in state.items()}
         header = {"step": str(self.step), "identity": self._identity}
         write_tensors(self._folder / STATE, both, header)
+        if self._configure is not None:
+            self._configure()
+            self._configure = None
         path = self._folder / WEIGHTS
         write_tensors(path, weights, {"format": "mlx", "step": str(self.step)})
         self._saved = self.step

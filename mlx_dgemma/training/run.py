@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from mlx_dgemma.training.loop import STATE, Plan, Trainer
 from mlx_dgemma.training.plan import TrainingPlan, check_training, plan_training
 from mlx_dgemma.training.rounds import Judge, Rounds, begun
 from mlx_dgemma.training.run_events import Evaluated, Event, Report
+from mlx_dgemma.training.save_folder import held, make_folder
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import (
     EXPERTS,
@@ -57,7 +59,13 @@ class Prepared:
         self.events: list[Event] = []
         self.splits = splits
         self._world = world()
+        self._tested: Evaluated | None = None
         self._check_batches()
+
+    @property
+    def leads(self) -> bool:
+        """Whether this is the one of several machines that writes and speaks."""
+        return not self._world.rank()
 
     @property
     def summary(self) -> str:
@@ -79,7 +87,14 @@ class Prepared:
         """Trains; False when cancelled before the last step.
 
         judge: for few steps, whether the model's own answer to a prompt may be learned from.
+        ResourceError where another run writes to the folder.
         """
+        with held(Path(self.settings.adapter_path)) if self.leads else nullcontext():
+            return self._train(show, cancelled, judge)
+
+    def _train(
+        self, show: Callable[[Event], None], cancelled: Callable[[], bool], judge: Judge | None
+    ) -> bool:
         settings = self.settings
         folder = Path(settings.adapter_path)
         started = os.path.exists(folder / STATE) or (settings.few_steps and begun(folder))
@@ -88,14 +103,12 @@ class Prepared:
 
         def handle(event: Event) -> None:
             self.events.append(event)
-            if not self._world.rank():
+            if self.leads:
                 show(event)
 
         rounds = None
         if settings.few_steps:
-            rounds = Rounds(
-                self.model, self.tokenizer, settings, keep=not self._world.rank(), judge=judge
-            )
+            rounds = Rounds(self.model, self.tokenizer, settings, keep=self.leads, judge=judge)
 
         def rows(split: str, number: int) -> Sequence[Example] | None:
             """What is learned: the data's examples, or the model's own answers to its prompts."""
@@ -110,12 +123,6 @@ class Prepared:
         trainer = self._make_trainer(self._fixed(valid, settings.val_batches) or None)
         if settings.resume:
             trainer.resume()
-        if not self._world.rank():
-            write_config(
-                folder, settings.tuning, model=settings.model or "demo",
-                objective=settings.objective,
-                **({"entropy_bound": settings.entropy_bound} if settings.few_steps else {}),
-            )  # fmt: skip
         for number in range(settings.round_of(trainer.step), settings.round_of(settings.iters) + 1):
             learned = rows("train", number)
             if learned is None:
@@ -133,6 +140,14 @@ class Prepared:
                 return False
         return True
 
+    def _write_config(self) -> None:
+        settings = self.settings
+        write_config(
+            Path(settings.adapter_path), settings.tuning, model=settings.model or "demo",
+            objective=settings.objective,
+            **({"entropy_bound": settings.entropy_bound} if settings.few_steps else {}),
+        )  # fmt: skip
+
     def test_line(self) -> str:
         """The loss of test.jsonl, in a sentence."""
         rows = self.splits["test"]
@@ -142,7 +157,7 @@ class Prepared:
         tester = self._make_trainer(batches)
         if not self.settings.train:
             load_trained(self.model, Path(self.settings.adapter_path) / "adapters.safetensors")
-        found = tester.evaluate()
+        self._tested = found = tester.evaluate()
         facts = "".join(f", {name} {value:.2f}" for name, value in found.facts.items())
         return f"Test loss {found.loss:.3f} (canvas {found.canvas_loss:.3f}){facts}."
 
@@ -159,6 +174,7 @@ class Prepared:
             "planned_bytes": asdict(self.plan),
             "machine": machine().record(),
             **by_kind,
+            "test": None if self._tested is None else asdict(self._tested),
         }
 
     def _make_trainer(self, valid: list[Batch] | None) -> Trainer:
@@ -177,6 +193,7 @@ class Prepared:
                 seed=settings.seed,
             ),
             folder=Path(settings.adapter_path) if settings.train else None,
+            configure=self._write_config,
             identity=settings.identity,
             judge=self._judge if settings.val_replies else None,
             checkpoint=settings.grad_checkpoint,
@@ -265,7 +282,7 @@ def prepare(settings: Settings, *, progress: bool = False) -> Prepared:
     if settings.test and not splits["test"]:
         raise InputError(f"{settings.data} has no test.jsonl.")
     if settings.train:
-        _make_folder(Path(settings.adapter_path))
+        make_folder(Path(settings.adapter_path))
     elif not os.path.exists(Path(settings.adapter_path) / "adapters.safetensors"):
         raise InputError(f"{settings.adapter_path} holds no adapters.safetensors to test.")
     if not settings.train:
@@ -327,13 +344,3 @@ def _shapes(model: Model) -> list[tuple[int, ...]]:
     from mlx_dgemma.model.parameters import matrices
 
     return list(matrices(model.config).values())
-
-
-def _make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / ".writable"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise InputError(f"--adapter-path {folder} cannot be written: {error.strerror}.") from error

@@ -5,6 +5,11 @@ tokens are drawn at once, and what was drawn decides which answer it becomes. Fr
 model goes on by the checkpoint's rules, but takes the likeliest token instead of drawing: it
 repairs what does not fit together and chooses nothing more, so that the answer is nearly a function
 of the canvas, and the network can learn to be sure of it at once.
+
+`decoding/` takes blocks of one prompt by one set of rules. Here a padded batch of different prompts
+takes its steps by two, each row changes from one to the other at a step of its own, and every
+canvas on the way is kept; so it has a loop of its own. The rules themselves (what is accepted, the
+temperature, when a canvas is done) are `decoding/`'s.
 """
 
 from __future__ import annotations

@@ -174,17 +174,23 @@ def trained(model: Model) -> dict[str, mx.array]:
 
 
 def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
-    """adapter_config.json in mlx-lm's form, with `facts` beside."""
+    """adapter_config.json in mlx-lm's form, with `facts` beside.
+
+    An adapter that lies there is removed before if it was another one's, so that none is ever read
+    with a configuration that is not its own.
+    """
     values = {
         "fine_tune_type": tuning.kind,
         "num_layers": tuning.num_layers,
         "lora_parameters": None if tuning.kind == "full" else tuning.parameters,
         **facts,
     }
-    path = folder / CONFIG
+    path, text = folder / CONFIG, json.dumps(values, indent=2) + "\n"
     try:
+        if not (path.is_file() and path.read_bytes() == text.encode()):
+            (folder / WEIGHTS).unlink(missing_ok=True)
         with replacing(path) as partial:
-            partial.write_text(json.dumps(values, indent=2) + "\n")
+            partial.write_text(text)
     except OSError as error:
         raise ResourceError(f"{path} cannot be written: {error.strerror}.") from error
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import subprocess
@@ -22,13 +23,14 @@ from mlx_dgemma.cli.fuse import main as fuse
 from mlx_dgemma.cli.lora import _read_config, main
 from mlx_dgemma.convert import convert
 from mlx_dgemma.demo import CHECKPOINT
-from mlx_dgemma.errors import CheckpointError, InputError
+from mlx_dgemma.errors import CheckpointError, InputError, ResourceError
 from mlx_dgemma.kernels.dispatch import twins_only
 from mlx_dgemma.training import optimizers, run
 from mlx_dgemma.training.loop import STATE
 from mlx_dgemma.training.run_events import Evaluated, Report, Saved
+from mlx_dgemma.training.save_folder import held
 from mlx_dgemma.training.settings import Settings
-from mlx_dgemma.training.tuning import WEIGHTS
+from mlx_dgemma.training.tuning import WEIGHTS, read_tuning, write_config
 
 QUICK = {
     "train": True, "batch_size": 2, "iters": 4, "rank": 2, "num_layers": 2, "learning_rate": 1e-3,
@@ -153,7 +155,9 @@ def test_the_command_tests_an_adapter_and_writes_a_report(data, tmp_path, capsys
     extra = ["--val-replies", "1", "--report", str(report), "--plot", str(plot)]
     assert main([*flags, *extra, "--batch-size", "2"]) == 0
     assert capsys.readouterr().out.startswith("Test loss ")
-    assert json.loads(report.read_text())["settings"]["rank"] == 2
+    written = json.loads(report.read_text())
+    assert written["settings"]["rank"] == 2
+    assert math.isfinite(written["test"]["loss"])
     assert plot.read_text().startswith("<svg")
 
 
@@ -293,15 +297,67 @@ def test_an_optimizers_step_on_joined_tensors_is_its_step_on_each(monkeypatch):
             assert mx.allclose(tensor, other[name], atol=1e-6), name
 
 
+def test_a_step_with_bias_correction_is_pytorchs_adamw_with_googles_settings():
+    import torch
+
+    ours = optimizers.make_optimizer("adamw", 0.1, 1000, {"bias_correction": True}, None)
+    slopes = np.random.default_rng(0).normal(size=(5, 6)).astype(np.float32)
+    weights = {"w": mx.zeros(6)}
+    theirs = torch.zeros(6, requires_grad=True)
+    reference = torch.optim.AdamW([theirs], 0.1, betas=(0.95, 0.99), weight_decay=1e-4)
+    for slope in slopes:
+        weights = ours.apply_gradients({"w": mx.array(slope)}, weights)
+        theirs.grad = torch.tensor(slope)
+        reference.step()
+        assert np.allclose(np.array(weights["w"]), theirs.detach().numpy(), rtol=1e-3)
+
+
 def test_a_loss_that_is_no_number_ends_the_run_and_keeps_the_save(data, tmp_path, capsys):
     flags = [
         "--train", "--data", str(data), "--adapter-path", str(tmp_path / "a"), "--batch-size", "2",
         "--iters", "50", "--learning-rate", "1e30", "--optimizer", "sgd", "--save-every", "1",
-        "--val-replies", "0", "--rank", "2", "--steps-per-eval", "100",
+        "--val-replies", "0", "--rank", "2", "--steps-per-eval", "100", "--steps-per-report", "1",
+        "--report", str(tmp_path / "report.json"),
     ]  # fmt: skip
     assert main(flags) == 2
     assert "is not a number" in capsys.readouterr().err
-    assert (tmp_path / "a" / WEIGHTS).exists()
+    weights = tmp_path / "a" / WEIGHTS
+    assert weights.exists()
+    assert json.loads((tmp_path / "report.json").read_text())["reports"]
+    spoilt = {name: t * float("nan") for name, t in mx.load(str(weights)).items()}
+    mx.save_safetensors(str(weights), spoilt)
+    assert main([*flags[1:5], "--test", "--batch-size", "2", "--val-replies", "0"]) == 2
+    assert "is not a number" in capsys.readouterr().err
+
+
+def test_a_folder_is_written_by_one_run_at_a_time(data, tmp_path):
+    folder = tmp_path / "a"
+    folder.mkdir()
+    half = folder / f".{STATE}.12-34.safetensors"  # as a kill leaves it
+    half.touch()
+    with held(folder), pytest.raises(ResourceError, match="another run is writing there"):
+        trained(data, folder, iters=1)
+    assert not half.exists()
+    trained(data, folder, iters=1)
+
+
+def test_an_adapter_is_never_read_with_anothers_configuration(data, tmp_path):
+    """A run that is killed before its first save leaves the folder as it was."""
+    one, _ = trained(data, tmp_path, iters=1)
+    settings = {**QUICK, "data": str(data), "adapter_path": str(tmp_path), "rank": 3, "scale": 9.0}
+    prepared = run.prepare(Settings(**settings))
+
+    def killed(event):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        prepared.train(killed, cancelled=lambda: False)
+    assert read_tuning(tmp_path).scale == 4.0
+    assert same(one, mx.load(str(tmp_path / WEIGHTS)))
+    write_config(tmp_path, read_tuning(tmp_path), model="demo", objective="diffusion")
+    assert (tmp_path / WEIGHTS).exists()
+    write_config(tmp_path, Settings(**settings).tuning)
+    assert not (tmp_path / WEIGHTS).exists()
 
 
 KINDS = {
@@ -323,8 +379,14 @@ def test_what_was_trained_is_asked_fused_and_exported(data, tmp_path, capsys, ki
     prepared = run.prepare(settings)
     prepared.train(lambda _: None, cancelled=lambda: False)
     assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")]) == 0
+    (tmp_path / "p.partial").mkdir()
+    (tmp_path / "p.partial/half").touch()  # as a kill leaves it
     exported = fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "p"), "--peft"])
     assert exported == (2 if kind == "full" else 0)
+    if kind != "full":
+        found = {path.name for path in (tmp_path / "p").iterdir()}
+        assert found == {"adapter_config.json", "adapter_model.safetensors"}
+        assert not (tmp_path / "p.partial").exists()
     capsys.readouterr()
 
     def logits(model):
@@ -342,8 +404,10 @@ def test_what_was_trained_is_asked_fused_and_exported(data, tmp_path, capsys, ki
         assert mx.abs(beside - logits(prepared.model)).max().item() < 1e-4 * scale
     if kind != "full":
         assert mx.abs(beside - loaded(CHECKPOINT, tmp_path / "p")).max().item() < 1e-4 * scale
-    # The demo's weights are stored in 16 bits, which round what is merged into them.
-    assert mx.abs(beside - loaded(tmp_path / "fused")).max().item() < 0.05 * scale
+    # The demo's weights are stored in 16 bits, which round what is merged into them; where that
+    # changes the choice of an expert, a position's logits differ by more.
+    rounded = mx.abs(beside - loaded(tmp_path / "fused")).mean().item()
+    assert rounded < 0.1 * mx.abs(beside - plain).mean().item()
 
 
 def test_whole_layers_of_another_model_are_refused(data, tmp_path, capsys):

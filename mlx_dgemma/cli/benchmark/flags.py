@@ -14,10 +14,10 @@ from mlx_dgemma.checkpoint.known_repositories import DEMO_NAME
 from mlx_dgemma.cli import arguments as flags
 from mlx_dgemma.cli.benchmark import comparison, counts, quality, times
 from mlx_dgemma.cli.command import Parser, command
-from mlx_dgemma.cli.session import check_writable
 from mlx_dgemma.decoding.settings import PRESETS
 from mlx_dgemma.distributed.starting import launched
 from mlx_dgemma.errors import InputError
+from mlx_dgemma.files import check_writable
 from mlx_dgemma.machine.hardware import machine
 from mlx_dgemma.machine.reports import report, write_report
 
@@ -171,7 +171,7 @@ def _check(arguments: argparse.Namespace) -> None:
         raise InputError(f"--plot draws the components' times; --{chosen[0]} times none.")
     for name in ("report", "plot"):
         if getattr(arguments, name) is not None:
-            check_writable(getattr(arguments, name), name)
+            check_writable(getattr(arguments, name), f"--{name}")
 
 
 def show(found: dict[str, Any], console: Console) -> None:

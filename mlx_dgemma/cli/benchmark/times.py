@@ -11,6 +11,7 @@ from rich.text import Text
 
 from mlx_dgemma.cli.benchmark.subjects import model_of
 from mlx_dgemma.cli.benchmark.tables import figures
+from mlx_dgemma.files import write_text
 from mlx_dgemma.machine.memory import gigabytes
 
 if TYPE_CHECKING:
@@ -124,4 +125,4 @@ def plot(found: dict[str, Any], path: Path) -> None:
     if found["ceiling"] is not None:
         note += f", mark: the floor of {found['ceiling']['name']} ({found['ceiling']['source']})"
     shown = {"whole step": found["passes"]["step"], **found["components"]}
-    path.write_text(svg(f"A denoising step of {found['model']}", shown, note))
+    write_text(path, svg(f"A denoising step of {found['model']}", shown, note))
