@@ -8,8 +8,10 @@ in words, and what is accepted can be formatted, compared and converted to float
 from __future__ import annotations
 
 import json
+import json.scanner
 import math
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,6 +32,11 @@ class Limits:
 DEFAULT = Limits()
 # A string, or what follows a quotation mark that none closes. Possessive: no text makes it slow.
 _STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+# Up to 256 strings of up to 4,096 escapes each, and what stands before them; and so much of one.
+_STRINGS = re.compile(r'(?:[^"]*+"(?:[^"\\]++|\\.){0,4096}+"){1,256}+', re.DOTALL)
+_INSIDE = re.compile(r'(?:[^"\\]++|\\.){0,100000}+', re.DOTALL)
+_MOST_AT_ONCE = 50_000  # quotation marks of a text that the reader in C, which lets no other thread
+# run until it is through, may have
 _BRACKET = re.compile(r"[\[\]{}]")
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 
@@ -67,8 +74,13 @@ def parse(text: bytes | str, limits: Limits = DEFAULT) -> Any:
     def constant(name: str) -> float:
         raise UntrustedJSONError(f"holds {name}, which is not JSON")
 
+    decoder = json.JSONDecoder(parse_int=integer, parse_float=real, parse_constant=constant)
+    if text.count('"') > _MOST_AT_ONCE:
+        decoder.scan_once = json.scanner.py_make_scanner(decoder)  # type: ignore[attr-defined]
     try:
-        value = json.loads(text, parse_int=integer, parse_float=real, parse_constant=constant)
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+        value = decoder.decode(text)
     except json.JSONDecodeError as error:
         raise UntrustedJSONError(f"is not valid JSON ({error})") from error
     if ("\\ud" in text or "\\uD" in text or not text.isascii()) and _has_surrogate(value):
@@ -106,7 +118,7 @@ def _check_structure(text: str, limits: Limits) -> None:
     # thread run meanwhile.
     if text.count('"') - text.count('\\"') > 4 * limits.parts:
         raise UntrustedJSONError(f"holds more than {limits.parts:,} values")
-    bare = _STRING.sub("", text)
+    bare = "".join(_outside_strings(text))
     if bare.count("[") + bare.count("{") + bare.count(",") > limits.parts:
         raise UntrustedJSONError(f"holds more than {limits.parts:,} values")
     depth = 0
@@ -118,6 +130,29 @@ def _check_structure(text: str, limits: Limits) -> None:
                 raise UntrustedJSONError(f"nests deeper than {limits.depth} levels")
         else:
             depth -= 1
+
+
+def _outside_strings(text: str) -> Iterator[str]:
+    """What stands outside the strings, piece by piece, so that other threads get their turns."""
+    position = 0
+    while position < len(text):
+        if found := _STRINGS.match(text, position):
+            yield _STRING.sub("", found.group())
+            position = found.end()
+            continue
+        opening = text.find('"', position)  # of a long string, or of one that none closes
+        if opening < 0:
+            yield text[position:]
+            return
+        yield text[position:opening]
+        position, before = opening + 1, opening
+        while position > before and text[position : position + 1] != '"':
+            before = position
+            inside = _INSIDE.match(text, position)
+            position = before if inside is None else inside.end()
+        if position == before:  # its end is missing
+            return
+        position += 1
 
 
 def _has_surrogate(value: Any) -> bool:

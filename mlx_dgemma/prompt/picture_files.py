@@ -35,9 +35,14 @@ class TooManyPartsError(Exception):
     """A file of millions of parts, each of which costs a decoder more than it weighs."""
 
 
-class _Looks:
+class _Counting:
+    """Counts the looks into a file of `size` bytes."""
+
     def __init__(self, size: int) -> None:
         self._left = _LOOKS + size // _BYTES_PER_LOOK
+
+    def allow(self, looks: int) -> None:
+        self._left += looks
 
     def take(self) -> None:
         self._left -= 1
@@ -45,36 +50,37 @@ class _Looks:
             raise TooManyPartsError
 
 
-class _Content(io.BytesIO):
+class _Content(_Counting, io.BytesIO):
     def __init__(self, content: bytes) -> None:
-        super().__init__(content)
-        self._looks = _Looks(len(content))
+        _Counting.__init__(self, len(content))
+        io.BytesIO.__init__(self, content)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._looks.take()
-        return super().read(size)
+        self.take()
+        return io.BytesIO.read(self, size)
 
 
-class _File(io.BufferedReader):
+class _File(_Counting, io.BufferedReader):
     def __init__(self, path: Path) -> None:
         raw = open_regular(path).detach()
-        super().__init__(raw)
-        self._looks = _Looks(os.fstat(raw.fileno()).st_size)
+        _Counting.__init__(self, os.fstat(raw.fileno()).st_size)
+        io.BufferedReader.__init__(self, raw)
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._looks.take()
-        return super().read(size)
+        self.take()
+        return io.BufferedReader.read(self, size)
 
 
-def counted(content: bytes | Path) -> io.BufferedIOBase:
+def counted(content: bytes | Path) -> _Content | _File:
     """A picture's file, which raises TooManyPartsError when it is read in too many pieces."""
     if isinstance(content, bytes):
-        plain, size = content[:2] in _PLAIN, len(content)
-        file: io.BufferedIOBase = _Content(content)
+        file: _Content | _File = _Content(content)
+        size = len(content)
     else:
-        opened = file = _File(content)
-        plain, size = opened.peek(2)[:2] in _PLAIN, os.path.getsize(content)
-    if plain and size > _MOST_PLAIN:
+        file, size = _File(content), os.path.getsize(content)
+    head = file.read(2)
+    file.seek(0)
+    if head in _PLAIN and size > _MOST_PLAIN:
         raise TooManyPartsError
     return file
 
@@ -120,7 +126,7 @@ def _of_tile(image: Any) -> int:
         for tag, default in ((_TILE_WIDTH, 0), (_TILE_LENGTH, 0), (_SAMPLES, 1))
     )
     bits = max((n for n in image.tag_v2.get(_BITS, (8,)) if isinstance(n, int)), default=8)
-    return 2 * width * height * samples * bits // 8
+    return int(2 * width * height * samples * bits // 8)
 
 
 def _of_blocks(content: bytes, at: int) -> int:
@@ -136,7 +142,7 @@ def _of_blocks(content: bytes, at: int) -> int:
         blocks = max(_block_densities(content, at + 4 + size, components), default=1)
     except (struct.error, IndexError):  # cut short: the decoder will say so
         return 0
-    return _TILE_BYTES * across * down + int(_BLOCK_BYTES * pixels * components * blocks)
+    return int(_TILE_BYTES * across * down + _BLOCK_BYTES * pixels * components * blocks)
 
 
 def _block_densities(content: bytes, at: int, components: int) -> Iterator[float]:

@@ -36,8 +36,10 @@ _MEMORY = 200 << 20  # bytes that reading one picture may take
 # Bytes of a pixel: as Pillow keeps it, and in the decoder beside that, as measured.
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "LA": 4, "PA": 4}
 _DECODER_BYTES = {"WEBP": 12, "AVIF": 8, "JPEG2000": 20}
+_ROW_BYTES = 24  # where a row begins, and what fills it up, before and after it is made RGB
 _PROGRESSIVE_BYTES = 6  # the coefficients of a whole JPEG
 _MOST_SCANNED = 1_000_000_000  # pixels of all scans of a progressive JPEG; a usual one has ten
+_MOST_NUMBERS = 6_000_000  # of a PPM
 _STRIP = 1 << 20  # pixels that are laid over white at a time
 # Formats that are pictures and nothing else: no documents, no programs that draw.
 FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM", "ICO",
@@ -199,6 +201,8 @@ def open_image(content: bytes | Path, name: str) -> Image.Image:
         readable = [form for form in FORMATS if form in Image.OPEN]
         file = counted(content)
         image = Image.open(file, formats=readable)
+        if image.format == "PPM":  # of 16 bits is read number by number
+            file.allow(min(3 * image.width * image.height, _MOST_NUMBERS))
     except PermissionError:
         raise InputError(f"{name} cannot be read: permission denied.") from None
     hidden = hidden_bytes(image, content)
@@ -255,7 +259,7 @@ def _cost(image: Image.Image) -> int:
         each += 4
     if image.format in ("JPEG", "MPO") and _turn(image) is not None:
         each += 4
-    return image.width * image.height * each
+    return image.height * (image.width * each + _ROW_BYTES)
 
 
 def to_rgb(image: Image.Image, name: str) -> Image.Image:

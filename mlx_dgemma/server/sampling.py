@@ -17,6 +17,9 @@ from mlx_dgemma.server.errors import ApiError
 from mlx_dgemma.server.fields import Fields
 from mlx_dgemma.server.request_images import count_images, prepare_images
 
+# An enum's word in a prompt: a marker before it and after it, and a token at least between them.
+_WORD_TOKENS = 3
+
 
 def check_model(engine: Engine, fields: Fields) -> str:
     """The served model's name; 404 when another one is asked for."""
@@ -110,19 +113,27 @@ async def make_call(
 
 def check_length(engine: Engine, value: Any, param: str) -> None:
     """Refuses text that cannot fit, however well it encodes, before it is encoded."""
-    most = engine.room * engine.tokenizer.longest
-    if _characters(value, most) > most:
+    longest = engine.tokenizer.longest
+    word = _WORD_TOKENS * longest if "escape" in engine.tokenizer.ids else 0
+    most = engine.room * longest
+    if _characters(value, most, word) > most:
         raise _too_long(engine, f"at least {engine.room + 1}", param)
 
 
-def _characters(value: Any, most: int) -> int:
-    """Characters of all texts of a prompt, images apart; counted until there are too many."""
+def _characters(value: Any, most: int, word: int) -> int:
+    """Characters of all texts of a prompt, images apart; counted until there are too many.
+
+    word: as how many each value of an enum counts at least.
+    """
     count, waiting = 0, [value]
     while waiting and count <= most:
         one = waiting.pop()
         if isinstance(one, str):
             count += len(one)
         elif isinstance(one, Mapping):
+            enum = one.get("enum")
+            for text in enum if isinstance(enum, list) else ():
+                count += max(word - len(text), 0) if isinstance(text, str) else 0
             seen = one.get("type") in IMAGE_PARTS
             waiting += () if seen else one.values()
         elif isinstance(one, list):

@@ -5,6 +5,7 @@ import os
 import socket
 import time
 import tracemalloc
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,15 @@ from hypothesis import strategies as st
 
 from mlx_dgemma.errors import CheckpointError
 from mlx_dgemma.files import read_json, read_text
-from mlx_dgemma.untrusted_json import Limits, UntrustedJSONError, parse, printable, shown
+from mlx_dgemma.untrusted_json import (
+    _STRING,
+    Limits,
+    UntrustedJSONError,
+    _outside_strings,
+    parse,
+    printable,
+    shown,
+)
 
 REFUSED = {
     "deep": ("[" * 100_000, "deeper than 64"),
@@ -125,3 +134,30 @@ def test_text_files_are_bounded(tmp_path):
     assert read_text(tmp_path / "long", 100) == "x" * 100
     with pytest.raises(OSError, match="it is larger than 99 bytes"):
         read_text(tmp_path / "long", 99)
+
+
+@given(st.lists(st.sampled_from(['"', '"', "\\", "\\\\", "a", "[", "]", "{", ",", "\n", "\u00e9"])))
+def test_strings_are_left_out_piece_by_piece(pieces: list[str]) -> None:
+    text = "".join(pieces)
+    assert "".join(_outside_strings(text)) == _STRING.sub("", text)
+
+
+@pytest.mark.parametrize("text", ['"' + "\\\\" * 300_000 + '"]', '"a",' * 2000, '"' + "\\n" * 9000])
+def test_long_and_many_strings_are_left_out_whole(text: str) -> None:
+    assert "".join(_outside_strings(text)) == _STRING.sub("", text)
+
+
+def test_a_text_of_many_strings_is_read_as_any_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is read by Python's own reader, between whose steps other threads get their turns."""
+    texts = ['{"a": [1, -2.5e3, "\\u00e9\\n"], "a": null, "b": {}}', "[1, 2", '{"a" 1}', '["\\x"]',
+             "[1e999]", "\ufeff[]", '"\\ud800"', "", "NaN", "[truee]"]  # fmt: skip
+
+    def outcome(text: str) -> Any:
+        try:
+            return parse(text)
+        except UntrustedJSONError as error:
+            return str(error)
+
+    usual = [outcome(text) for text in texts]
+    monkeypatch.setattr("mlx_dgemma.untrusted_json._MOST_AT_ONCE", -1)
+    assert [outcome(text) for text in texts] == usual

@@ -228,6 +228,18 @@ def test_a_plain_ppm_is_read_up_to_a_size() -> None:
     assert "too many small parts" in refusal(b"P3 2 1 255 " + b"1 " * (9 << 20))
 
 
+@pytest.mark.usefixtures("few_looks")
+def test_a_ppm_of_16_bits_is_read_number_by_number() -> None:
+    deep = b"P6 300 100 65535 " + b"\x7f\xff" * 90_000
+    assert open_picture(deep).image.getpixel((299, 99)) == (127, 127, 127)
+
+
+def test_rows_cost_memory_too() -> None:
+    """20 million rows of one pixel took 401 MB."""
+    assert "MB of memory" in refusal(png_header(1, 12_000_000))
+    assert "damaged" in refusal(png_header(12_000_000, 1))  # read, and found to be cut
+
+
 def test_a_picture_of_no_width():
     assert refusal(png_header(0, 9))
 

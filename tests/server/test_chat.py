@@ -281,6 +281,21 @@ def test_a_prompt_that_does_not_fit(serve: Open) -> None:
     assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("words", "counted"), [(20, "resulted in"), (60, "resulted in at least 51")]
+)
+def test_words_of_enums_are_counted_before_they_are_rendered(
+    serve: Open, words: int, counted: str
+) -> None:
+    """Each is three tokens at least; 240,000 of them took the template 8 seconds."""
+    parameters = {"properties": {"p": {"type": "string", "enum": ["a"] * words}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": parameters}}]
+    client = serve(Script("ok"), max_prompt_tokens=50)
+    response = client.post(URL, json={"messages": user(), "tools": tools})
+    assert response.json()["error"]["code"] == "context_length_exceeded"
+    assert counted in response.json()["error"]["message"]
+
+
 def test_a_failing_network_is_an_error_not_an_end(serve: Open) -> None:
     script = Script(NumericsError("The logits are not finite: step 1."), "fine")
     client = serve(script)
