@@ -2,6 +2,7 @@
 
 python examples/fine_tune/questions.py DATA --examples 2400            # options in the order given
 python examples/fine_tune/questions.py DATA --examples 2400 --turned   # and in every other one
+python examples/fine_tune/questions.py DATA --turned --more kind       # four of five of one task
 """
 
 import argparse
@@ -28,18 +29,25 @@ def conversation(tokenizer, example: QuestionExample, turned: bool, rng: random.
     return {"messages": [*messages, reply]}
 
 
+def draw(rng: random.Random, more: str | None, held_out: bool) -> QuestionExample:
+    """A question of any task; of `more`, where it is named, in four of five cases."""
+    task = more if more and rng.random() < 0.8 else rng.choice([q for q in QUESTIONS if q != more])
+    return QUESTIONS[task].sample(rng, held_out=held_out)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--examples", type=int, default=2400)
     parser.add_argument("--turned", action="store_true", help="options in all orders")
+    parser.add_argument("--more", choices=QUESTIONS, help="the task of four questions of five")
     arguments = parser.parse_args()
 
     (_, tokenizer), rng = load(), random.Random(1)
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for split, share in {"train": 1.0, "valid": 0.05, "test": 0.05}.items():
         drawn = [
-            rng.choice(list(QUESTIONS.values())).sample(rng, held_out=split != "train")
+            draw(rng, arguments.more, split != "train")
             for _ in range(int(share * arguments.examples))
         ]
         lines = [

@@ -15,6 +15,7 @@ DEAD, END = 0, 1  # states: nothing can follow; everything may
 _MOST_KEPT = 4_000_000
 _STATES, _IDS = 64, 1024  # room at first
 _AT_ONCE = 100_000  # transitions that are walked together
+_ODD = np.int64(-0x61C8864680B583EB)  # of hashes: 2**64 by the golden ratio
 _OPEN = 8  # symbols that lead back to a state for which the rest of an id is not walked
 # UTF-8: first bytes, the byte after them, and how many more follow (Unicode 15, table 3-7).
 _CHARACTERS = (
@@ -94,6 +95,27 @@ class Transitions:
             self._kept[state].take(columns, out=row, mode="clip")
         return found
 
+    def classes(self, states: np.ndarray, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Ids by where they lead: int [n], each one's class, and int16 [s, classes], where a class
+        leads from each state. Class 0 leads nowhere."""
+        if not states.size or not ids.size:
+            return np.zeros(ids.size, dtype=np.intp), np.zeros((states.size, 1), dtype=np.int16)
+        columns = self._columns(states, ids)
+        wanted = np.zeros(len(self._ids), dtype=bool)
+        wanted[columns] = True
+        used = np.flatnonzero(wanted)
+        led = np.empty((states.size, used.size), dtype=np.int16)
+        for row, state in zip(led, states.tolist(), strict=True):
+            self._kept[state].take(used, out=row, mode="clip")
+        alive = np.flatnonzero(led.any(axis=0))
+        led, used = led.take(alive, axis=1), used.take(alive)
+        one, number = _equal_columns(led)
+        which = np.zeros(wanted.size, dtype=np.intp)
+        which[used] = number + 1
+        ways = np.zeros((states.size, one.size + 1), dtype=np.int16)
+        ways[:, 1:] = led.take(one, axis=1)
+        return which.take(columns), ways
+
     def each(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """int16 [n, k]: where the ids of a row [n, k] lead from its state [n]."""
         columns = self._columns(np.unique(states), ids.ravel()).reshape(ids.shape)
@@ -146,21 +168,28 @@ class Transitions:
         groups, count = self._ids, len(self._ids)
         self._kept[END], self._walked[:2] = END, count
         states = states[(states != DEAD) & (states != END)]
-        lengths = count - self._walked.take(states)
-        ends = lengths.cumsum()
-        for part in np.unique(ends // _AT_ONCE).tolist():
-            mine = ends // _AT_ONCE == part
-            each, length = states[mine], lengths[mine]
-            source = np.repeat(each, length)
-            before = np.repeat(length.cumsum() - length - self._walked.take(each), length)
-            column = np.arange(source.size) - before
-            led = self._walk(source, column)
-            if len(self._loops) > groups.loops:
-                self._forget()
-            if self._ids is not groups:
-                return
-            self._kept[source, column] = led
-            self._walked[each] = count
+        self._make_rows(states)
+        vocabulary = self._vocabulary
+        first = vocabulary.symbols.take(vocabulary.offsets.take(groups.one))
+        stop = vocabulary.is_stop.take(groups.one)
+        walked = self._walked.take(states)
+        for since in np.unique(walked).tolist():
+            same, most = states[walked == since], max(1, _AT_ONCE // (count - since))
+            for start in range(0, same.size, most):
+                if self._ids is not groups:
+                    return
+                each = same[start : start + most]
+                begins = self._rows.ravel().take(each[:, None] * SYMBOLS + first[since:]) != DEAD
+                place, column = (begins | stop[since:]).nonzero()
+                source = each.take(place)
+                column += since
+                led = self._walk(source, column)
+                if len(self._loops) > groups.loops:
+                    self._forget()
+                if self._ids is not groups:
+                    return
+                self._kept[source, column] = led
+                self._walked[each] = count
 
     def _walk(self, source: np.ndarray, column: np.ndarray) -> np.ndarray:
         """int64 [n]: where each column leads its state. Groups that a state tells apart are split:
@@ -204,11 +233,14 @@ class Transitions:
         return found
 
     def _step(self, states: np.ndarray, symbols: np.ndarray) -> np.ndarray:
+        self._make_rows(states)
+        found: np.ndarray = self._rows.ravel().take(states * SYMBOLS + symbols)
+        return found
+
+    def _make_rows(self, states: np.ndarray) -> None:
         if not self._has_row.take(states).all():
             for state in np.unique(states).tolist():
                 self.row(state)
-        found: np.ndarray = self._rows.ravel().take(states * SYMBOLS + symbols)
-        return found
 
     def _back(self, states: np.ndarray, ids: np.ndarray) -> np.ndarray:
         """bool [n]: whether all later symbols of each id lead its state back to itself."""
@@ -249,3 +281,14 @@ class Transitions:
                 if after.size != 1 or after[0] != state:
                     return False
         return True
+
+
+def _equal_columns(table: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """One of each kind of columns of int16 [s, n], and each column's kind."""
+    hashed = np.zeros(table.shape[1], dtype=np.int64)
+    for row in table:
+        hashed = (hashed ^ hashed >> 29) * _ODD + row
+    _, one, number = np.unique(hashed, return_index=True, return_inverse=True)
+    if (table != table.take(one.take(number), axis=1)).any():  # two kinds with one hash
+        _, one, number = np.unique(table, axis=1, return_index=True, return_inverse=True)
+    return one, number

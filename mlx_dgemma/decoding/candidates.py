@@ -13,6 +13,7 @@ from mlx_dgemma.constraints.transitions import DEAD, END
 
 LEAST = 1e-200  # a probability; 0 stands for an id that is not listed
 _MOST_MOVES = 1_000_000  # of all sets of states that are kept
+_MOST_CELLS = 1_000_000  # numbers of one array of moves, positions times edges
 
 # float64 [C, n]: probabilities of some ids at every position.
 Gather = Callable[[np.ndarray], np.ndarray]
@@ -22,9 +23,9 @@ Gather = Callable[[np.ndarray], np.ndarray]
 class Distributions:
     """What the network says of one canvas.
 
-    ids: int64 [C, K] candidates, in any order. probabilities: float64 [C, K] of them, 0 for none.
-    gather: the probabilities of other ids. entropy: float64 [C] of the whole distribution, nats.
-    argmax, sample: int [C]. whole: the candidates are the vocabulary.
+    ids: int64 [C, K] candidates, each position's ascending by probability. probabilities: float64
+    [C, K] of them, 0 for none. gather: the probabilities of other ids. entropy: float64 [C] of the
+    whole distribution, nats. argmax, sample: int [C]. whole: the candidates are the vocabulary.
     """
 
     ids: np.ndarray
@@ -39,14 +40,14 @@ class Distributions:
 class Kept(NamedTuple):
     """Where the ids that keep some states alive lead from them, state by state.
 
-    states [s], END among them with no id. places [m]: the ids' in their list. An edge joins a state
-    to another by all its ids that lead there: those from `first` [e] on; source [e], a state's
-    place; target [e], a state. sizes [s]: each state's ids. typical [s]: where an ordinary word
-    leads each state, DEAD for nowhere.
+    places [m]: the ids' in their list; state [m]: the place of the state that each is kept for. An
+    edge joins a state to another by all its ids that lead there: those from `first` [e] on; source
+    [e], a state's place; target [e], a state. sizes [s]: each state's ids. typical [s]: where an
+    ordinary word leads each state, DEAD for nowhere.
     """
 
-    states: np.ndarray
     places: np.ndarray
+    state: np.ndarray
     first: np.ndarray
     source: np.ndarray
     target: np.ndarray
@@ -58,7 +59,7 @@ class KeptMoves:
     """Of one automaton, state by state and set by set. It spares work and changes nothing."""
 
     def __init__(self, automaton: Automaton, *, whole: bool) -> None:
-        """whole: all ids of the vocabulary are listed everywhere."""
+        """whole: every id is a candidate everywhere, and none needs to be kept."""
         self._automaton, self._whole = automaton, whole
         self._ways: dict[int, tuple[np.ndarray, ...]] = {}
         self._sets: dict[bytes, Kept] = {}
@@ -67,12 +68,10 @@ class KeptMoves:
     @property
     def names(self) -> np.ndarray:
         """int64 [n]: the ids that may be listed."""
-        if self._whole:
-            return np.arange(self._automaton.vocabulary.size)
         return self._automaton.alive_ids
 
     def of(self, states: np.ndarray) -> Kept:
-        """Of states, ascending."""
+        """Of states, ascending, END among them with no id."""
         key = states.tobytes()
         found = self._sets.get(key)
         if found is None:
@@ -91,10 +90,10 @@ class KeptMoves:
         return known
 
     def _walk(self, state: int) -> tuple[np.ndarray, ...]:
-        if state == END:
+        if state == END or self._whole:
             return (np.zeros(0, dtype=np.intp),) * 3
         here = np.array([state])
-        places = np.arange(self.names.size) if self._whole else self._automaton.keep_alive(here)
+        places = self._automaton.keep_alive(here)
         led = self._automaton.table(here, self.names[places])[0].astype(np.intp)
         order = np.argsort(led, kind="stable")
         order = order[np.count_nonzero(led == DEAD) :]
@@ -108,54 +107,124 @@ class KeptMoves:
         first = np.concatenate([first for _, first, _ in ways])
         first = first + np.repeat(sizes.cumsum() - sizes, edges)
         led = np.concatenate([led for _, _, led in ways])
-        typical = self._automaton.typical(states).astype(np.intp)
-        typical[states == END] = DEAD  # all that follows is counted at once
+        typical = np.full(states.size, DEAD, dtype=np.intp)
+        if not self._whole:
+            going = states != END  # all that follows an end is counted at once
+            typical[going] = self._automaton.typical(states[going])
+        each = np.arange(states.size)
         return Kept(
-            states,
             np.concatenate([places for places, _, _ in ways]),
+            np.repeat(each, sizes),
             first,
-            np.repeat(np.arange(states.size), edges),
+            np.repeat(each, edges),
             led[first],
             sizes,
-            np.full(states.size, DEAD, dtype=np.intp) if self._whole else typical,
+            typical,
         )
 
 
-class Window(NamedTuple):
+class _Part(NamedTuple):
+    """What the sums over some states' edges are made of.
+
+    edges: how many. kept: the ids that keep the states alive; of_kept: their edges. of_end: those
+    of END to itself. slot [m]: each candidate that leads anywhere, by its place among all of the
+    positions; cell [m]: its position and class. Candidates that lead from every state to the same
+    one are of one class, and are summed together; classes: how many. Classes whose ids lead along
+    the same edge, `of_pairs`, are from `begins` on in `pairs`.
+    """
+
+    edges: int
+    kept: Kept
+    of_kept: np.ndarray
+    of_end: np.ndarray
+    slot: np.ndarray
+    cell: np.ndarray
+    classes: int
+    pairs: np.ndarray
+    begins: np.ndarray
+    of_pairs: np.ndarray
+
+
+class Moves(NamedTuple):
     """Where the ids of the positions [begin, end) lead from some states.
 
-    An edge joins a state to another: source [e], its place among `kept.states`; target [e], a
-    state. known [states]: whether a state is one of those. sums, best [end - begin, e]: of the
-    probabilities of the ids that lead there. rest [end - begin, s]: of each state, what no id is
-    listed for. of_kept [k]: the edges of `kept`'s own. slot, cell [m]: each candidate that leads
-    anywhere, by its place among all of the window, and where it is summed.
+    states [s], ascending. An edge joins a state to another by all ids that lead there: source [e],
+    the state's place; target [e], a state, or DEAD where nothing leads on. They are ordered by
+    both, and each state's begin at first [s]. sums, best [count, e]: of the probabilities of the
+    ids. rest [count, s]: what no id is listed for, and typical [s], the edge that an ordinary word
+    goes along, -1 for none. parts, places: what the sums are made of, and where the edges of one
+    part after the other are.
     """
 
     begin: int
     end: int
-    known: np.ndarray
-    kept: Kept
+    states: np.ndarray
     source: np.ndarray
     target: np.ndarray
+    first: np.ndarray
     sums: np.ndarray
     best: np.ndarray
     rest: np.ndarray
-    of_kept: np.ndarray
-    slot: np.ndarray
-    cell: np.ndarray
+    typical: np.ndarray
+    parts: tuple[_Part, ...]
+    members: tuple[np.ndarray, ...]  # of each part's states, the places
+    places: np.ndarray
 
-    def cut(self, end: int) -> Window:
-        """The window up to another end."""
+    def cut(self, end: int, width: int) -> Moves:
+        """The moves up to another end. width: of the candidates of a position."""
         count = end - self.begin
-        mine = self.cell < count * self.source.size
+        if end == self.end:
+            return self
+        parts = []
+        for part in self.parts:
+            mine = part.slot < count * width
+            parts.append(part._replace(slot=part.slot[mine], cell=part.cell[mine]))
         return self._replace(
             end=end,
             sums=self.sums[:count],
             best=self.best[:count],
             rest=self.rest[:count],
-            slot=self.slot[mine],
-            cell=self.cell[mine],
+            parts=tuple(parts),
         )
+
+    def joined(self, other: Moves) -> Moves:
+        """With those of other states, at the same positions."""
+        states = np.concatenate([self.states, other.states])
+        place = np.empty(states.size, dtype=np.intp)
+        place[states.argsort()] = np.arange(states.size)
+        mine, others = place[: self.states.size], place[self.states.size :]
+        source = np.concatenate([mine.take(self.source), others.take(other.source)])
+        target = np.concatenate([self.target, other.target])
+        order = np.lexsort((target, source))
+        where = np.empty(order.size, dtype=np.intp)
+        where[order] = np.arange(order.size)
+        source = source[order]
+        of_mine, of_others = where[: self.source.size], where[self.source.size :]
+        typical = np.concatenate([_place(of_mine, self.typical), _place(of_others, other.typical)])
+        by_place = place.argsort()
+        return Moves(
+            self.begin,
+            self.end,
+            states[by_place],
+            source,
+            target[order],
+            np.searchsorted(source, np.arange(states.size)),
+            np.concatenate([self.sums, other.sums], axis=1)[:, order],
+            np.concatenate([self.best, other.best], axis=1)[:, order],
+            np.concatenate([self.rest, other.rest], axis=1)[:, by_place],
+            typical[by_place],
+            self.parts + other.parts,
+            (
+                *(mine.take(part) for part in self.members),
+                *(others.take(part) for part in other.members),
+            ),
+            np.concatenate([of_mine.take(self.places), of_others.take(other.places)]),
+        )
+
+
+def _place(places: np.ndarray, some: np.ndarray) -> np.ndarray:
+    """Some places by a table, -1 for -1."""
+    return np.where(some < 0, -1, places.take(some))
 
 
 class Candidates:
@@ -167,26 +236,17 @@ class Candidates:
 
     def __init__(self, automaton: Automaton, seen: Distributions, moves: KeptMoves) -> None:
         self._automaton, self._seen, self._moves = automaton, seen, moves
-        length = len(seen.ids)
-        if seen.whole:
-            self.ids, self.p = np.zeros((length, 0), dtype=np.int64), np.zeros((length, 0))
-            self.listed = np.zeros((length, automaton.vocabulary.size))
-            np.put_along_axis(self.listed, seen.ids, np.maximum(seen.probabilities, LEAST), 1)
-        else:
-            order = np.argsort(seen.probabilities, axis=1)
-            self.ids = np.take_along_axis(seen.ids, order, 1)
-            p = np.take_along_axis(seen.probabilities, order, 1)
-            self.p = np.where(p > 0, np.maximum(p, LEAST), 0)
-            self.ids[self.p <= 0] = automaton.vocabulary.stop_ids.min(initial=0)
-            self.listed = np.zeros((length, automaton.alive_ids.size))
-            automaton.transitions.prepare(self.ids[self.p > 0])
+        p = seen.probabilities
+        some = np.ones(p.shape, dtype=bool) if seen.whole else p > 0
+        self.p = np.maximum(p, LEAST) * some
+        self.ids = np.where(some, seen.ids, automaton.vocabulary.stop_ids.min(initial=0))
+        self.listed = np.zeros((len(p), automaton.alive_ids.size))
         self.total = self.p.sum(axis=1)
         self._gathered = np.zeros(self.listed.shape[1], dtype=bool)
+        automaton.transitions.prepare(self.ids.ravel())
 
     def gather(self, places: np.ndarray) -> None:
         """Sees to it that some listed ids' probabilities are there."""
-        if self._seen.whole:
-            return
         fresh = self._moves.names.size - self._gathered.size
         if fresh:
             self.listed = np.pad(self.listed, ((0, 0), (0, fresh)))
@@ -207,82 +267,99 @@ class Candidates:
         self.listed[:, missing] = p
         self._gathered[missing] = True
 
-    def window(self, states: np.ndarray, begin: int, end: int) -> Window:
-        """Of states, ascending."""
+    def moves(self, states: np.ndarray, begin: int, end: int) -> Moves:
+        """Of states, ascending; of fewer positions where so many would take too much memory."""
         kept = self._moves.of(states)
         self.gather(kept.places)
-        slot, which, led = self._candidates(states, begin, end)
-        count, width = len(self._automaton), self.ids.shape[1]
-        known = np.zeros(count, dtype=bool)
-        known[states] = True
-        where_end = np.flatnonzero(states == END)  # whose only edge leads to itself
-        kept_keys = np.append(kept.source * count + kept.target, where_end * count + END)
-        keys = which * count + led
-        number = np.zeros(states.size * count, dtype=np.int32)
-        number[keys] = 1
-        number[kept_keys] = 1
-        edges = number.nonzero()[0]
-        number[edges] = np.arange(edges.size)
-        cell = np.repeat(np.arange(end - begin) * edges.size, width).take(slot)
-        cell += number.take(keys)
-        of_kept = number.take(kept_keys)
-        source = edges // count
-        target = edges - source * count
-        best = np.zeros((end - begin, edges.size))
-        best.ravel()[cell] = self.p[begin:end].ravel().take(slot)  # ascending: the last one stays
-        found = Window(
-            begin, end, known, kept, source, target,
-            best, best, np.zeros((end - begin, states.size)), of_kept, slot, cell,
-        )  # fmt: skip
-        sums, listed = self.sums(found, self.p, self.listed)
-        own = of_kept[: kept.first.size]
-        if kept.first.size:
-            most = np.maximum.reduceat(listed, kept.first, axis=1)
-            best[:, own] = np.maximum(best[:, own], most)
-        best[:, of_kept[kept.first.size :]] = 1
-        return found._replace(sums=sums, rest=self._rest(kept, listed, begin, end))
-
-    def _candidates(self, states: np.ndarray, begin: int, end: int) -> tuple[np.ndarray, ...]:
-        """Those of a window that lead anywhere, state by state: the place among all, the state's
-        place, and the state that they lead to."""
-        size = (end - begin) * self.ids.shape[1]
         going = np.flatnonzero(states != END)
-        if not size or not going.size:
-            return (np.zeros(0, dtype=np.intp),) * 3
-        table = self._automaton.table(states[going], self.ids[begin:end].ravel())
-        if not (self.p[begin:end, 0] > 0).all():
-            table[:, self.p[begin:end].ravel() <= 0] = DEAD
-        each, slot = np.count_nonzero(table, axis=1), table.ravel().nonzero()[0]
-        led = table.ravel().take(slot)
-        slot -= np.repeat(np.arange(0, table.size, size), each)
-        return slot, np.repeat(going, each), led
+        which, ways = self._automaton.transitions.classes(
+            states[going], self.ids[begin:end].ravel()
+        )
+        count = len(self._automaton)
+        state, pairs = np.nonzero(ways)
+        keys = going[state] * count + ways[state, pairs]
+        order = keys.argsort(kind="stable")
+        keys, pairs = keys[order], pairs[order]
+        begins = np.flatnonzero(np.diff(keys, prepend=-1))
+        keys = keys[begins]
+        kept_keys = kept.source * count + kept.target
+        end_keys = np.flatnonzero(states == END) * count + END
+        some = np.flatnonzero(kept.typical)
+        typical_keys = some * count + kept.typical[some]
+        every = np.concatenate([keys, kept_keys, end_keys, typical_keys])
+        lonely = np.ones(states.size, dtype=bool)
+        lonely[every // count] = False
+        every = np.unique(np.concatenate([every, np.flatnonzero(lonely) * count + DEAD]))
+        source = every // count
+        typical = np.full(states.size, -1, dtype=np.intp)
+        typical[some] = np.searchsorted(every, typical_keys)
+        most = max(every.size, kept.places.size, pairs.size)
+        end = min(end, begin + max(1, _MOST_CELLS // most))
+        width = self.ids.shape[1]
+        slot = np.flatnonzero(
+            (which[: (end - begin) * width] > 0) & (self.p[begin:end].ravel() > 0)
+        )
+        part = _Part(
+            every.size,
+            kept,
+            np.searchsorted(every, kept_keys),
+            np.searchsorted(every, end_keys),
+            slot,
+            slot // max(width, 1) * ways.shape[1] + which.take(slot),
+            ways.shape[1],
+            pairs,
+            begins,
+            np.searchsorted(every, keys),
+        )
+        sums, best, rest = self._values(part, begin, end)
+        return Moves(
+            begin, end, states, source, every - source * count,
+            np.searchsorted(source, np.arange(states.size)),
+            sums, best, rest, typical, (part,), (np.arange(states.size),), np.arange(every.size),
+        )  # fmt: skip
 
-    def sums(
-        self, window: Window, p: np.ndarray, listed: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Of values [C, K] of the candidates and [C, n] of the listed ids: over each edge of a
-        window, [count, e], and those that its states keep, [count, m]."""
-        kept, rows = window.kept, slice(window.begin, window.end)
-        shape = (window.end - window.begin, window.source.size)
-        found = np.zeros(shape)
-        if window.slot.size:
-            values = p[rows].ravel().take(window.slot)
-            found.ravel()[:] = np.bincount(window.cell, values, found.size)
-        each = listed[rows].take(kept.places, axis=1)
-        count = kept.first.size
-        if count:
-            found[:, window.of_kept[:count]] += np.add.reduceat(each, kept.first, axis=1)
-        found[:, window.of_kept[count:]] = 1
-        return found, each
+    def sums(self, moves: Moves, p: np.ndarray, listed: np.ndarray) -> np.ndarray:
+        """[count, e]: over each edge, of values [C, K] of the candidates and [C, n] of the listed
+        ids; 1 for END's own."""
+        found = np.empty((moves.end - moves.begin, moves.source.size))
+        parts = [_over(part, np.add, p, listed, moves.begin, moves.end) for part in moves.parts]
+        found[:, moves.places] = np.concatenate(parts, axis=1)
+        return found
 
-    def _rest(self, kept: Kept, listed: np.ndarray, begin: int, end: int) -> np.ndarray:
-        """What each state's ids leave."""
-        found = np.zeros((end - begin, kept.states.size))
+    def _values(self, part: _Part, begin: int, end: int) -> tuple[np.ndarray, ...]:
+        """Sums and best of a part's edges, and what each state's ids leave."""
+        kept, shape = part.kept, (end - begin, part.kept.sizes.size)
+        sums = _over(part, np.add, self.p, self.listed, begin, end)
+        best = _over(part, np.maximum, self.p, self.listed, begin, end)
         if self._seen.whole:
-            return found
-        found[:] = 1 - self.total[begin:end, None]
+            return sums, best, np.zeros(shape)
+        rest = np.repeat(1 - self.total[begin:end, None], shape[1], axis=1)
         some = np.flatnonzero(kept.sizes)
         if some.size:
             first = (kept.sizes.cumsum() - kept.sizes)[some]
-            found[:, some] -= np.add.reduceat(listed, first, axis=1)
-        return np.maximum(found, 0, out=found)
+            each = self.listed[begin:end].take(kept.places, axis=1)
+            rest[:, some] -= np.add.reduceat(each, first, axis=1)
+        return sums, best, np.maximum(rest, 0, out=rest)
+
+
+def _over(
+    part: _Part, how: np.ufunc, p: np.ndarray, listed: np.ndarray, begin: int, end: int
+) -> np.ndarray:
+    """[count, edges]: sums (np.add) or maxima (np.maximum) over a part's edges."""
+    count = end - begin
+    found = np.zeros((count, part.edges))
+    if part.slot.size:
+        values = p[begin:end].ravel().take(part.slot)
+        classes = np.zeros(count * part.classes)
+        if how is np.add:
+            classes[:] = np.bincount(part.cell, values, classes.size)
+        else:
+            classes[part.cell] = values  # ascending: the last one stays
+        each = classes.reshape(count, -1).take(part.pairs, axis=1)
+        found[:, part.of_pairs] = how.reduceat(each, part.begins, axis=1)
+    if part.of_kept.size:
+        each = listed[begin:end].take(part.kept.places, axis=1)
+        own = how.reduceat(each, part.kept.first, axis=1)
+        found[:, part.of_kept] = how(found[:, part.of_kept], own)
+    found[:, part.of_end] = 1
+    return found

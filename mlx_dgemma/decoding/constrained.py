@@ -158,29 +158,27 @@ class _View:
         )
 
     def candidates(self, size: int) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [C, K] ids and float64 [C, K] probabilities."""
-        length = self._seen.draft.shape[1]
+        """int64 [C, K] ids and float64 [C, K] probabilities, ascending."""
         if size <= WHOLE:
-            ids = np.arange(size)
-            return np.tile(ids, (length, 1)), self.probabilities(ids)
+            p = self.probabilities(np.arange(size))
+            ids = p.argsort(axis=1)
+            return ids, np.take_along_axis(p, ids, 1)
         found, raw = self._seen.logits.candidates(self._rows)
-        ids = np.array(found, dtype=np.int64)
-        p = self._tempered(raw)
-        if p.shape[1] > _MOST:
-            some = np.argpartition(-p, _MOST, axis=1)[:, :_MOST]
-            ids, p = np.take_along_axis(ids, some, 1), np.take_along_axis(p, some, 1)
-        order = np.argsort(-p, axis=1)
-        ids, p = np.take_along_axis(ids, order, 1), np.take_along_axis(p, order, 1)
+        logits = np.array(raw.astype(mx.float32))
+        likely = logits.argsort(axis=1)[:, -_MOST:]
+        ids = np.take_along_axis(np.array(found, dtype=np.int64), likely, 1)
+        p = self._tempered(mx.array(np.take_along_axis(logits, likely, 1)))
         count = min(max(int((p >= _LEAST).sum(axis=1).max()), _ALWAYS), _MOST)
-        p = np.where(p >= _LEAST, p, 0)
-        p[:, :_ALWAYS] = np.maximum(p[:, :_ALWAYS], 1e-300)
-        return self._with_pins(ids[:, :count], p[:, :count])
+        ids, p = ids[:, -count:], p[:, -count:]
+        p[p < _LEAST] = 0
+        p[:, -_ALWAYS:] = np.maximum(p[:, -_ALWAYS:], 1e-300)
+        return self._with_pins(ids, p)
 
     def _with_pins(self, ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if self._pinned is not None:
             known, mask = self._pinned
             p[mask] = 0
-            ids[mask, 0], p[mask, 0] = known[mask], 1
+            ids[mask, -1], p[mask, -1] = known[mask], 1
         return ids, p
 
     def probabilities(self, ids: np.ndarray) -> np.ndarray:

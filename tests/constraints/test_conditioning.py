@@ -13,7 +13,7 @@ from mlx_dgemma.constraints.regex import full_match
 from mlx_dgemma.constraints.transitions import END
 from mlx_dgemma.decoding.candidates import Distributions
 from mlx_dgemma.decoding.conditioning import condition
-from tests.constraints.tiny import TinyVocabulary
+from tests.constraints.tiny import TinyVocabulary, ascending
 
 TOKENS = ["a", "b", "ab", "<stop>", "c"]
 PATTERNS = ["a*", "(ab)*c?", "a(b|c){1,3}", "(a|b)*b(a|b)", "(?!aa)[ab]+", "a?b?c?"]
@@ -24,7 +24,9 @@ def distributions(rng: np.random.Generator, length: int, size: int) -> Distribut
     ids = np.tile(np.arange(size), (length, 1))
     entropy = -(p * np.log(p)).sum(1)
     sample = np.array([rng.choice(size, p=row) for row in p])
-    return Distributions(ids, p, lambda some: p[:, some], entropy, p.argmax(1), sample, whole=True)
+    return Distributions(
+        *ascending(ids, p), lambda some: p[:, some], entropy, p.argmax(1), sample, whole=True
+    )
 
 
 def legal(automaton: Automaton, text: tuple[int, ...], ends_by: int | None) -> bool:
@@ -42,8 +44,9 @@ def brute(
     automaton: Automaton, seen: Distributions, ends_by: int | None
 ) -> dict[tuple[int, ...], float]:
     length, size = seen.probabilities.shape
+    p = seen.gather(np.arange(size))
     return {
-        text: float(np.prod(seen.probabilities[np.arange(length), text]))
+        text: float(np.prod(p[np.arange(length), text]))
         for text in itertools.product(range(size), repeat=length)
         if legal(automaton, text, ends_by)
     }
@@ -73,11 +76,12 @@ def test_sums_and_best_text_equal_every_sequence(
     marginals = np.zeros((5, len(TOKENS)))
     for text, weight in weights.items():
         marginals[np.arange(5), text] += weight / total
+    p = seen.gather(np.arange(marginals.shape[1]))
     found = np.zeros_like(marginals)
     assert result.left_out == 0
     for at in range(5):
         np.add.at(found[at], result.ids[at], result.weights[at])
-        found[at] += result.plain[at] * seen.probabilities[at]
+        found[at] += result.plain[at] * p[at]
     np.testing.assert_allclose(found, marginals, atol=1e-6)
     entropy = -(marginals * np.log(np.maximum(marginals, 1e-300))).sum(1)
     np.testing.assert_allclose(result.entropy, entropy, atol=1e-5)

@@ -44,7 +44,7 @@ def distributions(text: str, noise: float, seed: int) -> np.ndarray:
 
 
 def candidates_of(p: np.ndarray, candidates: int) -> Distributions:
-    order = np.argsort(-p, axis=1)[:, :candidates]
+    order = np.argsort(p, axis=1)[:, -candidates:]
     return Distributions(
         order,
         np.take_along_axis(p, order, 1),

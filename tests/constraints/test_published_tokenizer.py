@@ -19,6 +19,7 @@ from mlx_dgemma.decoding.candidates import Distributions
 from mlx_dgemma.decoding.conditioning import Conditioned, condition
 from mlx_dgemma.prompt import Tokenizer, load_tokenizer
 from tests.constraints.test_schemas import patterns
+from tests.constraints.tiny import ascending
 
 CHECKPOINT = Path(__file__).parents[3] / "shared/assets/checkpoint-4bit"
 SIZE, STOPS = 262_144, frozenset({1, 106, 50})
@@ -60,8 +61,7 @@ def seen(length: int, seed: int, kind: str = "random") -> Distributions:
         ids = np.tile(some, (length, 1))
     shares = rng.dirichlet(np.full(ids.shape[1], 0.3), length) * 0.9
     return Distributions(
-        ids,
-        shares,
+        *ascending(ids, shares),
         lambda some: np.full((length, some.size), 0.1 / SIZE),
         np.full(length, 8.0),
         ids[:, 0],

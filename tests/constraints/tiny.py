@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from mlx_dgemma.constraints.vocabulary import Vocabulary
 
 
@@ -27,3 +29,9 @@ class _Tokens:
 class TinyVocabulary(Vocabulary):
     def __init__(self, tokens: Sequence[str], stop_ids: Sequence[int]) -> None:
         super().__init__(_Tokens(tokens, stop_ids), len(tokens))
+
+
+def ascending(ids: np.ndarray, p: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Candidates [C, K] and their probabilities, as `Distributions` wants them."""
+    order = p.argsort(axis=1)
+    return np.take_along_axis(ids, order, 1), np.take_along_axis(p, order, 1)
