@@ -209,9 +209,9 @@ class Moves(NamedTuple):
             source,
             target[order],
             np.searchsorted(source, np.arange(states.size)),
-            np.concatenate([self.sums, other.sums], axis=1)[:, order],
-            np.concatenate([self.best, other.best], axis=1)[:, order],
-            np.concatenate([self.rest, other.rest], axis=1)[:, by_place],
+            _merged(self.sums, of_mine, other.sums, of_others),
+            _merged(self.best, of_mine, other.best, of_others),
+            _merged(self.rest, mine, other.rest, others),
             typical[by_place],
             self.parts + other.parts,
             (
@@ -220,6 +220,15 @@ class Moves(NamedTuple):
             ),
             np.concatenate([of_mine.take(self.places), of_others.take(other.places)]),
         )
+
+
+def _merged(
+    one: np.ndarray, of_one: np.ndarray, other: np.ndarray, of_other: np.ndarray
+) -> np.ndarray:
+    """[count, n] of the columns of two, by their places."""
+    found = np.empty((len(one), of_one.size + of_other.size))
+    found[:, of_one], found[:, of_other] = one, other
+    return found
 
 
 def _place(places: np.ndarray, some: np.ndarray) -> np.ndarray:
@@ -322,34 +331,38 @@ class Candidates:
         """[count, e]: over each edge, of values [C, K] of the candidates and [C, n] of the listed
         ids; 1 for END's own."""
         found = np.empty((moves.end - moves.begin, moves.source.size))
-        parts = [_over(part, np.add, p, listed, moves.begin, moves.end) for part in moves.parts]
+        rows = slice(moves.begin, moves.end)
+        parts = []
+        for part in moves.parts:
+            each = listed[rows].take(part.kept.places, axis=1)
+            parts.append(_over(part, np.add, p[rows], each))
         found[:, moves.places] = np.concatenate(parts, axis=1)
         return found
 
     def _values(self, part: _Part, begin: int, end: int) -> tuple[np.ndarray, ...]:
         """Sums and best of a part's edges, and what each state's ids leave."""
         kept, shape = part.kept, (end - begin, part.kept.sizes.size)
-        sums = _over(part, np.add, self.p, self.listed, begin, end)
-        best = _over(part, np.maximum, self.p, self.listed, begin, end)
+        p, each = self.p[begin:end], self.listed[begin:end].take(kept.places, axis=1)
+        sums, best = _over(part, np.add, p, each), _over(part, np.maximum, p, each)
         if self._seen.whole:
             return sums, best, np.zeros(shape)
         rest = np.repeat(1 - self.total[begin:end, None], shape[1], axis=1)
         some = np.flatnonzero(kept.sizes)
         if some.size:
             first = (kept.sizes.cumsum() - kept.sizes)[some]
-            each = self.listed[begin:end].take(kept.places, axis=1)
             rest[:, some] -= np.add.reduceat(each, first, axis=1)
         return sums, best, np.maximum(rest, 0, out=rest)
 
 
-def _over(
-    part: _Part, how: np.ufunc, p: np.ndarray, listed: np.ndarray, begin: int, end: int
-) -> np.ndarray:
-    """[count, edges]: sums (np.add) or maxima (np.maximum) over a part's edges."""
-    count = end - begin
+def _over(part: _Part, how: np.ufunc, p: np.ndarray, listed: np.ndarray) -> np.ndarray:
+    """[count, edges]: sums (np.add) or maxima (np.maximum) over a part's edges.
+
+    p: [count, K] of the candidates. listed: [count, m] of the ids that are kept.
+    """
+    count = len(p)
     found = np.zeros((count, part.edges))
     if part.slot.size:
-        values = p[begin:end].ravel().take(part.slot)
+        values = p.ravel().take(part.slot)
         classes = np.zeros(count * part.classes)
         if how is np.add:
             classes[:] = np.bincount(part.cell, values, classes.size)
@@ -358,8 +371,7 @@ def _over(
         each = classes.reshape(count, -1).take(part.pairs, axis=1)
         found[:, part.of_pairs] = how.reduceat(each, part.begins, axis=1)
     if part.of_kept.size:
-        each = listed[begin:end].take(part.kept.places, axis=1)
-        own = how.reduceat(each, part.kept.first, axis=1)
-        found[:, part.of_kept] = how(found[:, part.of_kept], own)
+        own = how.reduceat(listed, part.kept.first, axis=1)
+        found[:, part.of_kept] = how(found.take(part.of_kept, axis=1), own)
     found[:, part.of_end] = 1
     return found

@@ -110,18 +110,20 @@ class _Walk:
                 typical, least, ended = self._of_states(moves, goal)
                 continue
             # What no id stands for goes where some id goes.
-            mass += np.bincount(typical, weight * rest, size + 1) * (mass > 0)
-            mass = mass[:size]
-            found = np.count_nonzero(mass)
+            there = mass > 0
+            mass += np.bincount(typical, weight * rest, size + 1) * there
+            mass, there = mass[:size], there[:size]
+            found = np.count_nonzero(there)
             if not found:
                 self.stuck = True
                 break
             if found > self._most:
-                mass = self._beam(mass, least)
-            weight = np.maximum(mass / np.maximum.reduce(mass), TINY * (mass > 0))
+                there = self._beam(mass, least)
+            mass *= 1 / np.maximum.reduce(mass)
+            weight = np.maximum(mass, TINY) * there
             rows.append(weight)
             at += 1
-            if size > room or (mass[ended] and np.count_nonzero(mass) == 1):
+            if size > room or (weight[ended] and found == 1):
                 break
         self._ahead = 2 * self._ahead if at == end else max(at - begin, _AT_FIRST // 2)
         moves = moves.cut(at, self._width)
@@ -140,13 +142,12 @@ class _Walk:
         return typical, least, int(np.searchsorted(moves.states, END))
 
     def _beam(self, mass: np.ndarray, least: np.ndarray) -> np.ndarray:
-        """The mass of the states to go on with."""
+        """bool: the states to go on with."""
         found = mass.nonzero()[0]
-        kept = np.zeros(mass.size)
-        kept[found[least.take(found).argsort(kind="stable")[:_NEAREST]]] = 1
-        kept[found[(-mass.take(found)).argsort(kind="stable")[: self._most - _NEAREST]]] = 1
-        mass *= kept
-        return mass
+        kept = np.zeros(mass.size, dtype=bool)
+        kept[found[least.take(found).argsort(kind="stable")[:_NEAREST]]] = True
+        kept[found[(-mass.take(found)).argsort(kind="stable")[: self._most - _NEAREST]]] = True
+        return kept
 
 
 class _Memory:
