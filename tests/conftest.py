@@ -20,6 +20,10 @@ settings.load_profile("project")
 # Else MLX multiplies float32 in TF32 on an M5, and what is compared in float32 would not agree.
 os.environ.setdefault("MLX_ENABLE_TF32", "0")
 
+# One thread for PyTorch: of two, one waits in a loop for the other, which other processes hold up;
+# small networks took ten times as long.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # What tests compare with or drive; all of it comes with the dev extra.
 ORACLES = ("torch", "transformers", "mlx_vlm", "peft", "av", "pydantic_ai", "playwright", "lm_eval")
 

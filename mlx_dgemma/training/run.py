@@ -143,8 +143,8 @@ class Prepared:
     def _write_config(self) -> None:
         settings = self.settings
         write_config(
-            Path(settings.adapter_path), settings.tuning, model=settings.model or "demo",
-            objective=settings.objective,
+            Path(settings.adapter_path), settings.tuning, alone=True,
+            model=settings.model or "demo", objective=settings.objective,
             **({"entropy_bound": settings.entropy_bound} if settings.few_steps else {}),
         )  # fmt: skip
 

@@ -173,11 +173,11 @@ def trained(model: Model) -> dict[str, mx.array]:
     return named_tensors(model.trainable_parameters())
 
 
-def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
+def write_config(folder: Path, tuning: Tuning, *, alone: bool = False, **facts: Any) -> None:
     """adapter_config.json in mlx-lm's form, with `facts` beside.
 
-    An adapter that lies there is removed before if it was another one's, so that none is ever read
-    with a configuration that is not its own.
+    alone: an adapter that lies there with another configuration is removed before, so that it is
+    never read with this one.
     """
     values = {
         "fine_tune_type": tuning.kind,
@@ -187,7 +187,7 @@ def write_config(folder: Path, tuning: Tuning, **facts: Any) -> None:
     }
     path, text = folder / CONFIG, json.dumps(values, indent=2) + "\n"
     try:
-        if not (path.is_file() and path.read_bytes() == text.encode()):
+        if alone and not (path.is_file() and path.read_bytes() == text.encode()):
             (folder / WEIGHTS).unlink(missing_ok=True)
         with replacing(path) as partial:
             partial.write_text(text)

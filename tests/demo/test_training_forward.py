@@ -22,7 +22,6 @@ from mlx_dgemma.demo.tasks import PICTURE  # noqa: E402
 
 @pytest.fixture(scope="module")
 def reference():
-    torch.set_num_threads(2)
     return DiffusionGemmaForBlockDiffusion.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 

@@ -10,7 +10,6 @@ from transformers import DynamicCache
 from transformers.models.diffusion_gemma import DiffusionGemmaForBlockDiffusion
 from transformers.utils import logging
 
-torch.set_num_threads(2)
 logging.disable_progress_bar()
 
 

@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -31,6 +30,7 @@ from mlx_dgemma.training.run_events import Evaluated, Report, Saved
 from mlx_dgemma.training.save_folder import held
 from mlx_dgemma.training.settings import Settings
 from mlx_dgemma.training.tuning import WEIGHTS, read_tuning, write_config
+from tests.distributed.processes import finish, start
 
 QUICK = {
     "train": True, "batch_size": 2, "iters": 4, "rank": 2, "num_layers": 2, "learning_rate": 1e-3,
@@ -69,29 +69,35 @@ def trained(data, folder, *, stop_after=None, **changes):
     return mx.load(str(folder / WEIGHTS)), prepared.events
 
 
+@pytest.fixture(scope="module")
+def whole(data, tmp_path_factory):
+    """What a run gives that nothing ended, and its folder."""
+    folder = tmp_path_factory.mktemp("whole")
+    return *trained(data, folder), folder
+
+
 def same(one, other) -> bool:
     return set(one) == set(other) and all(mx.array_equal(one[k], other[k]) for k in one)
 
 
-def test_a_run_reports_saves_and_repeats_exactly(data, tmp_path):
-    first, events = trained(data, tmp_path / "a")
+def test_a_run_reports_saves_and_repeats_exactly(data, whole, tmp_path):
+    first, events, folder = whole
     assert [type(e) for e in events] == [Report, Saved, Report, Evaluated, Saved]
     assert events[0].loss == pytest.approx(events[0].canvas_loss + 0.5 * events[0].encoder_loss)
-    config = json.loads((tmp_path / "a" / "adapter_config.json").read_text())
+    config = json.loads((folder / "adapter_config.json").read_text())
     assert config["fine_tune_type"] == "lora"
     assert config["lora_parameters"]["rank"] == 2
     assert {name.rsplit(".", 1)[1] for name in first} == {"lora_a", "lora_b"}
     again, _ = trained(data, tmp_path / "b")
     assert same(first, again)
-    other, _ = trained(data, tmp_path / "c", seed=1)
+    other, _ = trained(data, tmp_path / "c", seed=1, iters=1)
     assert not same(first, other)
 
 
-def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(data, tmp_path):
-    whole, _ = trained(data, tmp_path / "whole")
+def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(data, whole, tmp_path):
     trained(data, tmp_path / "parts", stop_after=3)
     settled, _ = trained(data, tmp_path / "parts", resume=True)
-    assert same(whole, settled)
+    assert same(whole[0], settled)
     with pytest.raises(CheckpointError, match="another learning-rate"):
         trained(data, tmp_path / "parts", resume=True, learning_rate=1e-2)
     with pytest.raises(InputError, match="no save to go on from"):
@@ -103,8 +109,7 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(data, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_run_loses_no_more_than_one_save_interval(data, tmp_path):
-    whole, _ = trained(data, tmp_path / "whole", save_every=1)
+def test_a_killed_run_loses_no_more_than_one_save_interval(data, whole, tmp_path):
     folder = tmp_path / "killed"
     flags = [
         "--train", "--data", data, "--adapter-path", folder, "--batch-size", 2, "--iters", 4,
@@ -119,40 +124,34 @@ def test_a_killed_run_loses_no_more_than_one_save_interval(data, tmp_path):
     process.wait()
     _, header = mx.load(str(folder / STATE), return_metadata=True)
     assert int(header["step"]) >= 1
-    subprocess.run([*command, "--resume"], check=True, capture_output=True)
-    assert same(whole, mx.load(str(folder / WEIGHTS)))
+    settled, _ = trained(data, folder, resume=True)
+    assert same(whole[0], settled)
 
 
 @pytest.mark.slow
-def test_two_processes_train_what_one_does(data, tmp_path):
+def test_two_processes_train_what_one_does(data, whole, tmp_path):
     """Data-parallel over MLX's ring on the loopback: gradients are summed."""
-    alone, _ = trained(data, tmp_path / "alone")
-    program = tmp_path / "shared.py"
-    program.write_text(
-        "import sys\nfrom mlx_dgemma.cli.lora import main\nsys.exit(main(sys.argv[1:]))\n"
-    )
+    alone = whole[0]
     flags = [
         "--train", "--data", data, "--adapter-path", tmp_path / "two", "--batch-size", 2,
         "--iters", 4, "--rank", 2, "--num-layers", 2, "--learning-rate", "1e-3",
         "--val-replies", 0, "--encoder-weight", 0.5, "--val-batches", 1,
     ]  # fmt: skip
-    launch = "import sys; from mlx._distributed_utils.launch import main; sys.exit(main())"
-    subprocess.run(
-        [sys.executable, "-c", launch, "-n", "2", "--backend", "ring", "--",
-         sys.executable, str(program), *map(str, flags)],
-        check=True, capture_output=True, timeout=300, cwd=Path(__file__).parents[2],
-    )  # fmt: skip
+    command = [sys.executable, "-m", "mlx_dgemma", "lora", *map(str, flags)]
+    told = finish(start(command, 2, tmp_path), timeout=300)
+    assert [out.count("validation loss") for out, _ in told] == [1, 0], told
     together = mx.load(str(tmp_path / "two" / WEIGHTS))
     assert set(together) == set(alone)
     for name, tensor in alone.items():
         assert mx.abs(tensor - together[name]).max().item() < 1e-4, name
 
 
-def test_the_command_tests_an_adapter_and_writes_a_report(data, tmp_path, capsys):
-    trained(data, tmp_path / "a")
+def test_the_command_tests_an_adapter_and_writes_a_report(data, whole, tmp_path, capsys):
     report, plot = tmp_path / "report.json", tmp_path / "plot.svg"
-    flags = ["--test", "--data", str(data), "--adapter-path", str(tmp_path / "a")]
-    extra = ["--val-replies", "1", "--report", str(report), "--plot", str(plot)]
+    flags = ["--test", "--data", str(data), "--adapter-path", str(whole[2])]
+    extra = [
+        "--val-replies", "1", "--test-batches", "1", "--report", str(report), "--plot", str(plot),
+    ]  # fmt: skip
     assert main([*flags, *extra, "--batch-size", "2"]) == 0
     assert capsys.readouterr().out.startswith("Test loss ")
     written = json.loads(report.read_text())
@@ -354,9 +353,10 @@ def test_an_adapter_is_never_read_with_anothers_configuration(data, tmp_path):
         prepared.train(killed, cancelled=lambda: False)
     assert read_tuning(tmp_path).scale == 4.0
     assert same(one, mx.load(str(tmp_path / WEIGHTS)))
-    write_config(tmp_path, read_tuning(tmp_path), model="demo", objective="diffusion")
+    facts = {"model": "demo", "objective": "diffusion", "alone": True}
+    write_config(tmp_path, read_tuning(tmp_path), **facts)
     assert (tmp_path / WEIGHTS).exists()
-    write_config(tmp_path, Settings(**settings).tuning)
+    write_config(tmp_path, Settings(**settings).tuning, **facts)
     assert not (tmp_path / WEIGHTS).exists()
 
 
