@@ -32,8 +32,10 @@ def main() -> int:
     if purpose == "demo":
         pip("this package and what it runs on, about 150 MB", "-e", ".[server]")
     else:
-        pip("PyTorch, an oracle of the tests (CPU)", *torch())
-        pip("this package, the other oracles and the tools", "-e", ".[dev,server,video,clients]")
+        # Of 32,000 modules the tests import few: those are compiled then, not all of them here.
+        pip("PyTorch, an oracle of the tests (CPU)", "--no-compile", *torch())
+        every = ".[dev,server,video,clients]"
+        pip("this package, the other oracles and the tools", "--no-compile", "-e", every)
         compiler()
         system_parts()
         node_clients()
