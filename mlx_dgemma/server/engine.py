@@ -112,6 +112,7 @@ class Engine:
             max(settings.max_request_memory, 6 * settings.max_body_bytes),
         )
         self._places = asyncio.Semaphore(settings.max_concurrent)
+        self._waiting = 0  # for a place
         self._cancels: set[threading.Event] = set()
         disk = None
         if settings.prompt_cache_dir is not None:
@@ -267,6 +268,8 @@ class Engine:
     @contextlib.asynccontextmanager
     async def _place(self) -> AsyncIterator[None]:
         """One of the places on the model, waited for in order."""
+        self.door.check_open()
+        self._waiting += 1
         try:
             async with asyncio.timeout(self.settings.max_seconds):
                 await self._places.acquire()
@@ -274,6 +277,8 @@ class Engine:
             raise ApiError(
                 503, "The request waited too long for its turn; try again later.", retry_after=30
             ) from None
+        finally:
+            self._waiting -= 1
         try:
             self.door.check_open()
             yield
@@ -291,7 +296,7 @@ class Engine:
         self.door.closing = True
         for cancel in self._cancels:
             cancel.set()
-        for _ in range(self.settings.max_concurrent + self.settings.max_waiting):
+        for _ in range(self._waiting):
             self._places.release()  # those who wait for a turn wait no longer
 
     def close(self) -> None:

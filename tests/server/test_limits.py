@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 from mlx_dgemma.prompt import download, pictures, sandbox
 from mlx_dgemma.server import accepted, bodies, connections, request_images, tool_kinds, validation
 from mlx_dgemma.server.endpoints import openai_responses
+from mlx_dgemma.server.engine import Engine
+from mlx_dgemma.server.metrics import Metrics
 from mlx_dgemma.server.settings import SERVER_ACCESS, ServerSettings
+
+from .conftest import Script
 
 DOCS = Path(__file__).parents[2] / "docs" / "server.md"
 
@@ -55,3 +60,12 @@ def test_the_documented_limits_are_those_of_the_code() -> None:
     assert f"| {own.max_body_bytes >> 20} MB | `--max-body-mb` |" in DOCS.read_text()
     for name, numbers in expected.items():
         assert all(number in told[name] for number in numbers), (name, numbers, told[name])
+
+
+def test_a_server_of_billions_of_places_ends_at_once() -> None:
+    """It gave each of them back, one after the other."""
+    settings = ServerSettings(max_concurrent=2**31, max_waiting=2**31)
+    engine = Engine(Script("ok"), settings, Metrics())
+    began = time.process_time()
+    engine.stop()
+    assert time.process_time() - began < 1
