@@ -7,7 +7,6 @@ so PEFT's form holds each delta twice, for the decoder's module and for the enco
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections import defaultdict
 from pathlib import Path
@@ -66,14 +65,20 @@ def to_peft(folder: Path, out: Path) -> None:
         "target_parameters": sorted(parameters, reverse=True) or None,  # gate_up before down
         "inference_mode": True,
     }
-    out = Path(os.path.abspath(out))
-    growing = out.with_name(f"{out.name}.partial")
+    try:
+        growing = out.absolute().with_name(f"{out.absolute().name}.partial")
+    except OSError as error:  # the folder that one is in is gone
+        raise ResourceError(f"{out} cannot be written: {error.strerror}.") from error
     try:
         shutil.rmtree(growing, ignore_errors=True)  # what a kill left
         growing.mkdir(parents=True)
         (growing / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
         write_tensors(growing / "adapter_model.safetensors", tensors, {"format": "pt"})
-        growing.rename(out)
+        if out.is_dir():  # which may be the one that one is in; the configuration comes last
+            for path in sorted(growing.iterdir(), reverse=True):
+                path.rename(out / path.name)
+        else:
+            growing.rename(out)
     except OSError as error:
         raise ResourceError(f"{out} cannot be written: {error.strerror}.") from error
     finally:

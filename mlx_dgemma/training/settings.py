@@ -18,6 +18,7 @@ from mlx_dgemma.untrusted_json import shown
 
 ObjectiveName = Literal["diffusion", "few-steps"]
 _LARGEST = 2**53  # that counts and seeds may be
+_MOST_ANSWERS = 1000  # to one prompt
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,10 @@ class Settings:
         for name in ("learning_rate", "encoder_weight", "certainty_weight", "entropy_bound"):
             if not 0 <= (getattr(self, name) or 0) < float("inf"):
                 raise InputError(f"{name} {getattr(self, name)} is not possible: use 0 or more.")
+        if self.few_steps and self.rounds > self.iters:
+            raise InputError(f"{self.rounds} rounds need as many iters, and they are {self.iters}.")
+        if self.answers_per_prompt > _MOST_ANSWERS:
+            raise InputError(f"answers_per_prompt ends at {_MOST_ANSWERS:,}.")
         for group in self.trainable:
             if group not in GROUPS:
                 raise InputError(f"trainable {group!r} is not one of {', '.join(GROUPS)}.")

@@ -220,6 +220,11 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
         (("--train", "--data", "DATA", "--seed", "-1"), "seed -1 is not possible"),
         (("--train", "--data", "DATA", "--rank", "99999999999"), "the model's width is 128"),
         (("--train", "--data", "DATA", "--val-batches", "-5"), "val_batches begins at -1"),
+        (
+            ("--train", "--data", "DATA", "--objective", "few-steps", "--rounds", "1001"),
+            "1001 rounds need as many iters, and they are 1000",
+        ),
+        (("--train", "--data", "DATA", "--answers-per-prompt", "1001"), "ends at 1,000"),
         (("--train", "--data", "DATA", "--report", "/no/x.json"), "--report /no/x.json cannot be"),
         (("--test", "--data", "DATA", "--adapter-path", "EMPTY"), "holds no adapters.safetensors"),
         (("--train", "--data", "DATA", "--adapter-path", "/proc/x"), "cannot be written"),
@@ -379,6 +384,9 @@ def test_what_was_trained_is_asked_fused_and_exported(data, tmp_path, capsys, ki
     prepared = run.prepare(settings)
     prepared.train(lambda _: None, cancelled=lambda: False)
     assert fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "fused")]) == 0
+    if kind == "dora":
+        (tmp_path / "p").mkdir()  # an empty folder may be there
+        here = (tmp_path / "p").stat().st_ino
     (tmp_path / "p.partial").mkdir()
     (tmp_path / "p.partial/half").touch()  # as a kill leaves it
     exported = fuse(["--adapter-path", str(folder), "--save-path", str(tmp_path / "p"), "--peft"])
@@ -387,6 +395,8 @@ def test_what_was_trained_is_asked_fused_and_exported(data, tmp_path, capsys, ki
         found = {path.name for path in (tmp_path / "p").iterdir()}
         assert found == {"adapter_config.json", "adapter_model.safetensors"}
         assert not (tmp_path / "p.partial").exists()
+    if kind == "dora":
+        assert (tmp_path / "p").stat().st_ino == here  # and a shell may be in it
     capsys.readouterr()
 
     def logits(model):
