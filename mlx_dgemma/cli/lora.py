@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from mlx_dgemma.training.settings import Settings
 
 _MOST_CONFIG = 1 << 16  # bytes
+SPLITS = ("train", "valid", "test")
 TRAINABLE = ("attention", "dense", "experts", "self-conditioning")
 
 
@@ -153,9 +155,15 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = vars(build_parser().parse_args(argv))
     settings = _settings(arguments)
+    read = {os.path.realpath(os.path.join(settings.data, f"{name}.jsonl")) for name in SPLITS}
     for name in ("report", "plot"):
         if arguments[name] is not None:
             check_writable(arguments[name], f"--{name}")
+            if os.path.realpath(arguments[name]) in read:
+                raise InputError(
+                    f"--{name} {arguments[name]} would replace data or another output."
+                )
+            read.add(os.path.realpath(arguments[name]))
     messages = Console(stderr=True, highlight=False, markup=False)
 
     from mlx_dgemma.training import run

@@ -225,6 +225,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
             "1001 rounds need as many iters, and they are 1000",
         ),
         (("--train", "--data", "DATA", "--answers-per-prompt", "1001"), "ends at 1,000"),
+        (("--train", "--data", "DATA", "--plot", "TRAIN"), "would replace data or an output"),
         (("--train", "--data", "DATA", "--report", "/no/x.json"), "--report /no/x.json cannot be"),
         (("--test", "--data", "DATA", "--adapter-path", "EMPTY"), "holds no adapters.safetensors"),
         (("--train", "--data", "DATA", "--adapter-path", "/proc/x"), "cannot be written"),
@@ -236,7 +237,11 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
 )
 def test_mistakes_get_one_sentence(data, tmp_path, capsys, flags, message):
     (tmp_path / "empty").mkdir()
-    places = {"DATA": str(data), "EMPTY": str(tmp_path / "empty")}
+    places = {
+        "DATA": str(data),
+        "TRAIN": str(data / "train.jsonl"),
+        "EMPTY": str(tmp_path / "empty"),
+    }
     given = [places.get(flag, flag) for flag in flags]
     if "--adapter-path" not in given:
         given += ["--adapter-path", str(tmp_path / "adapter")]
