@@ -154,12 +154,13 @@ def stream_generate(
         settings = replace(settings, sliced_head=True)
     reader = ReplyReader(tokenizer, stop=stop, tools=_tool_names(tools))
     draws: Draws = SeededDraws(seed)
+    language = language_of(model, tokenizer, constraint)
     record = None
     if trace is not None:
         check_traceable(trace, opening=opening is not None, images=bool(prepared.images))
         record = Trace(seed, ids, asdict(settings), config_digest(model.config))
-        if isinstance(constraint, Constraint):
-            record.constraint = asdict(constraint)
+        if language is not None and language.source is not None:
+            record.constraint = asdict(language.source)
         draws = RecordingDraws(draws, record)
     request = Request(
         prompt=ids,
@@ -168,7 +169,7 @@ def stream_generate(
         seed=seed,
         stop_ids=tokenizer.stop_ids,
         opening=opening,
-        language=language_of(model, tokenizer, constraint),
+        language=language,
         drafts=drafts,
         alternatives=top_logprobs if logprobs or top_logprobs else None,
         cancel=cancel,

@@ -80,6 +80,6 @@ def _language(model: Model, tokenizer: Tokenizer, record: Trace) -> Language | N
     if record.constraint is None:
         return None
     try:
-        return language_of(model, tokenizer, Constraint(**record.constraint))
-    except TypeError:
+        return language_of(model, tokenizer, Constraint.from_record(record.constraint))
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise InputError("The trace's constraint is none: record it again.") from None

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING
+import sys
+from typing import TYPE_CHECKING, Any
 
 from mlx_dgemma.errors import InputError
 
 if TYPE_CHECKING:
     from mlx_dgemma.constraints import Constraint
+
+_MOST_BYTES = 1 << 20  # of a schema
 
 
 def add_constraint(parser: argparse.ArgumentParser, what: str = "the reply") -> None:
@@ -26,22 +29,29 @@ def add_constraint(parser: argparse.ArgumentParser, what: str = "the reply") -> 
 
 
 def read_constraint(arguments: argparse.Namespace) -> Constraint | None:
-    """The constraint that the flags ask for; InputError for a file that holds no schema."""
+    """The constraint that the flags ask for, with a warning of what of a schema it cannot hold;
+    InputError for one that cannot be followed."""
     from mlx_dgemma.constraints import Constraint
-    from mlx_dgemma.files import read_bytes
-    from mlx_dgemma.untrusted_json import parse
 
     if arguments.regex is not None:
-        return Constraint.regex(arguments.regex)
-    if arguments.choice:
-        return Constraint.choice(arguments.choice)
-    if arguments.json_schema is None:
+        constraint = Constraint.regex(arguments.regex)
+    elif arguments.choice:
+        constraint = Constraint.choice(arguments.choice)
+    elif arguments.json_schema is not None:
+        constraint = Constraint.json_schema(_read_schema(arguments.json_schema))
+    else:
         return None
-    path = arguments.json_schema
+    if left := constraint.check():
+        words = ", ".join(left)
+        print(f"warning: No reply is held to {words} of the schema: check that.", file=sys.stderr)
+    return constraint
+
+
+def _read_schema(path: str) -> Any:
+    from mlx_dgemma.files import read_argument
+    from mlx_dgemma.untrusted_json import UntrustedJSONError, parse
+
     try:
-        schema = parse(read_bytes(path, 1 << 20))
-    except OSError as error:
-        raise InputError(f"Cannot read the schema {path}: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"The schema {path} is not JSON: fix the file.") from error
-    return Constraint.json_schema(schema)
+        return parse(read_argument(path, "schema", _MOST_BYTES))
+    except UntrustedJSONError as error:
+        raise InputError(f"The schema {path} {error}: fix the file.") from error

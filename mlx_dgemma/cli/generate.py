@@ -105,10 +105,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         _refuse_what_a_record_fixes(parser, arguments)
         return _replay(arguments, messages)
 
+    # 1. What is asked, before anything slow
+    constraint = read_constraint(arguments)
     if arguments.dry_run:
         return _plan(arguments)
-
-    # 1. What is asked, before anything slow
     if arguments.trace is not None:
         check_writable(arguments.trace, "--trace")
     if arguments.prompt_cache_file is not None:
@@ -120,6 +120,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size += media.guessed_tokens(arguments) + (arguments.max_tokens or 256)
     session = open_session(arguments, messages, context=size)
     options = _options(arguments, session, example)
+    options["constraint"] = constraint
     if arguments.ignore_chat_template and isinstance(prompt, str):
         bos = session.model.config.text.bos_token_id
         prompt = [bos, *session.tokenizer.encode(prompt)]
@@ -154,6 +155,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             _print_verdict(right, console if console.is_terminal else messages)
         if on_terminal if arguments.verbose is None else arguments.verbose:
             print_summary(reply, console if on_terminal else messages, prepared.media)
+    if constraint is not None and reply.finish is not None and reply.finish.reason == "length":
+        print(
+            f"warning: The reply was cut at {reply.finish.generated_tokens} tokens, before it was "
+            "what it must be: allow more with --max-tokens.",
+            file=sys.stderr,
+        )
     if reply.finish is not None and reply.finish.reason == "unconverged":
         if arguments.json:
             return USER_ERROR  # the record says it
@@ -224,8 +231,6 @@ def _options(
         options["enable_thinking"] = example.enable_thinking or arguments.enable_thinking
         options["tools"] = example.tools
     options["logprobs"] = arguments.logprobs
-    if (constraint := read_constraint(arguments)) is not None:
-        options["constraint"] = constraint
     if arguments.trace is not None:
         options["trace"] = arguments.trace
     if arguments.prompt_cache_file is not None:

@@ -29,6 +29,8 @@ _MOST_NEEDED = 50_000  # bytes of the shortest text
 _LOOKED_AT = 64  # states near the start that are built before anything is generated
 _MOST_ALTERNATIVES = 20_000  # of those states together: a count, for a clock would refuse by chance
 
+_KINDS = ("regex", "choice", "json", "json_object", "tool_calls", "everything")
+
 _vocabularies: WeakKeyDictionary[Tokenizer, Vocabulary] = WeakKeyDictionary()
 
 
@@ -38,11 +40,13 @@ class Language:
 
     unchecked: keywords of a schema that the language does not hold the reply to.
     opener: an id without which every text from the start state on is in the language.
+    source: what it was compiled from.
     """
 
     automaton: Automaton
     unchecked: tuple[str, ...] = ()
     opener: int | None = None
+    source: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -83,36 +87,58 @@ class Constraint:
         """No constraint; for tests of what a constraint must not change."""
         return cls("everything", True)
 
+    @classmethod
+    def from_record(cls, record: Any) -> Constraint:
+        """The constraint of which `asdict` made the record; TypeError for what is none."""
+        made = cls(**record)
+        if made.kind not in _KINDS:
+            raise TypeError(f"{made.kind!r} is no kind of constraint")
+        if made.kind == "tool_calls":
+            value = dict(made.value)
+            tools = tuple((str(name), parameters) for name, parameters in value.pop("tools"))
+            return cls.tool_calls(ToolCalls(tools, **value))
+        return made
+
+    def check(self) -> tuple[str, ...]:
+        """Keywords of a schema to which the language does not hold a reply.
+
+        LanguageError as from `language`, for which no vocabulary is needed."""
+        return self._expression("", "")[2]
+
     def language(
         self, tokenizer: Tokenizer, vocab_size: int, *, before: str = "", after: str = ""
     ) -> Language:
         """Compiles it; LanguageError for one that is malformed, empty or too large.
 
         before, after: texts that every text of it stands between."""
+        space, node, unchecked = self._expression(before, after)
+        automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
+        free = self.kind == "tool_calls" and not self.value.forced
+        opener = tokenizer.ids.get("stc") if free else None
+        return Language(automaton, unchecked, opener, self)
+
+    def _expression(self, before: str, after: str) -> tuple[Space, Node, tuple[str, ...]]:
+        space = Space()
         try:
-            return self._compiled(tokenizer, vocab_size, before, after)
+            with space.bounded():
+                node, unchecked = self._node(space)
+                node = space.sequence([space.text(before), node, space.text(after)])
+                least = shortest_length(space, node)
+                if least >= NEVER:
+                    raise LanguageError(
+                        "No text satisfies the constraint: take one of its rules out."
+                    )
+                if least > _MOST_NEEDED:
+                    raise LanguageError(
+                        f"The shortest text that satisfies the constraint has {least} bytes; "
+                        f"{_MOST_NEEDED} are the most."
+                    )
+                _look_ahead(space, node)
         except RecursionError:
             raise LanguageError(
                 "The constraint is nested too deeply: take some of its levels out."
             ) from None
-
-    def _compiled(self, tokenizer: Tokenizer, vocab_size: int, before: str, after: str) -> Language:
-        space = Space()
-        with space.bounded():
-            node, unchecked = self._node(space)
-            node = space.sequence([space.text(before), node, space.text(after)])
-            least = shortest_length(space, node)
-            if least >= NEVER:
-                raise LanguageError("No text satisfies the constraint: take one of its rules out.")
-            if least > _MOST_NEEDED:
-                raise LanguageError(
-                    f"The shortest text that satisfies the constraint has {least} bytes; "
-                    f"{_MOST_NEEDED} are the most."
-                )
-            _look_ahead(space, node)
-        automaton = Automaton(space, node, vocabulary(tokenizer, vocab_size))
-        free = self.kind == "tool_calls" and not self.value.forced
-        return Language(automaton, unchecked, tokenizer.ids.get("stc") if free else None)
+        return space, node, unchecked
 
     def _node(self, space: Space) -> tuple[Node, tuple[str, ...]]:
         if self.kind == "regex":
@@ -122,7 +148,10 @@ class Constraint:
         if self.kind == "json":
             _check_schema(self.value)
             schema = SchemaLanguage(space, self.value)
-            return schema.build(), tuple(schema.unchecked)
+            node = schema.build()
+            if node is space.none and schema.impossible:
+                raise LanguageError(schema.impossible[0])
+            return node, tuple(schema.unchecked)
         if self.kind == "json_object":
             text = JsonText(space)
             return text.object_of(4), ()
@@ -168,13 +197,17 @@ def _choices(texts: Any) -> list[bytes]:
 
 
 def _check_schema(schema: Any) -> None:
+    """By its text, counted as it comes: parts that stand in it twice may be one object in Python,
+    and such a schema be longer than any memory."""
+    size = 0
     try:
-        size = len(json.dumps(schema, allow_nan=False))
+        for part in json.JSONEncoder(allow_nan=False).iterencode(schema):
+            size += len(part)
+            if size > _MOST_CHARACTERS:
+                break
     except (TypeError, ValueError, RecursionError):
         raise LanguageError(
             "The schema cannot be written as JSON: leave out what JSON has no form for."
         ) from None
     if size > _MOST_CHARACTERS:
-        raise LanguageError(
-            f"The schema has {size} characters as JSON; {_MOST_CHARACTERS} are the most."
-        )
+        raise LanguageError(f"The schema has more than {_MOST_CHARACTERS} characters as JSON.")

@@ -29,7 +29,8 @@ MOST_EXPRESSIONS = 60_000
 # Expressions, alternatives and conditions that may be looked at before it is walked: under a second
 # here, of which a hundred tools of a dozen parameters take a fifth. Counted, not timed: a busy
 # machine refuses nothing.
-MOST_WORK = 500_000
+MOST_WORK = 300_000
+_NEW = 2  # what a new expression counts more than one that is known
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
 _MANY = 8_000  # symbols of a choice from which on it is not built as a whole
@@ -134,7 +135,7 @@ class Space:
         single = self.symbols(singles)
         if singles:
             chosen[single.number] = single
-        self.charge(len(chosen) // 4)
+        self.charge(1 + len(chosen) // 4)
         if len(chosen) > _MOST_ALTERNATIVES:
             raise LanguageError(
                 f"The constraint has more than {_MOST_ALTERNATIVES} alternatives at once: "
@@ -150,6 +151,8 @@ class Space:
     def choice(self, texts: Iterable[Sequence[int]]) -> Node:
         """One of the symbol strings; long lists are looked at where a text reaches them."""
         listed = list(texts)
+        if len(listed) == 1:
+            return self.sequence([self.symbols(1 << symbol) for symbol in listed[0]])
         if sum(map(len, listed)) > _MANY:
             words = sorted({tuple(text) for text in listed})
             self._lists.append(words)
@@ -275,6 +278,7 @@ class Space:
     def holds(self, node: Node, word: Iterable[int]) -> bool:
         """Whether the expression holds a word of symbols."""
         for symbol in word:
+            self.charge(1)
             targets = (target for mask, target in self.moves(node) if mask >> symbol & 1)
             node = next(targets, self.none)
         return node.nullable
@@ -393,6 +397,7 @@ class Space:
                 raise LanguageError(
                     f"The constraint needs more than {self._most} expressions: make it simpler."
                 )
+            self.charge(_NEW)
             found = Node(len(self._known), kind, children, nullable, mask, low, high)
             self._known[key] = found
         return found

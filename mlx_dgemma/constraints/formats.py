@@ -21,5 +21,28 @@ FORMATS = {
     "ipv4": rf"{_OCTET}(\.{_OCTET}){{3}}",
     "ipv6": r"[0-9a-f]{1,4}(:[0-9a-f]{1,4}){7}",
 }
+# Those of the JSON Schema standard that are seldom asked for, in their plainest forms.
+_NAME = r"[A-Za-z0-9_.-]{1,40}"
+FORMATS |= {
+    "json-pointer": rf"(/{_NAME})*",
+    "relative-json-pointer": rf"(0|[1-9]\d{{0,3}})(#|(/{_NAME})*)",
+    "uri-template": rf"{FORMATS['uri']}(\{{[A-Za-z0-9_]{{1,20}}\}})?",
+    "regex": r"[A-Za-z0-9 _-]*",
+}
+# Names that pydantic gives to types of its own.
+_UUID = r"[0-9a-f]{8}-[0-9a-f]{4}-%d[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}"
+FORMATS |= {f"uuid{version}": _UUID % version for version in range(1, 9)}
+FORMATS |= {
+    "ipvanyaddress": FORMATS["ipv4"],
+    "ipv4interface": rf"{FORMATS['ipv4']}/(3[0-2]|[12]?\d)",
+    "ipv6interface": rf"{FORMATS['ipv6']}/(12[0-8]|1[01]\d|[1-9]?\d)",
+    "ipv4network": rf"{FORMATS['ipv4']}/32",
+    "ipv6network": rf"{FORMATS['ipv6']}/128",
+    "ipvanynetwork": rf"{FORMATS['ipv4']}/32",
+    "base64url": r"([A-Za-z0-9_-]{4})*",
+    "json-string": r"[1-9]\d{0,8}|true|false|null",
+}
+FORMATS["idn-hostname"] = FORMATS["hostname"]
+FORMATS["iri"] = FORMATS["iri-reference"] = FORMATS["uri"]
 FORMATS["idn-email"] = FORMATS["email"]
 FORMATS["uri-reference"] = FORMATS["url"] = FORMATS["uri"]

@@ -31,6 +31,7 @@ from mlx_dgemma.constraints.keywords import (
 )
 from mlx_dgemma.constraints.merging import Patterns, merged
 from mlx_dgemma.constraints.object_members import ObjectMembers
+from mlx_dgemma.constraints.shortest import NEVER, HardToFindError, shortest_length
 from mlx_dgemma.errors import LanguageError, UnsupportedError
 
 DEPTH = 5  # how often a reference may recurse
@@ -42,8 +43,12 @@ _MOST_PLACES = 10  # of a multiple
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
 _CHECKED_LATER = (
     *("uniqueItems", "contains", "minContains", "dependentRequired", "dependentSchemas"),
-    *("dependencies", "if", "unevaluatedProperties", "unevaluatedItems"),
+    *("dependencies", "if"),
 )
+_UNEVALUATED = {"unevaluatedProperties": "additionalProperties", "unevaluatedItems": "items"}
+# What decides beside its own keywords which members and items are evaluated.
+_EVALUATING = frozenset(("anyOf", "oneOf", "if", "dependentSchemas", "contains"))
+_MERGE = 20  # what joining two schemas counts
 # The dynamic ones only differ across documents, of which there is one.
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _JOINING = frozenset((*_REFERENCES, "allOf"))
@@ -59,7 +64,8 @@ _OF_SCALARS = (_OF_TYPE["string"], _OF_TYPE["number"])
 class SchemaLanguage:
     """Builds expressions of schemas that share one root.
 
-    unchecked: the keywords that the language leaves to a check, where they stand.
+    unchecked: the keywords that the language leaves to a check, where they stand. impossible: why
+    parts of it have no text.
     """
 
     def __init__(self, space: Space, root: Any, text: JsonText | None = None) -> None:
@@ -67,12 +73,15 @@ class SchemaLanguage:
         self.text = text or JsonText(space)
         self.root = root
         self.unchecked: dict[str, None] = {}
+        self.impossible: list[str] = []
         self._known: dict[tuple[int, int], Node] = {}
         self._open: frozenset[int] = frozenset()
         self._plained: dict[tuple[int, str], Any] = {}
         self._merges = 0
         self._level = 0
-        self._members = ObjectMembers(space, self.text, self.unchecked, self._all_of)
+        self._members = ObjectMembers(
+            space, self.text, self.unchecked, self.impossible, self._all_of
+        )
         self._kinds: dict[str, Callable[[Mapping[str, Any], int], Node]] = {
             "object": self._members.expression,
             "array": self._array,
@@ -117,11 +126,16 @@ class SchemaLanguage:
         if _JOINING & schema.keys():
             return self._any(self._plain(schema), depth)
         for name in _CHECKED_LATER:
-            if schema.get(name) not in (None, False):
+            if schema.get(name) is not None and (name, schema[name]) != ("uniqueItems", False):
                 self.unchecked[name] = None
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 return self._options(schema, name, depth)
+        if _UNEVALUATED.keys() & schema.keys():
+            key = (id(schema), "settled")
+            if key not in self._plained:
+                self._plained[key] = self._settled(schema)
+            return self._any(self._plained[key], depth)
         if "const" in schema or "enum" in schema:
             node = self._enum(schema)
         else:
@@ -129,35 +143,56 @@ class SchemaLanguage:
             node = self.space.either(self._kinds[kind](schema, depth) for kind in kinds)
         return self._without(schema, node)
 
+    def _settled(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
+        """A schema into which all is joined: what is not evaluated is what else there is."""
+        found = {name: rule for name, rule in schema.items() if name not in _UNEVALUATED}
+        for name, other in _UNEVALUATED.items():
+            if schema.get(name) is None:
+                continue
+            if _EVALUATING & schema.keys():
+                self.unchecked[name] = None
+            elif other not in schema:
+                found[other] = schema[name]
+        return found
+
     def _plain(self, schema: Mapping[str, Any]) -> Any:
         """References followed and allOf merged; the same object for the same schema."""
         key = (id(schema), "plain")
         if key not in self._plained:
             siblings, parts = self._parts(schema)
             alone = len(parts) == 1 and not any(name in MEANINGFUL for name in siblings)
-            self._plained[key] = parts[0] if alone else self._merged([siblings, *parts])
+            self._plained[key] = parts[0] if alone else self._merged(siblings, parts)
         return self._plained[key]
 
-    def _merged(self, schemas: list[Any]) -> Any:
-        """One schema for all; what cannot be joined is left to the check."""
-        result: Any = {}
-        for schema in schemas:
+    def _merged(self, schema: Any, parts: Sequence[Any]) -> Any:
+        """One schema for what stands beside its parts, and these; what cannot be joined is left to
+        the check."""
+        result = schema
+        for part in parts:
             try:
-                result = merged([result, self._flat(schema, 0)])
+                result = merged([result, self._flat(part, 0)])
             except UnsupportedError:
                 self.unchecked["allOf"] = None
+            if isinstance(result, Mapping):
+                self.space.charge(_MERGE + len(result) + len(result.get("properties", ())))
         return result
 
     def _flat(self, schema: Any, level: int) -> Any:
-        if not isinstance(schema, Mapping) or not _JOINING & schema.keys():
+        """A part of another schema, without references and allOf of its own."""
+        if not isinstance(schema, Mapping):
             return schema
-        self._merges += 1
-        if level > _MOST_NESTED or self._merges > _MOST_MERGES:
-            raise LanguageError(
-                "The schema's references go round in a circle, or join too much: describe a value."
-            )
-        siblings, parts = self._parts(schema)
-        return merged([siblings, *(self._flat(part, level + 1) for part in parts)])
+        if _JOINING & schema.keys():
+            self._merges += 1
+            if level > _MOST_NESTED or self._merges > _MOST_MERGES:
+                raise LanguageError(
+                    "The schema's references go round in a circle, or join too much: describe a "
+                    "value."
+                )
+            siblings, parts = self._parts(schema)
+            schema = merged([siblings, *(self._flat(part, level + 1) for part in parts)])
+        if isinstance(schema, Mapping) and _UNEVALUATED.keys() & schema.keys():
+            return self._settled(schema)
+        return schema
 
     def _parts(self, schema: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """What stands beside the references and allOf of a schema, and what these hold."""
@@ -244,7 +279,7 @@ class SchemaLanguage:
         if any(key in MEANINGFUL for key in rest):
             key = (id(schema), name)
             if key not in self._plained:
-                joined = [self._merged([rest, option]) for option in options]
+                joined = [self._merged(rest, [option]) for option in options]
                 self._plained[key] = joined
             options = self._plained[key]
         parts = [self._any(option, depth) for option in options]
@@ -283,14 +318,27 @@ class SchemaLanguage:
                     conditions.append(text.inside.search(pattern))
                 except UnsupportedError:
                     self.unchecked["pattern"] = None
-        elif isinstance(name := schema.get("format"), str) and name in FORMATS:
-            conditions.append(text.inside.full(FORMATS[name]))
+        if isinstance(name := schema.get("format"), str) and name in FORMATS:
+            conditions = self._formatted(conditions, text.inside.full(FORMATS[name]))
         low, high = count(schema, "minLength") or 0, count(schema, "maxLength")
         if low or high is not None or not conditions:
             conditions.append(
                 space.repeat(text.character, low, UNBOUNDED if high is None else high)
             )
         return space.both(conditions)
+
+    def _formatted(self, patterns: list[Node], written: Node) -> list[Node]:
+        """Patterns and a format together; the patterns alone where they leave nothing of what this
+        writes of the format, which is not all that it allows."""
+        if patterns:
+            try:
+                empty = shortest_length(self.space, self.space.both([*patterns, written])) >= NEVER
+            except HardToFindError:
+                empty = True
+            if empty:
+                self.unchecked["format"] = None
+                return patterns
+        return [*patterns, written]
 
     def _integer(self, schema: Mapping[str, Any], depth: int) -> Node:
         low, high = bounds(schema, 1)
@@ -356,7 +404,7 @@ class SchemaLanguage:
             return self._any(schemas[0], depth)
         key = (id(owner), place)
         if key not in self._plained:
-            self._plained[key] = self._merged(list(schemas))
+            self._plained[key] = self._merged({}, schemas)
         return self._any(self._plained[key], depth)
 
 
@@ -370,7 +418,7 @@ def _values(schema: Any) -> list[Any] | None:
 
 
 MEANINGFUL = frozenset(
-    ("type", "enum", "const", "anyOf", "oneOf", "not", "nullable", *_CHECKED_LATER)
+    (*_UNEVALUATED, "type", "enum", "const", "anyOf", "oneOf", "not", "nullable", *_CHECKED_LATER)
 ) | {name for names in _OF_TYPE.values() for name in names} | {
     *("minProperties", "maxProperties", "propertyNames", "additionalItems"),
 }  # fmt: skip

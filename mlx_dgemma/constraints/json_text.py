@@ -38,6 +38,7 @@ class JsonText:
         self.inside = Builder(space, self._character)
         self._outside = Builder(space, lambda characters: characters.expression(space))
         self._values: dict[int, Node] = {}
+        self._digit_runs: dict[tuple[str, str, int], Node] = {}
         self._integers: dict[tuple[int | None, ...], Node] = {}
         self._numbers: dict[tuple[Decimal | int | None, ...], Node] = {}
 
@@ -83,6 +84,10 @@ class JsonText:
     def key(self, name: str) -> Node:
         """The name of a property."""
         return self.constant(name)
+
+    def key_forms(self, name: str) -> list[Sequence[int]]:
+        """Every way in which the name of a property may be written."""
+        return [text for text in (self.spelled(name),) if text]
 
     def any_key(self, content: Node | None) -> Node:
         """Any name, or those with this content."""
@@ -203,6 +208,12 @@ class JsonText:
 
     def _digits(self, low: str, high: str, places: int) -> Node:
         """As many digits as low has, a point before the last `places`."""
+        key = (low, high, places)
+        if key not in self._digit_runs:
+            self._digit_runs[key] = self._digit_run(low, high, places)
+        return self._digit_runs[key]
+
+    def _digit_run(self, low: str, high: str, places: int) -> Node:
         space = self.space
         if not low:
             return space.empty

@@ -17,6 +17,8 @@ _ANNOTATIONS = frozenset(
     )
 )
 _LARGER = ("minimum", "exclusiveMinimum", "minLength", "minItems", "minProperties", "minContains")
+_OF_ITEMS = frozenset(("items", "prefixItems", "additionalItems"))
+_MOST_OPTIONS = 2_000  # of two lists, each with each
 _SMALLER = ("maximum", "exclusiveMaximum", "maxLength", "maxItems", "maxProperties")
 
 
@@ -50,19 +52,72 @@ def merged(schemas: list[Any]) -> Any:
 def _pair(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     one, other = _listed(one, other), _listed(other, one)
     result = {**other, **one}
+    items = _items(one, other)
     for key in one.keys() & other.keys():
         ours, theirs = one[key], other[key]
         if key in _ANNOTATIONS or key.startswith("x-") or _are_same(ours, theirs):
             continue
-        result[key] = _both(key, ours, theirs)
-    closed = [s for s in (one, other) if s.get("additionalProperties") is False]
+        if items is None or key not in _OF_ITEMS:
+            result[key] = _both(key, ours, theirs)
+    if items is not None:
+        result = {**{k: v for k, v in result.items() if k not in _OF_ITEMS}, **items}
     for schema, against in ((one, other), (other, one)):
-        if schema in closed:
-            known = schema.get("properties", {})
-            for name in against.get("properties", {}):
-                if name not in known and "patternProperties" not in schema:
-                    result["properties"] = {**result["properties"], name: False}
+        _close(schema, against, result)
     return result
+
+
+def _close(schema: dict[str, Any], against: dict[str, Any], result: dict[str, Any]) -> None:
+    """Holds the members that only `against` knows to what `schema` says of others."""
+    extra = schema.get("additionalProperties", True)
+    if extra is True or extra == {}:
+        return
+    own, known = schema.get("patternProperties", {}), schema.get("properties", {})
+    fresh = [name for name in against.get("properties", {}) if name not in known]
+    if "patternProperties" in against or (own and fresh):
+        if extra is not False:
+            _no("additionalProperties")
+        names = [{"enum": list(known)}] if known else []
+        rule = {"anyOf": [*names, *({"pattern": one} for one in own)]} if names or own else False
+        before = result.get("propertyNames", True)
+        result["propertyNames"] = rule if before is True else {"allOf": [before, rule]}
+        return
+    for name in fresh:
+        inner = result["properties"][name]
+        held = False if extra is False else {"allOf": [inner, extra]}
+        result["properties"] = {**result["properties"], name: held}
+
+
+def _items(one: dict[str, Any], other: dict[str, Any]) -> dict[str, Any] | None:
+    """What both say of an array's items, place by place; None where no place has a rule of its
+    own, or one says nothing."""
+    if not any(isinstance(s.get("prefixItems", s.get("items")), list) for s in (one, other)):
+        return None
+    if not all(_OF_ITEMS & s.keys() for s in (one, other)):
+        return None
+    (first, rest), (second, more) = map(_places, (one, other))
+    count = max(len(first), len(second))
+    pairs = zip(
+        [*first, *[rest] * (count - len(first))],
+        [*second, *[more] * (count - len(second))],
+        strict=True,
+    )
+    return {"prefixItems": [_joined(a, b) for a, b in pairs], "items": _joined(rest, more)}
+
+
+def _places(schema: dict[str, Any]) -> tuple[list[Any], Any]:
+    """The rules of the first items, and that of the others."""
+    items = schema.get("items", True)
+    if isinstance(items, list):  # before 2020-12
+        return items, schema.get("additionalItems", True)
+    return schema.get("prefixItems", []), items
+
+
+def _joined(ours: Any, theirs: Any) -> Any:
+    if False in (ours, theirs):
+        return False
+    if ours is True or theirs is True:
+        return theirs if ours is True else ours
+    return {"allOf": [ours, theirs]}
 
 
 def _listed(schema: dict[str, Any], beside: dict[str, Any]) -> dict[str, Any]:
@@ -107,10 +162,12 @@ def _both(key: str, ours: Any, theirs: Any) -> Any:
     if key == "multipleOf" and isinstance(ours, int) and isinstance(theirs, int):
         return math.lcm(ours, theirs)
     if key in ("items", "additionalProperties", "propertyNames"):
-        return {"allOf": [ours, theirs]}
+        return _joined(ours, theirs)
     if key == "pattern":
         return Patterns((*Patterns.of(ours), *Patterns.of(theirs)))
     if key in ("anyOf", "oneOf"):
+        if len(ours) * len(theirs) > _MOST_OPTIONS:
+            raise LanguageError(f"The schema joins too many options of {key}: write them as one.")
         return [{"allOf": [a, b]} for a in ours for b in theirs]
     return _no(key)
 

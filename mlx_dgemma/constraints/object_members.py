@@ -13,14 +13,17 @@ from typing import Any
 from mlx_dgemma.constraints.expressions import UNBOUNDED, Node, Space
 from mlx_dgemma.constraints.json_text import JsonText
 from mlx_dgemma.constraints.keywords import count
-from mlx_dgemma.errors import LanguageError, UnsupportedError
+from mlx_dgemma.errors import UnsupportedError
+
+_MEMBER = 10  # what a member counts beside its expressions
 
 
 class ObjectMembers:
     """Builds the expressions of objects.
 
     value: the expression of what satisfies all of some schemas; gets the schema that they are part
-    of, and where. unchecked: gets the keywords that are left to a check.
+    of, and where. unchecked: gets the keywords that are left to a check. impossible: gets a
+    sentence for an object that cannot be.
     """
 
     def __init__(
@@ -28,10 +31,11 @@ class ObjectMembers:
         space: Space,
         text: JsonText,
         unchecked: dict[str, None],
+        impossible: list[str],
         value: Callable[[Mapping[str, Any], str, Sequence[Any], int], Node],
     ) -> None:
-        self._space, self._text, self._unchecked = space, text, unchecked
-        self._value = value
+        self._space, self._text, self._value = space, text, value
+        self._unchecked, self._impossible = unchecked, impossible
 
     def expression(self, schema: Mapping[str, Any], depth: int) -> Node:
         """The objects that a schema describes."""
@@ -51,9 +55,10 @@ class ObjectMembers:
                 rules = self._matched(patterns, name)
                 rules = rules or [schema.get("additionalProperties", True)]
                 if rules == [False]:
-                    raise LanguageError(f"The schema requires {name!r:.60} and forbids it.")
+                    self._impossible.append(f"The schema requires {name!r:.60} and forbids it.")
+                    return space.none
                 members.append((self._named(schema, name, rules, names, depth), True))
-        taken = [form for name in {**properties, **required} for form in self._forms(name)]
+        taken = [form for name in {**properties, **required} for form in text.key_forms(name)]
         others = self._others(schema, patterns, extra, names, taken, depth)
         inside = self._row(schema, members, others)
         return space.sequence([space.text("{"), inside, space.text("}")])
@@ -81,15 +86,12 @@ class ObjectMembers:
         written = self._text.spelled(name)[1:-1]
         return [inner for _, bare, inner in patterns if self._space.holds(bare, written)]
 
-    def _forms(self, name: str) -> list[Node]:
-        """Every way to write a name."""
-        return [self._text.key(name), self._text.quoted(self._text.inside.literal(name))]
-
     def _named(
         self, schema: Mapping[str, Any], name: str, rules: list[Any], names: Node | None, depth: int
     ) -> Node:
         """A member with this name; none where `propertyNames` forbids the name."""
         text = self._text
+        self._space.charge(_MEMBER)
         if names is not None and not self._space.holds(names, text.spelled(name)):
             return self._space.none
         value = self._value(schema, f"member {name}", rules, depth)
@@ -104,13 +106,13 @@ class ObjectMembers:
         patterns: list[tuple[Node, Node, Any]],
         extra: Any,
         names: Node | None,
-        taken: list[Node],
+        taken: list[Sequence[int]],
         depth: int,
     ) -> Node:
         """A member that the schema does not name."""
         space, text, found = self._space, self._text, []
         allowed = [] if names is None else [names]
-        forbidden = [space.without(one) for one in taken]
+        forbidden = [space.without(space.choice(taken))] if taken else []
         for index, (name, _, inner) in enumerate(patterns):
             apart = [space.without(other[0]) for at, other in enumerate(patterns) if at != index]
             free = space.both([name, *allowed, *forbidden, *apart])
@@ -152,7 +154,8 @@ class ObjectMembers:
         if least == 0:
             first = space.optional(first)
         for member, is_required in reversed(members):
-            here, follow = space.then(member, after), space.sequence([comma, member, after])
+            here = space.then(member, after)
+            follow = space.then(comma, here)
             first = here if is_required else space.either([here, first])
             after = follow if is_required else space.either([follow, after])
         return first

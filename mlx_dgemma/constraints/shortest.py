@@ -15,6 +15,10 @@ NEVER = 1 << 40  # the least number of symbols of an empty language
 _MOST_SEARCHED = 4_000  # states visited to find one word of an intersection
 
 
+class HardToFindError(LanguageError):
+    """A language that may have a text, for which too many states were visited."""
+
+
 def shortest_length(space: Space, node: Node) -> int:
     """The symbols of a shortest word, or NEVER for an empty language."""
     stack = [node]
@@ -50,17 +54,19 @@ def _search(space: Space, node: Node) -> int:
     if node.kind == "both" and max(cast("int", c.least) for c in node.children) >= NEVER:
         return NEVER
     best: dict[int, tuple[int, Node | None]] = {node.number: (0, None)}  # how far, and from where
+    # Of ways that promise the same, the one that has come farthest is followed first.
     queue = [(_bound(space, node), 0, node.number, node)]
     done: set[int] = set()
     while queue:
-        _, far, number, at = heapq.heappop(queue)
+        _, ahead, number, at = heapq.heappop(queue)
+        far = -ahead
         if number in done:
             continue
         if at.least is not None and (at.nullable or at.least < NEVER):
             return _settle(best, at, far + at.least)
         done.add(number)
         if len(done) > _MOST_SEARCHED:
-            raise LanguageError(
+            raise HardToFindError(
                 "The constraint joins conditions for which no text was found in "
                 f"{_MOST_SEARCHED} states: make it simpler."
             )
@@ -70,7 +76,7 @@ def _search(space: Space, node: Node) -> int:
             if far + 1 < known and _bound(space, target) < NEVER:
                 best[target.number] = far + 1, at
                 bound = far + 1 + _bound(space, target)
-                heapq.heappush(queue, (bound, far + 1, target.number, target))
+                heapq.heappush(queue, (bound, ahead - 1, target.number, target))
     return NEVER
 
 

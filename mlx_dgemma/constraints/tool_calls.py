@@ -92,6 +92,10 @@ class CallText(JsonText):
         bare = self.space.text(name)
         return bare if is_argument_name(name) else self.quoted(bare)
 
+    def key_forms(self, name: str) -> list[Sequence[int]]:
+        quoted = super().key_forms(name)
+        return [*quoted, name.encode()] if quoted else []
+
     def any_key(self, content: Node | None) -> Node:
         bare = self.regex(r"[A-Za-z_][A-Za-z0-9_-]*")
         return bare if content is None else self.quoted(content)

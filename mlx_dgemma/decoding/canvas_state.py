@@ -184,7 +184,7 @@ def _active(
     requests: Sequence[CanvasRequest], pinned: np.ndarray, positions: PositionsRule
 ) -> ActivePositions:
     """A constraint reads the distributions of whole canvases, so beside one nothing rests."""
-    whole = any(request.constraint is not None for request in requests)
+    whole = any(request.held for request in requests)
     return ActivePositions.initial(pinned, rest=positions == "active", whole=whole)
 
 

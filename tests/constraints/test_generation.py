@@ -12,8 +12,11 @@ import numpy as np
 import pytest
 
 from mlx_dgemma import Constraint, DGemmaError, Runtime, load, replay, stream_generate
+from mlx_dgemma.cli import generate as cli_generate
 from mlx_dgemma.cli.generate import main
+from mlx_dgemma.constraints import ToolCalls
 from mlx_dgemma.decoding.events import Draft, Finish
+from mlx_dgemma.errors import InputError
 from mlx_dgemma.prompt import Tokenizer
 
 PERSON = {
@@ -106,6 +109,24 @@ def test_a_trace_holds_its_constraint(demo: tuple[Any, Tokenizer], tmp_path: Pat
     assert (again.text, again.divergence) == (text, None)
 
 
+def test_a_trace_holds_a_language_and_calls_and_another_kind_is_refused(
+    demo: tuple[Any, Tokenizer], tmp_path: Path
+) -> None:
+    path = tmp_path / "trace.json"
+    calls = ToolCalls((("t", {"type": "object", "properties": {"a": {"const": 7}}}),), forced=True)
+    for constraint in (Constraint.tool_calls(calls), Constraint.choice(["seven"])):
+        held = constraint.language(demo[1], demo[0].config.text.vocab_size)
+        options: dict[str, Any] = {"constraint": held, "trace": path, "max_denoising_steps": 2}
+        _, finish = reply(demo, "Count.", seed=3, **options)
+        again = replay(*demo, path)
+        assert (len(again.ids), again.divergence) == (finish.generated_tokens, None)
+    record = json.loads(path.read_text())
+    for wrong in ({"kind": "none", "value": 1}, {"kind": "tool_calls", "value": []}, [1]):
+        path.write_text(json.dumps({**record, "constraint": wrong}))
+        with pytest.raises(InputError, match="constraint is none"):
+            replay(*demo, path)
+
+
 def test_a_runtime_takes_a_constraint_and_a_bad_one_is_one_sentence() -> None:
     with Runtime() as runtime:
         constraint = Constraint.choice(["yes", "no"])
@@ -126,4 +147,19 @@ def test_the_terminal_takes_all_three(tmp_path: Path, capsys: pytest.CaptureFixt
     assert json.loads(capsys.readouterr().out)["text"] in ("yes", "no")
     schema.write_text("{")
     assert main([*asked, "--json-schema", str(schema)]) == 2
-    assert "not JSON" in json.loads(capsys.readouterr().out)["error"]["message"]
+    assert "not valid JSON" in json.loads(capsys.readouterr().out)["error"]["message"]
+
+
+def test_the_terminal_says_what_a_reply_may_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    schema = tmp_path / "unique.json"
+    schema.write_text(json.dumps({"type": "array", "uniqueItems": True, "minItems": 9}))
+    asked = ["--prompt", "Count.", "--seed", "1", "--max-denoising-steps", "1"]
+    assert main([*asked, "--json-schema", str(schema), "--max-tokens", "2"]) == 0
+    said = capsys.readouterr().err
+    assert "No reply is held to uniqueItems" in said
+    assert "The reply was cut at 2 tokens" in said
+    monkeypatch.setattr(cli_generate, "open_session", None)  # a mistake is told before the weights
+    assert main([*asked, "--regex", "("]) == 2
+    assert "without a ')'" in capsys.readouterr().err

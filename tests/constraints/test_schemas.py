@@ -43,6 +43,8 @@ TREE: Any = {
     },
     "$ref": "#/$defs/node",
 }
+WITH_A: Any = {"type": "object", "properties": {"a": {"type": "integer"}}}
+CLOSED: Any = {"additionalProperties": False}
 SCHEMAS: list[Any] = [
     {"type": "integer", "minimum": -12, "exclusiveMaximum": 105},
     {"type": "integer", "multipleOf": 7, "minimum": 10, "maximum": 999},
@@ -100,6 +102,27 @@ SCHEMAS: list[Any] = [
     {"type": "number", "multipleOf": 0.25, "exclusiveMinimum": 0.3, "maximum": 2},
     {"type": "integer", "multipleOf": 2.5},
     {"type": "integer", "allOf": [{"multipleOf": 4}, {"multipleOf": 6}], "minimum": 1},
+    # What one part of an allOf says of members and items that only another part knows.
+    {"allOf": [WITH_A | CLOSED, WITH_A | {"additionalProperties": True},
+               {"properties": {"c": {"type": "null"}}}]},
+    {"allOf": [WITH_A | {"additionalProperties": {"maximum": 5}},
+               {"properties": {"x": {"type": "integer", "minimum": 4}}, "required": ["x"]}]},
+    {"allOf": [WITH_A | CLOSED, {"patternProperties": {"^b": {"type": "null"},
+                                                       "a": {"minimum": 3}}}]},
+    {"allOf": [{"type": "object", "patternProperties": {"^b": {"type": "null"}}} | CLOSED,
+               {"properties": {"a": {"type": "integer"}, "bc": {"type": "null"}}}]},
+    {"allOf": [{"type": "array", "prefixItems": [{"type": "integer"}, {"type": "string"}],
+                "items": False, "minItems": 1}, {"items": {"minimum": 3}}]},
+    {"allOf": [{"type": "array", "prefixItems": [{"type": "integer"}], "minItems": 2},
+               {"prefixItems": [{"minimum": 3}, {"const": 7}], "items": False}]},
+    WITH_A | {"unevaluatedProperties": False},
+    {"allOf": [WITH_A], "properties": {"b": {"type": "null"}}, "unevaluatedProperties": False},
+    {"allOf": [WITH_A | {"unevaluatedProperties": False}], "properties": {"b": {"const": 1}}},
+    {"anyOf": [WITH_A | {"required": ["a"]}, {"type": "object", "required": ["b"]}],
+     "properties": {"b": {"type": "null"}}, "unevaluatedProperties": False},
+    {"type": "array", "prefixItems": [{"const": 1}], "unevaluatedItems": False},
+    {"type": "string", "format": "email", "pattern": "^[a-z]{3}@"},
+    {"anyOf": [{"type": "object", "required": ["a"]} | CLOSED, {"type": "null"}]},
 ]  # fmt: skip
 
 
@@ -150,6 +173,8 @@ def test_every_text_satisfies_its_schema(schema: Any) -> None:
         ({"const": "a", "description": "d"}, ()),
         ({"enum": ["a", "bb"], "minLength": 2}, ()),
         ({"enum": [[1], "a"], "minItems": 2}, ("enum",)),
+        ({"type": "array", "if": False, "else": {"minItems": 1}}, ("if",)),
+        ({"type": "string", "format": "uuid", "pattern": "^[A-Z]$"}, ("format",)),
     ],
 )
 def test_what_else_is_asked_of_constants_is_checked_later(
@@ -207,19 +232,44 @@ def test_a_language_that_takes_long_to_make_is_refused_by_a_count(
 
 def test_what_multiplies_is_refused_in_a_moment() -> None:
     """Twenty lookaheads took 1.6 seconds; a class of 6,000 characters, minutes."""
-    letters = "abcdefghijklmnopqrst"
+    letters, some = "abcdefghijklmnopqrst", [f"n{n}" for n in range(300)]
     hostile = [
         Constraint.regex("".join(f"(?=.*{letter})" for letter in letters) + ".*"),
         Constraint.regex("[" + "".join(chr(0x4E00 + 3 * n) for n in range(6000)) + "]+"),
         Constraint.json_schema({"allOf": [{"pattern": f"{a}.*{a}"} for a in letters]}),
         Constraint.json_schema({"type": "number", "minimum": -1e20, "multipleOf": 0.999}),
         Constraint.json_schema({"required": [f"k{n}" for n in range(9000)]}),
+        Constraint.json_schema({"properties": {f"n{n}": {"type": "null"} for n in range(4000)}}),
+        Constraint.json_schema(
+            {"properties": dict.fromkeys(some, True), "anyOf": [{"required": [n]} for n in some]}
+        ),
     ]
     started = time.process_time()
     for constraint in hostile:
         with pytest.raises(LanguageError, match="simpler"):
             constraint.language(tokenizer(), len(tokenizer()))
     assert time.process_time() - started < 2 * len(hostile)  # on a busy machine
+
+
+def test_a_schema_that_holds_a_part_a_billion_times_is_refused_at_once() -> None:
+    """As Python shares it; its text would be longer than any memory."""
+    schema: Any = {"type": "null"}
+    for _ in range(30):
+        schema = {"anyOf": [schema, schema]}
+    with pytest.raises(LanguageError, match="more than 200000 characters"):
+        Constraint.json_schema(schema).check()
+    options = [{"const": number} for number in range(100)]
+    with pytest.raises(LanguageError, match="joins too many options"):
+        Constraint.json_schema({"allOf": [{"anyOf": options}, {"anyOf": options[:-1]}]}).check()
+
+
+def test_a_name_beside_many_known_ones_is_none_of_them() -> None:
+    """Each known name was a condition of its own, and a hundred of them were refused."""
+    known = {f"name {number}": {"type": "null"} for number in range(300)}
+    schema = {"type": "object", "properties": known, "additionalProperties": {"type": "integer"}}
+    language = Constraint.json_schema(schema).language(tokenizer(), len(tokenizer()))
+    for seed in range(5):
+        jsonschema.validate(json.loads(walk(language, random.Random(seed))), schema)
 
 
 def test_long_lists_are_made_in_a_moment() -> None:

@@ -34,6 +34,13 @@ def test_a_filling_matches_its_pattern(demo: Demo, pattern: str, sides: tuple[st
         assert one.text == f"{sides[0]}{one.fillings[0].text}{sides[1]}"
 
 
+def test_a_preset_that_rests_positions_leaves_a_held_canvas_whole(demo: Demo) -> None:
+    parts = [SIDES[0], Hole(constraint=Constraint.regex("[a-z]{3,5}")), SIDES[1]]
+    for preset in ("balanced", "turbo"):
+        found = infill(*demo, parts, seed=2, preset=preset)
+        assert re.fullmatch("[a-z]{3,5}", found.fillings[0].text)
+
+
 def test_two_holes_have_languages_of_their_own_and_one_has_none(demo: Demo) -> None:
     age = {"type": "integer", "minimum": 20, "maximum": 29}
     parts = ['{"name": "', Hole(2, 3), '", "age": ', Hole(constraint=Constraint.json_schema(age)),
