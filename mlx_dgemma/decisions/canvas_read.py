@@ -6,7 +6,7 @@ Nothing is drawn: the same prompt and canvas give the same numbers.
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -14,7 +14,7 @@ import numpy as np
 
 from mlx_dgemma.context.prompt_cache import PromptCache, exclusively
 from mlx_dgemma.decoding.events import Alternatives
-from mlx_dgemma.errors import InputError, NumericsError
+from mlx_dgemma.errors import CancelledError, InputError, NumericsError
 from mlx_dgemma.machine.gpu_failures import explained
 from mlx_dgemma.model import Model
 from mlx_dgemma.model.scores import ROWS, check_alternatives, scores
@@ -66,7 +66,11 @@ class CanvasRead:
 
 
 def read_canvas_turns(
-    model: Model, prompt: PreparedPrompt, form: CanvasForm, cache: PromptCache | None = None
+    model: Model,
+    prompt: PreparedPrompt,
+    form: CanvasForm,
+    cache: PromptCache | None = None,
+    cancelled: Callable[[], bool] | None = None,
 ) -> Generator[CanvasRead, None, None]:
     """Reads the prompt and one pass over the canvas, as the one turn of a thread that others wait
     for. cache: keeps the prompt's context for the next canvas."""
@@ -74,7 +78,7 @@ def read_canvas_turns(
 
     def turn() -> Generator[CanvasRead, None, None]:
         with explained():
-            cached = read_prompt(model, prompt, kept)
+            cached = read_prompt(model, prompt, kept, cancelled)
             hidden = model.hidden(mx.array(form.ids)[None], kept.cache)[0, : form.rows]
             ids, logprobs, alternatives = _said(model, hidden, form)
         yield CanvasRead(ids, logprobs, alternatives, cached)
@@ -82,14 +86,25 @@ def read_canvas_turns(
     return exclusively(kept, turn())
 
 
-def read_prompt(model: Model, prompt: PreparedPrompt, cache: PromptCache) -> int:
-    """Fills the cache with the prompt's context; returns how many of its ids were there."""
+def read_prompt(
+    model: Model,
+    prompt: PreparedPrompt,
+    cache: PromptCache,
+    cancelled: Callable[[], bool] | None = None,
+) -> int:
+    """Fills the cache with the prompt's context; returns how many of its ids were there.
+
+    cancelled: asked between two parts of a long prompt; CancelledError, and an empty cache, once it
+    says so."""
     keys = prompt.keys
     cached = len(keys) - len(cache.align(keys))
     ids = prompt.network_ids(model.config.image_token_id)[cached:]
     if ids:
         images = [image.patches for image in prompt.images_after(cached)]
-        model.prefill(np.array(ids)[None], cache.cache, images=images or None)
+        model.prefill(np.array(ids)[None], cache.cache, images=images or None, cancelled=cancelled)
+        if cancelled is not None and cancelled():
+            cache.forget()
+            raise CancelledError("The request was cancelled while its prompt was read.")
     cache.mark(keys)
     return cached
 

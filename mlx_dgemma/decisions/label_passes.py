@@ -98,7 +98,7 @@ def decide(
     seed: of the noise, 0 by default; together with state and question it decides every draw.
     cache: a PromptCache that keeps the state's context for the next questions about it.
     kv_bits, system_prompt: as in `stream_generate`.
-    cancel: ends the work between two forms with CancelledError.
+    cancel: ends the work between two forms, or parts of a long state, with CancelledError.
 
     Raises QuestionError for a question that cannot be asked, InputError for a state that does
     not fit the context.
@@ -194,7 +194,10 @@ class _Reader:
     def read_state(self) -> None:
         """Fills the cache with what all questions share."""
         self._check_room(len(self._prefix.ids))
-        self.cached_tokens = read_prompt(self._model, self._prefix, self.cache)
+        cancel = self._cancel
+        self.cached_tokens = read_prompt(
+            self._model, self._prefix, self.cache, None if cancel is None else cancel.is_set
+        )
         self._context = self.cache.cache
         self._start = self._context.snapshot()
 

@@ -206,7 +206,7 @@ class Engine:
         result = None
 
         def start(deliver: Deliver, cancel: threading.Event) -> None:
-            turns = read_canvas_turns(model, call.prompt, form, context)
+            turns = read_canvas_turns(model, call.prompt, form, context, cancel.is_set)
             self.runtime.take_turns(turns, deliver, cancel)
 
         with self._in_time():
@@ -229,7 +229,7 @@ class Engine:
         of its images."""
         deadline = time.monotonic() + self.settings.max_seconds
         access = replace(self.settings.image_access, hold=hold)
-        context = self._prefixes.lease(whole=True)
+        context, ended = self._prefixes.lease(whole=True), threading.Event()
         # Texts are encoded and images fetched on a thread that holds up no reply.
         turns = await asyncio.to_thread(
             lambda: decide_turns(
@@ -241,6 +241,7 @@ class Engine:
                 access=access,
                 cache=context,
                 kv_bits=self.settings.kv_bits,
+                cancel=ended,
             )
         )
         result = None
@@ -248,10 +249,11 @@ class Engine:
         def start(deliver: Deliver, cancel: threading.Event) -> None:
             self.runtime.take_turns(_until(turns, cancel), deliver, cancel)
 
-        async with self._place(), contextlib.aclosing(self._arrivals(start, deadline)) as arrived:
-            async for step in arrived:
-                result = step
         with self._in_time():
+            steps = self._arrivals(start, deadline, ended)
+            async with self._place(), contextlib.aclosing(steps) as arrived:
+                async for step in arrived:
+                    result = step
             if not isinstance(result, Decision):
                 raise CancelledError("The decision was cancelled.")
         return result
@@ -316,13 +318,17 @@ class Engine:
         self.runtime.close()
 
     async def _arrivals(
-        self, start: Callable[[Deliver, threading.Event], None], deadline: float
+        self,
+        start: Callable[[Deliver, threading.Event], None],
+        deadline: float,
+        cancel: threading.Event | None = None,
     ) -> AsyncGenerator[Any, None]:
         """What the model's thread delivers of the work that `start` gives it.
 
-        The work is cancelled when the generator is left, and at the deadline.
+        The work is cancelled, by this event if it is given, when the generator is left, and at the
+        deadline.
         """
-        cancel = threading.Event()
+        cancel = cancel or threading.Event()
         self._cancels.add(cancel)
         left = max(deadline - time.monotonic(), 0)
         out_of_time = asyncio.get_running_loop().call_later(left, cancel.set)

@@ -180,6 +180,24 @@ def test_a_runtime_decides_on_its_thread(demo, answers):
         assert runtime.decide(STATE, {"m": ASKED["money"]}).answers["m"] == answers["money"]
 
 
+def test_cancelling_ends_while_the_state_is_read(demo):
+    """A long one took its time after its client had left; the cache holds nothing of it."""
+
+    class Left(threading.Event):
+        asked = 0
+
+        def is_set(self):
+            self.asked += 1
+            return self.asked > 1
+
+    cache = PromptCache(demo[0])
+    with pytest.raises(CancelledError):
+        decide(*demo, "The cat sleeps.", {"a": Noul("Is it?")}, cache=cache, cancel=Left())
+    fresh = decide(*demo, "The cat sleeps.", {"a": Noul("Is it?")})
+    again = decide(*demo, "The cat sleeps.", {"a": Noul("Is it?")}, cache=cache)
+    assert (again.answers, again.cached_tokens) == (fresh.answers, 0)
+
+
 def test_cancelling_ends_between_forms(demo):
     cancel = threading.Event()
     cancel.set()
