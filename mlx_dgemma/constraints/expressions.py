@@ -26,17 +26,14 @@ SYMBOLS = 272
 EVERYTHING = (1 << SYMBOLS) - 1
 # Expressions that one language may need, the states met while it is walked included.
 MOST_EXPRESSIONS = 60_000
-# Expressions, alternatives and conditions that may be looked at before it is walked: under a second
-# here, of which a hundred tools of a dozen parameters take a fifth. Counted, not timed: a busy
-# machine refuses nothing.
+# What may be looked at before it is walked: under a second here, a third of it for a hundred tools
+# of a dozen parameters. Counted, not timed: a busy machine refuses nothing.
 MOST_WORK = 300_000
 _NEW = 2  # what a new expression counts more than one that is known
 # Alternatives that are pursued at once, which a subset construction multiplies.
 _MOST_ALTERNATIVES = 5_000
 _MANY = 8_000  # symbols of a choice from which on it is not built as a whole
 _DIGITS, _POINT = ((1 << 10) - 1) << ord("0"), 1 << ord(".")
-
-
 _NUMBER = attrgetter("number")
 UNBOUNDED = -1  # the upper bound of a repetition without one
 

@@ -19,6 +19,11 @@ from mlx_dgemma.constraints.expressions import UNBOUNDED, Node, Space
 from mlx_dgemma.constraints.formats import FORMATS
 from mlx_dgemma.constraints.json_text import MOST_DIVISOR, JsonText
 from mlx_dgemma.constraints.keywords import (
+    CHECKED_LATER,
+    EVALUATING,
+    MEANINGFUL,
+    OF_TYPE,
+    UNEVALUATED,
     apart,
     bounds,
     check_shapes,
@@ -28,6 +33,7 @@ from mlx_dgemma.constraints.keywords import (
     identity,
     is_between,
     is_of_type,
+    listed_values,
 )
 from mlx_dgemma.constraints.merging import Patterns, merged
 from mlx_dgemma.constraints.object_members import ObjectMembers
@@ -37,28 +43,15 @@ from mlx_dgemma.errors import LanguageError, UnsupportedError
 DEPTH = 5  # how often a reference may recurse
 _MOST_NESTED = 60
 _MOST_MERGES = 2_000
+_MERGE = 20  # what joining two schemas counts
 _PLACES = 6  # of a number with bounds
 _FINEST = 20  # of one whose bounds are closer than that
 _MOST_PLACES = 10  # of a multiple
 _TYPES = ("object", "array", "string", "number", "integer", "boolean", "null")
-_CHECKED_LATER = (
-    *("uniqueItems", "contains", "minContains", "dependentRequired", "dependentSchemas"),
-    *("dependencies", "if"),
-)
-_UNEVALUATED = {"unevaluatedProperties": "additionalProperties", "unevaluatedItems": "items"}
-# What decides beside its own keywords which members and items are evaluated.
-_EVALUATING = frozenset(("anyOf", "oneOf", "if", "dependentSchemas", "contains"))
-_MERGE = 20  # what joining two schemas counts
 # The dynamic ones only differ across documents, of which there is one.
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 _JOINING = frozenset((*_REFERENCES, "allOf"))
-_OF_TYPE = {
-    "object": ("properties", "required", "additionalProperties", "patternProperties"),
-    "array": ("items", "prefixItems", "minItems", "maxItems"),
-    "string": ("pattern", "minLength", "maxLength", "format"),
-    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
-}
-_OF_SCALARS = (_OF_TYPE["string"], _OF_TYPE["number"])
+_OF_SCALARS = (OF_TYPE["string"], OF_TYPE["number"])
 
 
 class SchemaLanguage:
@@ -125,13 +118,13 @@ class SchemaLanguage:
     def _described(self, schema: Mapping[str, Any], depth: int) -> Node:
         if _JOINING & schema.keys():
             return self._any(self._plain(schema), depth)
-        for name in _CHECKED_LATER:
+        for name in CHECKED_LATER:
             if schema.get(name) is not None and (name, schema[name]) != ("uniqueItems", False):
                 self.unchecked[name] = None
         for name in ("anyOf", "oneOf"):
             if name in schema:
                 return self._options(schema, name, depth)
-        if _UNEVALUATED.keys() & schema.keys():
+        if UNEVALUATED.keys() & schema.keys():
             key = (id(schema), "settled")
             if key not in self._plained:
                 self._plained[key] = self._settled(schema)
@@ -145,11 +138,11 @@ class SchemaLanguage:
 
     def _settled(self, schema: Mapping[str, Any]) -> Mapping[str, Any]:
         """A schema into which all is joined: what is not evaluated is what else there is."""
-        found = {name: rule for name, rule in schema.items() if name not in _UNEVALUATED}
-        for name, other in _UNEVALUATED.items():
+        found = {name: rule for name, rule in schema.items() if name not in UNEVALUATED}
+        for name, other in UNEVALUATED.items():
             if schema.get(name) is None:
                 continue
-            if _EVALUATING & schema.keys():
+            if EVALUATING & schema.keys():
                 self.unchecked[name] = None
             elif other not in schema:
                 found[other] = schema[name]
@@ -190,9 +183,8 @@ class SchemaLanguage:
                 )
             siblings, parts = self._parts(schema)
             schema = merged([siblings, *(self._flat(part, level + 1) for part in parts)])
-        if isinstance(schema, Mapping) and _UNEVALUATED.keys() & schema.keys():
-            return self._settled(schema)
-        return schema
+        waits = isinstance(schema, Mapping) and UNEVALUATED.keys() & schema.keys()
+        return self._settled(schema) if waits else schema
 
     def _parts(self, schema: Mapping[str, Any]) -> tuple[dict[str, Any], list[Any]]:
         """What stands beside the references and allOf of a schema, and what these hold."""
@@ -223,7 +215,7 @@ class SchemaLanguage:
         given = schema.get("type")
         kinds = given if isinstance(given, list) else [given]
         if given is None:
-            kinds = [k for k, names in _OF_TYPE.items() if any(n in schema for n in names)]
+            kinds = [k for k, names in OF_TYPE.items() if any(n in schema for n in names)]
             kinds = kinds or [kind for kind in _TYPES if kind != "integer"]
         for kind in kinds:
             if kind not in _TYPES:
@@ -250,13 +242,13 @@ class SchemaLanguage:
             wanted = identity(schema["const"])
             values = [value for value in values if identity(value) == wanted]
         kinds = self._types({"type": [*_TYPES], **schema})
-        unwanted = set(map(identity, _values(schema.get("not")) or ()))
+        unwanted = set(map(identity, listed_values(schema.get("not")) or ()))
         fitting = [
             value
             for value in values
             if any(is_of_type(value, kind) for kind in kinds) and identity(value) not in unwanted
         ]
-        if any(name in schema for name in (*_OF_TYPE["string"], *_OF_TYPE["number"])):
+        if any(name in schema for name in (*OF_TYPE["string"], *OF_TYPE["number"])):
             text = self._content(schema)
             fitting = [value for value in fitting if self._is_right(value, schema, text)]
         asked = MEANINGFUL.difference(("type", "enum", "const", "nullable", "not"), *_OF_SCALARS)
@@ -293,7 +285,7 @@ class SchemaLanguage:
             return node
         if unwanted is True or unwanted == {}:
             return self.space.none
-        values = _values(unwanted)
+        values = listed_values(unwanted)
         if values is not None and {"enum", "const"} & schema.keys():
             return node  # taken out already
         if values is not None and all(isinstance(v, str | bool | None) for v in values):
@@ -406,19 +398,3 @@ class SchemaLanguage:
         if key not in self._plained:
             self._plained[key] = self._merged({}, schemas)
         return self._any(self._plained[key], depth)
-
-
-def _values(schema: Any) -> list[Any] | None:
-    """The values that a schema lists; None where it says something else."""
-    if not isinstance(schema, Mapping) or len(MEANINGFUL & schema.keys()) != 1:
-        return None
-    if "const" in schema:
-        return [schema["const"]]
-    return schema["enum"] if isinstance(schema.get("enum"), list) else None
-
-
-MEANINGFUL = frozenset(
-    (*_UNEVALUATED, "type", "enum", "const", "anyOf", "oneOf", "not", "nullable", *_CHECKED_LATER)
-) | {name for names in _OF_TYPE.values() for name in names} | {
-    *("minProperties", "maxProperties", "propertyNames", "additionalItems"),
-}  # fmt: skip

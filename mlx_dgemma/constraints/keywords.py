@@ -10,6 +10,24 @@ from typing import Any
 
 from mlx_dgemma.errors import LanguageError
 
+CHECKED_LATER = (
+    *("uniqueItems", "contains", "minContains", "dependentRequired", "dependentSchemas"),
+    *("dependencies", "if"),
+)
+UNEVALUATED = {"unevaluatedProperties": "additionalProperties", "unevaluatedItems": "items"}
+# What decides beside its own keywords which members and items are evaluated.
+EVALUATING = frozenset(("anyOf", "oneOf", "if", "dependentSchemas", "contains"))
+OF_TYPE = {
+    "object": ("properties", "required", "additionalProperties", "patternProperties"),
+    "array": ("items", "prefixItems", "minItems", "maxItems"),
+    "string": ("pattern", "minLength", "maxLength", "format"),
+    "number": ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+}
+MEANINGFUL = frozenset(
+    (*UNEVALUATED, "type", "enum", "const", "anyOf", "oneOf", "not", "nullable", *CHECKED_LATER)
+) | {name for names in OF_TYPE.values() for name in names} | {
+    *("minProperties", "maxProperties", "propertyNames", "additionalItems"),
+}  # fmt: skip
 _NUMBER = "a number"
 # The keywords of whose values the shape matters, the types of these, and their name.
 _SHAPES: dict[str, tuple[tuple[type, ...], str]] = {
@@ -163,3 +181,12 @@ def is_of_type(value: Any, kind: str) -> bool:
         return number and (kind == "number" or isinstance(value, int) or value.is_integer())
     types = {"object": dict, "array": list, "string": str, "boolean": bool, "null": type(None)}
     return isinstance(value, types[kind])
+
+
+def listed_values(schema: Any) -> list[Any] | None:
+    """The values that a schema lists; None where it says something else."""
+    if not isinstance(schema, Mapping) or len(MEANINGFUL & schema.keys()) != 1:
+        return None
+    if "const" in schema:
+        return [schema["const"]]
+    return schema["enum"] if isinstance(schema.get("enum"), list) else None
