@@ -225,7 +225,7 @@ def test_a_line_that_cannot_be_used_is_named(tmp_path, capsys, kind):
             "1001 rounds need as many iters, and they are 1000",
         ),
         (("--train", "--data", "DATA", "--answers-per-prompt", "1001"), "ends at 1,000"),
-        (("--train", "--data", "DATA", "--plot", "TRAIN"), "would replace data or an output"),
+        (("--train", "--data", "DATA", "--plot", "TRAIN"), "would replace data or another output"),
         (("--train", "--data", "DATA", "--report", "/no/x.json"), "--report /no/x.json cannot be"),
         (("--test", "--data", "DATA", "--adapter-path", "EMPTY"), "holds no adapters.safetensors"),
         (("--train", "--data", "DATA", "--adapter-path", "/proc/x"), "cannot be written"),
