@@ -160,6 +160,10 @@ def test_the_terminal_says_what_a_reply_may_lack(
     said = capsys.readouterr().err
     assert "No reply is held to uniqueItems" in said
     assert "The reply was cut at 2 tokens" in said
+    assert main([*asked, "--regex", "[0-9]", "--enable-thinking"]) == 0
+    digit, said = capsys.readouterr()
+    assert digit.strip().isdigit()
+    assert "without thinking" in said
     monkeypatch.setattr(cli_generate, "open_session", None)  # a mistake is told before the weights
     assert main([*asked, "--regex", "("]) == 2
     assert "without a ')'" in capsys.readouterr().err
