@@ -45,7 +45,7 @@ def read_constraint(arguments: argparse.Namespace) -> Constraint | None:
         words = ", ".join(left)
         print(f"warning: No reply is held to {words} of the schema: check that.", file=sys.stderr)
     if getattr(arguments, "enable_thinking", False):
-        print("warning: A constrained reply begins with its text, without thinking.", file=sys.stderr)
+        print("warning: A constrained reply begins at once, without thinking.", file=sys.stderr)
     return constraint
 
 
