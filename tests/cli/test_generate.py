@@ -173,7 +173,7 @@ def test_a_prompt_cache_spares_the_prefill(
             [*PROMPT, "--prompt-cache-file", "/no/such/folder/c"],
             "there is no folder /no/such/folder",
         ),
-        ([*PROMPT, "--trace", "/no/such/folder/t"], "The trace file /no/such/folder/t cannot"),
+        ([*PROMPT, "--trace", "/no/such/folder/t"], "--trace /no/such/folder/t cannot be written"),
         (["--prompt", "word " * 9000, *SHORT], "shorten it"),
         ([*PROMPT, *SHORT, "--canvas-length", "100000"], "use at most that, or leave it out for"),
     ],
